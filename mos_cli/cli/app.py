@@ -1,0 +1,54 @@
+"""The `mos` command: one Typer app, one file per command, nothing heavy imported at start-up."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from mos_cli import __version__
+from mos_cli.cli import console
+from mos_cli.errors import INTERRUPTED, MosError
+
+
+class MosGroup(TyperGroup):
+    """A command group that turns user errors into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MosError as error:
+            console.print_error(str(error))
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            console.print_error("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    name="mos",
+    cls=MosGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.out.print(f"mos {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def mos(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Draw pictures from words, on your own machine, and see which layer of the language model painted each word."""
+
+
+def main() -> None:
+    """Entry point of the `mos` script."""
+    sys.exit(app())

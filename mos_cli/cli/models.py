@@ -1,0 +1,203 @@
+"""`mos models`: the bundles and understanding towers there are, fetching them, and checking them."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mos_cli.cli import console
+
+if TYPE_CHECKING:
+    from mos_cli.runtime.bundles import Bundle
+    from mos_cli.runtime.specs import TowerSpec
+
+models_app = typer.Typer(name="models", no_args_is_help=True, help="List, fetch and check models.")
+
+Name = Annotated[
+    str, typer.Argument(help="A model (name, folder or hub id) or an understanding tower (name).")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
+
+
+@models_app.command("ls")
+def list_all(as_json: AsJson = False) -> None:
+    """List the models, and the understanding towers that can read prompts for them."""
+    from mos_cli.runtime.bundles import list_bundles, list_tower_specs
+
+    rows = [_bundle_row(bundle) for bundle in list_bundles()] + [
+        _tower_row(spec) for spec in list_tower_specs()
+    ]
+    if as_json:
+        _print_json(rows)
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("name", "kind", "tower", "pulled", "size", "licence"):
+        table.add_column(heading, no_wrap=True, justify="right" if heading == "size" else "left")
+    for row in rows:
+        pulled = "[green]yes[/]" if row["pulled"] else "no"
+        table.add_row(row["name"], row["kind"], row["tower"], pulled, size_text(row["size"]), row["license"])
+    console.out.print(table)
+
+
+@models_app.command("show")
+def show(name: Name, as_json: AsJson = False) -> None:
+    """Show what a model is: what it needs, what it can draw, where it comes from."""
+    from mos_cli.runtime.bundles import Bundle, find_model
+
+    model = find_model(name)
+    if isinstance(model, Bundle):
+        row, index = _bundle_row(model), model.index
+    else:
+        row, index = _tower_row(model), model
+    if as_json:
+        _print_json([{**row, "index": index.model_dump(mode="json", by_alias=True)}])
+        return
+    lines = {
+        "name": row["name"],
+        "what": row["description"],
+        "licence": row["license"],
+        "folder": row["folder"],
+    }
+    if isinstance(model, Bundle):
+        canvas, defaults = model.index.canvas, model.index.defaults
+        lines |= {
+            "hash": model.hash,
+            "native": f"{canvas.native[0]} x {canvas.native[1]} pixels",
+            "sides": f"{canvas.min} to {canvas.max} pixels, multiples of {canvas.multiple}",
+            "defaults": f"{defaults.steps} steps, cfg {defaults.cfg:g}, t in {list(defaults.cfg_interval)}",
+            "tower": row["tower"],
+        }
+    lines |= {"pulled": "yes" if row["pulled"] else "no", "size": size_text(row["size"])}
+    lines["files"] = ", ".join(index.files)
+    for heading, text in lines.items():
+        console.out.print(f"{heading:<9} {text}", markup=False, soft_wrap=True)
+    if isinstance(model, Bundle):
+        _print_card(model)
+
+
+@models_app.command("pull")
+def pull(name: Name) -> None:
+    """Fetch an understanding tower, or the one a model needs, into the cache and check it."""
+    from mos_cli.runtime.bundles import find_model
+
+    spec = _tower_of(find_model(name))
+    console.out.print(fetch_with_progress(spec), soft_wrap=True)
+
+
+@models_app.command("verify")
+def verify(name: Name) -> None:
+    """Check every file of a model and of its understanding tower against the known hashes."""
+    from mos_cli.runtime.bundles import Bundle, find_model, verify_bundle
+    from mos_cli.runtime.sources import tower_files, verify_tower
+
+    model = find_model(name)
+    if isinstance(model, Bundle):
+        verify_bundle(model)
+        _print_ok(model.index.name, model.index.files)
+    spec = _tower_of(model)
+    verify_tower(spec)
+    _print_ok(spec.name, tower_files(spec))
+
+
+def fetch_with_progress(spec: "TowerSpec") -> Path:
+    """Fetches a tower as `fetch_tower` does, with a progress bar on stderr if it is not cached yet."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from mos_cli.runtime.sources import fetch_tower, tower_folder
+
+    if tower_folder(spec).is_dir():
+        return fetch_tower(spec)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[size]}"),
+        TimeRemainingColumn(),
+    )
+    terminal = console.err.is_terminal
+    if not terminal:
+        console.err.print(f"fetching {spec.name} ({size_text(spec.size)})")
+    with Progress(*columns, console=console.err, transient=True, disable=not terminal) as bars:
+
+        def report(what: str, done: int, total: int) -> None:
+            size = f"{size_text(done)} of {size_text(total)}" if total else ""
+            if bars.tasks and bars.tasks[0].description == what:
+                bars.update(bars.tasks[0].id, completed=done, size=size)
+                return
+            for task in bars.tasks:
+                bars.remove_task(task.id)
+            bars.add_task(what, completed=done, total=total or None, size=size)
+
+        return fetch_tower(spec, report)
+
+
+def size_text(size: int) -> str:
+    """A number of bytes as people read it, in decimal units."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size} B"
+
+
+def _tower_of(model: "Bundle | TowerSpec") -> "TowerSpec":
+    from mos_cli.runtime.bundles import Bundle
+
+    return model.index.understanding if isinstance(model, Bundle) else model
+
+
+def _bundle_row(bundle: "Bundle") -> dict[str, Any]:
+    from mos_cli.runtime.files import folder_size
+    from mos_cli.runtime.sources import tower_folder
+
+    index = bundle.index
+    return {
+        "name": index.name,
+        "kind": "bundle",
+        "description": index.description,
+        "license": index.license,
+        "tower": index.understanding.name,
+        "pulled": tower_folder(index.understanding).is_dir(),
+        "size": folder_size(bundle.folder),
+        "folder": str(bundle.folder),
+        "hash": bundle.hash,
+    }
+
+
+def _tower_row(spec: "TowerSpec") -> dict[str, Any]:
+    from mos_cli.runtime.files import folder_size
+    from mos_cli.runtime.sources import tower_folder
+
+    folder = tower_folder(spec)
+    pulled = folder.is_dir()
+    return {
+        "name": spec.name,
+        "kind": "tower",
+        "description": spec.description,
+        "license": spec.license,
+        "tower": "",
+        "pulled": pulled,
+        "size": folder_size(folder) if pulled else spec.size,
+        "folder": str(folder),
+    }
+
+
+def _print_json(rows: Iterable[dict[str, Any]]) -> None:
+    import json
+
+    for row in rows:
+        typer.echo(json.dumps(row, ensure_ascii=False))
+
+
+def _print_card(bundle: "Bundle") -> None:
+    card = bundle.folder / "card.md"
+    if card.is_file():
+        # The part before the first section is the summary.
+        summary = card.read_text(encoding="utf-8").split("\n## ")[0].strip()
+        console.out.print(f"\n{summary}", markup=False)
+
+
+def _print_ok(name: str, files: Iterable[str]) -> None:
+    for file in files:
+        console.out.print(f"[green]ok[/] {name}/{file}", soft_wrap=True)

@@ -1,0 +1,34 @@
+"""What can go wrong for a user: one clear line each, with the exit code scripts can rely on."""
+
+
+class MosError(ValueError):
+    """A mistake or a limit the user can act upon; the command line prints it without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(MosError):
+    """An option or a setting makes no sense."""
+
+    exit_code = 2
+
+
+class InputError(MosError):
+    """A file or a prompt given by the user is missing, damaged or of the wrong kind."""
+
+    exit_code = 3
+
+
+class ModelError(MosError):
+    """A model is unknown, cannot be reached, or does not match its hash."""
+
+    exit_code = 4
+
+
+class DeviceError(MosError):
+    """The device asked for is not there or cannot be used."""
+
+    exit_code = 6
+
+
+INTERRUPTED = 130

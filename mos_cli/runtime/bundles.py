@@ -1,0 +1,187 @@
+"""Finding, verifying and writing bundles, and finding the descriptions of understanding towers.
+
+A bundle is a folder `models/<name>/` of JSON, safetensors and a card, pinned by its `model_index.json`. The
+understanding tower is in there by reference only; `mos_cli.runtime.sources` fetches it.
+"""
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from mos_cli.errors import ModelError
+from mos_cli.runtime.files import atomic_write, sha256_of
+from mos_cli.runtime.folders import models_folder
+from mos_cli.runtime.sources import bad_file, hub_snapshot
+from mos_cli.runtime.specs import (
+    BUNDLE_SUFFIXES,
+    HUB_ID,
+    BundleIndex,
+    Canvas,
+    Defaults,
+    TowerSpec,
+    first_problem,
+    read_json,
+)
+
+INDEX = "model_index.json"
+_PICKLES = {".bin", ".pt", ".ckpt", ".pkl", ".pickle", ".pth"}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle folder and its index."""
+
+    folder: Path
+    index: BundleIndex
+
+    @cached_property
+    def hash(self) -> str:
+        """The sha256 of model_index.json, which pins every file of the bundle and of its tower."""
+        return sha256_of(self.folder / INDEX)
+
+
+def find_bundle(ref: str) -> Bundle:
+    """Finds a bundle by name, by its folder, or by hub id (`owner/name`, kept in the hub's cache).
+
+    Names are looked up among the bundles that come with mos, then in the folders of `$MOS_MODELS`. No file is
+    hashed here, see `verify_bundle`. Raises ModelError if there is no such bundle or it holds a pickle.
+    """
+    folders = bundle_folders()
+    if ref in folders:
+        bundle = read_bundle(folders[ref])
+        if bundle.index.name != ref:
+            raise ModelError(f"{bundle.folder} holds a bundle named {bundle.index.name}: rename the folder")
+        return bundle
+    path = Path(ref).expanduser()
+    if path.is_dir():
+        return read_bundle(path)
+    if re.fullmatch(HUB_ID, ref):
+        return read_bundle(_from_hub(ref))
+    if path.name != ref:
+        raise ModelError(f"there is no folder {ref}")
+    raise unknown_name("model", ref, folders)
+
+
+def list_bundles() -> list[Bundle]:
+    """All bundles that can be found by name, sorted by it; raises ModelError if one of them is broken."""
+    return [find_bundle(name) for name in bundle_folders()]
+
+
+def bundle_folders() -> dict[str, Path]:
+    """The folders that look like bundles, unread, by name and sorted; those that come with mos win."""
+    extra = [Path(root).expanduser() for root in os.environ.get("MOS_MODELS", "").split(os.pathsep) if root]
+    found: dict[str, Path] = {}
+    for root in (models_folder(), *extra):
+        for index in root.glob(f"*/{INDEX}"):
+            found.setdefault(index.parent.name, index.parent)
+    return dict(sorted(found.items()))
+
+
+def read_bundle(folder: Path) -> Bundle:
+    """Reads the index of a bundle folder; raises ModelError if it is bad or a pickle lies there."""
+    if not (folder / INDEX).is_file():
+        raise ModelError(f"{folder} is no bundle: it has no {INDEX}")
+    _refuse_pickles(folder)
+    return Bundle(folder, read_json(BundleIndex, folder / INDEX))
+
+
+def verify_bundle(bundle: Bundle) -> None:
+    """Compares every file with the index; raises ModelError naming one missing, changed or not listed."""
+    _refuse_pickles(bundle.folder)
+    if problem := bad_file(bundle.folder, bundle.index.files):
+        raise ModelError(f"{problem} in {bundle.folder}")
+    for name in _files_of(bundle.folder):
+        if name not in bundle.index.files:
+            raise ModelError(f"{name} is not listed in {bundle.folder / INDEX}")
+
+
+def write_index(
+    folder: Path,
+    *,
+    name: str,
+    description: str,
+    license: str,
+    understanding: TowerSpec,
+    canvas: Canvas,
+    defaults: Defaults,
+) -> Bundle:
+    """Hashes all files of `folder` and writes its model_index.json, replacing an earlier one.
+
+    Raises ModelError if one of the files may not be in a bundle.
+    """
+    _refuse_pickles(folder)
+    fields = {
+        "schema": "mos-bundle/1",
+        "name": name,
+        "description": description,
+        "license": license,
+        "understanding": understanding,
+        "canvas": canvas,
+        "defaults": defaults,
+        "files": {file: sha256_of(folder / file) for file in _files_of(folder)},
+    }
+    try:
+        index = BundleIndex.model_validate(fields)
+    except ValidationError as error:
+        raise ModelError(f"{folder}: {first_problem(error)}") from None
+    atomic_write(folder / INDEX, (index.model_dump_json(indent=2) + "\n").encode(), overwrite=True)
+    return Bundle(folder, index)
+
+
+def load_tower_spec(name_or_path: str) -> TowerSpec:
+    """Reads a tower's description by name from `models/towers/`, or from a .json file; raises ModelError."""
+    if name_or_path.endswith(".json"):
+        return read_json(TowerSpec, Path(name_or_path).expanduser())
+    specs = {spec.name: spec for spec in list_tower_specs()}
+    if name_or_path not in specs:
+        raise unknown_name("understanding tower", name_or_path, specs)
+    return specs[name_or_path]
+
+
+def list_tower_specs() -> list[TowerSpec]:
+    """The understanding towers described in `models/towers/`, sorted by name."""
+    specs = [read_json(TowerSpec, path) for path in (models_folder() / "towers").glob("*.json")]
+    return sorted(specs, key=lambda spec: spec.name)
+
+
+def find_model(ref: str) -> Bundle | TowerSpec:
+    """Finds an understanding tower by name, or else a bundle as `find_bundle` does; raises ModelError."""
+    towers = {spec.name: spec for spec in list_tower_specs()}
+    if ref in towers:
+        return towers[ref]
+    if "/" in ref or Path(ref).is_dir() or ref in (bundles := bundle_folders()):
+        return find_bundle(ref)
+    raise unknown_name("model", ref, [*bundles, *towers])
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> ModelError:
+    """The error for an unknown name: the nearest known one, and all of them."""
+    import difflib
+
+    known = sorted(known)
+    nearest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    guess = f", did you mean {nearest[0]}?" if nearest else ""
+    return ModelError(f"there is no {what} named {name!r}{guess} (there is: {', '.join(known) or 'none'})")
+
+
+def _files_of(folder: Path) -> list[str]:
+    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in files if name != INDEX)
+
+
+def _refuse_pickles(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.suffix.lower() in _PICKLES:
+            raise ModelError(f"{path} is a pickle, which can run code when read: mos loads safetensors only")
+
+
+def _from_hub(repo_id: str) -> Path:
+    try:
+        return hub_snapshot(repo_id, None, [f"*{suffix}" for suffix in BUNDLE_SUFFIXES])
+    except ModelError as error:
+        raise ModelError(f"there is no folder {repo_id}, and from the hub: {error}") from None

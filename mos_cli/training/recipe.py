@@ -1,0 +1,95 @@
+"""A training recipe: everything that decides what a run learns, read from one TOML file."""
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mos_cli.errors import InputError, UsageError
+from mos_cli.runtime.folders import presets_folder
+from mos_cli.runtime.specs import Canvas, Defaults, first_problem
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BundleTable(_Table):
+    """What the exported bundle says of itself."""
+
+    name: str
+    description: str
+    license: str
+    canvas: Canvas
+    defaults: Defaults
+
+
+class DataTable(_Table):
+    """Which pictures are learned and how scenes are made of them."""
+
+    styles: tuple[str, ...] = Field(min_length=1)
+    pairs: float = Field(ge=0, le=1)
+    words: dict[str, tuple[str, ...]]
+    """Names in the art file to the names captions use."""
+
+
+class TrainTable(_Table):
+    """The optimisation. Steps after `1 - decay` of the run lower the learning rates linearly to 0."""
+
+    seed: int
+    steps: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    context_tokens: int = Field(ge=2)
+    """Captions are padded to this length; the padding is masked."""
+    drop_caption: float = Field(ge=0, lt=1)
+    epsilon: float = Field(ge=0, lt=1)
+    time_mean: float
+    time_std: float = Field(gt=0)
+    muon_lr: float = Field(gt=0)
+    adamw_lr: float = Field(gt=0)
+    warmup: int = Field(ge=0)
+    decay: float = Field(gt=0, le=1)
+    clip: float = Field(gt=0)
+    ema: float = Field(gt=0, lt=1)
+    precision: Literal["bf16", "fp32"]
+    compile: bool
+    save_every: int = Field(ge=1)
+    sample_every: int = Field(ge=1)
+    sample_prompts: tuple[str, ...]
+
+
+class TrainRecipe(_Table):
+    """A whole recipe: bundle, data, network (arguments of GenerationTower) and optimisation."""
+
+    understanding: str
+    bundle: BundleTable
+    data: DataTable
+    generation: dict[str, Any]
+    train: TrainTable
+
+
+def load_recipe(name_or_path: str, overrides: dict[str, Any] | None = None) -> TrainRecipe:
+    """Reads a recipe by path, or by name from the presets (`train-NAME.toml`).
+
+    Args:
+        overrides: values for the [train] table that replace the file's.
+
+    Raises:
+        InputError: there is no such recipe, or it is not TOML.
+        UsageError: a value is missing, unknown or out of range.
+    """
+    path = Path(name_or_path)
+    if not path.is_file():
+        path = presets_folder() / f"{name_or_path}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in presets_folder().glob("train-*.toml")))
+        raise InputError(f"no recipe '{name_or_path}': give a TOML file or one of {known}")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid TOML: {error}") from None
+    try:
+        return TrainRecipe.model_validate({**table, "train": {**table.get("train", {}), **(overrides or {})}})
+    except ValidationError as error:
+        raise UsageError(f"{path}: {first_problem(error)}") from None
