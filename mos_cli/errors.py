@@ -31,4 +31,5 @@ class DeviceError(MosError):
     exit_code = 6
 
 
+PARTLY_FAILED = 7
 INTERRUPTED = 130

@@ -100,7 +100,7 @@ def hub_snapshot(repo_id: str, revision: str | None, patterns: Sequence[str]) ->
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    # The client passes on the errors of several transports, which share no base class: hence `Exception` below.
+    # The client passes on the errors of several transports, which share no base class: hence `Exception`.
     unreachable = None
     try:
         # Asked first because it fails at once without a network; the download would retry for half a minute.

@@ -1,0 +1,244 @@
+"""`mos doctor`: what is installed, what this machine has, and what works; it looks only and downloads nothing."""
+
+import os
+import platform
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import typer
+
+from mos_cli import __version__
+from mos_cli.cli import console
+from mos_cli.cli.models import size_text
+
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "huggingface-hub",
+    "numpy",
+    "pillow",
+    "bitsandbytes",
+    "xformers",
+    "gguf",
+    "resvg-py",
+)
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Show versions, devices, caches and models, and what works here and what does not."""
+    torch, torch_error = _import_torch()
+    gpus = _gpus(torch) if torch else []
+    cpu, models = _cpu(torch), _models()
+    report = {
+        "versions": _versions(),
+        "cpu": cpu,
+        "gpus": gpus,
+        "caches": _caches(),
+        "models": models,
+        "checks": [
+            _check_torch(torch, torch_error),
+            *_check_models(models),
+            _check_gpu(torch, gpus),
+            _check_bf16(cpu, gpus),
+            _check_xformers(torch, gpus),
+            _check_package("wheel sources", "pip", "python -m ensurepip"),
+            _check_package("gguf towers", "gguf", "pip install 'mos-cli[gguf]'"),
+            _check_package("training data", "resvg_py", "pip install 'mos-cli[train]'"),
+            *_check_folders(),
+        ],
+    }
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(report, ensure_ascii=False))
+    else:
+        _print(report)
+
+
+def _import_torch() -> tuple[ModuleType | None, str]:
+    try:
+        import torch
+    # A broken installation can raise anything here, and saying so is what this command is for.
+    except Exception as error:
+        return None, str(error).splitlines()[0]
+    return torch, ""
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"mos": __version__, "python": platform.python_version()}
+    versions["system"] = platform.platform()
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _cpu(torch: ModuleType | None) -> dict[str, Any]:
+    import psutil
+
+    name, bf16 = platform.processor() or platform.machine(), None
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line.partition(":") for line in cpuinfo.read_text().splitlines()]
+        facts = {key.strip().lower(): value.strip() for key, _, value in lines}
+        name = facts.get("model name", name)
+        flags = set(facts.get("flags", facts.get("features", "")).split())
+        bf16 = sorted(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    return {
+        "name": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads() if torch else None,
+        "memory": psutil.virtual_memory().total,
+        "bf16": bf16,
+    }
+
+
+def _gpus(torch: Any) -> list[dict[str, Any]]:
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        capability = [facts.major, facts.minor]
+        gpus.append({"name": facts.name, "memory": total, "free": free, "capability": capability})
+    return gpus
+
+
+def _caches() -> list[dict[str, Any]]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from mos_cli.runtime.files import folder_size
+    from mos_cli.runtime.folders import cache_folder
+
+    folders = {"mos": cache_folder(), "hub": Path(HF_HUB_CACHE)}
+    return [{"name": name, "folder": str(path), "size": folder_size(path)} for name, path in folders.items()]
+
+
+def _models() -> list[dict[str, Any]]:
+    from mos_cli.errors import ModelError
+    from mos_cli.runtime.bundles import bundle_folders, find_bundle
+    from mos_cli.runtime.sources import tower_folder
+
+    models = []
+    for name, folder in bundle_folders().items():
+        row: dict[str, Any] = {"name": name, "folder": str(folder)}
+        try:
+            tower = find_bundle(name).index.understanding
+        except ModelError as error:
+            models.append(row | {"tower": None, "pulled": False, "download": None, "problem": str(error)})
+            continue
+        pulled = tower_folder(tower).is_dir()
+        models.append(row | {"tower": tower.name, "pulled": pulled, "download": tower.size, "problem": None})
+    return models
+
+
+def _check(what: str, ok: bool, detail: str, hint: str = "") -> dict[str, Any]:
+    return {"what": what, "ok": ok, "detail": detail, "hint": "" if ok else hint}
+
+
+def _check_torch(torch: ModuleType | None, error: str) -> dict[str, Any]:
+    return _check("PyTorch", torch is not None, error or "can be imported", "reinstall it: pip install torch")
+
+
+def _check_models(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if not models:
+        return [_check("models", False, "none found", "give a folder, or name their folder in MOS_MODELS")]
+    checks = []
+    for model in models:
+        what = f"model {model['name']}"
+        if model["problem"]:
+            checks.append(_check(what, False, model["problem"], "restore it or remove the folder"))
+        elif model["pulled"]:
+            checks.append(_check(what, True, f"ready; {model['tower']} is in the cache"))
+        else:
+            detail = f"{model['tower']} ({size_text(model['download'])}) is fetched at the first run"
+            checks.append(_check(what, False, detail, f"to fetch it now: mos models pull {model['name']}"))
+    return checks
+
+
+def _check_gpu(torch: Any, gpus: list[dict[str, Any]]) -> dict[str, Any]:
+    import shutil
+
+    if gpus:
+        return _check("GPU", True, ", ".join(gpu["name"] for gpu in gpus))
+    if torch and torch.version.cuda is None and shutil.which("nvidia-smi"):
+        hint = "install a CUDA build of PyTorch to use it"
+        return _check("GPU", False, "there is an NVIDIA driver, but PyTorch is a build for CPUs", hint)
+    return _check("GPU", False, "no CUDA device; the CPU is used", "a small model does not need one")
+
+
+def _check_bf16(cpu: dict[str, Any], gpus: list[dict[str, Any]]) -> dict[str, Any]:
+    capable = [gpu["name"] for gpu in gpus if gpu["capability"] >= [8, 0]]
+    if capable or cpu["bf16"]:
+        return _check(
+            "bf16", True, "fast on " + ", ".join(capable or [f"the CPU ({', '.join(cpu['bf16'])})"])
+        )
+    known = "this CPU has no bf16 instructions" if cpu["bf16"] is not None else "unknown for this CPU"
+    return _check("bf16", False, known, "fp32 is used")
+
+
+def _check_xformers(torch: Any, gpus: list[dict[str, Any]]) -> dict[str, Any]:
+    what, instead = "xformers", "PyTorch's own attention is used"
+    if find_spec("xformers") is None:
+        return _check(what, False, "not installed", instead)
+    if not gpus:
+        return _check(what, False, "installed, but it works on GPUs only", instead)
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        query = torch.ones(1, 64, 2, 64, device="cuda", dtype=torch.float16)
+        memory_efficient_attention(query, query, query)
+    # It fails in many ways, from a wrong CUDA version to a card without an operator; each is the answer.
+    except Exception as error:
+        return _check(what, False, f"fails on this GPU: {str(error).splitlines()[0]}", instead)
+    return _check(what, True, f"works on {gpus[0]['name']}")
+
+
+def _check_package(what: str, module: str, remedy: str) -> dict[str, Any]:
+    found = find_spec(module) is not None
+    return _check(what, found, f"{module} is {'' if found else 'not '}installed", f"to add it: {remedy}")
+
+
+def _check_folders() -> list[dict[str, Any]]:
+    from mos_cli.runtime.folders import cache_folder
+
+    checks = []
+    for what, folder in (("cache folder", cache_folder()), ("current folder", Path.cwd())):
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        writable = nearest.is_dir() and os.access(nearest, os.W_OK)
+        detail = f"{folder} {'can' if writable else 'cannot'} be written"
+        remedy = (
+            "set MOS_CACHE to another folder"
+            if what == "cache folder"
+            else "use --output with another folder"
+        )
+        checks.append(_check(what, writable, detail, remedy))
+    return checks
+
+
+def _print(report: dict[str, Any]) -> None:
+    def line(heading: str, text: str) -> None:
+        console.out.print(f"{heading:<16} {text}", markup=False, soft_wrap=True)
+
+    for package, version in report["versions"].items():
+        line(package, version or "not installed")
+    cpu = report["cpu"]
+    threads = f", {cpu['threads']} threads" if cpu["threads"] else ""
+    line("CPU", f"{cpu['name']}, {cpu['cores']} cores{threads}, {size_text(cpu['memory'])} of memory")
+    for gpu in report["gpus"]:
+        free = f"{size_text(gpu['free'])} of {size_text(gpu['memory'])} free"
+        line("GPU", f"{gpu['name']}, compute {'.'.join(map(str, gpu['capability']))}, {free}")
+    for cache in report["caches"]:
+        line(f"{cache['name']} cache", f"{cache['folder']}, {size_text(cache['size'])}")
+    console.out.print()
+    for check in report["checks"]:
+        mark = "[green]ok[/]" if check["ok"] else "[yellow]no[/]"
+        console.out.print(mark, end=" ")
+        line(check["what"], check["detail"] + (f" ({check['hint']})" if check["hint"] else ""))

@@ -1,0 +1,184 @@
+"""Draws a list of recipes and writes the files: what `generate` and `replay` share."""
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mos_cli.cli import console
+from mos_cli.errors import PARTLY_FAILED, MosError
+
+if TYPE_CHECKING:
+    from mos_cli.pipeline import Drawing, MoSPipeline
+    from mos_cli.runtime.bundles import Bundle
+    from mos_cli.runtime.recipe import Recipe
+    from mos_cli.sampling.sampler import Step
+
+
+@dataclass(frozen=True)
+class Job:
+    """A picture to draw and where it goes."""
+
+    recipe: "Recipe"
+    path: Path
+
+
+@dataclass
+class Report:
+    """What the user is told while pictures are drawn: lines, JSON events or nothing, and times on request."""
+
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Adds the time the block takes to a stage."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def event(self, kind: str, line: str | None = None, **values: Any) -> None:
+        """One thing that happened: a JSON line, or a line for people if there is one."""
+        if self.json:
+            typer.echo(json.dumps({"event": kind, **values}))
+        elif line is not None and not self.quiet:
+            console.out.print(line, soft_wrap=True, markup=False)
+
+    def times(self) -> None:
+        """Prints how long each stage took, if asked to."""
+        if self.verbose and not self.json:
+            for name, seconds in self.seconds.items():
+                console.err.print(f"  {name:<10}{seconds:6.2f} s")
+
+    def progress(self) -> Progress:
+        """A progress bar on stderr, gone when it is done."""
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+            TimeRemainingColumn(),
+            console=console.err,
+            transient=True,
+            disable=self.quiet or self.json,
+        )
+
+
+def load_pipeline(bundle: "Bundle", *, device: str, precision: str, report: Report) -> "MoSPipeline":
+    """Imports the libraries and loads a bundle; an understanding tower that is not here yet is fetched."""
+    with report.stage("libraries"):
+        from mos_cli.runtime.quiet import quieten
+
+        quieten()
+        from mos_cli.pipeline import MoSPipeline
+        from mos_cli.runtime.devices import choose_device
+
+    with report.stage("weights"), report.progress() as bars:
+        task = None
+
+        def fetching(what: str, done: int, total: int) -> None:
+            nonlocal task
+            if task is None:
+                task = bars.add_task(what, unit="MB")
+            bars.update(task, description=what, completed=done // 10**6, total=total // 10**6 or None)
+
+        return MoSPipeline(bundle, device=choose_device(device), precision=precision, progress=fetching)
+
+
+def draw_jobs(pipeline: "MoSPipeline", jobs: list[Job], *, trace: str, overwrite: bool, report: Report) -> None:
+    """Draws and writes every job; one that fails does not stop the others.
+
+    The first Ctrl-C ends after the step at hand, the second at once; pictures written stay.
+
+    Raises:
+        MosError: the only job failed.
+        typer.Exit: some of several jobs failed (exit code 7).
+    """
+    failed = 0
+    with report.progress() as bars, _gentle_interrupt() as check_interrupt:
+        for number, job in enumerate(jobs, start=1):
+            name = f"picture {number} of {len(jobs)}" if len(jobs) > 1 else "drawing"
+            task = bars.add_task(name, total=job.recipe.steps, unit="steps")
+
+            def observe(step: "Step", task: Any = task, number: int = number) -> None:
+                bars.update(task, completed=step.index + 1)
+                if report.json:
+                    report.event("step", picture=number, step=step.index + 1, steps=step.total, t=round(step.t, 4))
+                check_interrupt()
+
+            try:
+                with report.stage("sampling"):
+                    drawing = pipeline.draw(job.recipe, [observe])
+                with report.stage("writing"):
+                    files = write_drawing(drawing, job.path, trace=trace, overwrite=overwrite)
+            except MosError as error:
+                if len(jobs) == 1:
+                    raise
+                failed += 1
+                console.print_error(f"{job.recipe.prompt!r}: {error}")
+                report.event("failed", picture=number, prompt=job.recipe.prompt, error=str(error))
+                continue
+            finally:
+                bars.remove_task(task)
+            seed = job.recipe.seed
+            report.event("picture", f"{files[0]}  (seed {seed})", seed=seed, files=[str(file) for file in files])
+            for file in files[1:]:
+                if not report.json:
+                    report.event("file", f"{file}")
+    report.times()
+    if failed:
+        console.print_error(f"{failed} of {len(jobs)} pictures failed")
+        raise typer.Exit(PARTLY_FAILED)
+
+
+def write_drawing(drawing: "Drawing", path: Path, *, trace: str, overwrite: bool) -> list[Path]:
+    """Writes the picture and, as far as `trace` says, its trace; all of them or none."""
+    from mos_cli.routing.trace import save_trace
+    from mos_cli.runtime.outputs import write_picture
+
+    files: list[Path] = []
+    if trace != "off":
+        routes = drawing.routes if trace == "topk" else None
+        files = save_trace(drawing.trace, routes, path.with_suffix(".json"), overwrite=overwrite)
+    try:
+        write_picture(drawing.image, drawing.record, path, overwrite=overwrite)
+    except BaseException:
+        for file in files:
+            file.unlink(missing_ok=True)
+        raise
+    return [path, *files]
+
+
+@contextmanager
+def _gentle_interrupt() -> Iterator[Any]:
+    """Turns the first Ctrl-C into a wish that the yielded function grants between two steps."""
+    wished = False
+    before = signal.getsignal(signal.SIGINT)
+
+    def wish(_number: int, _frame: FrameType | None) -> None:
+        nonlocal wished
+        wished = True
+        console.err.print("finishing this step; Ctrl-C again to stop at once")
+        signal.signal(signal.SIGINT, before)
+
+    def check() -> None:
+        if wished:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, wish)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)

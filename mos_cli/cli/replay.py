@@ -1,0 +1,94 @@
+"""`mos replay`: the same picture again, from the PNG alone."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mos_cli.cli.drawing import Job, Report, draw_jobs, load_pipeline
+from mos_cli.cli.options import Device, Json, Output, Overwrite, Quiet, Trace, Verbose
+from mos_cli.errors import ModelError, UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CLOSE_PSNR = 40.0
+"""Decibels above which two pictures look the same; bf16 against fp32 lies beyond it, another seed far below."""
+
+
+def replay(
+    picture: Annotated[Path, typer.Argument(help="A PNG made by mos.")],
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: seed=7, cfg=4, ...")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Write nothing; say whether the picture comes out exact, close or different.")
+    ] = False,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    trace: Trace = None,
+    device: Device = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Make a picture again from the recipe inside it, or a variation of it.
+
+    With --verify the exit code is 0 for exact and close, 1 for different.
+    """
+    from mos_cli.runtime.bundles import find_bundle
+    from mos_cli.runtime.outputs import naming, read_picture
+    from mos_cli.runtime.recipe import make_recipe
+    from mos_cli.runtime.settings import make_settings, parse_size, resolve
+
+    if verify and (changes or output or overwrite or trace):
+        raise UsageError("--verify draws what the picture holds and writes nothing: drop the other options")
+    image, record = read_picture(picture)
+    recipe = make_recipe(**{**record.recipe.model_dump(), **_changes(changes or [])})
+    settings = resolve(make_settings(output=output, trace=trace, device=device), None)
+    bundle = find_bundle(recipe.model)
+    if bundle.hash != record.made.bundle_hash and recipe.model == record.recipe.model:
+        raise ModelError(
+            f"{picture} was made by another version of {recipe.model} ({record.made.bundle_hash[:10]}, here "
+            f"{bundle.hash[:10]}); to draw it with this one all the same, add --set model={bundle.folder}"
+        )
+    parse_size(f"{recipe.width}x{recipe.height}", bundle.index.canvas)
+    report = Report(json=json, quiet=quiet, verbose=verbose)
+    path = None if verify else naming(settings.output, overwrite=overwrite).path(recipe, set())
+    pipeline = load_pipeline(bundle, device=settings.device, precision=recipe.precision, report=report)
+    if path is not None:
+        draw_jobs(pipeline, [Job(recipe, path)], trace=settings.trace, overwrite=overwrite, report=report)
+        return
+    psnr = _psnr(image, pipeline.draw(recipe).image)
+    if psnr == float("inf"):
+        report.event("verified", "exact", verdict="exact")
+    else:
+        verdict = "close" if psnr >= CLOSE_PSNR else "different"
+        report.event("verified", f"{verdict} (PSNR {psnr:.1f} dB)", verdict=verdict, psnr=round(psnr, 2))
+        if verdict == "different":
+            raise typer.Exit(1)
+
+
+def _changes(assignments: list[str]) -> dict[str, str]:
+    """Reads KEY=VALUE pairs.
+
+    Raises:
+        UsageError: a pair has no key or no equals sign.
+    """
+    pairs = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not key or not equals:
+            raise UsageError(f"--set {assignment}: write KEY=VALUE, for example --set seed=7")
+        pairs[key.strip()] = value.strip()
+    return pairs
+
+
+def _psnr(first: "Image", second: "Image") -> float:
+    """Peak signal-to-noise ratio of two 8-bit pictures in dB; infinite for equal ones, 0 where the sizes differ."""
+    import numpy as np
+
+    if first.size != second.size:
+        return 0.0
+    error = np.square(np.asarray(first, np.float64) - np.asarray(second, np.float64)).mean()
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))

@@ -1,0 +1,171 @@
+"""The routing trace: which layers every token read, at every step, in every block; saved beside the picture.
+
+Shapes: S steps, J generation blocks, T context tokens, K kept layers, M understanding layers.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mos_cli.errors import InputError
+from mos_cli.routing.analysis import summarise
+from mos_cli.runtime.files import atomic_write
+from mos_cli.runtime.recipe import Provenance, Recipe
+from mos_cli.runtime.specs import first_problem
+
+SCHEMA = "mos-trace/1"
+ARRAYS_SUFFIX = ".routing.safetensors"
+
+
+@dataclass(frozen=True)
+class Routes:
+    """The decisions of one guidance branch: layers kept (best first) and their mixing weights, both [S, J, T, K].
+
+    S counts the steps at which the branch was computed, which an interval for guidance makes fewer.
+    """
+
+    ids_SJTK: np.ndarray
+    weights_SJTK: np.ndarray
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TraceToken(_Frozen):
+    """A context token and the characters of the branch's prompt that it stands for; special tokens have none."""
+
+    text: str
+    start: int = Field(ge=0)
+    end: int = Field(ge=0)
+
+
+class BranchSummary(_Frozen):
+    """A branch in small.
+
+    mean_layer_ST: the layer each token reads on average over blocks, weighted, per step.
+    layer_use_JM: per block, the share of the mixing weight that each layer got, over steps and tokens.
+    entropy_S: per step, how evenly the layers share the weight, over blocks and tokens; 0 = one layer, 1 = all alike.
+    """
+
+    mean_layer_ST: tuple[tuple[float, ...], ...]
+    layer_use_JM: tuple[tuple[float, ...], ...]
+    entropy_S: tuple[float, ...]
+
+
+class TraceBranch(_Frozen):
+    """One guidance branch: its prompt, its tokens, and the numbers of the steps at which it was computed."""
+
+    prompt: str
+    tokens: tuple[TraceToken, ...]
+    steps: tuple[int, ...]
+    summary: BranchSummary
+
+
+class TraceArrays(_Frozen):
+    """The file beside the trace that holds every decision."""
+
+    file: str = Field(pattern=r"^[^/\\]+$")
+    sha256: str
+
+
+class Trace(_Frozen):
+    """The readable head of a trace. `arrays` is missing where only the summary was asked for."""
+
+    schema_id: Literal["mos-trace/1"] = Field(SCHEMA, alias="schema")
+    recipe: Recipe
+    made: Provenance
+    layers: tuple[str, ...]
+    blocks: int
+    top_k: int
+    times: tuple[float, ...]
+    branches: dict[str, TraceBranch]
+    arrays: TraceArrays | None = None
+
+
+def make_branch(
+    prompt: str, tokens: Sequence[TraceToken], steps: Sequence[int], routes: Routes, layers: int
+) -> TraceBranch:
+    """Describes one branch and sums it up."""
+    summary = BranchSummary(**summarise(routes.ids_SJTK, routes.weights_SJTK, layers))
+    return TraceBranch(prompt=prompt, tokens=tuple(tokens), steps=tuple(steps), summary=summary)
+
+
+def save_trace(
+    trace: Trace, routes: Mapping[str, Routes] | None, path: Path, *, overwrite: bool = False
+) -> list[Path]:
+    """Writes `path` (.json) and, if `routes` are given, the arrays beside it; returns the files written."""
+    from safetensors.numpy import save
+
+    files = [path]
+    if routes is not None:
+        tensors = {}
+        for name, branch in routes.items():
+            tensors[f"{name}.ids"] = np.ascontiguousarray(branch.ids_SJTK, dtype=np.uint8)
+            tensors[f"{name}.weights"] = np.ascontiguousarray(branch.weights_SJTK, dtype=np.float16)
+        data = save(tensors, metadata={"schema": SCHEMA})
+        arrays_path = path.with_suffix(ARRAYS_SUFFIX)
+        arrays = TraceArrays(file=arrays_path.name, sha256=hashlib.sha256(data).hexdigest())
+        trace = trace.model_copy(update={"arrays": arrays})
+        atomic_write(arrays_path, data, overwrite)
+        files.append(arrays_path)
+    atomic_write(path, (trace.model_dump_json(by_alias=True, indent=1) + "\n").encode(), overwrite)
+    return files
+
+
+def load_trace(path: Path) -> Trace:
+    """Reads the head of a trace, given its .json or the picture beside it.
+
+    Raises:
+        InputError: there is no such trace, or it is damaged or of another version.
+    """
+    path = path.with_suffix(".json")
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read the trace {path}: {error.strerror}") from None
+    except ValueError:
+        raise InputError(f"{path} is not JSON: the trace is damaged or something else") from None
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        raise InputError(f"{path} is not a trace this version reads (schema {schema!r}, expected {SCHEMA!r})")
+    try:
+        return Trace.model_validate(data)
+    except ValidationError as error:
+        raise InputError(f"{path} is damaged: {first_problem(error)}") from None
+
+
+def load_routes(trace: Trace, path: Path) -> dict[str, Routes]:
+    """Reads every decision of a trace loaded from `path`, checked against hash and shape.
+
+    Raises:
+        InputError: the trace holds a summary only, or the arrays are missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    if trace.arrays is None:
+        raise InputError(f"{path} holds a summary only: draw with --trace topk to record every decision")
+    arrays_path = path.with_name(trace.arrays.file)
+    try:
+        data = arrays_path.read_bytes()
+        tensors = load(data)
+        routes = {name: Routes(tensors[f"{name}.ids"], tensors[f"{name}.weights"]) for name in trace.branches}
+    except OSError as error:
+        raise InputError(f"cannot read {arrays_path}: {error.strerror}") from None
+    except (SafetensorError, KeyError):
+        raise InputError(f"{arrays_path} is damaged") from None
+    expected = {
+        name: (len(branch.steps), trace.blocks, len(branch.tokens), trace.top_k)
+        for name, branch in trace.branches.items()
+    }
+    shapes = {name: branch.ids_SJTK.shape for name, branch in routes.items()}
+    if hashlib.sha256(data).hexdigest() != trace.arrays.sha256 or shapes != expected:
+        raise InputError(f"{arrays_path} does not belong to {path.name}")
+    return routes

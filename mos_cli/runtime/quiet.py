@@ -1,0 +1,18 @@
+"""Keeps the libraries' chatter away from people who asked for a picture; errors still come through."""
+
+import logging
+import os
+import warnings
+
+
+def quieten() -> None:
+    """Call before the first heavy import: some libraries warn while they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for name in ("xformers", "bitsandbytes", "torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # bf16 networks with fp32 norms (training under autocast) take the slower of two equal paths.
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,158 @@
+"""Where the settings of a run come from: flag or environment, then preset, then config file, then the bundle."""
+
+import os
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mos_cli.errors import InputError, UsageError
+from mos_cli.runtime.folders import presets_folder
+from mos_cli.runtime.specs import Canvas, first_problem
+
+TraceLevel = Literal["off", "summary", "topk"]
+
+
+class Settings(BaseModel):
+    """What a preset or a config file may set; None leaves it to the next in line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str | None = None
+    steps: int | None = Field(None, ge=1)
+    cfg: float | None = Field(None, ge=0)
+    cfg_interval: tuple[float, float] | None = None
+    negative: str | None = None
+    size: str | None = None
+    precision: Literal["auto", "bf16", "fp32"] | None = None
+    device: str | None = None
+    trace: TraceLevel | None = None
+    output: str | None = None
+
+    def over(self, other: "Settings") -> "Settings":
+        """These settings, with the gaps filled from `other`."""
+        return Settings(**{**other.model_dump(), **self.model_dump(exclude_none=True)})
+
+
+class RunSettings(Settings):
+    """Settings of a run: only what the bundle itself decides may still be open."""
+
+    model: str = "emoji-nano"
+    negative: str = ""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    device: str = "auto"
+    trace: TraceLevel = "topk"
+    output: str = "outputs/{date}/{number}_{prompt}_s{seed}.png"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named way to draw."""
+
+    name: str
+    description: str
+    settings: Settings
+
+
+class _PresetFile(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    description: str = ""
+    generate: Settings
+
+
+def config_path() -> Path:
+    """The user's config file: $MOS_CONFIG, or config.toml in the user's config folder."""
+    from platformdirs import user_config_path
+
+    return Path(os.environ.get("MOS_CONFIG") or user_config_path("mos") / "config.toml")
+
+
+def list_presets() -> list[Preset]:
+    """The presets to draw with; recipes to train (train-*.toml) lie beside them and are not among these."""
+    files = sorted(presets_folder().glob("*.toml"))
+    return [load_preset(file.stem) for file in files if not file.stem.startswith("train-")]
+
+
+def load_preset(name: str) -> Preset:
+    """Loads a preset by name.
+
+    Raises:
+        UsageError: there is no preset of that name, or it is wrong.
+    """
+    path = presets_folder() / f"{name}.toml"
+    known = [file.stem for file in sorted(presets_folder().glob("*.toml")) if not file.stem.startswith("train-")]
+    if name not in known:
+        raise UsageError(f"no preset '{name}': choose one of {', '.join(known)}")
+    file = _read(path)
+    return Preset(name, file.description, file.generate)
+
+
+def make_settings(**values: Any) -> Settings:
+    """Builds settings from flags; an interval may be text, "0.1,0.9".
+
+    Raises:
+        UsageError: a value is out of range or of the wrong kind.
+    """
+    if isinstance(values.get("cfg_interval"), str):
+        values["cfg_interval"] = values["cfg_interval"].split(",")
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(first_problem(error)) from None
+
+
+def resolve(flags: Settings, preset: str | None) -> RunSettings:
+    """Flags over the preset over the config file; what is left open is the bundle's to say.
+
+    Raises:
+        UsageError, InputError: a preset or the config file is missing or wrong.
+    """
+    settings = flags
+    if preset is not None:
+        settings = settings.over(load_preset(preset).settings)
+    if config_path().is_file():
+        settings = settings.over(_read(config_path()).generate)
+    return RunSettings(**settings.model_dump(exclude_none=True))
+
+
+def parse_size(text: str | None, canvas: Canvas) -> tuple[int, int]:
+    """Width and height in pixels from "96", "96x64" or "3:2" (the native area in that shape).
+
+    Raises:
+        UsageError: the text makes no size, or none that the model can draw.
+    """
+    if text is None:
+        return canvas.native
+    if match := re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text):
+        width, height = int(match[1]), int(match[2] or match[1])
+    elif match := re.fullmatch(r"(\d{1,4}):(\d{1,4})", text):
+        across, down = int(match[1]), int(match[2])
+        if not across or not down:
+            raise UsageError(f"size '{text}' is empty")
+        side = (canvas.native[0] * canvas.native[1] / (across * down)) ** 0.5
+        width, height = (max(1, round(part * side / canvas.multiple)) * canvas.multiple for part in (across, down))
+    else:
+        raise UsageError(f"size '{text}' is not understood: write 64, 96x64 or 3:2")
+    if not all(canvas.min <= side <= canvas.max and side % canvas.multiple == 0 for side in (width, height)):
+        raise UsageError(
+            f"size {width}x{height} cannot be drawn by this model: both sides must be multiples of "
+            f"{canvas.multiple} from {canvas.min} to {canvas.max} (it was trained at {_text(canvas.native)})"
+        )
+    return width, height
+
+
+def _text(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _read(path: Path) -> _PresetFile:
+    try:
+        return _PresetFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid TOML: {error}") from None
+    except ValidationError as error:
+        raise UsageError(f"{path}: {first_problem(error)}") from None
