@@ -8,6 +8,14 @@ from typer.core import TyperGroup
 
 from mos_cli import __version__
 from mos_cli.cli import console
+from mos_cli.cli.data import data_app
+from mos_cli.cli.doctor import doctor
+from mos_cli.cli.generate import generate
+#from mos_cli.cli.inspect_routing import inspect_routing
+from mos_cli.cli.models import models_app
+from mos_cli.cli.presets import presets_app
+from mos_cli.cli.replay import replay
+from mos_cli.cli.train import train
 from mos_cli.errors import INTERRUPTED, MosError
 
 
@@ -47,6 +55,16 @@ def mos(
     ] = False,
 ) -> None:
     """Draw pictures from words, on your own machine, and see which layer of the language model painted each word."""
+
+
+app.command()(generate)
+#app.command("inspect-routing")(inspect_routing)
+app.command()(replay)
+app.add_typer(models_app)
+app.add_typer(presets_app)
+app.command()(doctor)
+app.add_typer(data_app, name="data")
+app.command()(train)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`mos doctor`: what is installed, what this machine has, and what works; it looks only and downloads nothing."""
+"""`mos doctor`: what is installed, what this machine has, and what works; it downloads nothing."""
 
 import os
 import platform
@@ -41,11 +41,13 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
         "gpus": gpus,
         "caches": _caches(),
         "models": models,
+        "towers": _towers(),
         "checks": [
             _check_torch(torch, torch_error),
             *_check_models(models),
             _check_gpu(torch, gpus),
             _check_bf16(cpu, gpus),
+            _check("sdpa", torch is not None, "attention of PyTorch, on every device"),
             _check_xformers(torch, gpus),
             _check_package("wheel sources", "pip", "python -m ensurepip"),
             _check_package("gguf towers", "gguf", "pip install 'mos-cli[gguf]'"),
@@ -139,6 +141,13 @@ def _models() -> list[dict[str, Any]]:
     return models
 
 
+def _towers() -> list[dict[str, Any]]:
+    from mos_cli.runtime.bundles import list_tower_specs
+    from mos_cli.runtime.sources import tower_folder
+
+    return [{"name": spec.name, "pulled": tower_folder(spec).is_dir()} for spec in list_tower_specs()]
+
+
 def _check(what: str, ok: bool, detail: str, hint: str = "") -> dict[str, Any]:
     return {"what": what, "ok": ok, "detail": detail, "hint": "" if ok else hint}
 
@@ -185,7 +194,7 @@ def _check_bf16(cpu: dict[str, Any], gpus: list[dict[str, Any]]) -> dict[str, An
 
 
 def _check_xformers(torch: Any, gpus: list[dict[str, Any]]) -> dict[str, Any]:
-    what, instead = "xformers", "PyTorch's own attention is used"
+    what, instead = "xformers", "sdpa is used"
     if find_spec("xformers") is None:
         return _check(what, False, "not installed", instead)
     if not gpus:
@@ -237,6 +246,8 @@ def _print(report: dict[str, Any]) -> None:
         line("GPU", f"{gpu['name']}, compute {'.'.join(map(str, gpu['capability']))}, {free}")
     for cache in report["caches"]:
         line(f"{cache['name']} cache", f"{cache['folder']}, {size_text(cache['size'])}")
+    for tower in report["towers"]:
+        line("tower", f"{tower['name']}, {'in the cache' if tower['pulled'] else 'not pulled'}")
     console.out.print()
     for check in report["checks"]:
         mark = "[green]ok[/]" if check["ok"] else "[yellow]no[/]"

@@ -1,19 +1,18 @@
 """Draws a list of recipes and writes the files: what `generate` and `replay` share."""
 
 import json
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mos_cli.cli import console
+from mos_cli.cli.interrupt import gentle_interrupt
 from mos_cli.errors import PARTLY_FAILED, MosError
 
 if TYPE_CHECKING:
@@ -107,7 +106,7 @@ def draw_jobs(pipeline: "MoSPipeline", jobs: list[Job], *, trace: str, overwrite
         typer.Exit: some of several jobs failed (exit code 7).
     """
     failed = 0
-    with report.progress() as bars, _gentle_interrupt() as check_interrupt:
+    with report.progress() as bars, gentle_interrupt() as check_interrupt:
         for number, job in enumerate(jobs, start=1):
             name = f"picture {number} of {len(jobs)}" if len(jobs) > 1 else "drawing"
             task = bars.add_task(name, total=job.recipe.steps, unit="steps")
@@ -159,26 +158,3 @@ def write_drawing(drawing: "Drawing", path: Path, *, trace: str, overwrite: bool
             file.unlink(missing_ok=True)
         raise
     return [path, *files]
-
-
-@contextmanager
-def _gentle_interrupt() -> Iterator[Any]:
-    """Turns the first Ctrl-C into a wish that the yielded function grants between two steps."""
-    wished = False
-    before = signal.getsignal(signal.SIGINT)
-
-    def wish(_number: int, _frame: FrameType | None) -> None:
-        nonlocal wished
-        wished = True
-        console.err.print("finishing this step; Ctrl-C again to stop at once")
-        signal.signal(signal.SIGINT, before)
-
-    def check() -> None:
-        if wished:
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, wish)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, before)

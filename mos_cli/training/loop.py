@@ -63,14 +63,18 @@ class Trainer:
         """Trains until the recipe's last step, saving and sampling on the way.
 
         Args:
-            log: called after every step.
+            log: called after every step; if it raises KeyboardInterrupt, the run is saved and ends.
             sample: called every `sample_every` steps and after the last.
         """
         train = self.recipe.train
         while self.step < train.steps:
             metrics = self._advance()
             _append(self.folder / METRICS, metrics)
-            log(metrics)
+            try:
+                log(metrics)
+            except KeyboardInterrupt:
+                self.save()
+                raise
             last = self.step == train.steps
             if last or self.step % train.save_every == 0:
                 self.save()

@@ -1,0 +1,145 @@
+"""What the routes say: summaries, the words of a prompt, and how choices differ between steps and branches.
+
+Shapes: S steps, J generation blocks, T context tokens, K kept layers, M understanding layers.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from mos_cli.errors import UsageError
+
+DIGITS = 4
+
+
+class Spanned(Protocol):
+    """A token with the characters of the prompt that it stands for."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of the prompt and the numbers of its tokens; one that stands for no text is special."""
+
+    text: str
+    tokens: tuple[int, ...]
+    special: bool = False
+
+
+def summarise(ids_SJTK: np.ndarray, weights_SJTK: np.ndarray, layers: int) -> dict[str, Any]:
+    """The fields of a branch's summary, as plain tuples of floats of four digits; weights need not sum to 1.
+
+    mean_layer_ST: the layer each token reads on average over blocks, weighted, per step.
+    layer_use_JM: per block, the share of the mixing weight that each layer got; 0 only if it got none at all.
+    entropy_S: per step, the entropy of the layers' shares over blocks and tokens, divided by ln(layers).
+    """
+    steps, blocks = ids_SJTK.shape[:2]
+    weights = weights_SJTK.astype(np.float64)
+    mean_layer_ST = (weights * ids_SJTK).sum(axis=(1, 3)) / weights.sum(axis=(1, 3))
+
+    columns_SJ11 = np.arange(steps * blocks).reshape(steps, blocks, 1, 1)
+    cells = (columns_SJ11 * layers + ids_SJTK).ravel()
+    use_SJM = np.bincount(cells, weights.ravel(), minlength=steps * blocks * layers).reshape(
+        steps, blocks, layers
+    )
+    use_JM = _shares(use_SJM.sum(axis=0))
+    use_SM = _shares(use_SJM.sum(axis=1))
+    logs_SM = np.log(use_SM, out=np.zeros_like(use_SM), where=use_SM > 0)
+    entropy_S = (use_SM * -logs_SM).sum(axis=1) / np.log(layers)
+
+    # Rounded up from 0, so that a dead layer can be told from a rare one without the arrays.
+    use_JM = np.where(use_JM > 0, np.maximum(use_JM.round(DIGITS), 10.0**-DIGITS), 0.0)
+    return {
+        "mean_layer_ST": tuple(map(tuple, mean_layer_ST.round(DIGITS).tolist())),
+        "layer_use_JM": tuple(map(tuple, use_JM.tolist())),
+        "entropy_S": tuple(entropy_S.round(DIGITS).tolist()),
+    }
+
+
+def split_words(prompt: str, tokens: Sequence[Spanned]) -> tuple[Word, ...]:
+    """The words between the prompt's spaces, each with its tokens, in order; then the tokens without text.
+
+    A token belongs to the word of its first character that is no space: some tokenizers count the space
+    before a word to its first token.
+    """
+    spans = [match.span() for match in re.finditer(r"\S+", prompt)]
+    numbers: dict[tuple[int, int], list[int]] = {span: [] for span in spans}
+    apart = []
+    for number, token in enumerate(tokens):
+        text = prompt[token.start : token.end]
+        if not text.strip():
+            apart.append(Word(token.text, (number,), special=True))
+            continue
+        first = token.start + len(text) - len(text.lstrip())
+        numbers[next(span for span in spans if span[0] <= first < span[1])].append(number)
+    words = [Word(prompt[start:end], tuple(held)) for (start, end), held in numbers.items() if held]
+    return (*words, *apart)
+
+
+def find_words(words: Sequence[Word], wanted: Iterable[str]) -> tuple[Word, ...]:
+    """The words asked for, in the prompt's order, whatever their case and the punctuation around them.
+
+    Raises:
+        UsageError: one of them is not in the prompt.
+    """
+    names = [{word.text.casefold(), _bare(word.text)} for word in words]
+    found = set()
+    for text in wanted:
+        hits = {number for number, name in enumerate(names) if text.casefold() in name}
+        if not hits:
+            there = ", ".join(dict.fromkeys(word.text for word in words))
+            raise UsageError(f"{text!r} is not a word of this prompt: its words are {there}")
+        found |= hits
+    return tuple(words[number] for number in sorted(found))
+
+
+def word_layers(word: Word, mean_layer_ST: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """The layer a word reads on average over its tokens, per step."""
+    means_S = np.asarray(mean_layer_ST)[:, list(word.tokens)].mean(axis=1)
+    return tuple(means_S.round(DIGITS).tolist())
+
+
+def strongest_layers(
+    layer_use_JM: Sequence[Sequence[float]], count: int = 3
+) -> tuple[tuple[int, float], ...]:
+    """The layers with the largest share of the weight, all blocks alike, and that share; at most `count`."""
+    shares_M = np.mean(layer_use_JM, axis=0).round(DIGITS).tolist()
+    ranked = sorted(enumerate(shares_M), key=lambda layer: -layer[1])
+    return tuple((layer, share) for layer, share in ranked[:count] if share > 0)
+
+
+def dead_layers(layer_use_JM: Sequence[Sequence[float]]) -> tuple[int, ...]:
+    """The layers that got no weight anywhere in the branch."""
+    return tuple(np.flatnonzero(np.max(layer_use_JM, axis=0) == 0).tolist())
+
+
+def step_changes(ids_SJTK: np.ndarray) -> tuple[float, ...]:
+    """For every step but the first, the share of the kept layers that were not kept a step before."""
+    kept = (ids_SJTK[1:, ..., :, None] == ids_SJTK[:-1, ..., None, :]).any(axis=-1)
+    return tuple((1 - kept.mean(axis=(1, 2, 3))).round(DIGITS).tolist())
+
+
+def agreement(first_JM: Sequence[Sequence[float]], second_JM: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """Per block, the share of the weight that two branches give to the same layers, over steps and tokens.
+
+    Their prompts have different tokens, so that single decisions cannot be compared.
+    """
+    shared_JM = np.minimum(_shares(np.asarray(first_JM)), _shares(np.asarray(second_JM)))
+    return tuple(shared_JM.sum(axis=1).round(DIGITS).tolist())
+
+
+def _shares(use: np.ndarray) -> np.ndarray:
+    return use / use.sum(axis=-1, keepdims=True)
+
+
+def _bare(text: str) -> str:
+    return re.sub(r"^\W+|\W+$", "", text).casefold()

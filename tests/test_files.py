@@ -1,0 +1,90 @@
+import pytest
+
+from mos_cli.errors import InputError
+from mos_cli.runtime.files import atomic_file, atomic_write, folder_size, link_or_copy, sha256_of
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_writes_in_missing_folders_and_leaves_only_the_file(tmp_path):
+    atomic_write(tmp_path / "a" / "b.png", b"one")
+    assert (tmp_path / "a" / "b.png").read_bytes() == b"one"
+    assert names(tmp_path / "a") == ["b.png"]
+
+
+def test_never_overwrites_unless_asked(tmp_path):
+    path = tmp_path / "b.png"
+    atomic_write(path, b"one")
+    with pytest.raises(FileExistsError):
+        atomic_write(path, b"two")
+    assert path.read_bytes() == b"one"
+    atomic_write(path, b"two", overwrite=True)
+    assert path.read_bytes() == b"two"
+    assert names(tmp_path) == ["b.png"]
+
+
+def test_a_file_that_appears_meanwhile_is_kept(tmp_path):
+    path = tmp_path / "b.png"
+
+    def race():
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(b"mine")
+            path.write_bytes(b"theirs")
+
+    with pytest.raises(FileExistsError):
+        race()
+    assert path.read_bytes() == b"theirs"
+    assert names(tmp_path) == ["b.png"]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_a_failing_block_leaves_nothing_behind(tmp_path, failure):
+    path = tmp_path / "b.png"
+    atomic_write(path, b"before")
+
+    def fail():
+        with atomic_file(path, overwrite=True) as temporary:
+            temporary.write_bytes(b"half")
+            raise failure
+
+    with pytest.raises(failure):
+        fail()
+    assert path.read_bytes() == b"before"
+    assert names(tmp_path) == ["b.png"]
+
+
+def test_the_temporary_file_has_the_same_suffix(tmp_path):
+    with atomic_file(tmp_path / "b.png") as temporary:
+        assert temporary.suffix == ".png"
+        temporary.write_bytes(b"")
+
+
+def test_an_unwritable_place_is_the_users_error(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(InputError, match="cannot make the folder"):
+        atomic_write(tmp_path / "file" / "b.png", b"one")
+    assert names(tmp_path) == ["file"]
+
+
+def test_sha256_of_known_content(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256_of(tmp_path / "abc") == expected
+
+
+def test_folder_size_counts_files_and_not_what_links_point_to(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "x").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to(tmp_path / "sub" / "x")
+    assert folder_size(tmp_path) == 5
+    assert folder_size(tmp_path / "nowhere") == 0
+
+
+def test_link_or_copy_follows_links(tmp_path):
+    (tmp_path / "x").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+    link_or_copy(tmp_path / "link", tmp_path / "y")
+    (tmp_path / "x").unlink()
+    assert (tmp_path / "y").read_bytes() == b"12345"

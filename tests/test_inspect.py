@@ -1,0 +1,214 @@
+"""`mos inspect-routing`: what it prints, for people, pipes and programs, and what it refuses."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from rich.cells import cell_len
+from rich.console import Console
+from test_trace import BLOCKS, DEAD, LAYERS, STEPS, make_trace
+from typer.testing import CliRunner
+
+from mos_cli.cli import console
+from mos_cli.cli.app import MosGroup
+from mos_cli.cli.inspect_routing import inspect_routing
+from mos_cli.routing.analysis import split_words, step_changes
+from mos_cli.routing.trace import save_trace
+from mos_cli.routing.views.terminal import RoutesView
+
+app = typer.Typer(cls=MosGroup, pretty_exceptions_enable=False)
+app.callback()(lambda: None)
+app.command("inspect-routing")(inspect_routing)
+
+
+@pytest.fixture
+def trace_path(tmp_path) -> Path:
+    trace, routes = make_trace()
+    path = tmp_path / "apple.json"
+    save_trace(trace, routes, path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _plain_console(monkeypatch):
+    monkeypatch.setattr(console, "out", Console(width=80, color_system=None, highlight=False))
+
+
+def mos(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["inspect-routing", *map(str, arguments)])
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def as_json(*arguments: object) -> dict:
+    code, out, _ = mos(*arguments, "--json")
+    assert code == 0
+    return json.loads(out)
+
+
+def test_the_view_shows_words_layers_entropy_strongest_and_dead(trace_path):
+    code, out, err = mos(trace_path)
+    assert (code, err) == (0, "")
+    facts = as_json(trace_path)
+    lines = out.splitlines()
+    for word in facts["words"]:
+        row = next(line for line in lines if line.split()[:1] == [word["word"]])
+        assert row.split()[1:] == [f"{layer:.1f}" for layer in word["mean_layer"]]
+    assert ["entropy", *(f"{value:.2f}" for value in facts["entropy"])] in [line.split() for line in lines]
+    for block, use in enumerate(facts["layer_use"]):
+        assert [str(block), *(f"{100 * share:.0f}" if share else "-" for share in use)] in [
+            line.split() for line in lines
+        ]
+    strongest = facts["strongest"][0]
+    assert f"strongest {strongest['layer']} ({strongest['share']:.0%})" in out
+    assert ["dead", str(DEAD)] in [line.split() for line in lines]
+
+
+def test_json_says_what_the_trace_says(trace_path):
+    trace, routes = make_trace()
+    facts = as_json(trace_path)
+    assert facts["overview"] == {
+        "prompt": "a red apple",
+        "branch": "positive",
+        "branches": ["positive", "negative"],
+        "model": "nano",
+        "seed": 42,
+        "steps": STEPS,
+        "layers": list(trace.layers),
+        "blocks": BLOCKS,
+        "top_k": 2,
+    }
+    assert facts["steps"] == list(range(STEPS))
+    assert facts["times"] == list(trace.times)
+    assert [word["word"] for word in facts["words"]] == ["a", "red", "apple", "[CLS]", "[SEP]"]
+    mean_layer_ST = np.array(trace.branches["positive"].summary.mean_layer_ST)
+    assert facts["words"][2]["mean_layer"] == mean_layer_ST[:, 3].tolist()
+    assert np.shape(facts["layer_use"]) == (BLOCKS, LAYERS)
+    assert facts["dead"] == [DEAD]
+    assert facts["changes"] == list(step_changes(routes["positive"].ids_SJTK))
+    assert len(facts["agreement"]["negative"]) == BLOCKS
+
+
+def test_the_other_branch_has_its_own_words_and_steps(trace_path):
+    facts = as_json(trace_path, "--branch", "negative")
+    assert [word["word"] for word in facts["words"]] == ["blurry", "[CLS]", "[SEP]"]
+    assert facts["steps"] == list(range(1, STEPS - 1))
+    assert len(facts["words"][0]["mean_layer"]) == len(facts["entropy"]) == STEPS - 2
+    code, out, _ = mos(trace_path, "--branch", "negative")
+    assert code == 0
+    assert ["step", *map(str, range(1, STEPS - 1))] in [line.split() for line in out.splitlines()]
+
+
+def test_the_picture_leads_to_its_trace(trace_path):
+    assert mos(trace_path.with_suffix(".png")) == mos(trace_path)
+
+
+def test_a_summary_is_enough(tmp_path):
+    trace, _ = make_trace()
+    save_trace(trace, None, tmp_path / "summary.json")
+    assert as_json(tmp_path / "summary.json")["changes"] is None
+    code, out, _ = mos(tmp_path / "summary.json")
+    assert code == 0
+    assert "changes" not in out
+
+
+def test_only_the_words_asked_for(trace_path):
+    facts = as_json(trace_path, "-w", "Apple", "--word", "a")
+    assert [word["word"] for word in facts["words"]] == ["a", "apple"]
+    code, out, _ = mos(trace_path, "-w", "apple")
+    assert code == 0
+    assert not [line for line in out.splitlines() if line.startswith("red ")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-w", "pear"], "'pear' is not a word of this prompt: its words are a, red, apple, [CLS], [SEP]"),
+        (["--branch", "middle"], "the trace has no 'middle' branch: it has positive, negative"),
+    ],
+)
+def test_a_wrong_option_is_a_usage_error_in_one_line(trace_path, arguments, message):
+    assert mos(trace_path, *arguments) == (2, "", f"error: {message}\n")
+
+
+def test_bad_input_is_one_line_and_exit_3(trace_path):
+    def refused(path: Path) -> str:
+        code, out, err = mos(path)
+        assert (code, out, err.count("\n")) == (3, "", 1)
+        return err
+
+    assert "none.json: No such file" in refused(trace_path.with_name("none.json"))
+    sidecar = trace_path.with_name("apple.routing.safetensors")
+    sidecar.write_bytes(sidecar.read_bytes()[:100])
+    assert "apple.routing.safetensors is damaged" in refused(trace_path)
+    trace_path.write_text(trace_path.read_text().replace("mos-trace/1", "mos-trace/9"))
+    assert "'mos-trace/9'" in refused(trace_path)
+    trace_path.write_text("{")
+    assert "apple.json is not JSON" in refused(trace_path)
+
+
+LONG = "an unbelievablyimpossiblylongword 日本語 [bold]x[/bold] and " + "many more words " * 4
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("width", [80, 60])
+def test_it_fits_any_width_without_colour(width, encoding):
+    """31 layers and 50 steps are cut to fit; where the terminal knows only ASCII, so does the view."""
+    prompt = LONG if encoding == "utf-8" else "a red apple"
+    trace, routes = make_trace(prompt=prompt, layers=31, blocks=40, steps=50)
+    branch = trace.branches["positive"]
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding)
+    view = RoutesView(
+        trace, "positive", split_words(prompt, branch.tokens), step_changes(routes["positive"].ids_SJTK)
+    )
+    Console(file=stream, width=width).print(view)
+    stream.flush()
+    text = raw.getvalue().decode(encoding)
+    lines = text.splitlines()
+    assert "\x1b" not in text
+    assert max(map(cell_len, lines)) <= width
+    assert "…" not in text
+    steps = [int(step) for step in next(line for line in lines if line.startswith("step ")).split()[1:]]
+    assert (steps[0], steps[-1]) == (0, 49)
+    assert set(np.diff(steps)) <= {49 // (len(steps) - 1), 49 // (len(steps) - 1) + 1}
+    headers = [line.split()[1:] for line in lines if line.lstrip().startswith("block ")]
+    assert [int(layer) for header in headers for layer in header] == list(range(31))
+    if encoding == "utf-8":
+        assert "[bold]x[/bold]" in text
+
+
+def test_colour_changes_no_character(trace_path):
+    trace, _ = make_trace()
+    view = RoutesView(trace, "positive", split_words("a red apple", trace.branches["positive"].tokens), None)
+    texts = []
+    for colour in (None, "truecolor"):
+        target = Console(
+            width=80, color_system=colour, force_terminal=True, legacy_windows=False, _environ={}
+        )
+        with target.capture() as capture:
+            target.print(view)
+        texts.append(capture.get())
+    assert "\x1b[" in texts[1]
+    assert "\x1b[" not in texts[0]
+    assert re.sub(r"\x1b\[[0-9;]*m", "", texts[1]) == texts[0]
+
+
+def test_nothing_heavy_is_imported(trace_path):
+    """The command module alone imports no numpy; showing a trace imports no torch."""
+    code = (
+        "import sys, typer\n"
+        "from mos_cli.cli.inspect_routing import inspect_routing\n"
+        "assert not {'numpy', 'pydantic', 'torch'} & set(sys.modules)\n"
+        "inspect_routing(__import__('pathlib').Path(sys.argv[1]))\n"
+        "assert not {'torch', 'transformers', 'diffusers', 'huggingface_hub'} & set(sys.modules)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(trace_path)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "blocks x layers" in run.stdout

@@ -1,0 +1,281 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from mos_cli.cli.app import MosGroup
+from mos_cli.cli.models import models_app
+from mos_cli.errors import ModelError
+from mos_cli.runtime.bundles import Bundle, write_index
+from mos_cli.runtime.files import sha256_of
+from mos_cli.runtime.sources import fetch_tower, tower_folder, verify_tower
+from mos_cli.runtime.specs import Canvas, Defaults, TowerSpec
+
+FILES = {"config.json": b"{}", "tokenizer.json": b"[]", "model.safetensors": b"weights"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache, and a pip that knows only the wheels in `wheels`."""
+    monkeypatch.setenv("MOS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def original(tmp_path) -> Path:
+    folder = tmp_path / "original"
+    folder.mkdir()
+    for name, content in FILES.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def make_wheel(folder: Path, files: dict[str, bytes]) -> None:
+    """A wheel as an index would hand it out; importing its package would be seen."""
+    folder.mkdir(exist_ok=True)
+    members = {f"weights_pkg/model/{name}": content for name, content in files.items()}
+    members["weights_pkg/__init__.py"] = b"raise SystemExit('imported')"
+    members["../escaped.txt"] = b"escaped"
+    members["weights_pkg-1.0.dist-info/METADATA"] = (
+        b"Metadata-Version: 2.1\nName: weights-pkg\nVersion: 1.0\n"
+    )
+    members["weights_pkg-1.0.dist-info/WHEEL"] = b"Wheel-Version: 1.0\nTag: py3-none-any\n"
+    members["weights_pkg-1.0.dist-info/RECORD"] = b""
+    with zipfile.ZipFile(folder / "weights_pkg-1.0-py3-none-any.whl", "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+def wheel_source() -> dict[str, str]:
+    return {"kind": "wheel", "package": "weights-pkg", "version": "1.0", "folder": "weights_pkg/model"}
+
+
+def folder_source(path: Path) -> dict[str, str]:
+    return {"kind": "folder", "path": str(path)}
+
+
+def spec_of(original: Path, *sources: dict[str, str]) -> TowerSpec:
+    return TowerSpec.model_validate(
+        {
+            "schema": "mos-tower/1",
+            "name": "reader",
+            "description": "reads",
+            "license": "Apache-2.0",
+            "format": "safetensors",
+            "files": {path.name: sha256_of(path) for path in sorted(original.iterdir())},
+            "size": sum(map(len, FILES.values())),
+            "sources": sources,
+        }
+    )
+
+
+def everything_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "wheel"])
+def test_a_tower_is_fetched_whole_and_only_the_listed_files(original, cache, tmp_path, kind):
+    make_wheel(tmp_path / "wheels", {**FILES, "extra.bin": b"pickle"})
+    (original / "extra.bin").write_bytes(b"pickle")
+    source = wheel_source() if kind == "wheel" else folder_source(original)
+    (original / "extra.bin").unlink()
+    spec = spec_of(original, source)
+    folder = fetch_tower(spec)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == FILES
+    assert everything_in(cache) == [
+        "towers",
+        *(f"towers/{folder.name}{name}" for name in ("", *(f"/{n}" for n in sorted(FILES)))),
+    ]
+    assert not list(tmp_path.rglob("escaped.txt"))
+
+
+def test_a_second_fetch_touches_no_source(original, tmp_path):
+    make_wheel(tmp_path / "wheels", FILES)
+    spec = spec_of(original, wheel_source())
+    folder = fetch_tower(spec)
+    (tmp_path / "wheels" / "weights_pkg-1.0-py3-none-any.whl").unlink()
+    reports = []
+    assert fetch_tower(spec, lambda *report: reports.append(report)) == folder
+    assert reports == []
+
+
+def test_progress_ends_with_all_bytes(original, tmp_path):
+    make_wheel(tmp_path / "wheels", FILES)
+    spec = spec_of(original, wheel_source())
+    reports = []
+    fetch_tower(spec, lambda *report: reports.append(report))
+    assert reports[0] == ("downloading reader", 0, spec.size)
+    assert reports[-1] == ("checking reader", spec.size, spec.size)
+    assert all(0 <= done <= total == spec.size for _, done, total in reports)
+
+
+def test_sources_are_tried_in_order_until_one_is_sound(original, tmp_path):
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for name, content in FILES.items():
+        (damaged / name).write_bytes(content.upper())
+    make_wheel(tmp_path / "wheels", FILES)
+    folder = fetch_tower(spec_of(original, folder_source(damaged), wheel_source()))
+    assert (folder / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_when_nothing_works_every_reason_is_named_in_one_line_and_nothing_stays(original, cache, tmp_path):
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for name, content in FILES.items():
+        (damaged / name).write_bytes(content.upper())
+    spec = spec_of(original, folder_source(tmp_path / "nowhere"), folder_source(damaged), wheel_source())
+    with pytest.raises(ModelError) as caught:
+        fetch_tower(spec)
+    message = str(caught.value)
+    assert caught.value.exit_code == 4
+    assert "\n" not in message
+    assert re.search(r"nowhere: .*No such file", message)
+    assert f"{damaged}: model.safetensors does not match its sha256" in message
+    assert "wheel weights-pkg 1.0: No matching distribution found" in message
+    assert "mos models pull reader" in message
+    assert everything_in(cache) == ["towers"]
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({**FILES, "model.safetensors": b"Weights"}, "model.safetensors does not match its sha256"),
+        ({"config.json": b"{}"}, "weights_pkg/model/.* is not in the wheel"),
+    ],
+)
+def test_a_wheel_with_other_content_is_refused(original, cache, tmp_path, files, reason):
+    make_wheel(tmp_path / "wheels", files)
+    with pytest.raises(ModelError, match=reason):
+        fetch_tower(spec_of(original, wheel_source()))
+    assert everything_in(cache) == ["towers"]
+
+
+def test_a_damaged_cache_is_named_and_not_used(original):
+    spec = spec_of(original, folder_source(original))
+    folder = fetch_tower(spec)
+    (folder / "model.safetensors").unlink()
+    for attempt in (fetch_tower, verify_tower):
+        with pytest.raises(ModelError, match=re.escape(f"model.safetensors is missing: delete {folder}")):
+            attempt(spec)
+    (folder / "model.safetensors").write_bytes(b"Weights")
+    with pytest.raises(ModelError, match=r"model\.safetensors does not match"):
+        fetch_tower(spec)
+
+
+def test_a_tower_of_other_files_lies_elsewhere(original):
+    spec = spec_of(original, folder_source(original))
+    (original / "config.json").write_bytes(b"{ }")
+    assert tower_folder(spec_of(original, folder_source(original))) != tower_folder(spec)
+
+
+def test_ctrl_c_during_the_download_leaves_nothing_behind(original, cache, tmp_path):
+    spec = spec_of(original, wheel_source())
+    (tmp_path / "spec.json").write_text(spec.model_dump_json())
+    # A slow pip in place of the real one: it only shows that it runs, writes something, and waits.
+    (tmp_path / "site" / "pip").mkdir(parents=True)
+    (tmp_path / "site" / "pip" / "__init__.py").touch()
+    (tmp_path / "site" / "pip" / "__main__.py").write_text(
+        "import os, pathlib, time\n"
+        "pathlib.Path(os.environ['TMPDIR'], 'half').write_text('half')\n"
+        f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
+        "time.sleep(60)\n"
+    )
+    code = (
+        "import sys; from mos_cli.runtime.bundles import load_tower_spec; from mos_cli.runtime.sources import fetch_tower\n"
+        "fetch_tower(load_tower_spec(sys.argv[1]))"
+    )
+    paths = os.pathsep.join([str(tmp_path / "site"), str(Path(__file__).parents[1])])
+    fetching = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "spec.json")],
+        env=os.environ | {"PYTHONPATH": paths},
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert len(everything_in(cache)) > 1
+    fetching.send_signal(signal.SIGINT)
+    fetching.wait(30)
+    assert everything_in(cache) == ["towers"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+app = typer.Typer(cls=MosGroup)
+app.add_typer(models_app)
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, ["models", *arguments])
+
+
+@pytest.fixture
+def bundle(original, tmp_path, monkeypatch) -> Bundle:
+    monkeypatch.setenv("MOS_MODELS", str(tmp_path / "models"))
+    folder = tmp_path / "models" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "weights.safetensors").write_bytes(b"w" * 1000)
+    (folder / "card.md").write_text("# tiny\n\nDraws [nothing].\n\n## Data\n\nNone.\n")
+    return write_index(
+        folder,
+        name="tiny",
+        description="draws nothing",
+        license="Apache-2.0",
+        understanding=spec_of(original, folder_source(original)),
+        canvas=Canvas(native=(64, 32), multiple=8, min=32, max=128),
+        defaults=Defaults(steps=20, cfg=3.0, cfg_interval=(0.1, 0.9)),
+    )
+
+
+def test_commands_before_and_after_the_pull(bundle):
+    def row() -> dict:
+        rows = map(json.loads, run("ls", "--json").stdout.splitlines())
+        return next(row for row in rows if row["name"] == "tiny")
+
+    assert (row()["pulled"], row()["tower"], row()["hash"]) == (False, "reader", bundle.hash)
+    before = run("verify", "tiny")
+    assert before.exit_code == 4
+    assert "run mos models pull reader" in before.stderr
+    pulled = run("pull", "tiny")
+    assert pulled.exit_code == 0
+    assert pulled.stdout.strip() == str(tower_folder(bundle.index.understanding))
+    assert row()["pulled"] is True
+    after = run("verify", "tiny")
+    assert after.exit_code == 0
+    assert after.stdout.splitlines()[:2] == ["ok tiny/card.md", "ok tiny/weights.safetensors"]
+    assert "ok reader/model.safetensors" in after.stdout
+
+
+def test_show_prints_the_index_and_the_summary_of_the_card(bundle):
+    text = run("show", "tiny").stdout
+    assert "64 x 32 pixels" in text
+    assert "Draws [nothing]." in text
+    assert "## Data" not in text
+    shown = json.loads(run("show", "tiny", "--json").stdout)
+    assert shown["index"] == json.loads((bundle.folder / "model_index.json").read_text())
+    assert json.loads(run("show", "all-minilm-l6-v2", "--json").stdout)["index"]["name"] == "all-minilm-l6-v2"
+
+
+def test_failures_are_one_line_with_exit_code_4(bundle, original):
+    (original / "model.safetensors").write_bytes(b"Weights")
+    (bundle.folder / "weights.safetensors").write_bytes(b"v")
+    for arguments in (("pull", "tiny"), ("verify", "tiny"), ("show", "tinny")):
+        result = run(*arguments)
+        assert result.exit_code == 4
+        assert result.stdout == ""
+        assert [line.startswith("error: ") for line in result.stderr.splitlines()][-1:] == [True]
+        assert "Traceback" not in result.stderr

@@ -1,0 +1,360 @@
+"""Traces: what the summaries promise, reading back what was written, and refusing what is damaged."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from pydantic import BaseModel
+
+from mos_cli.errors import InputError, UsageError
+from mos_cli.routing.analysis import (
+    Word,
+    agreement,
+    dead_layers,
+    find_words,
+    split_words,
+    step_changes,
+    strongest_layers,
+    summarise,
+    word_layers,
+)
+from mos_cli.routing.trace import (
+    SCHEMA,
+    BranchSummary,
+    Routes,
+    Trace,
+    TraceArrays,
+    TraceBranch,
+    TraceToken,
+    load_routes,
+    load_trace,
+    make_branch,
+    save_trace,
+)
+from mos_cli.runtime.recipe import Provenance, Recipe, make_recipe
+
+DOC = Path(__file__).parents[1] / "docs" / "trace.md"
+PROMPT, NEGATIVE = "a red apple", "blurry"
+LAYERS, BLOCKS, STEPS, TOP_K = 5, 4, 6, 2
+DEAD = 4
+
+
+def tokens_of(prompt: str) -> list[TraceToken]:
+    words = [TraceToken(text=m[0], start=m.start(), end=m.end()) for m in re.finditer(r"\S+", prompt)]
+    return [TraceToken(text="[CLS]", start=0, end=0), *words, TraceToken(text="[SEP]", start=0, end=0)]
+
+
+def routes_of(
+    steps: int, tokens: int, *, layers: int = LAYERS, blocks: int = BLOCKS, seed: int = 0
+) -> Routes:
+    """Routes as a router makes them, but that the last layer is never kept."""
+    rng = np.random.default_rng(seed)
+    logits_SJTM = rng.normal(size=(steps, blocks, tokens, layers - 1))
+    shares_SJTM = np.exp(logits_SJTM) / np.exp(logits_SJTM).sum(axis=-1, keepdims=True)
+    ids_SJTK = (-shares_SJTM).argsort(axis=-1)[..., :TOP_K]
+    weights_SJTK = np.take_along_axis(shares_SJTM, ids_SJTK, axis=-1)
+    return Routes(ids_SJTK.astype(np.uint8), weights_SJTK.astype(np.float16))
+
+
+def make_trace(
+    *, prompt: str = PROMPT, layers: int = LAYERS, blocks: int = BLOCKS, steps: int = STEPS
+) -> tuple[Trace, dict[str, Routes]]:
+    """A trace of two branches; guidance acted at all but the first and the last step."""
+    prompts = {"positive": prompt, "negative": NEGATIVE}
+    acted = {"positive": range(steps), "negative": range(1, steps - 1)}
+    tokens = {name: tokens_of(text) for name, text in prompts.items()}
+    routes = {
+        name: routes_of(len(acted[name]), len(tokens[name]), layers=layers, blocks=blocks) for name in prompts
+    }
+    trace = Trace(
+        schema=SCHEMA,
+        recipe=make_recipe(
+            prompt=prompt,
+            negative=NEGATIVE,
+            model="nano",
+            seed=42,
+            steps=steps,
+            cfg=3,
+            cfg_interval="0.2,0.9",
+            width=64,
+            height=64,
+            precision="fp32",
+        ),
+        made=Provenance(
+            bundle_hash="0" * 64,
+            mos="0",
+            torch="0",
+            diffusers="0",
+            transformers="0",
+            device="cpu",
+            attention="sdpa",
+        ),
+        layers=("embedding", *(f"layer {n}" for n in range(1, layers))),
+        blocks=blocks,
+        top_k=TOP_K,
+        times=tuple(1 - step / steps for step in range(steps)),
+        branches={
+            name: make_branch(prompts[name], tokens[name], acted[name], routes[name], layers)
+            for name in prompts
+        },
+    )
+    return trace, routes
+
+
+@pytest.fixture
+def saved(tmp_path) -> tuple[Path, Trace, dict[str, Routes]]:
+    trace, routes = make_trace()
+    path = tmp_path / "apple.json"
+    save_trace(trace, routes, path)
+    return path, trace, routes
+
+
+@st.composite
+def decisions(draw) -> tuple[np.ndarray, np.ndarray, int]:
+    """Any ids [S, J, T, K] with weights above 0, and the number of layers."""
+    layers = draw(st.integers(2, 9))
+    shape = draw(arrays.array_shapes(min_dims=4, max_dims=4, max_side=4))
+    ids = draw(arrays.arrays(np.uint8, shape, elements=st.integers(0, layers - 1)))
+    weights = draw(arrays.arrays(np.float16, shape, elements=st.floats(2**-10, 1, width=16)))
+    return ids, weights, layers
+
+
+@given(decisions())
+def test_summaries_keep_their_promises(drawn):
+    ids, weights, layers = drawn
+    summary = BranchSummary(**summarise(ids, weights, layers))
+    mean, use, entropy = (
+        np.array(v) for v in (summary.mean_layer_ST, summary.layer_use_JM, summary.entropy_S)
+    )
+    assert mean.shape == (ids.shape[0], ids.shape[2])
+    assert use.shape == (ids.shape[1], layers)
+    assert entropy.shape == (ids.shape[0],)
+    np.testing.assert_allclose(use.sum(axis=1), 1, atol=layers * 1e-4)
+    assert (mean >= ids.min()).all()
+    assert (mean <= ids.max()).all()
+    assert (entropy >= 0).all()
+    assert (entropy <= 1).all()
+    chosen = {(index[1], int(layer)) for index, layer in np.ndenumerate(ids)}
+    assert {(j, m) for j, m in np.argwhere(use > 0).tolist()} == chosen
+    assert set(dead_layers(use.tolist())) == set(range(layers)) - {int(layer) for layer in ids.flat}
+
+
+@given(decisions())
+def test_summaries_equal_a_slow_count(drawn):
+    ids, weights, layers = drawn
+    summary = summarise(ids, weights, layers)
+    use = np.zeros((ids.shape[1], layers))
+    for index, layer in np.ndenumerate(ids):
+        use[index[1], layer] += float(weights[index])
+    np.testing.assert_allclose(summary["layer_use_JM"], use / use.sum(1, keepdims=True), atol=1.1e-4)
+    last = ids.shape[0] - 1, slice(None), ids.shape[2] - 1
+    expected = np.average(ids[last], weights=weights[last].astype(float))
+    assert summary["mean_layer_ST"][-1][-1] == pytest.approx(expected, abs=1e-4)
+
+
+@given(st.integers(2, 31))
+def test_entropy_reaches_both_ends(layers):
+    ids = np.zeros((2, 1, layers, 1), dtype=np.uint8)
+    ids[1, 0, :, 0] = range(layers)
+    assert summarise(ids, np.ones_like(ids, dtype=np.float16), layers)["entropy_S"] == (0.0, 1.0)
+
+
+def test_a_rare_layer_is_not_a_dead_one():
+    ids = np.zeros((100, 1, 100, 1), dtype=np.uint8)
+    ids[0, 0, 0, 0] = 2
+    use = summarise(ids, np.ones_like(ids, dtype=np.float16), 3)["layer_use_JM"]
+    assert use == ((0.9999, 0.0, 0.0001),)
+    assert dead_layers(use) == (1,)
+
+
+def test_strongest_layers_come_in_order_and_dead_ones_never():
+    assert strongest_layers([[0.6, 0.0, 0.4], [0.0, 0.0, 1.0]]) == ((2, 0.7), (0, 0.3))
+
+
+def test_changes_do_not_care_for_the_order_of_kept_layers():
+    ids = np.array([[0, 1], [1, 0], [1, 2], [3, 4]], dtype=np.uint8).reshape(4, 1, 1, 2)
+    assert step_changes(ids) == (0.0, 0.5, 1.0)
+
+
+def test_branches_agree_with_themselves_and_not_with_the_opposite():
+    use = [[0.3333, 0.3333, 0.3333], [1.0, 0.0, 0.0]]
+    assert agreement(use, use) == (1.0, 1.0)
+    assert agreement(use, [[0.0, 0.5, 0.5], [0.0, 0.5, 0.5]]) == (0.6667, 0.0)
+
+
+def test_word_pieces_make_words():
+    prompt = "a  red-apple, naïve 🦊"
+    pieces = [("[CLS]", 0, 0), ("a", 0, 1), ("red", 3, 6), ("-", 6, 7), ("app", 7, 10), ("##le", 10, 12)]
+    pieces += [(",", 12, 13), ("naive", 14, 19), ("[UNK]", 20, 21), ("[SEP]", 0, 0)]
+    assert words_of(prompt, pieces) == [
+        Word("a", (1,)),
+        Word("red-apple,", (2, 3, 4, 5, 6)),
+        Word("naïve", (7,)),
+        Word("🦊", (8,)),
+        Word("[CLS]", (0,), special=True),
+        Word("[SEP]", (9,), special=True),
+    ]
+
+
+def test_pieces_that_begin_with_a_space_make_words():
+    prompt = "a  red dog\t🦊 "
+    pieces = [("a", 0, 1), ("Ġ", 1, 2), ("Ġred", 2, 6), ("Ġdo", 6, 9), ("g", 9, 10), ("ĉ", 10, 11)]
+    pieces += [("ðŁ", 11, 12), ("¦", 11, 12), ("Ġ", 12, 13)]
+    assert words_of(prompt, pieces) == [
+        Word("a", (0,)),
+        Word("red", (2,)),
+        Word("dog", (3, 4)),
+        Word("🦊", (6, 7)),
+        Word("Ġ", (1,), special=True),
+        Word("ĉ", (5,), special=True),
+        Word("Ġ", (8,), special=True),
+    ]
+
+
+@given(st.text(alphabet=st.sampled_from("ab ,\t\u3000é"), max_size=20), st.data())
+def test_every_token_is_in_exactly_one_word(prompt, data):
+    spans = st.tuples(st.integers(0, len(prompt)), st.integers(0, len(prompt))).map(sorted)
+    pieces = [("x", start, end) for start, end in data.draw(st.lists(spans, max_size=8))]
+    words = words_of(prompt, pieces)
+    assert sorted(n for word in words for n in word.tokens) == list(range(len(pieces)))
+    assert {word.text for word in words if not word.special} <= set(prompt.split())
+
+
+def words_of(prompt: str, pieces: list[tuple[str, int, int]]) -> list[Word]:
+    return list(split_words(prompt, [TraceToken(text=t, start=s, end=e) for t, s, e in pieces]))
+
+
+def test_words_are_found_whatever_their_case_and_punctuation():
+    words = split_words("A cat, a Dog", tokens_of("A cat, a Dog"))
+    assert [word.text for word in find_words(words, ["DOG", "cat", "a"])] == ["A", "cat,", "a", "Dog"]
+    assert [word.text for word in find_words(words, ["cat,", "[CLS]"])] == ["cat,", "[CLS]"]
+    with pytest.raises(
+        UsageError, match=r"'do' is not a word .*: its words are A, cat,, a, Dog, \[CLS\], \[SEP\]$"
+    ):
+        find_words(words, ["cat", "do"])
+
+
+def test_a_word_reads_the_mean_of_its_tokens():
+    assert word_layers(Word("x", (0, 2)), [[1, 9, 2], [0, 9, 4]]) == (1.5, 2.0)
+
+
+def test_a_trace_is_read_back_as_it_was_written(saved):
+    path, trace, routes = saved
+    loaded = load_trace(path)
+    assert loaded.model_copy(update={"arrays": None}) == trace
+    assert load_trace(path.with_suffix(".png")) == loaded
+    for name, branch in load_routes(loaded, path).items():
+        np.testing.assert_array_equal(branch.ids_SJTK, routes[name].ids_SJTK)
+        np.testing.assert_array_equal(branch.weights_SJTK, routes[name].weights_SJTK)
+        assert (branch.ids_SJTK.dtype, branch.weights_SJTK.dtype) == (np.uint8, np.float16)
+
+
+def test_traces_are_not_overwritten_and_leave_nothing_behind(saved):
+    path, trace, routes = saved
+    before = {file: file.read_bytes() for file in path.parent.iterdir()}
+    assert len(before) == 2
+    with pytest.raises(FileExistsError):
+        save_trace(trace, routes, path)
+    assert {file: file.read_bytes() for file in path.parent.iterdir()} == before
+
+
+def test_a_summary_has_no_decisions(tmp_path):
+    trace, _ = make_trace()
+    path = tmp_path / "summary.json"
+    assert save_trace(trace, None, path) == [path]
+    with pytest.raises(InputError, match="holds a summary only"):
+        load_routes(load_trace(path), path)
+
+
+def _edited(change: Callable[[dict], object]) -> Callable[[bytes], bytes]:
+    def edit(data: bytes) -> bytes:
+        trace = json.loads(data)
+        change(trace)
+        return json.dumps(trace).encode()
+
+    return edit
+
+
+DAMAGE = {
+    "empty": (lambda data: b"", "is not JSON"),
+    "truncated": (lambda data: data[: len(data) // 2], "is not JSON"),
+    "picture": (lambda data: b"\x89PNG\r\n\x1a\n" + data, "is not JSON"),
+    "foreign": (lambda data: b'{"name": "x"}', "schema None"),
+    "list": (lambda data: b"[]", "schema None"),
+    "newer": (
+        _edited(lambda trace: trace.update(schema="mos-trace/2")),
+        "'mos-trace/2', expected 'mos-trace/1'",
+    ),
+    "no recipe": (_edited(lambda trace: trace.pop("recipe")), "damaged: recipe"),
+    "extra field": (_edited(lambda trace: trace.update(more=1)), "damaged: more"),
+    "bad tokens": (_edited(lambda trace: trace["branches"]["positive"].update(tokens=3)), "positive.tokens"),
+    "outside": (_edited(lambda trace: trace["arrays"].update(file="../a")), "damaged: arrays.file"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_head_is_refused_in_one_line(saved, damage):
+    path, *_ = saved
+    change, message = DAMAGE[damage]
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(InputError, match=re.escape(message)) as raised:
+        load_trace(path)
+    assert "\n" not in str(raised.value)
+    assert str(path) in str(raised.value)
+
+
+def test_a_missing_trace_is_said_so(tmp_path):
+    with pytest.raises(InputError, match=r"cannot read the trace .*none\.json: No such file"):
+        load_trace(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize(
+    "change", [lambda data: b"", lambda data: data[:-1], lambda data: data[:-1] + bytes([data[-1] ^ 1])]
+)
+def test_damaged_arrays_are_refused(saved, change):
+    path, *_ = saved
+    trace = load_trace(path)
+    assert trace.arrays
+    arrays_path = path.with_name(trace.arrays.file)
+    arrays_path.write_bytes(change(arrays_path.read_bytes()))
+    with pytest.raises(
+        InputError, match=r"apple\.routing\.safetensors (is damaged|does not belong to apple\.json)"
+    ):
+        load_routes(trace, path)
+    arrays_path.unlink()
+    with pytest.raises(InputError, match=r"cannot read .*apple\.routing\.safetensors"):
+        load_routes(trace, path)
+
+
+def test_the_documented_example_reads_the_decisions(saved, monkeypatch, capsys):
+    path, trace, routes = saved
+    monkeypatch.chdir(path.parent)
+    (example,) = re.findall(r"```python\n(.*?)```", DOC.read_text(encoding="utf-8"), re.DOTALL)
+    exec(example, {})
+    token = [token.text for token in trace.branches["positive"].tokens].index("apple")
+    ids, weights = routes["positive"].ids_SJTK[:, 3, token], routes["positive"].weights_SJTK[:, 3, token]
+    assert capsys.readouterr().out.splitlines() == [
+        " ".join(
+            [
+                str(step),
+                *(f"{trace.layers[m]}: {w:.0%}" for m, w in zip(ids[step], weights[step], strict=True)),
+            ]
+        )
+        for step in range(STEPS)
+    ]
+
+
+@pytest.mark.parametrize(
+    "model", [Trace, TraceBranch, TraceToken, BranchSummary, TraceArrays, Recipe, Provenance]
+)
+def test_every_field_is_documented(model: type[BaseModel]):
+    text = DOC.read_text(encoding="utf-8")
+    names = [field.alias or name for name, field in model.model_fields.items()]
+    assert [name for name in names if f"`{name}`" not in text] == []
+    assert f'`"{SCHEMA}"`' in text
