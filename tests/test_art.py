@@ -225,9 +225,7 @@ def test_a_package_that_is_not_the_pinned_one_is_refused(tmp_path, sets, names, 
 
 def test_labels_win_over_nicknames(downloads, names):
     annotations = Annotations(downloads / names.tarball)
-    found = {
-        name: annotations.by_name(name) for name in ("Cloud", "boot", "womans-boot", "RED APPLE", "pear")
-    }
+    found = {name: annotations.by_name(name) for name in ("Cloud", "boot", "womans-boot", "RED APPLE", "pear")}
     assert {name: concept and concept.label for name, concept in found.items()} == {
         "Cloud": "cloud",
         "boot": "woman's boot",

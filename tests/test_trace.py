@@ -12,18 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from pydantic import BaseModel
 
-from mos_cli.errors import InputError, UsageError
-from mos_cli.routing.analysis import (
-    Word,
-    agreement,
-    dead_layers,
-    find_words,
-    split_words,
-    step_changes,
-    strongest_layers,
-    summarise,
-    word_layers,
-)
+from mos_cli.errors import InputError
+from mos_cli.routing.analysis import agreement, dead_layers, step_changes, strongest_layers, summarise
 from mos_cli.routing.trace import (
     SCHEMA,
     BranchSummary,
@@ -50,9 +40,7 @@ def tokens_of(prompt: str) -> list[TraceToken]:
     return [TraceToken(text="[CLS]", start=0, end=0), *words, TraceToken(text="[SEP]", start=0, end=0)]
 
 
-def routes_of(
-    steps: int, tokens: int, *, layers: int = LAYERS, blocks: int = BLOCKS, seed: int = 0
-) -> Routes:
+def routes_of(steps: int, tokens: int, *, layers: int = LAYERS, blocks: int = BLOCKS, seed: int = 0) -> Routes:
     """Routes as a router makes them, but that the last layer is never kept."""
     rng = np.random.default_rng(seed)
     logits_SJTM = rng.normal(size=(steps, blocks, tokens, layers - 1))
@@ -69,9 +57,7 @@ def make_trace(
     prompts = {"positive": prompt, "negative": NEGATIVE}
     acted = {"positive": range(steps), "negative": range(1, steps - 1)}
     tokens = {name: tokens_of(text) for name, text in prompts.items()}
-    routes = {
-        name: routes_of(len(acted[name]), len(tokens[name]), layers=layers, blocks=blocks) for name in prompts
-    }
+    routes = {name: routes_of(len(acted[name]), len(tokens[name]), layers=layers, blocks=blocks) for name in prompts}
     trace = Trace(
         schema=SCHEMA,
         recipe=make_recipe(
@@ -100,8 +86,7 @@ def make_trace(
         top_k=TOP_K,
         times=tuple(1 - step / steps for step in range(steps)),
         branches={
-            name: make_branch(prompts[name], tokens[name], acted[name], routes[name], layers)
-            for name in prompts
+            name: make_branch(prompts[name], tokens[name], acted[name], routes[name], layers) for name in prompts
         },
     )
     return trace, routes
@@ -129,9 +114,7 @@ def decisions(draw) -> tuple[np.ndarray, np.ndarray, int]:
 def test_summaries_keep_their_promises(drawn):
     ids, weights, layers = drawn
     summary = BranchSummary(**summarise(ids, weights, layers))
-    mean, use, entropy = (
-        np.array(v) for v in (summary.mean_layer_ST, summary.layer_use_JM, summary.entropy_S)
-    )
+    mean, use, entropy = (np.array(v) for v in (summary.mean_layer_ST, summary.layer_use_JM, summary.entropy_S))
     assert mean.shape == (ids.shape[0], ids.shape[2])
     assert use.shape == (ids.shape[1], layers)
     assert entropy.shape == (ids.shape[0],)
@@ -188,62 +171,6 @@ def test_branches_agree_with_themselves_and_not_with_the_opposite():
     assert agreement(use, [[0.0, 0.5, 0.5], [0.0, 0.5, 0.5]]) == (0.6667, 0.0)
 
 
-def test_word_pieces_make_words():
-    prompt = "a  red-apple, naïve 🦊"
-    pieces = [("[CLS]", 0, 0), ("a", 0, 1), ("red", 3, 6), ("-", 6, 7), ("app", 7, 10), ("##le", 10, 12)]
-    pieces += [(",", 12, 13), ("naive", 14, 19), ("[UNK]", 20, 21), ("[SEP]", 0, 0)]
-    assert words_of(prompt, pieces) == [
-        Word("a", (1,)),
-        Word("red-apple,", (2, 3, 4, 5, 6)),
-        Word("naïve", (7,)),
-        Word("🦊", (8,)),
-        Word("[CLS]", (0,), special=True),
-        Word("[SEP]", (9,), special=True),
-    ]
-
-
-def test_pieces_that_begin_with_a_space_make_words():
-    prompt = "a  red dog\t🦊 "
-    pieces = [("a", 0, 1), ("Ġ", 1, 2), ("Ġred", 2, 6), ("Ġdo", 6, 9), ("g", 9, 10), ("ĉ", 10, 11)]
-    pieces += [("ðŁ", 11, 12), ("¦", 11, 12), ("Ġ", 12, 13)]
-    assert words_of(prompt, pieces) == [
-        Word("a", (0,)),
-        Word("red", (2,)),
-        Word("dog", (3, 4)),
-        Word("🦊", (6, 7)),
-        Word("Ġ", (1,), special=True),
-        Word("ĉ", (5,), special=True),
-        Word("Ġ", (8,), special=True),
-    ]
-
-
-@given(st.text(alphabet=st.sampled_from("ab ,\t\u3000é"), max_size=20), st.data())
-def test_every_token_is_in_exactly_one_word(prompt, data):
-    spans = st.tuples(st.integers(0, len(prompt)), st.integers(0, len(prompt))).map(sorted)
-    pieces = [("x", start, end) for start, end in data.draw(st.lists(spans, max_size=8))]
-    words = words_of(prompt, pieces)
-    assert sorted(n for word in words for n in word.tokens) == list(range(len(pieces)))
-    assert {word.text for word in words if not word.special} <= set(prompt.split())
-
-
-def words_of(prompt: str, pieces: list[tuple[str, int, int]]) -> list[Word]:
-    return list(split_words(prompt, [TraceToken(text=t, start=s, end=e) for t, s, e in pieces]))
-
-
-def test_words_are_found_whatever_their_case_and_punctuation():
-    words = split_words("A cat, a Dog", tokens_of("A cat, a Dog"))
-    assert [word.text for word in find_words(words, ["DOG", "cat", "a"])] == ["A", "cat,", "a", "Dog"]
-    assert [word.text for word in find_words(words, ["cat,", "[CLS]"])] == ["cat,", "[CLS]"]
-    with pytest.raises(
-        UsageError, match=r"'do' is not a word .*: its words are A, cat,, a, Dog, \[CLS\], \[SEP\]$"
-    ):
-        find_words(words, ["cat", "do"])
-
-
-def test_a_word_reads_the_mean_of_its_tokens():
-    assert word_layers(Word("x", (0, 2)), [[1, 9, 2], [0, 9, 4]]) == (1.5, 2.0)
-
-
 def test_a_trace_is_read_back_as_it_was_written(saved):
     path, trace, routes = saved
     loaded = load_trace(path)
@@ -294,6 +221,14 @@ DAMAGE = {
     "no recipe": (_edited(lambda trace: trace.pop("recipe")), "damaged: recipe"),
     "extra field": (_edited(lambda trace: trace.update(more=1)), "damaged: more"),
     "bad tokens": (_edited(lambda trace: trace["branches"]["positive"].update(tokens=3)), "positive.tokens"),
+    "short summary": (
+        _edited(lambda trace: trace["branches"]["positive"]["summary"].update(mean_layer_ST=[[1.0]])),
+        "branch positive does not fit",
+    ),
+    "short times": (_edited(lambda trace: trace.update(times=[1.0])), "branch positive does not fit"),
+    "no layers": (_edited(lambda trace: trace.update(layers=[])), "damaged: layers"),
+    "not a number": (_edited(lambda trace: trace.update(times=[float("nan")])), "damaged: times"),
+    "no file": (_edited(lambda trace: trace["arrays"].update(file=".")), "damaged: arrays.file"),
     "outside": (_edited(lambda trace: trace["arrays"].update(file="../a")), "damaged: arrays.file"),
 }
 
@@ -323,9 +258,7 @@ def test_damaged_arrays_are_refused(saved, change):
     assert trace.arrays
     arrays_path = path.with_name(trace.arrays.file)
     arrays_path.write_bytes(change(arrays_path.read_bytes()))
-    with pytest.raises(
-        InputError, match=r"apple\.routing\.safetensors (is damaged|does not belong to apple\.json)"
-    ):
+    with pytest.raises(InputError, match=r"apple\.routing\.safetensors (is damaged|does not belong to apple\.json)"):
         load_routes(trace, path)
     arrays_path.unlink()
     with pytest.raises(InputError, match=r"cannot read .*apple\.routing\.safetensors"):
@@ -350,9 +283,7 @@ def test_the_documented_example_reads_the_decisions(saved, monkeypatch, capsys):
     ]
 
 
-@pytest.mark.parametrize(
-    "model", [Trace, TraceBranch, TraceToken, BranchSummary, TraceArrays, Recipe, Provenance]
-)
+@pytest.mark.parametrize("model", [Trace, TraceBranch, TraceToken, BranchSummary, TraceArrays, Recipe, Provenance])
 def test_every_field_is_documented(model: type[BaseModel]):
     text = DOC.read_text(encoding="utf-8")
     names = [field.alias or name for name, field in model.model_fields.items()]

@@ -11,7 +11,7 @@ from mos_cli.cli import console
 from mos_cli.cli.data import data_app
 from mos_cli.cli.doctor import doctor
 from mos_cli.cli.generate import generate
-#from mos_cli.cli.inspect_routing import inspect_routing
+from mos_cli.cli.inspect_routing import inspect_routing
 from mos_cli.cli.models import models_app
 from mos_cli.cli.presets import presets_app
 from mos_cli.cli.replay import replay
@@ -51,14 +51,15 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def mos(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
     """Draw pictures from words, on your own machine, and see which layer of the language model painted each word."""
 
 
 app.command()(generate)
-#app.command("inspect-routing")(inspect_routing)
+app.command("inspect-routing")(inspect_routing)
 app.command()(replay)
 app.add_typer(models_app)
 app.add_typer(presets_app)

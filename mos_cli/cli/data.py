@@ -12,16 +12,10 @@ data_app = typer.Typer(no_args_is_help=True, help="The pictures that models are 
 
 @data_app.command()
 def build(
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder to write to; the cache by default.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write to; the cache by default.")] = None,
     size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 128,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", help="A set to use, repeatable; all by default.")
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Build again what is there already.")
-    ] = False,
+    sets: Annotated[list[str] | None, typer.Option("--set", help="A set to use, repeatable; all by default.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Build again what is there already.")] = False,
 ) -> None:
     """Fetch the open emoji sets with npm, draw their objects, and write one art file with its manifest."""
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -39,17 +33,13 @@ def build(
                 tasks[stage] = bar.add_task(stage, total=total)
             bar.update(tasks[stage], completed=done)
 
-        path = build_art(
-            out or data_folder(), size, choose_sets(sets or ()), overwrite=overwrite, progress=advance
-        )
+        path = build_art(out or data_folder(), size, choose_sets(sets or ()), overwrite=overwrite, progress=advance)
     _print(path)
 
 
 @data_app.command()
 def show(
-    path: Annotated[
-        Path | None, typer.Argument(help="An art manifest, or its folder; the cache by default.")
-    ] = None,
+    path: Annotated[Path | None, typer.Argument(help="An art manifest, or its folder; the cache by default.")] = None,
 ) -> None:
     """Show what an art file holds: its styles, pictures, licences and credits."""
     from mos_cli.training.art import data_folder, manifest_path

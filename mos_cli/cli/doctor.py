@@ -186,9 +186,7 @@ def _check_gpu(torch: Any, gpus: list[dict[str, Any]]) -> dict[str, Any]:
 def _check_bf16(cpu: dict[str, Any], gpus: list[dict[str, Any]]) -> dict[str, Any]:
     capable = [gpu["name"] for gpu in gpus if gpu["capability"] >= [8, 0]]
     if capable or cpu["bf16"]:
-        return _check(
-            "bf16", True, "fast on " + ", ".join(capable or [f"the CPU ({', '.join(cpu['bf16'])})"])
-        )
+        return _check("bf16", True, "fast on " + ", ".join(capable or [f"the CPU ({', '.join(cpu['bf16'])})"]))
     known = "this CPU has no bf16 instructions" if cpu["bf16"] is not None else "unknown for this CPU"
     return _check("bf16", False, known, "fp32 is used")
 
@@ -223,11 +221,7 @@ def _check_folders() -> list[dict[str, Any]]:
         nearest = next(path for path in (folder, *folder.parents) if path.exists())
         writable = nearest.is_dir() and os.access(nearest, os.W_OK)
         detail = f"{folder} {'can' if writable else 'cannot'} be written"
-        remedy = (
-            "set MOS_CACHE to another folder"
-            if what == "cache folder"
-            else "use --output with another folder"
-        )
+        remedy = "set MOS_CACHE to another folder" if what == "cache folder" else "use --output with another folder"
         checks.append(_check(what, writable, detail, remedy))
     return checks
 

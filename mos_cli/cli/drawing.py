@@ -16,6 +16,8 @@ from mos_cli.cli.interrupt import gentle_interrupt
 from mos_cli.errors import PARTLY_FAILED, MosError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from mos_cli.pipeline import Drawing, MoSPipeline
     from mos_cli.runtime.bundles import Bundle
     from mos_cli.runtime.recipe import Recipe
@@ -96,8 +98,16 @@ def load_pipeline(bundle: "Bundle", *, device: str, precision: str, report: Repo
         return MoSPipeline(bundle, device=choose_device(device), precision=precision, progress=fetching)
 
 
-def draw_jobs(pipeline: "MoSPipeline", jobs: list[Job], *, trace: str, overwrite: bool, report: Report) -> None:
-    """Draws and writes every job; one that fails does not stop the others.
+def draw_jobs(
+    pipeline: "MoSPipeline",
+    jobs: list[Job],
+    *,
+    trace: str,
+    overwrite: bool,
+    report: Report,
+    sheet: Path | None = None,
+) -> None:
+    """Draws and writes every job, and a contact sheet of them; one that fails does not stop the others.
 
     The first Ctrl-C ends after the step at hand, the second at once; pictures written stay.
 
@@ -105,7 +115,7 @@ def draw_jobs(pipeline: "MoSPipeline", jobs: list[Job], *, trace: str, overwrite
         MosError: the only job failed.
         typer.Exit: some of several jobs failed (exit code 7).
     """
-    failed = 0
+    failed, drawn = 0, []
     with report.progress() as bars, gentle_interrupt() as check_interrupt:
         for number, job in enumerate(jobs, start=1):
             name = f"picture {number} of {len(jobs)}" if len(jobs) > 1 else "drawing"
@@ -131,11 +141,15 @@ def draw_jobs(pipeline: "MoSPipeline", jobs: list[Job], *, trace: str, overwrite
                 continue
             finally:
                 bars.remove_task(task)
+            drawn.append((drawing.image, job.recipe.prompt))
             seed = job.recipe.seed
             report.event("picture", f"{files[0]}  (seed {seed})", seed=seed, files=[str(file) for file in files])
             for file in files[1:]:
                 if not report.json:
                     report.event("file", f"{file}")
+    if sheet is not None and drawn:
+        _write_sheet(drawn, sheet, overwrite)
+        report.event("sheet", str(sheet), file=str(sheet))
     report.times()
     if failed:
         console.print_error(f"{failed} of {len(jobs)} pictures failed")
@@ -158,3 +172,10 @@ def write_drawing(drawing: "Drawing", path: Path, *, trace: str, overwrite: bool
             file.unlink(missing_ok=True)
         raise
     return [path, *files]
+
+
+def _write_sheet(pictures: "list[tuple[Image, str]]", path: Path, overwrite: bool) -> None:
+    from mos_cli.runtime.outputs import write_picture
+    from mos_cli.runtime.sheet import contact_sheet
+
+    write_picture(contact_sheet(pictures), None, path, overwrite=overwrite)

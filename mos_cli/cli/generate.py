@@ -17,16 +17,26 @@ if TYPE_CHECKING:
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to draw; - reads prompts from stdin, @FILE from a file, a line each.")],
+    prompt: Annotated[
+        str, typer.Argument(help="What to draw; - reads prompts from stdin, @FILE from a file, a line each.")
+    ],
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", envvar="MOS_MODEL", help="Bundle: name, path or hub id.", show_default="emoji-nano"),
+        typer.Option(
+            "--model",
+            "-m",
+            envvar="MOS_MODEL",
+            help="Bundle: name, path or hub id.",
+            show_default="emoji-nano",
+        ),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option("--preset", "-p", envvar="MOS_PRESET", help="Named settings; see `mos presets ls`.")
+        str | None,
+        typer.Option("--preset", "-p", envvar="MOS_PRESET", help="Named settings; see `mos presets ls`."),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", "-s", envvar="MOS_SEED", help="Seed of the first picture.", show_default="random")
+        int | None,
+        typer.Option("--seed", "-s", envvar="MOS_SEED", help="Seed of the first picture.", show_default="random"),
     ] = None,
     count: Annotated[
         int, typer.Option("--count", "-n", min=1, max=10_000, help="Pictures per prompt; seeds count up.")
@@ -35,7 +45,8 @@ def generate(
         int | None, typer.Option(envvar="MOS_STEPS", help="Denoising steps.", show_default="the model's")
     ] = None,
     cfg: Annotated[
-        float | None, typer.Option(envvar="MOS_CFG", help="Guidance scale; 1 turns it off.", show_default="the model's")
+        float | None,
+        typer.Option(envvar="MOS_CFG", help="Guidance scale; 1 turns it off.", show_default="the model's"),
     ] = None,
     cfg_interval: Annotated[
         str | None,
@@ -61,14 +72,19 @@ def generate(
         str | None,
         typer.Option(envvar="MOS_PRECISION", help="auto, bf16 or fp32.", show_default="auto", metavar="PRECISION"),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be drawn and where; load nothing.")] = False,
+    sheet: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Also write one sheet of all pictures with their prompts.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be drawn and where; load nothing.")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Draw pictures from a prompt, each with its recipe inside and its routing trace beside it."""
     from mos_cli.runtime.bundles import find_bundle
-    from mos_cli.runtime.outputs import naming
+    from mos_cli.runtime.outputs import naming, refuse_existing
     from mos_cli.runtime.settings import make_settings, resolve
 
     prompts = _prompts(prompt)
@@ -86,6 +102,8 @@ def generate(
     )
     settings = resolve(flags, preset)
     names = naming(settings.output, overwrite=overwrite)
+    if sheet is not None:
+        refuse_existing(sheet, overwrite=overwrite)
     bundle = find_bundle(settings.model)
     report = Report(json=json, quiet=quiet, verbose=verbose)
     first_seed = int.from_bytes(os.urandom(4)) if seed is None else seed
@@ -104,10 +122,15 @@ def generate(
 
     if dry_run:
         for job in jobs:
-            report.event("would draw", f"{job.path}  {job.recipe!r}", path=str(job.path), recipe=job.recipe.model_dump())
+            report.event(
+                "would draw",
+                f"{job.path}  {job.recipe!r}",
+                path=str(job.path),
+                recipe=job.recipe.model_dump(),
+            )
         return
     pipeline = load_pipeline(bundle, device=settings.device, precision=common["precision"], report=report)
-    draw_jobs(pipeline, jobs, trace=settings.trace, overwrite=overwrite, report=report)
+    draw_jobs(pipeline, jobs, trace=settings.trace, overwrite=overwrite, report=report, sheet=sheet)
 
 
 def _prompts(argument: str) -> list[str]:
@@ -123,7 +146,7 @@ def _prompts(argument: str) -> list[str]:
         lines = [argument]
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise InputError("the prompt is empty: say what to draw, for example: mos generate \"a red apple\"")
+        raise InputError('the prompt is empty: say what to draw, for example: mos generate "a red apple"')
     return prompts
 
 

@@ -16,12 +16,8 @@ if TYPE_CHECKING:
 
 def inspect_routing(
     trace: Annotated[Path, typer.Argument(help="A trace (.json), or the picture beside it.", dir_okay=False)],
-    branch: Annotated[
-        str, typer.Option(help="The guidance branch to show: positive or negative.")
-    ] = "positive",
-    word: Annotated[
-        list[str] | None, typer.Option("--word", "-w", help="Show only this word; repeatable.")
-    ] = None,
+    branch: Annotated[str, typer.Option(help="The guidance branch to show: positive or negative.")] = "positive",
+    word: Annotated[list[str] | None, typer.Option("--word", "-w", help="Show only this word; repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show the routes that drew a picture: which layers of the language model its words read, and when."""
@@ -46,9 +42,7 @@ def inspect_routing(
     console.out.print(RoutesView(head, branch, words, changes))
 
 
-def _as_dict(
-    trace: "Trace", name: str, words: "Sequence[Word]", changes: "Sequence[float] | None"
-) -> dict[str, Any]:
+def _as_dict(trace: "Trace", name: str, words: "Sequence[Word]", changes: "Sequence[float] | None") -> dict[str, Any]:
     from mos_cli.routing.analysis import agreement, dead_layers, strongest_layers, word_layers
 
     branch, recipe = trace.branches[name], trace.recipe
@@ -78,9 +72,7 @@ def _as_dict(
         ],
         "layer_use": summary.layer_use_JM,
         "entropy": summary.entropy_S,
-        "strongest": [
-            {"layer": layer, "share": share} for layer, share in strongest_layers(summary.layer_use_JM)
-        ],
+        "strongest": [{"layer": layer, "share": share} for layer, share in strongest_layers(summary.layer_use_JM)],
         "dead": dead_layers(summary.layer_use_JM),
         "changes": changes,
         "agreement": {

@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
 models_app = typer.Typer(name="models", no_args_is_help=True, help="List, fetch and check models.")
 
-Name = Annotated[
-    str, typer.Argument(help="A model (name, folder or hub id) or an understanding tower (name).")
-]
+Name = Annotated[str, typer.Argument(help="A model (name, folder or hub id) or an understanding tower (name).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
 
 
@@ -25,9 +23,7 @@ def list_all(as_json: AsJson = False) -> None:
     """List the models, and the understanding towers that can read prompts for them."""
     from mos_cli.runtime.bundles import list_bundles, list_tower_specs
 
-    rows = [_bundle_row(bundle) for bundle in list_bundles()] + [
-        _tower_row(spec) for spec in list_tower_specs()
-    ]
+    rows = [_bundle_row(bundle) for bundle in list_bundles()] + [_tower_row(spec) for spec in list_tower_specs()]
     if as_json:
         _print_json(rows)
         return

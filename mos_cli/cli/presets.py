@@ -21,7 +21,9 @@ def ls(json: Json = False) -> None:
 
     presets = list_presets()
     if json:
-        values = [{"name": p.name, "description": p.description, **p.settings.model_dump(exclude_none=True)} for p in presets]
+        values = [
+            {"name": p.name, "description": p.description, **p.settings.model_dump(exclude_none=True)} for p in presets
+        ]
         typer.echo(jsonlib.dumps(values))
         return
     table = Table(box=None, pad_edge=False)

@@ -19,10 +19,12 @@ CLOSE_PSNR = 40.0
 def replay(
     picture: Annotated[Path, typer.Argument(help="A PNG made by mos.")],
     changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: seed=7, cfg=4, ...")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: seed=7, cfg=4, ..."),
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Write nothing; say whether the picture comes out exact, close or different.")
+        bool,
+        typer.Option("--verify", help="Write nothing; say whether the picture comes out exact, close or different."),
     ] = False,
     output: Output = None,
     overwrite: Overwrite = False,

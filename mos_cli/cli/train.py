@@ -17,10 +17,12 @@ def train(
         typer.Option(help="Art file or its folder.", show_default="where `mos data build` writes it"),
     ] = None,
     run: Annotated[
-        Path | None, typer.Option(help="Folder of the run; a run found there goes on.", show_default="runs/NAME")
+        Path | None,
+        typer.Option(help="Folder of the run; a run found there goes on.", show_default="runs/NAME"),
     ] = None,
     export: Annotated[
-        Path | None, typer.Option(help="Where the bundle goes when the run is done.", show_default="RUN/bundle")
+        Path | None,
+        typer.Option(help="Where the bundle goes when the run is done.", show_default="RUN/bundle"),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Train for so many steps, not the recipe's.")] = None,
 ) -> None:

@@ -48,9 +48,7 @@ def summarise(ids_SJTK: np.ndarray, weights_SJTK: np.ndarray, layers: int) -> di
 
     columns_SJ11 = np.arange(steps * blocks).reshape(steps, blocks, 1, 1)
     cells = (columns_SJ11 * layers + ids_SJTK).ravel()
-    use_SJM = np.bincount(cells, weights.ravel(), minlength=steps * blocks * layers).reshape(
-        steps, blocks, layers
-    )
+    use_SJM = np.bincount(cells, weights.ravel(), minlength=steps * blocks * layers).reshape(steps, blocks, layers)
     use_JM = _shares(use_SJM.sum(axis=0))
     use_SM = _shares(use_SJM.sum(axis=1))
     logs_SM = np.log(use_SM, out=np.zeros_like(use_SM), where=use_SM > 0)
@@ -108,9 +106,7 @@ def word_layers(word: Word, mean_layer_ST: Sequence[Sequence[float]]) -> tuple[f
     return tuple(means_S.round(DIGITS).tolist())
 
 
-def strongest_layers(
-    layer_use_JM: Sequence[Sequence[float]], count: int = 3
-) -> tuple[tuple[int, float], ...]:
+def strongest_layers(layer_use_JM: Sequence[Sequence[float]], count: int = 3) -> tuple[tuple[int, float], ...]:
     """The layers with the largest share of the weight, all blocks alike, and that share; at most `count`."""
     shares_M = np.mean(layer_use_JM, axis=0).round(DIGITS).tolist()
     ranked = sorted(enumerate(shares_M), key=lambda layer: -layer[1])

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
 from mos_cli.errors import InputError
 from mos_cli.routing.analysis import summarise
 from mos_cli.runtime.files import atomic_write
+from mos_cli.runtime.outputs import ARRAYS_SUFFIX
 from mos_cli.runtime.recipe import Provenance, Recipe
 from mos_cli.runtime.specs import first_problem
 
 SCHEMA = "mos-trace/1"
-ARRAYS_SUFFIX = ".routing.safetensors"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Routes:
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TraceToken(_Frozen):
@@ -64,14 +64,14 @@ class TraceBranch(_Frozen):
 
     prompt: str
     tokens: tuple[TraceToken, ...]
-    steps: tuple[int, ...]
+    steps: tuple[NonNegativeInt, ...]
     summary: BranchSummary
 
 
 class TraceArrays(_Frozen):
     """The file beside the trace that holds every decision."""
 
-    file: str = Field(pattern=r"^[^/\\]+$")
+    file: str = Field(pattern=r"^[^/\\]+\.routing\.safetensors$")
     sha256: str
 
 
@@ -81,12 +81,26 @@ class Trace(_Frozen):
     schema_id: Literal["mos-trace/1"] = Field(SCHEMA, alias="schema")
     recipe: Recipe
     made: Provenance
-    layers: tuple[str, ...]
+    layers: tuple[str, ...] = Field(min_length=2)
     blocks: int
     top_k: int
     times: tuple[float, ...]
     branches: dict[str, TraceBranch]
     arrays: TraceArrays | None = None
+
+    @model_validator(mode="after")
+    def _summaries_fit(self) -> "Trace":
+        for name, branch in self.branches.items():
+            summary, steps = branch.summary, len(branch.steps)
+            fits = (
+                0 < steps == len(summary.entropy_S)
+                and max(branch.steps) < len(self.times)
+                and [len(row) for row in summary.mean_layer_ST] == [len(branch.tokens)] * steps
+                and [len(row) for row in summary.layer_use_JM] == [len(self.layers)] * self.blocks
+            )
+            if not fits:
+                raise ValueError(f"the summary of branch {name} does not fit its steps, tokens, layers and blocks")
+        return self
 
 
 def make_branch(
@@ -97,9 +111,7 @@ def make_branch(
     return TraceBranch(prompt=prompt, tokens=tuple(tokens), steps=tuple(steps), summary=summary)
 
 
-def save_trace(
-    trace: Trace, routes: Mapping[str, Routes] | None, path: Path, *, overwrite: bool = False
-) -> list[Path]:
+def save_trace(trace: Trace, routes: Mapping[str, Routes] | None, path: Path, *, overwrite: bool = False) -> list[Path]:
     """Writes `path` (.json) and, if `routes` are given, the arrays beside it; returns the files written."""
     from safetensors.numpy import save
 

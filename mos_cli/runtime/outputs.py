@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FIELDS = ("date", "number", "prompt", "seed", "model")
+ARRAYS_SUFFIX = ".routing.safetensors"
+COMPANIONS = (".json", ARRAYS_SUFFIX)
+"""What a trace puts beside the picture."""
 IN_FOLDER = "{number}_{prompt}_s{seed}.png"
 
 
@@ -66,8 +69,8 @@ class Naming:
             path = path.with_name(path.name.replace("{number}", f"{max(used, default=0) + 1:04d}"))
         if path in taken:
             raise UsageError(f"several pictures would be written to {path}: add {{seed}} or {{number}} to the name")
-        if path.exists() and not self.overwrite:
-            raise InputError(f"{path} exists: choose another name, or pass --overwrite")
+        for file in (path, *(path.with_suffix(suffix) for suffix in COMPANIONS)):
+            refuse_existing(file, overwrite=self.overwrite)
         return path
 
 
@@ -76,6 +79,12 @@ def naming(output: str, *, overwrite: bool = False) -> Naming:
     if output.endswith(("/", "\\")) or Path(output).is_dir():
         return Naming(str(Path(output) / IN_FOLDER), overwrite)
     return Naming(output, overwrite)
+
+
+def refuse_existing(path: Path, *, overwrite: bool) -> None:
+    """Raises InputError if a file to be written is there already and may not be replaced."""
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists: choose another name, or pass --overwrite")
 
 
 def slug(text: str) -> str:

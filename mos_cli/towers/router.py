@@ -66,7 +66,15 @@ class Router(nn.Module):
     """Context tokens, noised patches and the timestep in one sequence; a linear head gives [M, J] logits per token."""
 
     def __init__(
-        self, *, width: int, depth: int, heads: int, states_width: int, patch_values: int, layers: int, blocks: int
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        states_width: int,
+        patch_values: int,
+        layers: int,
+        blocks: int,
     ) -> None:
         super().__init__()
         self.layers, self.head_width = layers, width // heads

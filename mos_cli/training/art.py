@@ -116,14 +116,10 @@ def load_art(path: Path) -> Art:
             schema = (file.metadata() or {}).get("schema")
             pixels = file.get_tensor("pixels")
     except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(
-            f"cannot read {pixels_path}: {error}; build it again with `mos data build`"
-        ) from None
+        raise InputError(f"cannot read {pixels_path}: {error}; build it again with `mos data build`") from None
     size, count = manifest.size, len(manifest.pictures)
     if schema != SCHEMA or tuple(pixels.shape) != (count, size, size, 4):
-        raise InputError(
-            f"{pixels_path} does not belong to {path.name}; build both again with `mos data build`"
-        )
+        raise InputError(f"{pixels_path} does not belong to {path.name}; build both again with `mos data build`")
     return Art(manifest, pixels)
 
 
@@ -136,6 +132,4 @@ def manifest_path(path: Path) -> Path:
         return found[0]
     if not found:
         raise InputError(f"no art in {path}; `mos data build --out {path}` makes it")
-    raise InputError(
-        f"{path} holds art of several sizes ({', '.join(file.name for file in found)}): name one file"
-    )
+    raise InputError(f"{path} holds art of several sizes ({', '.join(file.name for file in found)}): name one file")

@@ -102,9 +102,7 @@ def build_art(
     return manifest_path
 
 
-def _objects(
-    art: ArtSet, tarball: Path, names: Annotations, dropped: Counter[str]
-) -> list[tuple[Concept, bytes]]:
+def _objects(art: ArtSet, tarball: Path, names: Annotations, dropped: Counter[str]) -> list[tuple[Concept, bytes]]:
     """The pictures of one set that show an object, one a concept, in the order of the annotations."""
     chosen: dict[str, tuple[Concept, bytes]] = {}
     for name, concept, picture in _named_pictures(tarball, names):

@@ -83,9 +83,7 @@ def _concept(entry: dict, groups: dict, left_out: str | None) -> Concept:
         left_out = "symbols"
     label = _plain_english(entry["label"])
     keywords = [word for word in dict.fromkeys(map(_plain_english, entry.get("tags", ()))) if word != label]
-    return Concept(
-        hexcode, label, tuple(keywords[:KEYWORDS]), group, subgroup, entry.get("order", 0), left_out
-    )
+    return Concept(hexcode, label, tuple(keywords[:KEYWORDS]), group, subgroup, entry.get("order", 0), left_out)
 
 
 def _index(concepts: dict[str, Concept], shortcodes: list[dict]) -> dict[str, str]:

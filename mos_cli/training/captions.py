@@ -60,7 +60,19 @@ RELATIONS = {
     "under": ((0.5, 0.73), (0.5, 0.27)),
 }
 
-UNCOUNTED = {"bread", "corn", "milk", "coffee", "beer", "sushi", "fire", "chocolate", "cheese", "popcorn", "poo"}
+UNCOUNTED = {
+    "bread",
+    "corn",
+    "milk",
+    "coffee",
+    "beer",
+    "sushi",
+    "fire",
+    "chocolate",
+    "cheese",
+    "popcorn",
+    "poo",
+}
 
 
 @dataclass(frozen=True)
@@ -147,7 +159,12 @@ def _caption(subject: str, style: str | None, ground: str | None, random: Random
     if ground is not None:
         article = "an" if ground[0] in "aeiou" else "a"
         subject += random.choice(
-            [f" on {article} {ground} background", f", {ground} background", f" on {ground}", f" on a {ground} ground"]
+            [
+                f" on {article} {ground} background",
+                f", {ground} background",
+                f" on {ground}",
+                f" on a {ground} ground",
+            ]
         )
     return subject
 

@@ -104,9 +104,7 @@ class Trainer:
         use = _layer_use(route, batch.mask_BT, self.recipe.generation["states_layers"])
         seconds = time.perf_counter() - started
         entropy = float(-(use * use.clamp_min(1e-9).log()).sum())
-        return Metrics(
-            self.step, loss.item(), norm.item(), len(batch.t_B) / seconds, entropy, tuple(use.tolist())
-        )
+        return Metrics(self.step, loss.item(), norm.item(), len(batch.t_B) / seconds, entropy, tuple(use.tolist()))
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Route]:
         with self.accelerator.autocast():
@@ -135,7 +133,9 @@ class Trainer:
             self.tower.load_state_dict(state["tower"])
         except (RuntimeError, KeyError, OSError) as error:
             reason = str(error).splitlines()[0]
-            raise InputError(f"{self.folder} holds a checkpoint of another recipe, or a damaged one: {reason}") from None
+            raise InputError(
+                f"{self.folder} holds a checkpoint of another recipe, or a damaged one: {reason}"
+            ) from None
         self.ema.load_state_dict(state["ema"])
         for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(kept)

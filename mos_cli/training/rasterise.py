@@ -80,6 +80,4 @@ def _draw_svg(document: bytes, size: int) -> bytes:
 
     if b"<filter" in document:
         size *= FILTER_OVERSAMPLING
-    return resvg_py.svg_to_bytes(
-        svg_string=document.decode(), width=size, height=size, skip_system_fonts=True
-    )
+    return resvg_py.svg_to_bytes(svg_string=document.decode(), width=size, height=size, skip_system_fonts=True)

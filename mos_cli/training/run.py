@@ -55,9 +55,7 @@ def export(trainer: Trainer, folder: Path) -> Bundle:
     trainer.averaged_tower().to(torch.bfloat16).save_pretrained(folder / "generation")
     FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
     (folder / "recipe.json").write_text(json.dumps(recipe.model_dump(), indent=2) + "\n", encoding="utf-8")
-    return write_index(
-        folder, understanding=load_tower_spec(recipe.understanding), **recipe.bundle.model_dump()
-    )
+    return write_index(folder, understanding=load_tower_spec(recipe.understanding), **recipe.bundle.model_dump())
 
 
 def _draw_samples(trainer: Trainer) -> None:

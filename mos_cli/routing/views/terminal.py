@@ -123,9 +123,7 @@ def _layer_use(layer_use_JM: Sequence[Sequence[float]], width: int) -> Iterable[
         for layer in shown:
             table.add_column(str(layer), justify="right", no_wrap=True, min_width=CELL - 1)
         for block, use_M in enumerate(layer_use_JM):
-            cells = [
-                _shaded(f"{100 * use_M[m]:.0f}", use_M[m] / most) if use_M[m] else Text("-") for m in shown
-            ]
+            cells = [_shaded(f"{100 * use_M[m]:.0f}", use_M[m] / most) if use_M[m] else Text("-") for m in shown]
             table.add_row(str(block), *cells)
         yield table
 
@@ -144,5 +142,5 @@ def _shaded(text: str, fraction: float) -> Text:
     below = min(int(place), len(SCALE) - 2)
     colours = zip(SCALE[below], SCALE[below + 1], strict=True)
     red, green, blue = (low + (place - below) * (high - low) for low, high in colours)
-    ink = "black" if fraction > 0.5 else "white"
+    ink = "#000000" if fraction > 0.4 else "#ffffff"
     return Text(text.rjust(CELL - 1), style=Style(color=ink, bgcolor=Color.from_rgb(red, green, blue)))

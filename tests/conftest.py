@@ -1,0 +1,115 @@
+"""Small random towers and a bundle made of them: everything the product does, in a second and without a network."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import Result
+from diffusers import FlowMatchEulerDiscreteScheduler
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from mos_cli.runtime.bundles import Bundle, write_index
+from mos_cli.runtime.files import sha256_of
+from mos_cli.runtime.specs import Canvas, Defaults, FolderSource, TowerSpec
+from mos_cli.towers.generation import GenerationTower
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "an", "red", "green", "apple", "dog", "cat", "##s"]
+TOWER_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+
+def _tokenizer(folder: Path, *, marks: bool) -> None:
+    """A word-piece tokenizer; with `marks` it puts [CLS] and [SEP] around a prompt, as encoders do."""
+    vocabulary = {word: index for index, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    if marks:
+        tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]"} if marks else {"eos_token": "[SEP]", "unk_token": "[UNK]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=24, **special).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A three-layer BERT with random weights."""
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=len(WORDS), max_position_embeddings=24, **sizes)).save_pretrained(folder)
+    _tokenizer(folder, marks=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def decoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A four-layer Llama with random weights."""
+    folder = tmp_path_factory.mktemp("decoder")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+    LlamaModel(LlamaConfig(vocab_size=len(WORDS), max_position_embeddings=24, **sizes)).save_pretrained(folder)
+    _tokenizer(folder, marks=False)
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache and settings of the test's own."""
+    monkeypatch.setenv("MOS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MOS_CONFIG", str(tmp_path / "config.toml"))
+    return tmp_path / "cache"
+
+
+def awake(tower: GenerationTower) -> GenerationTower:
+    """Gives every parameter a random value: a fresh tower draws grey whatever it reads."""
+    torch.manual_seed(1)
+    for parameter in tower.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return tower.eval()
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, encoder_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
+    """A bundle named "tiny" that draws random 32 px pictures; found by name."""
+    folder = tmp_path / "models" / "tiny"
+    sizes = {"width": 32, "depth": 3, "heads": 2, "hidden": 48, "router_width": 32, "router_heads": 2}
+    tower = GenerationTower(**sizes, states_layers=4, states_width=32)
+    awake(tower).save_pretrained(folder / "generation")
+    FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+    spec = TowerSpec(
+        schema="mos-tower/1",
+        name="tiny-encoder",
+        license="Apache-2.0",
+        description="random",
+        format="safetensors",
+        files={name: sha256_of(encoder_folder / name) for name in TOWER_FILES},
+        size=1,
+        sources=(FolderSource(kind="folder", path=str(encoder_folder)),),
+    )
+    monkeypatch.setenv("MOS_MODELS", str(folder.parent))
+    monkeypatch.setenv("MOS_MODEL", "tiny")
+    return write_index(
+        folder,
+        name="tiny",
+        description="random weights",
+        license="Apache-2.0",
+        understanding=spec,
+        canvas=Canvas(native=(32, 32), multiple=8, min=16, max=64),
+        defaults=Defaults(steps=3, cfg=2.0, cfg_interval=(0.0, 1.0)),
+    )
+
+
+@pytest.fixture
+def mos(cache: Path) -> Callable[..., Result]:
+    """Runs the command line as typed; asserts that no traceback reaches the user."""
+    from mos_cli.cli.app import app
+
+    def run(*arguments: object, input: str | None = None) -> Result:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=input)
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        return result
+
+    return run

@@ -1,0 +1,255 @@
+"""The command line as a user types it, on a tiny bundle: files, recipes, replays, and what happens to mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from mos_cli.routing.trace import load_routes, load_trace
+from mos_cli.runtime.outputs import read_picture
+
+PROMPT = "a red apple"
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_a_picture_its_recipe_and_its_trace(mos, bundle, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = mos("generate", PROMPT, "--seed", 42)
+    assert result.exit_code == 0, result.output
+    (picture,) = tmp_path.glob("outputs/*/*.png")
+    assert picture.name == "0001_a-red-apple_s42.png"
+    assert {p.name for p in picture.parent.iterdir()} == {
+        "0001_a-red-apple_s42.png",
+        "0001_a-red-apple_s42.json",
+        "0001_a-red-apple_s42.routing.safetensors",
+    }
+    assert "seed 42" in result.stdout
+    assert str(picture.relative_to(tmp_path)) in result.stdout
+    image, record = read_picture(picture)
+    assert image.size == (32, 32)
+    assert (record.recipe.prompt, record.recipe.seed, record.recipe.steps) == (PROMPT, 42, 3)
+    assert record.made.bundle_hash == bundle.hash
+    parameters = Image.open(picture).info["parameters"]
+    assert parameters.startswith("a red apple\nSteps: 3, Sampler: Euler, CFG scale: 2.0, Seed: 42, Size: 32x32")
+    trace = load_trace(picture)
+    assert [t.text for t in trace.branches["positive"].tokens] == ["[CLS]", "a", "red", "apple", "[SEP]"]
+    assert [t.text for t in trace.branches["negative"].tokens] == ["[CLS]", "[SEP]"]
+    routes = load_routes(trace, picture.with_suffix(".json"))
+    assert routes["positive"].ids_SJTK.shape == (3, 3, 5, 2)
+    assert trace.times == pytest.approx((1, 2 / 3, 1 / 3))
+
+
+def test_a_picture_of_a_batch_equals_the_one_drawn_alone(mos, bundle, tmp_path) -> None:
+    assert mos("generate", PROMPT, "-n", 4, "--seed", 7, "-o", tmp_path / "batch_{seed}.png").exit_code == 0
+    assert mos("generate", PROMPT, "--seed", 9, "-o", tmp_path / "alone.png").exit_code == 0
+    for suffix in (".png", ".json"):
+        batch, alone = tmp_path / f"batch_9{suffix}", tmp_path / f"alone{suffix}"
+        assert batch.read_bytes().replace(b"batch_9", b"alone") == alone.read_bytes()
+    assert (tmp_path / "batch_8.png").read_bytes() != (tmp_path / "batch_9.png").read_bytes()
+
+
+def test_replay_makes_the_same_picture_from_the_png_alone(mos, bundle, tmp_path) -> None:
+    original = tmp_path / "one.png"
+    options = [
+        "--steps",
+        5,
+        "--cfg",
+        3.5,
+        "--cfg-interval",
+        "0.3,0.9",
+        "--negative",
+        "dog",
+        "--size",
+        "48x16",
+    ]
+    assert mos("generate", PROMPT, "-s", 3, *options, "-o", original).exit_code == 0
+    (tmp_path / "one.json").unlink()
+    result = mos("replay", original, "--verify")
+    assert (result.exit_code, result.stdout.strip()) == (0, "exact")
+    assert mos("replay", original, "-o", tmp_path / "two.png").exit_code == 0
+    assert original.read_bytes() == (tmp_path / "two.png").read_bytes()
+    assert (
+        mos("replay", original, "--set", "seed=4", "--set", "cfg_interval=0,1", "-o", tmp_path / "3.png").exit_code == 0
+    )
+    changed = read_picture(tmp_path / "3.png")[1].recipe
+    assert (changed.seed, changed.cfg_interval, changed.negative, changed.steps) == (4, (0.0, 1.0), "dog", 5)
+
+
+def test_verify_tells_close_from_different(mos, bundle, tmp_path) -> None:
+    original = tmp_path / "one.png"
+    mos("generate", PROMPT, "-s", 3, "-o", original)
+    image, verdicts = Image.open(original), {}
+    for name, change in {"close": 1, "different": 90}.items():
+        array = np.asarray(image).astype(int)
+        array[..., 0] = np.where(array[..., 0] < 128, array[..., 0] + change, array[..., 0] - change)
+        info = PngInfo()
+        info.add_itxt("mos", image.info["mos"])
+        Image.fromarray(array.astype(np.uint8)).save(tmp_path / f"{name}.png", pnginfo=info)
+        result = mos("replay", tmp_path / f"{name}.png", "--verify")
+        verdicts[name] = (result.exit_code, result.stdout.split()[0])
+    assert verdicts == {"close": (0, "close"), "different": (1, "different")}
+
+
+def test_settings_rank_flag_environment_preset_config(mos, bundle, tmp_path, monkeypatch) -> None:
+    def steps(*options: object) -> int:
+        result = mos("generate", PROMPT, "--dry-run", "--json", *options)
+        return json.loads(result.stdout)["recipe"]["steps"]
+
+    assert steps() == 3
+    (tmp_path / "config.toml").write_text("[generate]\nsteps = 5\n")
+    assert steps() == 5
+    assert steps("--preset", "fast") == 12
+    monkeypatch.setenv("MOS_STEPS", "7")
+    assert steps("--preset", "fast") == 7
+    assert steps("--preset", "fast", "--steps", 9) == 9
+
+
+def test_a_dry_run_writes_nothing(mos, bundle, tmp_path) -> None:
+    result = mos("generate", PROMPT, "--dry-run", "-o", tmp_path / "out.png")
+    assert result.exit_code == 0
+    assert "out.png" in result.stdout
+    assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize(("level", "suffixes"), [("off", []), ("summary", [".json"])])
+def test_trace_levels(mos, bundle, tmp_path, level: str, suffixes: list[str]) -> None:
+    assert mos("generate", PROMPT, "--trace", level, "-o", tmp_path / "one.png").exit_code == 0
+    assert sorted(p.suffix for p in tmp_path.glob("one.*")) == sorted([".png", *suffixes])
+
+
+def test_prompts_from_a_file_and_from_stdin(mos, bundle, tmp_path) -> None:
+    (tmp_path / "prompts.txt").write_text("a dog\n\n  a cat \n")
+    assert mos("generate", f"@{tmp_path / 'prompts.txt'}", "-o", f"{tmp_path}/out/", "-s", 1).exit_code == 0
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.png")) == [
+        "0001_a-dog_s1.png",
+        "0002_a-cat_s1.png",
+    ]
+    assert mos("generate", "-", "-o", f"{tmp_path}/out/", "-s", 1, input="an apple\n").exit_code == 0
+    assert (tmp_path / "out" / "0003_an-apple_s1.png").exists()
+
+
+def test_one_bad_prompt_of_several_does_not_stop_the_others(mos, bundle, tmp_path) -> None:
+    result = mos("generate", "-", "-o", tmp_path / "{number}.png", input=f"a dog\n{'apple ' * 40}\na cat\n")
+    assert result.exit_code == 7
+    assert "the model reads 24: shorten it" in result.stderr
+    assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+def test_json_events(mos, bundle, tmp_path) -> None:
+    result = mos("generate", PROMPT, "-s", 1, "-o", tmp_path / "one.png", "--json")
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [event["event"] for event in events] == ["step", "step", "step", "picture"]
+    assert events[-1]["seed"] == 1
+    assert all(Path(file).exists() for file in events[-1]["files"])
+
+
+MISTAKES = {
+    "empty prompt": (["generate", "  "], 3, "the prompt is empty"),
+    "unknown model": (["generate", PROMPT, "-m", "emoji-nono"], 4, "emoji-nano"),
+    "absurd size": (["generate", PROMPT, "--size", "100000"], 2, "multiples of 8 from 16 to 64"),
+    "size of another shape": (["generate", PROMPT, "--size", "big"], 2, "write 64, 96x64 or 3:2"),
+    "no steps": (["generate", PROMPT, "--steps", "0"], 2, "steps"),
+    "interval upside down": (["generate", PROMPT, "--cfg-interval", "0.9,0.1"], 2, "the smaller first"),
+    "negative seed": (["generate", PROMPT, "--seed", "-1"], 2, "seed"),
+    "unknown preset": (["generate", PROMPT, "-p", "fats"], 2, "fast"),
+    "unknown trace level": (["generate", PROMPT, "--trace", "all"], 2, "trace"),
+    "negative without guidance": (["generate", PROMPT, "--negative", "x", "--cfg", "1"], 2, "no effect"),
+    "name taken": (["generate", PROMPT, "-o", "{tmp}/taken.png"], 3, "--overwrite"),
+    "one name for two": (["generate", PROMPT, "-n", "2", "-o", "{tmp}/a.png"], 2, "{seed}"),
+    "unknown field": (["generate", PROMPT, "-o", "{sead}.png"], 2, "{sead}"),
+    "another format": (["generate", PROMPT, "-o", "a.jpg"], 2, ".png"),
+    "folder that is a file": (["generate", PROMPT, "-o", "{tmp}/file/a.png"], 3, "cannot"),
+    "no prompts file": (["generate", "@nowhere.txt"], 3, "nowhere.txt"),
+    "too long": (["generate", "apple " * 40], 3, "shorten it"),
+    "no GPU": (["generate", PROMPT, "--device", "cuda:7"], 6, "--device cpu"),
+    "unknown device": (["generate", PROMPT, "--device", "abacus"], 6, "abacus"),
+    "replay of nothing": (["replay", "nowhere.png"], 3, "nowhere.png"),
+    "replay of text": (["replay", "{tmp}/text.png"], 3, "not a picture"),
+    "replay of a stranger": (["replay", "{tmp}/taken.png"], 3, "no recipe"),
+    "inspection of nothing": (["inspect-routing", "nowhere.json"], 3, "nowhere.json"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_line_and_leaves_nothing(mos, bundle, tmp_path, monkeypatch, mistake: str) -> None:
+    arguments, code, words = MISTAKES[mistake]
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    Image.new("RGB", (8, 8)).save(tmp_path / "taken.png")
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    before = sorted(p for p in tmp_path.rglob("*") if "cache" not in p.parts)
+    result = mos(*arguments)
+    assert result.exit_code == code, result.stderr
+    assert words in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert sorted(p for p in tmp_path.rglob("*") if "cache" not in p.parts) == before
+
+
+def test_a_changed_weight_is_noticed(mos, bundle, tmp_path) -> None:
+    weights = bundle.folder / "generation" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    result = mos("generate", PROMPT, "-o", tmp_path / "one.png")
+    assert result.exit_code == 4
+    assert "diffusion_pytorch_model.safetensors" in result.stderr
+    assert not (tmp_path / "one.png").exists()
+
+
+def test_a_replay_with_another_version_of_the_model_is_refused(mos, bundle, tmp_path) -> None:
+    mos("generate", PROMPT, "-o", tmp_path / "one.png")
+    index = bundle.folder / "model_index.json"
+    index.write_text(index.read_text().replace("random weights", "other weights"))
+    result = mos("replay", tmp_path / "one.png")
+    assert result.exit_code == 4
+    assert "another version" in result.stderr
+
+
+def test_a_picture_with_a_damaged_recipe_is_refused(mos, bundle, tmp_path) -> None:
+    for text in ("{", '{"schema": "mos-picture/9"}', "[]"):
+        info = PngInfo()
+        info.add_itxt("mos", text)
+        Image.new("RGB", (8, 8)).save(tmp_path / "bad.png", pnginfo=info)
+        result = mos("replay", tmp_path / "bad.png")
+        assert result.exit_code == 3
+        assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_overwrite_replaces_and_nothing_else_does(mos, bundle, tmp_path) -> None:
+    path = tmp_path / "one.png"
+    mos("generate", PROMPT, "-s", 1, "-o", path)
+    first = path.read_bytes()
+    assert mos("generate", PROMPT, "-s", 2, "-o", path).exit_code == 3
+    assert path.read_bytes() == first
+    assert mos("generate", PROMPT, "-s", 2, "-o", path, "--overwrite").exit_code == 0
+    assert path.read_bytes() != first
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_is_done(bundle, tmp_path) -> None:
+    command = [sys.executable, "-c", "from mos_cli.cli.app import main; main()", "generate", PROMPT]
+    options = ["-n", "500", "-s", "1", "-o", str(tmp_path / "{seed}.png")]
+    process = subprocess.Popen([*command, *options], env=os.environ, stderr=subprocess.PIPE)
+    while not (tmp_path / "2.png").exists():
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+    pictures = list(tmp_path.glob("*.png"))
+    assert 2 <= len(pictures) < 500
+    assert all(read_picture(picture)[0].size == (32, 32) for picture in pictures)
+    assert {p.stem for p in tmp_path.glob("*.json")} >= {p.stem for p in pictures}
