@@ -155,4 +155,5 @@ def first_problem(error: ValidationError) -> str:
     """The first problem of a validation error, in one line, with the field it is in."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg']}" if where else first["msg"]
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message

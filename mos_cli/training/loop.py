@@ -15,6 +15,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from mos_cli.errors import InputError
+from mos_cli.runtime.files import atomic_write, make_folder
 from mos_cli.sampling.flow import velocity_loss
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.router import Route
@@ -48,6 +49,7 @@ class Trainer:
     def __init__(self, recipe: TrainRecipe, batches: Batches, folder: Path) -> None:
         train = recipe.train
         self.recipe, self.batches, self.folder = recipe, batches, folder
+        make_folder(folder)
         self.accelerator = Accelerator(mixed_precision="bf16" if train.precision == "bf16" else "no")
         torch.manual_seed(train.seed)
         self.tower = GenerationTower(**recipe.generation).to(self.accelerator.device)
@@ -142,6 +144,7 @@ class Trainer:
         for schedule, kept in zip(self.schedules, state["schedules"], strict=True):
             schedule.load_state_dict(kept)
         self.step = state["step"]
+        _forget_after(self.folder / METRICS, self.step)
 
 
 def _layer_use(route: Route, mask_BT: Tensor, layers: int) -> Tensor:
@@ -149,6 +152,14 @@ def _layer_use(route: Route, mask_BT: Tensor, layers: int) -> Tensor:
     return torch.bincount(route.ids_BTJK[mask_BT].flatten(), minlength=layers).float() / (
         mask_BT.sum() * route.ids_BTJK[0, 0].numel()
     )
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drops the lines a killed run wrote after its last checkpoint: those steps are about to be made again."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if not line[0].isdigit() or int(line.split(",")[0]) <= step]
+    if kept != lines:
+        atomic_write(path, "".join(kept).encode(), overwrite=True)
 
 
 def _append(path: Path, metrics: Metrics) -> None:

@@ -33,7 +33,6 @@ def train(recipe: TrainRecipe, art: Path, folder: Path, log: Callable[[Metrics],
         ModelError: the understanding tower cannot be had.
     """
     words, sprites = choose_words(load_art(art), recipe.data)
-    folder.mkdir(parents=True, exist_ok=True)
     understanding = UnderstandingTower(
         fetch_tower(load_tower_spec(recipe.understanding)),
         dtype=torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32,
@@ -45,7 +44,7 @@ def train(recipe: TrainRecipe, art: Path, folder: Path, log: Callable[[Metrics],
         recipe.train,
     )
     trainer = Trainer(recipe, batches, folder)
-    trainer.run(log, _draw_samples)
+    trainer.run(log, draw_samples)
     return trainer
 
 
@@ -58,7 +57,7 @@ def export(trainer: Trainer, folder: Path) -> Bundle:
     return write_index(folder, understanding=load_tower_spec(recipe.understanding), **recipe.bundle.model_dump())
 
 
-def _draw_samples(trainer: Trainer) -> None:
+def draw_samples(trainer: Trainer) -> None:
     """Draws the recipe's sample prompts with the averaged weights, from one fixed noise each."""
     recipe, understanding = trainer.recipe, trainer.batches.understanding
     defaults, (width, height) = recipe.bundle.defaults, recipe.bundle.canvas.native
