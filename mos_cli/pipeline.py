@@ -7,10 +7,11 @@ Shapes: B = 1 picture, T context tokens, S steps, J generation blocks, K kept la
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 
@@ -19,7 +20,6 @@ from mos_cli.routing.trace import Routes, Trace, TraceToken, make_branch
 from mos_cli.runtime.bundles import Bundle, verify_bundle
 from mos_cli.runtime.devices import device_name
 from mos_cli.runtime.recipe import PictureRecord, Recipe, provenance
-from mos_cli.runtime.sources import Progress, fetch_tower
 from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, Observer, Step, sample
 from mos_cli.towers.autoencoder import Autoencoder, Latents, Pixels
 from mos_cli.towers.generation import GenerationTower, StateBank
@@ -46,30 +46,28 @@ class MoSPipeline:
 
     Args:
         bundle: where the weights are; every file is checked against its hash.
-        progress: told about the understanding tower being fetched, if it is not here yet.
+        understanding: folder of the understanding tower, as `fetch_tower` returns it.
 
     Raises:
-        ModelError: the bundle is damaged, or its understanding tower cannot be had.
+        ModelError: the bundle is damaged.
     """
 
-    def __init__(
-        self, bundle: Bundle, *, device: torch.device, precision: str, progress: Progress | None = None
-    ) -> None:
+    def __init__(self, bundle: Bundle, understanding: Path, *, device: torch.device, precision: str) -> None:
         verify_bundle(bundle)
         dtype = DTYPES[precision]
         self.bundle, self.device = bundle, device
         # The states are few and computed once: full precision costs nothing that can be felt.
-        self.understanding = UnderstandingTower(
-            fetch_tower(bundle.index.understanding, progress), dtype=torch.float32, device=str(device)
-        )
+        self.understanding = UnderstandingTower(understanding, dtype=torch.float32, device=str(device))
         self.tower = GenerationTower.from_pretrained(
             bundle.folder / "generation", torch_dtype=dtype, use_safetensors=True
         )
-        self.tower.to(device).eval().requires_grad_(False)
+        self.tower.eval().requires_grad_(False).to(device)  # type: ignore[arg-type]
         self.autoencoder: Autoencoder = Pixels()
         if (bundle.folder / "autoencoder").is_dir():
             self.autoencoder = Latents(bundle.folder / "autoencoder", dtype=dtype, device=str(device))
-        self.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(bundle.folder / "scheduler")
+        self.scheduler: FlowMatchEulerDiscreteScheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(  # type: ignore[assignment]
+            bundle.folder / "scheduler"
+        )
         self._read: dict[str, tuple[StateBank, tuple[Token, ...]]] = {}
 
     def draw(self, recipe: Recipe, observers: Sequence[Observer] = ()) -> Drawing:
@@ -123,8 +121,8 @@ class MoSPipeline:
             recipe=record.recipe,
             made=record.made,
             layers=("embeddings", *(f"layer {index}" for index in range(1, layers))),
-            blocks=self.tower.config.depth,
-            top_k=self.tower.config.top_k,
+            blocks=self.tower.depth,
+            top_k=self.tower.top_k,
             times=tuple(recorder.times),
             branches=branches,
         )

@@ -1,4 +1,4 @@
-"""Training data and loop: scenes are what their captions say, runs resume exactly, the result is a bundle that draws."""
+"""Training: scenes are what their captions say, runs resume exactly, the result is a bundle that draws."""
 
 import csv
 from dataclasses import replace
@@ -65,7 +65,10 @@ def sprites() -> torch.Tensor:
 @pytest.fixture(scope="module")
 def batches(encoder_folder: Path) -> Batches:
     return Batches(
-        SceneWriter(WORDS, STYLES, pairs=0.5), Compositor(sprites(), 16), UnderstandingTower(encoder_folder), RECIPE.train
+        SceneWriter(WORDS, STYLES, pairs=0.5),
+        Compositor(sprites(), 16),
+        UnderstandingTower(encoder_folder),
+        RECIPE.train,
     )
 
 
@@ -111,7 +114,8 @@ def test_the_compositor_agrees_with_pillow() -> None:
 
 def test_shrinking_keeps_the_mean_colour() -> None:
     small, large = (
-        Compositor(sprites(), 64).draw([Scene((Placed(0, 0.5, 0.5, side),), (0.0, 0.0, 0.0), "")]) for side in (0.2, 0.8)
+        Compositor(sprites(), 64).draw([Scene((Placed(0, 0.5, 0.5, side),), (0.0, 0.0, 0.0), "")])
+        for side in (0.2, 0.8)
     )
     areas = [((picture[0, 0] + 1) / 2).mean().item() for picture in (small, large)]
     assert areas[1] / areas[0] == pytest.approx(16, rel=0.05)

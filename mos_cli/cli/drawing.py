@@ -79,23 +79,18 @@ class Report:
 
 def load_pipeline(bundle: "Bundle", *, device: str, precision: str, report: Report) -> "MoSPipeline":
     """Imports the libraries and loads a bundle; an understanding tower that is not here yet is fetched."""
+    from mos_cli.cli.models import fetch_with_progress
+
+    with report.stage("fetching"):
+        understanding = fetch_with_progress(bundle.index.understanding)
     with report.stage("libraries"):
         from mos_cli.runtime.quiet import quieten
 
         quieten()
         from mos_cli.pipeline import MoSPipeline
         from mos_cli.runtime.devices import choose_device
-
-    with report.stage("weights"), report.progress() as bars:
-        task = None
-
-        def fetching(what: str, done: int, total: int) -> None:
-            nonlocal task
-            if task is None:
-                task = bars.add_task(what, unit="MB")
-            bars.update(task, description=what, completed=done // 10**6, total=total // 10**6 or None)
-
-        return MoSPipeline(bundle, device=choose_device(device), precision=precision, progress=fetching)
+    with report.stage("weights"):
+        return MoSPipeline(bundle, understanding, device=choose_device(device), precision=precision)
 
 
 def draw_jobs(

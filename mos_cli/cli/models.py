@@ -108,7 +108,7 @@ def fetch_with_progress(spec: "TowerSpec") -> Path:
         return fetch_tower(spec)
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(24),
         TextColumn("{task.fields[size]}"),
         TimeRemainingColumn(),
     )

@@ -1,8 +1,6 @@
 """Conversion of a GGUF language model to the safetensors folder every other part reads."""
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -31,18 +29,17 @@ def convert_gguf(file: Path, folder: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _no_foreign_bars():
-        try:
-            read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        except (ValueError, OSError, RuntimeError) as error:
-            raise ModelError(f"{file.name} cannot be converted: {error}") from None
-        # transformers refuses to save a model it read as quantized, so its weights move into a plain one.
-        config = type(read.config).from_dict({**read.config.to_dict(), "quantization_config": None})
-        plain = type(read)(config)
-        plain.load_state_dict(read.state_dict())
-        plain.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    try:
+        read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise ModelError(f"{file.name} cannot be converted: {error}") from None
+    # transformers refuses to save a model it read as quantized, so its weights move into a plain one.
+    config = type(read.config).from_dict({**read.config.to_dict(), "quantization_config": None})
+    plain = type(read)(config)
+    plain.load_state_dict(read.state_dict())
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     hashes = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
     (folder / _RECORD).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
     return folder
@@ -54,18 +51,3 @@ def converted_files(folder: Path) -> dict[str, str]:
         return TypeAdapter(dict[PlainName, Sha256]).validate_json((folder / _RECORD).read_bytes())
     except (OSError, ValueError):
         raise ModelError(f"{_RECORD} is missing or damaged in {folder}") from None
-
-
-@contextlib.contextmanager
-def _no_foreign_bars() -> Iterator[None]:
-    # transformers draws a bar here that none of its switches turns off; ours is on the screen already.
-    from functools import partialmethod
-
-    from tqdm.auto import tqdm
-
-    drawn = tqdm.__init__
-    tqdm.__init__ = partialmethod(drawn, disable=True)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        tqdm.__init__ = drawn

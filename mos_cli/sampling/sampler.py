@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from mos_cli.sampling.flow import velocity
@@ -58,7 +58,7 @@ def times(steps: int, scheduler: FlowMatchEulerDiscreteScheduler) -> list[float]
     """The times at which the tower is asked, 1 first; evenly spaced but for the scheduler's own shift."""
     # Given a mere number of steps the scheduler would apply its shift twice.
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist())
-    return scheduler.sigmas[:-1].tolist()
+    return scheduler.sigmas[:-1].tolist()  # type: ignore[index, union-attr]
 
 
 @torch.inference_mode()
@@ -87,7 +87,8 @@ def sample(
         if guidance.acts(t):
             x_negative, routes[NEGATIVE] = tower(z, t_B, banks[NEGATIVE])
             x_hat = x_negative + guidance.scale * (x_hat - x_negative)
-        z = scheduler.step(velocity(z, x_hat, t), scheduler.timesteps[index], z, return_dict=False)[0]
+        v = velocity(z, x_hat, t)
+        z = scheduler.step(v, scheduler.timesteps[index], z, return_dict=False)[0]  # type: ignore[arg-type, index]
         for observe in observers:
             observe(Step(index, steps, t, x_hat, routes))
     return z

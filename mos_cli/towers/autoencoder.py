@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from diffusers import AutoModel
+from diffusers.models.auto_model import AutoModel
 from torch import Tensor
 
 
@@ -45,11 +45,11 @@ class Latents:
     def __init__(self, folder: Path, *, dtype: torch.dtype, device: str = "cpu") -> None:
         self.model = AutoModel.from_pretrained(str(folder), torch_dtype=dtype, use_safetensors=True).to(device)
         self.model.eval().requires_grad_(False)
-        config = self.model.config
-        self.channels: int = config.latent_channels
-        stages = config.get("encoder_block_out_channels") or config.block_out_channels
+        config = dict(self.model.config)
+        self.channels: int = config["latent_channels"]
+        stages = config.get("encoder_block_out_channels") or config["block_out_channels"]
         self.factor = 2 ** (len(stages) - 1)
-        self.scale: float = config.scaling_factor
+        self.scale: float = config["scaling_factor"]
         self.shift: float = config.get("shift_factor") or 0.0
 
     @torch.no_grad()

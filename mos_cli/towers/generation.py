@@ -10,8 +10,8 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from mos_cli.towers.layers import (
@@ -117,6 +117,8 @@ class GenerationTower(ModelMixin, ConfigMixin):
         rope_theta: float = 100.0,
     ) -> None:
         super().__init__()
+        self.patch, self.depth, self.head_width = patch, depth, width // heads
+        self.context, self.top_k, self.renormalise, self.rope_theta = context, top_k, renormalise, rope_theta
         patch_values = channels * patch * patch
         self.states_in = nn.Linear(states_width, width, bias=False)
         self.patches_in = nn.Linear(patch_values, width)
@@ -179,27 +181,27 @@ class GenerationTower(ModelMixin, ConfigMixin):
             t_B: times in [0, 1], 1 = noise.
             epsilon: probability of exploring a random route (training only).
         """
-        patch, size = self.config.patch, z_BCHW.shape[-2:]
+        patch, size = self.patch, (z_BCHW.shape[-2], z_BCHW.shape[-1])
         patches = patchify(z_BCHW, patch).to(self.patches_in.weight.dtype)
         tokens, grid = bank.bank_BTMD.shape[1], (size[0] // patch, size[1] // patch)
-        theta, device = self.config.rope_theta, z_BCHW.device
+        theta, device = self.rope_theta, z_BCHW.device
 
         positions = rotary(1 + tokens, *grid, self.router.head_width, theta, device)
         mask = _extended(bank.mask_BT, before=1, after=patches.shape[1])
         route = choose_route(
             self.router(bank.router_BTR, patches, t_B, positions, mask),
-            self.config.top_k,
-            renormalise=self.config.renormalise,
+            self.top_k,
+            renormalise=self.renormalise,
             epsilon=epsilon,
             generator=generator,
         )
 
         x = self.patches_in(patches)
-        if self.config.context == "tokens":
+        if self.context == "tokens":
             x = torch.cat([x.new_zeros(x.shape[0], tokens, x.shape[2]), x], dim=1)
         time = F.silu(self.time_in(t_B))
         modulation = self.modulation(time).unflatten(-1, (6, -1))
-        positions = rotary(tokens, *grid, self.config.width // self.config.heads, theta, device)
+        positions = rotary(tokens, *grid, self.head_width, theta, device)
         mask = _extended(bank.mask_BT, before=0, after=patches.shape[1])
         for index, block in enumerate(self.blocks):
             x = block(x, bank.mix(route, index), modulation, positions, mask)

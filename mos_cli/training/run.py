@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 
@@ -51,7 +51,7 @@ def train(recipe: TrainRecipe, art: Path, folder: Path, log: Callable[[Metrics],
 def export(trainer: Trainer, folder: Path) -> Bundle:
     """Writes the averaged weights as a bundle, in bfloat16; a card.md already in `folder` is kept and listed."""
     recipe = trainer.recipe
-    trainer.averaged_tower().to(torch.bfloat16).save_pretrained(folder / "generation")
+    trainer.averaged_tower().bfloat16().save_pretrained(folder / "generation")
     FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
     (folder / "recipe.json").write_text(json.dumps(recipe.model_dump(), indent=2) + "\n", encoding="utf-8")
     return write_index(folder, understanding=load_tower_spec(recipe.understanding), **recipe.bundle.model_dump())
