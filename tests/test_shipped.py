@@ -1,4 +1,4 @@
-"""What is shipped: the default bundle is whole and draws what it drew, the towers it may read with work, start-up is light."""
+"""What is shipped: the default bundle is whole and draws what it drew, towers can be read, start-up is light."""
 
 import subprocess
 import sys

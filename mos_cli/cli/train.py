@@ -30,7 +30,7 @@ def train(
     from mos_cli.runtime.quiet import quieten
 
     quieten()
-    from mos_cli.training.art import data_folder
+    from mos_cli.training.art.file import data_folder
     from mos_cli.training.recipe import load_recipe
     from mos_cli.training.run import export as export_bundle
     from mos_cli.training.run import train as run_training

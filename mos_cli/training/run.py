@@ -16,7 +16,7 @@ from mos_cli.runtime.bundles import Bundle, load_tower_spec, write_index
 from mos_cli.runtime.sources import fetch_tower
 from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, sample
 from mos_cli.towers.understanding import UnderstandingTower
-from mos_cli.training.art import load_art
+from mos_cli.training.art.file import load_art
 from mos_cli.training.batches import Batches
 from mos_cli.training.captions import SceneWriter
 from mos_cli.training.loop import Metrics, Trainer

@@ -6,7 +6,7 @@ Shapes: V pictures, H x W a picture's size.
 from torch import Tensor
 
 from mos_cli.errors import InputError
-from mos_cli.training.art import Art
+from mos_cli.training.art.file import Art
 from mos_cli.training.captions import Word
 from mos_cli.training.recipe import DataTable
 

@@ -7,7 +7,7 @@ import pytest
 
 from mos_cli.errors import ModelError
 from mos_cli.runtime.files import sha256_of
-from mos_cli.training.artsets import SETS, Package, fetch_package
+from mos_cli.training.art.sets import SETS, Package, fetch_package
 
 
 @pytest.fixture

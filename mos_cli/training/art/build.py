@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from mos_cli.errors import InputError, UsageError
 from mos_cli.runtime.files import atomic_file, atomic_write, sha256_of
 from mos_cli.runtime.folders import cache_folder
-from mos_cli.training.art import SCHEMA, ArtCounts, ArtManifest, ArtPackage, ArtPicture, ArtStyle
-from mos_cli.training.artnames import Annotations, Concept
-from mos_cli.training.artsets import EMOJIBASE, SETS, ArtSet, Package, fetch_package, read_members
-from mos_cli.training.rasterise import VISIBLE, rasterise_all, require_resvg, svg_document
+from mos_cli.training.art.file import SCHEMA, ArtCounts, ArtManifest, ArtPackage, ArtPicture, ArtStyle
+from mos_cli.training.art.names import Annotations, Concept
+from mos_cli.training.art.rasterise import VISIBLE, rasterise_all, require_resvg, svg_document
+from mos_cli.training.art.sets import EMOJIBASE, SETS, ArtSet, Package, fetch_package, read_members
 
 if TYPE_CHECKING:
     import numpy as np

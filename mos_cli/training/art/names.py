@@ -6,7 +6,7 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from mos_cli.training.artsets import read_members
+from mos_cli.training.art.sets import read_members
 
 KEYWORDS = 12
 """The most keywords a picture carries."""
