@@ -25,6 +25,12 @@ class ModelError(MosError):
     exit_code = 4
 
 
+class MemoryLimitError(MosError):
+    """The device ran out of memory."""
+
+    exit_code = 5
+
+
 class DeviceError(MosError):
     """The device asked for is not there or cannot be used."""
 

@@ -7,6 +7,7 @@ Shapes: B = 1 picture, T context tokens, S steps, J generation blocks, K kept la
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,14 +16,15 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from PIL import Image
 from torch import Tensor
 
-from mos_cli.errors import InputError
+from mos_cli.errors import MemoryLimitError, ModelError
 from mos_cli.routing.trace import Routes, Trace, TraceToken, make_branch
 from mos_cli.runtime.bundles import Bundle, verify_bundle
 from mos_cli.runtime.devices import device_name
 from mos_cli.runtime.recipe import PictureRecord, Recipe, provenance
 from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, Observer, Step, sample
-from mos_cli.towers.autoencoder import Autoencoder, Latents, Pixels
+from mos_cli.towers.autoencoder import Autoencoder, Latents, Pixels, to_image
 from mos_cli.towers.generation import GenerationTower, StateBank
+from mos_cli.towers.layers import ATTENTION
 from mos_cli.towers.understanding import Token, UnderstandingTower
 
 if TYPE_CHECKING:
@@ -41,6 +43,15 @@ class Drawing:
     routes: dict[str, Routes]
 
 
+@dataclass(frozen=True)
+class PromptReading:
+    """A prompt, its state bank and its tokens."""
+
+    prompt: str
+    bank: StateBank
+    tokens: tuple[Token, ...]
+
+
 class MoSPipeline:
     """A bundle, loaded and ready to draw.
 
@@ -49,73 +60,89 @@ class MoSPipeline:
         understanding: folder of the understanding tower, as `fetch_tower` returns it.
 
     Raises:
-        ModelError: the bundle is damaged.
+        ModelError: the bundle is damaged, or its parts do not fit together.
     """
 
     def __init__(self, bundle: Bundle, understanding: Path, *, device: torch.device, precision: str) -> None:
         verify_bundle(bundle)
         dtype = DTYPES[precision]
-        self.bundle, self.device = bundle, device
+        self.bundle_hash, self.device = bundle.hash, device
         # The states are few and computed once: full precision costs nothing that can be felt.
         self.understanding = UnderstandingTower(understanding, dtype=torch.float32, device=str(device))
-        self.tower = GenerationTower.from_pretrained(
-            bundle.folder / "generation", torch_dtype=dtype, use_safetensors=True
-        )
-        self.tower.eval().requires_grad_(False).to(device)  # type: ignore[arg-type]
         self.autoencoder: Autoencoder = Pixels()
-        if (bundle.folder / "autoencoder").is_dir():
-            self.autoencoder = Latents(bundle.folder / "autoencoder", dtype=dtype, device=str(device))
-        self.scheduler: FlowMatchEulerDiscreteScheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(  # type: ignore[assignment]
-            bundle.folder / "scheduler"
-        )
-        self._read: dict[str, tuple[StateBank, tuple[Token, ...]]] = {}
+        try:
+            self.tower = GenerationTower.from_pretrained(
+                bundle.folder / "generation", torch_dtype=dtype, use_safetensors=True
+            )
+            self.scheduler: FlowMatchEulerDiscreteScheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(  # type: ignore[assignment]
+                bundle.folder / "scheduler"
+            )
+            if (bundle.folder / "autoencoder").is_dir():
+                self.autoencoder = Latents(bundle.folder / "autoencoder", dtype=dtype, device=str(device))
+        except (OSError, ValueError, RuntimeError, TypeError) as error:
+            raise ModelError(f"the bundle in {bundle.folder} cannot be loaded: {error}") from None
+        self.tower.eval().requires_grad_(False).to(device)  # type: ignore[arg-type]
+        handed = (self.understanding.layers, self.understanding.width)
+        if handed != self.tower.states_shape:
+            raise ModelError(
+                f"{bundle.index.name} expects {self.tower.states_shape} layers and values of a state, "
+                f"its understanding tower hands over {handed}"
+            )
+        # The prompts of a batch share the negative; a picture needs two at a time.
+        self._read = lru_cache(maxsize=4)(self._read_prompt)
 
     def draw(self, recipe: Recipe, observers: Sequence[Observer] = ()) -> Drawing:
         """Draws one picture. Its noise depends on its own seed alone, made on the CPU whatever the device.
 
         Raises:
             InputError: a prompt is longer than the understanding tower reads.
+            MemoryLimitError: the device ran out of memory.
         """
         guidance = Guidance(recipe.cfg, recipe.cfg_interval)
         recorder = RouteRecorder()
-        z = sample(
-            self.tower,
-            self._noise(recipe),
-            {POSITIVE: self._bank(recipe.prompt), NEGATIVE: self._bank(recipe.negative)},
-            steps=recipe.steps,
-            guidance=guidance,
-            scheduler=self.scheduler,
-            observers=[recorder, *observers],
-        )
-        image = to_image(self.autoencoder.decode(z))
-        made = provenance(self.bundle.hash, device_name(self.device), attention="sdpa")
+        readings = {POSITIVE: self._read(recipe.prompt), NEGATIVE: self._read(recipe.negative)}
+        try:
+            z = sample(
+                self.tower,
+                self._noise(recipe),
+                {branch: reading.bank for branch, reading in readings.items()},
+                steps=recipe.steps,
+                guidance=guidance,
+                scheduler=self.scheduler,
+                observers=[recorder, *observers],
+            )
+            image = to_image(self.autoencoder.decode(z))
+        except (torch.OutOfMemoryError, MemoryError):
+            size = f"{recipe.width}x{recipe.height}"
+            raise MemoryLimitError(f"out of memory at {size} on {self.device}: take a smaller --size") from None
+        made = provenance(self.bundle_hash, device_name(self.device), attention=ATTENTION.value)
         record = PictureRecord(schema="mos-picture/1", recipe=recipe, made=made)
         routes = recorder.routes()
-        return Drawing(image, record, self._trace(record, recorder, routes), routes)
+        return Drawing(image, record, self._trace(record, readings, recorder, routes), routes)
 
     def _noise(self, recipe: Recipe) -> Tensor:
         factor = self.autoencoder.factor
         shape = (1, self.autoencoder.channels, recipe.height // factor, recipe.width // factor)
         return torch.randn(shape, generator=torch.Generator().manual_seed(recipe.seed)).to(self.device)
 
-    def _bank(self, prompt: str) -> StateBank:
-        """The prompt's state bank; the understanding tower runs once per prompt, however many pictures are drawn."""
-        if prompt not in self._read:
-            try:
-                reading = self.understanding.read([prompt])
-            except ValueError as error:
-                raise InputError(str(error)) from None
-            with torch.inference_mode():
-                self._read[prompt] = self.tower.read(reading.states_BTMS), reading.tokens[0]
-        return self._read[prompt][0]
+    def _read_prompt(self, prompt: str) -> "PromptReading":
+        """The understanding tower runs once per prompt, however many pictures are drawn."""
+        reading = self.understanding.read([prompt])
+        with torch.inference_mode():
+            return PromptReading(prompt, self.tower.read(reading.states_BTMS), reading.tokens[0])
 
-    def _trace(self, record: PictureRecord, recorder: "RouteRecorder", routes: dict[str, Routes]) -> Trace:
+    def _trace(
+        self,
+        record: PictureRecord,
+        readings: dict[str, "PromptReading"],
+        recorder: "RouteRecorder",
+        routes: dict[str, Routes],
+    ) -> Trace:
         layers = self.understanding.layers
-        prompts = {POSITIVE: record.recipe.prompt, NEGATIVE: record.recipe.negative}
         branches = {}
         for name, branch in routes.items():
-            tokens = [TraceToken(text=t.text, start=t.start, end=t.end) for t in self._read[prompts[name]][1]]
-            branches[name] = make_branch(prompts[name], tokens, recorder.steps[name], branch, layers)
+            tokens = [TraceToken(text=t.text, start=t.start, end=t.end) for t in readings[name].tokens]
+            branches[name] = make_branch(readings[name].prompt, tokens, recorder.steps[name], branch, layers)
         return Trace(
             schema="mos-trace/1",
             recipe=record.recipe,
@@ -151,9 +178,3 @@ class RouteRecorder:
             )
             for name, kept in self.kept.items()
         }
-
-
-def to_image(pictures_B3HW: Tensor) -> Image.Image:
-    """The first picture of a batch in -1..1, as 8-bit RGB."""
-    levels = (pictures_B3HW[0].float().clamp(-1, 1) + 1) * 127.5
-    return Image.fromarray(levels.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())

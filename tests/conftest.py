@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import Result
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from mos_cli.runtime.bundles import Bundle, write_index
 from mos_cli.runtime.files import sha256_of

@@ -1,7 +1,7 @@
 import pytest
 
 from mos_cli.errors import InputError
-from mos_cli.runtime.files import atomic_file, atomic_write, folder_size, link_or_copy, sha256_of
+from mos_cli.runtime.files import atomic_file, atomic_write, folder_size, link_or_copy, sha256_of, write_together
 
 
 def names(folder):
@@ -17,7 +17,7 @@ def test_writes_in_missing_folders_and_leaves_only_the_file(tmp_path):
 def test_never_overwrites_unless_asked(tmp_path):
     path = tmp_path / "b.png"
     atomic_write(path, b"one")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(InputError):
         atomic_write(path, b"two")
     assert path.read_bytes() == b"one"
     atomic_write(path, b"two", overwrite=True)
@@ -33,7 +33,7 @@ def test_a_file_that_appears_meanwhile_is_kept(tmp_path):
             temporary.write_bytes(b"mine")
             path.write_bytes(b"theirs")
 
-    with pytest.raises(FileExistsError):
+    with pytest.raises(InputError):
         race()
     assert path.read_bytes() == b"theirs"
     assert names(tmp_path) == ["b.png"]
@@ -88,3 +88,13 @@ def test_link_or_copy_follows_links(tmp_path):
     link_or_copy(tmp_path / "link", tmp_path / "y")
     (tmp_path / "x").unlink()
     assert (tmp_path / "y").read_bytes() == b"12345"
+
+
+def test_files_written_together_are_all_there_or_none(tmp_path):
+    first, second = tmp_path / "a.png", tmp_path / "b.json"
+    write_together({first: b"1", second: b"2"})
+    assert (first.read_bytes(), second.read_bytes()) == (b"1", b"2")
+    with pytest.raises(InputError):
+        write_together({tmp_path / "c.png": b"3", second: b"4"})
+    assert names(tmp_path) == ["a.png", "b.json"]
+    assert second.read_bytes() == b"2"

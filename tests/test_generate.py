@@ -14,6 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mos_cli.routing.trace import load_routes, load_trace
+from mos_cli.runtime.bundles import write_index
 from mos_cli.runtime.outputs import read_picture
 
 PROMPT = "a red apple"
@@ -21,6 +22,11 @@ PROMPT = "a red apple"
 
 def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path))
+
+
+def errors(result) -> list[str]:
+    """The lines on stderr but for the notice that a tower is being fetched."""
+    return [line for line in result.stderr.splitlines() if not line.startswith("fetching")]
 
 
 def test_a_picture_its_recipe_and_its_trace(mos, bundle, tmp_path, monkeypatch) -> None:
@@ -168,6 +174,13 @@ MISTAKES = {
     "name taken": (["generate", PROMPT, "-o", "{tmp}/taken.png"], 3, "--overwrite"),
     "one name for two": (["generate", PROMPT, "-n", "2", "-o", "{tmp}/a.png"], 2, "{seed}"),
     "unknown field": (["generate", PROMPT, "-o", "{sead}.png"], 2, "{sead}"),
+    "field with a layout": (["generate", PROMPT, "-o", "{number:04d}.png"], 2, "as they are"),
+    "sheet of another format": (["generate", PROMPT, "-o", "a.png", "--sheet", "a.jpg"], 2, "--sheet"),
+    "sheet that is a picture": (["generate", PROMPT, "-o", "a.png", "--sheet", "a.png"], 2, "--sheet"),
+    "sheet that is there": (["generate", PROMPT, "-o", "a.png", "--sheet", "{tmp}/taken.png"], 3, "--overwrite"),
+    "name too long": (["generate", PROMPT, "-o", "a" * 300 + ".png"], 3, "too long"),
+    "model name too long": (["generate", PROMPT, "-m", "a" * 300], 3, "too long"),
+    "home of nobody": (["generate", PROMPT, "-m", "~nobody-at-all/x"], 4, "~nobody-at-all"),
     "another format": (["generate", PROMPT, "-o", "a.jpg"], 2, ".png"),
     "folder that is a file": (["generate", PROMPT, "-o", "{tmp}/file/a.png"], 3, "cannot"),
     "no prompts file": (["generate", "@nowhere.txt"], 3, "nowhere.txt"),
@@ -175,7 +188,7 @@ MISTAKES = {
     "no GPU": (["generate", PROMPT, "--device", "cuda:7"], 6, "--device cpu"),
     "unknown device": (["generate", PROMPT, "--device", "abacus"], 6, "abacus"),
     "replay of nothing": (["replay", "nowhere.png"], 3, "nowhere.png"),
-    "replay of text": (["replay", "{tmp}/text.png"], 3, "not a picture"),
+    "replay of text": (["replay", "{tmp}/text.png"], 3, "not a PNG picture"),
     "replay of a stranger": (["replay", "{tmp}/taken.png"], 3, "no recipe"),
     "inspection of nothing": (["inspect-routing", "nowhere.json"], 3, "nowhere.json"),
 }
@@ -194,8 +207,48 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(mos, bundle, tmp_path, monke
     result = mos(*arguments)
     assert result.exit_code == code, result.stderr
     assert words in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    assert len(errors(result)) == 1
     assert sorted(p for p in tmp_path.rglob("*") if "cache" not in p.parts) == before
+
+
+CLOSED_FOLDER = """
+import os, tempfile
+from pathlib import Path
+from mos_cli.errors import InputError
+from mos_cli.runtime.files import write_together
+from mos_cli.runtime.outputs import naming
+from mos_cli.runtime.recipe import Recipe
+
+os.getuid() or os.seteuid(65534)  # for the administrator no folder is closed
+recipe = Recipe.model_construct(prompt="a", seed=1, model="m")
+with tempfile.TemporaryDirectory() as folder:
+    closed = Path(folder, "closed")
+    closed.mkdir(mode=0o500)
+    for attempt in (lambda: naming(f"{closed}/new/").path(recipe), lambda: write_together({closed / "a.png": b"x"})):
+        try:
+            attempt()
+        except InputError as error:
+            print(str(error).partition(str(closed))[0])
+    assert list(closed.iterdir()) == []
+"""
+
+
+def test_a_folder_that_may_not_be_written() -> None:
+    result = subprocess.run([sys.executable, "-c", CLOSED_FOLDER], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == ["cannot write to ", "cannot write "]
+
+
+def test_a_sheet_shows_every_picture(mos, bundle, tmp_path) -> None:
+    result = mos("generate", PROMPT, "-n", 3, "-s", 1, "-o", f"{tmp_path}/out/", "--sheet", tmp_path / "sheet.png")
+    assert result.exit_code == 0, result.stderr
+    assert str(tmp_path / "sheet.png") in result.stdout
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    drawn = [
+        Image.open(path).resize((128, 128), Image.Resampling.BICUBIC) for path in sorted(tmp_path.glob("out/*.png"))
+    ]
+    for column, picture in enumerate(drawn):
+        x = 8 + column * 136
+        assert np.array_equal(sheet[8:136, x : x + 128], np.asarray(picture))
 
 
 def test_a_changed_weight_is_noticed(mos, bundle, tmp_path) -> None:
@@ -238,12 +291,79 @@ def test_overwrite_replaces_and_nothing_else_does(mos, bundle, tmp_path) -> None
     assert path.read_bytes() != first
 
 
+def test_a_replaced_picture_takes_its_trace_along(mos, bundle, tmp_path) -> None:
+    path = tmp_path / "one.png"
+    mos("generate", PROMPT, "-s", 1, "-o", path)
+    assert mos("generate", PROMPT, "-s", 2, "-o", path, "--overwrite", "--trace", "summary").exit_code == 0
+    assert load_trace(path).recipe.seed == 2
+    assert not path.with_suffix(".routing.safetensors").exists()
+    assert mos("generate", PROMPT, "-s", 3, "-o", path, "--overwrite", "--trace", "off").exit_code == 0
+    assert [p.name for p in tmp_path.glob("one.*")] == ["one.png"]
+
+
+def test_a_bundle_given_by_its_folder_is_replayed_when_its_folder_is_given(mos, bundle, tmp_path, monkeypatch) -> None:
+    assert mos("generate", PROMPT, "-m", bundle.folder, "-o", tmp_path / "one.png").exit_code == 0
+    # A path would speak of this machine alone.
+    assert read_picture(tmp_path / "one.png")[1].recipe.model == "tiny"
+    monkeypatch.delenv("MOS_MODELS")
+    assert mos("replay", tmp_path / "one.png").exit_code == 4
+    assert (
+        mos("replay", tmp_path / "one.png", "--set", f"model={bundle.folder}", "-o", tmp_path / "2.png").exit_code == 0
+    )
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "2.png").read_bytes()
+
+
+def test_verifying_does_not_mind_the_environment(mos, bundle, tmp_path, monkeypatch) -> None:
+    mos("generate", PROMPT, "-o", tmp_path / "one.png")
+    monkeypatch.setenv("MOS_OUTPUT", str(tmp_path / "elsewhere.png"))
+    assert mos("replay", tmp_path / "one.png", "--verify").stdout.strip() == "exact"
+    assert mos("replay", tmp_path / "one.png", "--verify", "--trace", "off").exit_code == 2
+
+
+def test_a_latent_bundle_draws_at_the_autoencoders_scale(mos, bundle, tmp_path) -> None:
+    from diffusers import AutoencoderTiny
+
+    widths = (16, 16, 16)
+    AutoencoderTiny(
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+        latent_channels=3,
+    ).save_pretrained(bundle.folder / "autoencoder")
+    index = bundle.index
+    shared = {name: getattr(index, name) for name in ("name", "description", "license", "understanding", "defaults")}
+    canvas = index.canvas.model_copy(update={"native": (64, 32), "multiple": 32, "min": 32, "max": 96})
+    write_index(bundle.folder, canvas=canvas, **shared)
+    result = mos("generate", PROMPT, "-o", tmp_path / "one.png")
+    assert result.exit_code == 0, result.stderr
+    assert Image.open(tmp_path / "one.png").size == (64, 32)
+
+
+def test_a_bundle_whose_parts_do_not_fit_is_refused(mos, bundle, tmp_path) -> None:
+    index = bundle.index
+    shared = {name: getattr(index, name) for name in ("name", "description", "license", "understanding", "defaults")}
+    config = bundle.folder / "generation" / "config.json"
+    good = config.read_text()
+    for bad in (
+        good.replace('"states_layers": 4', '"states_layers": 5'),
+        good.replace('"depth": 3', '"depth": 2'),
+        "{",
+    ):
+        config.write_text(bad)
+        write_index(bundle.folder, canvas=index.canvas, **shared)
+        result = mos("generate", PROMPT, "-o", tmp_path / "one.png")
+        assert result.exit_code == 4, result.stderr
+        assert len(errors(result)) == 1
+
+
 @pytest.mark.slow
 def test_ctrl_c_keeps_what_is_done(bundle, tmp_path) -> None:
     command = [sys.executable, "-c", "from mos_cli.cli.app import main; main()", "generate", PROMPT]
     options = ["-n", "500", "-s", "1", "-o", str(tmp_path / "{seed}.png")]
     process = subprocess.Popen([*command, *options], env=os.environ, stderr=subprocess.PIPE)
-    while not (tmp_path / "2.png").exists():
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "2.png").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)

@@ -22,8 +22,9 @@ from mos_cli.cli.app import MosGroup
 from mos_cli.cli.inspect_routing import inspect_routing
 from mos_cli.errors import UsageError
 from mos_cli.routing.analysis import Word, find_words, split_words, step_changes, word_layers
-from mos_cli.routing.trace import TraceToken, save_trace
+from mos_cli.routing.trace import TraceToken, trace_files
 from mos_cli.routing.views.terminal import RoutesView
+from mos_cli.runtime.files import write_together
 
 app = typer.Typer(cls=MosGroup, pretty_exceptions_enable=False)
 app.callback()(lambda: None)
@@ -34,7 +35,7 @@ app.command("inspect-routing")(inspect_routing)
 def trace_path(tmp_path) -> Path:
     trace, routes = make_trace()
     path = tmp_path / "apple.json"
-    save_trace(trace, routes, path)
+    write_together(trace_files(trace, routes, path))
     return path
 
 
@@ -114,7 +115,7 @@ def test_the_picture_leads_to_its_trace(trace_path):
 
 def test_a_summary_is_enough(tmp_path):
     trace, _ = make_trace()
-    save_trace(trace, None, tmp_path / "summary.json")
+    write_together(trace_files(trace, None, tmp_path / "summary.json"))
     assert as_json(tmp_path / "summary.json")["changes"] is None
     code, out, _ = mos(tmp_path / "summary.json")
     assert code == 0

@@ -65,6 +65,32 @@ def test_exploration_happens_as_often_as_epsilon_says_and_never_at_zero() -> Non
     assert torch.equal(choose_route(logits, 2, renormalise=True, epsilon=0.0).ids_BTJK, best)
 
 
+def test_extreme_logits_give_weights_that_are_numbers() -> None:
+    logits = torch.tensor([0.0, -300.0, -300.0, -300.0])[:, None].expand(1, 50, 4, 3)
+    for renormalise in (True, False):
+        route = choose_route(logits, 2, renormalise=renormalise, epsilon=1.0)
+        assert route.weights_BTJK.isfinite().all()
+
+
+@pytest.mark.parametrize("context", ["kv", "tokens"])
+def test_what_renormalising_does_reaches_the_picture(context: str) -> None:
+    z, t, states = inputs()
+    pictures = []
+    for renormalise in (True, False):
+        tower = small_tower(context=context, renormalise=renormalise)
+        with torch.no_grad():
+            pictures.append(tower(z, t, tower.read(states))[0])
+    assert (pictures[0] - pictures[1]).abs().mean() > 5e-4 * pictures[0].abs().mean()
+
+
+def test_a_router_that_keeps_one_layer_can_learn() -> None:
+    tower = small_tower(top_k=1, renormalise=False)
+    z, t, states = inputs()
+    tower(z, t, tower.read(states))[0].square().mean().backward()
+    assert tower.router.head.weight.grad is not None
+    assert tower.router.head.weight.grad.abs().max() > 1e-4
+
+
 def test_the_bank_equals_mixing_raw_states_and_then_projecting() -> None:
     tower = small_tower()
     _, _, states = inputs()
@@ -112,8 +138,9 @@ def test_the_route_depends_on_prompt_picture_and_time() -> None:
     assert not torch.allclose(base[:, 1:], weights(z, t, changed)[:, 1:], atol=1e-4)
 
 
-def test_every_parameter_learns() -> None:
-    tower = small_tower()
+@pytest.mark.parametrize("context", ["kv", "tokens"])
+def test_every_parameter_learns(context: str) -> None:
+    tower = small_tower(context=context)
     z, t, states = inputs()
     x_hat, _ = tower(z, t, tower.read(states))
     x_hat.square().mean().backward()

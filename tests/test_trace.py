@@ -25,8 +25,9 @@ from mos_cli.routing.trace import (
     load_routes,
     load_trace,
     make_branch,
-    save_trace,
+    trace_files,
 )
+from mos_cli.runtime.files import write_together
 from mos_cli.runtime.recipe import Provenance, Recipe, make_recipe
 
 DOC = Path(__file__).parents[1] / "docs" / "trace.md"
@@ -96,7 +97,7 @@ def make_trace(
 def saved(tmp_path) -> tuple[Path, Trace, dict[str, Routes]]:
     trace, routes = make_trace()
     path = tmp_path / "apple.json"
-    save_trace(trace, routes, path)
+    write_together(trace_files(trace, routes, path))
     return path, trace, routes
 
 
@@ -186,15 +187,17 @@ def test_traces_are_not_overwritten_and_leave_nothing_behind(saved):
     path, trace, routes = saved
     before = {file: file.read_bytes() for file in path.parent.iterdir()}
     assert len(before) == 2
-    with pytest.raises(FileExistsError):
-        save_trace(trace, routes, path)
+    with pytest.raises(InputError, match="--overwrite"):
+        write_together(trace_files(trace, routes, path))
     assert {file: file.read_bytes() for file in path.parent.iterdir()} == before
 
 
 def test_a_summary_has_no_decisions(tmp_path):
     trace, _ = make_trace()
     path = tmp_path / "summary.json"
-    assert save_trace(trace, None, path) == [path]
+    files = trace_files(trace, None, path)
+    assert list(files) == [path]
+    write_together(files)
     with pytest.raises(InputError, match="holds a summary only"):
         load_routes(load_trace(path), path)
 

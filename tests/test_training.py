@@ -18,7 +18,7 @@ from mos_cli.towers.understanding import UnderstandingTower
 from mos_cli.training import run as training_run
 from mos_cli.training.batches import Batches
 from mos_cli.training.captions import GROUNDS, RELATIONS, SceneWriter, Word
-from mos_cli.training.loop import METRICS, Trainer
+from mos_cli.training.loop import CHECKPOINT, METRICS, Trainer
 from mos_cli.training.optimiser import build_optimisers, build_schedule
 from mos_cli.training.recipe import TrainRecipe, load_recipe
 from mos_cli.training.scenes import Compositor, Placed, Scene
@@ -190,16 +190,33 @@ def test_the_loss_falls(batches: Batches, tmp_path: Path) -> None:
 
 def test_another_recipe_does_not_take_up_a_run(batches: Batches, tmp_path: Path) -> None:
     Trainer(RECIPE, batches, tmp_path).save()
-    wider = RECIPE.model_copy(update={"generation": {**RECIPE.generation, "depth": 3}})
+    changes = ({"steps": 9}, {"seed": 1})
+    longer, reseeded = (
+        RECIPE.model_copy(update={"train": RECIPE.train.model_copy(update=change)}) for change in changes
+    )
+    assert Trainer(longer, batches, tmp_path).step == 0
     with pytest.raises(InputError, match="another recipe"):
-        Trainer(wider, batches, tmp_path)
+        Trainer(reseeded, batches, tmp_path)
+
+
+def test_a_damaged_checkpoint_and_an_impossible_network_say_so(batches: Batches, tmp_path: Path) -> None:
+    Trainer(RECIPE, batches, tmp_path)
+    for content in (b"", b"no checkpoint"):
+        (tmp_path / CHECKPOINT).write_bytes(content)
+        with pytest.raises(InputError, match="damaged"):
+            Trainer(RECIPE, batches, tmp_path)
+    with pytest.raises(UsageError, match="colour"):
+        Trainer(RECIPE.model_copy(update={"generation": {"colour": 3}}), batches, tmp_path / "other")
+    short = replace(batches, train=RECIPE.train.model_copy(update={"context_tokens": 2}))
+    with pytest.raises(UsageError, match="context_tokens"):
+        short.make(0)
 
 
 def test_what_was_trained_is_a_bundle_that_draws(mos, bundle, batches, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(training_run, "load_tower_spec", lambda _: bundle.index.understanding)
     trainer = Trainer(RECIPE, batches, tmp_path / "run")
     trainer.run(lambda _: None, training_run.draw_samples)
-    assert Image.open(tmp_path / "run" / "samples" / "000008.png").size == (32, 16)
+    assert (tmp_path / "run" / "samples" / "000008.png").exists()
     exported = training_run.export(trainer, tmp_path / "bundle")
     verify_bundle(find_bundle(str(exported.folder)))
     result = mos("generate", "a dog", "-m", exported.folder, "-o", tmp_path / "dog.png")

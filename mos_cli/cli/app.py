@@ -16,7 +16,7 @@ from mos_cli.cli.models import models_app
 from mos_cli.cli.presets import presets_app
 from mos_cli.cli.replay import replay
 from mos_cli.cli.train import train
-from mos_cli.errors import INTERRUPTED, MosError
+from mos_cli.errors import INTERRUPTED, InputError, MosError
 
 
 class MosGroup(TyperGroup):
@@ -28,6 +28,10 @@ class MosGroup(TyperGroup):
         except MosError as error:
             console.print_error(str(error))
             raise typer.Exit(error.exit_code) from None
+        except OSError as error:
+            # A folder that may not be entered, a name too long, a full disk: the user's to mend, wherever it shows.
+            console.print_error(f"{error.filename or 'a file'}: {error.strerror or error}")
+            raise typer.Exit(InputError.exit_code) from None
         except KeyboardInterrupt:
             console.print_error("interrupted")
             raise typer.Exit(INTERRUPTED) from None

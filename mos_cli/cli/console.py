@@ -19,4 +19,4 @@ def print_warning(message: str) -> None:
 def _escaped(text: str) -> str:
     from rich.markup import escape
 
-    return escape(text)
+    return escape(" ".join(text.split()))

@@ -12,7 +12,7 @@ import typer
 
 from mos_cli import __version__
 from mos_cli.cli import console
-from mos_cli.cli.models import size_text
+from mos_cli.cli.fetching import size_text
 
 PACKAGES = (
     "torch",

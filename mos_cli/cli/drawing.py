@@ -16,8 +16,6 @@ from mos_cli.cli.interrupt import gentle_interrupt
 from mos_cli.errors import PARTLY_FAILED, MosError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from mos_cli.pipeline import Drawing, MoSPipeline
     from mos_cli.runtime.bundles import Bundle
     from mos_cli.runtime.recipe import Recipe
@@ -55,7 +53,9 @@ class Report:
         if self.json:
             typer.echo(json.dumps({"event": kind, **values}))
         elif line is not None and not self.quiet:
-            console.out.print(line, soft_wrap=True, markup=False)
+            # A progress bar lives on stderr; where both streams are one terminal it has to know of the line.
+            both = console.out.is_terminal and console.err.is_terminal
+            (console.err if both else console.out).print(line, soft_wrap=True, markup=False)
 
     def times(self) -> None:
         """Prints how long each stage took, if asked to."""
@@ -79,7 +79,7 @@ class Report:
 
 def load_pipeline(bundle: "Bundle", *, device: str, precision: str, report: Report) -> "MoSPipeline":
     """Imports the libraries and loads a bundle; an understanding tower that is not here yet is fetched."""
-    from mos_cli.cli.models import fetch_with_progress
+    from mos_cli.cli.fetching import fetch_with_progress
 
     with report.stage("fetching"):
         understanding = fetch_with_progress(bundle.index.understanding)
@@ -136,14 +136,19 @@ def draw_jobs(
                 continue
             finally:
                 bars.remove_task(task)
-            drawn.append((drawing.image, job.recipe.prompt))
+            if sheet is not None:
+                drawn.append((drawing.image, job.recipe.prompt))
             seed = job.recipe.seed
             report.event("picture", f"{files[0]}  (seed {seed})", seed=seed, files=[str(file) for file in files])
             for file in files[1:]:
                 if not report.json:
                     report.event("file", f"{file}")
-    if sheet is not None and drawn:
-        _write_sheet(drawn, sheet, overwrite)
+    if drawn and sheet is not None:
+        from mos_cli.runtime.files import atomic_write
+        from mos_cli.runtime.outputs import png
+        from mos_cli.runtime.sheet import contact_sheet
+
+        atomic_write(sheet, png(contact_sheet(drawn), None), overwrite)
         report.event("sheet", str(sheet), file=str(sheet))
     report.times()
     if failed:
@@ -153,24 +158,16 @@ def draw_jobs(
 
 def write_drawing(drawing: "Drawing", path: Path, *, trace: str, overwrite: bool) -> list[Path]:
     """Writes the picture and, as far as `trace` says, its trace; all of them or none."""
-    from mos_cli.routing.trace import save_trace
-    from mos_cli.runtime.outputs import write_picture
+    from mos_cli.routing.trace import trace_files
+    from mos_cli.runtime.files import write_together
+    from mos_cli.runtime.outputs import companions, png
 
-    files: list[Path] = []
+    files = {path: png(drawing.image, drawing.record)}
     if trace != "off":
-        routes = drawing.routes if trace == "topk" else None
-        files = save_trace(drawing.trace, routes, path.with_suffix(".json"), overwrite=overwrite)
-    try:
-        write_picture(drawing.image, drawing.record, path, overwrite=overwrite)
-    except BaseException:
-        for file in files:
-            file.unlink(missing_ok=True)
-        raise
-    return [path, *files]
-
-
-def _write_sheet(pictures: "list[tuple[Image, str]]", path: Path, overwrite: bool) -> None:
-    from mos_cli.runtime.outputs import write_picture
-    from mos_cli.runtime.sheet import contact_sheet
-
-    write_picture(contact_sheet(pictures), None, path, overwrite=overwrite)
+        files |= trace_files(drawing.trace, drawing.routes if trace == "topk" else None, path)
+    write_together(files, overwrite)
+    for other in companions(path):
+        if overwrite and other not in files:
+            # What a replaced picture had beside it would speak of another one now.
+            other.unlink(missing_ok=True)
+    return list(files)

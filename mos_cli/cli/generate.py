@@ -13,6 +13,7 @@ from mos_cli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from mos_cli.runtime.bundles import Bundle
+    from mos_cli.runtime.outputs import Naming
     from mos_cli.runtime.settings import RunSettings
 
 
@@ -76,7 +77,7 @@ def generate(
         Path | None, typer.Option(metavar="PNG", help="Also write one sheet of all pictures with their prompts.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be drawn and where; load nothing.")
+        bool, typer.Option("--dry-run", help="Say what would be drawn and where; load no weights, write nothing.")
     ] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -84,7 +85,7 @@ def generate(
 ) -> None:
     """Draw pictures from a prompt, each with its recipe inside and its routing trace beside it."""
     from mos_cli.runtime.bundles import find_bundle
-    from mos_cli.runtime.outputs import naming, refuse_existing
+    from mos_cli.runtime.outputs import naming
     from mos_cli.runtime.settings import make_settings, resolve
 
     prompts = _prompts(prompt)
@@ -102,13 +103,10 @@ def generate(
     )
     settings = resolve(flags, preset)
     names = naming(settings.output, overwrite=overwrite)
-    if sheet is not None:
-        refuse_existing(sheet, overwrite=overwrite)
     bundle = find_bundle(settings.model)
     report = Report(json=json, quiet=quiet, verbose=verbose)
     first_seed = int.from_bytes(os.urandom(4)) if seed is None else seed
     jobs: list[Job] = []
-    taken: set[Path] = set()
     with report.stage("libraries"):
         common = _common(settings, bundle)
     from mos_cli.runtime.recipe import make_recipe
@@ -116,9 +114,9 @@ def generate(
     for text in prompts:
         for index in range(count):
             recipe = make_recipe(prompt=text, seed=first_seed + index, **common)
-            path = names.path(recipe, taken)
-            taken.add(path)
-            jobs.append(Job(recipe, path))
+            jobs.append(Job(recipe, names.path(recipe)))
+    if sheet is not None:
+        _check_sheet(sheet, names)
 
     if dry_run:
         for job in jobs:
@@ -133,21 +131,34 @@ def generate(
     draw_jobs(pipeline, jobs, trace=settings.trace, overwrite=overwrite, report=report, sheet=sheet)
 
 
+def _check_sheet(sheet: Path, names: "Naming") -> None:
+    """Raises UsageError or InputError if the sheet cannot be written under its name; better now than at the end."""
+    from mos_cli.runtime.files import refuse_existing
+
+    if sheet.suffix.lower() != ".png" or sheet in names.given:
+        raise UsageError(f"--sheet {sheet}: name a .png of its own")
+    refuse_existing(sheet, names.overwrite)
+
+
 def _prompts(argument: str) -> list[str]:
     """The prompts asked for: one, or the non-empty lines of stdin or a file."""
     if argument == "-":
-        lines = sys.stdin.read().splitlines()
+        lines = _lines(sys.stdin.buffer.read(), "stdin")
     elif argument.startswith("@"):
-        try:
-            lines = Path(argument[1:]).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read prompts from {argument[1:]}: {error}") from None
+        lines = _lines(Path(argument[1:]).read_bytes(), argument[1:])
     else:
         lines = [argument]
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise InputError('the prompt is empty: say what to draw, for example: mos generate "a red apple"')
     return prompts
+
+
+def _lines(data: bytes, source: str) -> list[str]:
+    try:
+        return data.decode("utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"the prompts from {source} are not UTF-8 text") from None
 
 
 def _common(settings: "RunSettings", bundle: "Bundle") -> dict[str, Any]:
@@ -164,7 +175,7 @@ def _common(settings: "RunSettings", bundle: "Bundle") -> dict[str, Any]:
     if precision == "auto":
         precision = choose_precision(choose_device(settings.device))
     return {
-        "model": settings.model,
+        "model": bundle.ref,
         "negative": settings.negative,
         "steps": settings.steps or defaults.steps,
         "cfg": cfg,

@@ -17,6 +17,7 @@ CLOSE_PSNR = 40.0
 
 
 def replay(
+    context: typer.Context,
     picture: Annotated[Path, typer.Argument(help="A PNG made by mos.")],
     changes: Annotated[
         list[str] | None,
@@ -41,22 +42,25 @@ def replay(
     from mos_cli.runtime.bundles import find_bundle
     from mos_cli.runtime.outputs import naming, read_picture
     from mos_cli.runtime.recipe import make_recipe
-    from mos_cli.runtime.settings import make_settings, parse_size, resolve
+    from mos_cli.runtime.settings import check_size, make_settings, resolve
 
-    if verify and (changes or output or overwrite or trace):
+    sources = [context.get_parameter_source(name) for name in ("output", "trace", "changes", "overwrite")]
+    if verify and any(source is not None and source.name == "COMMANDLINE" for source in sources):
         raise UsageError("--verify draws what the picture holds and writes nothing: drop the other options")
     image, record = read_picture(picture)
-    recipe = make_recipe(**{**record.recipe.model_dump(), **_changes(changes or [])})
-    settings = resolve(make_settings(output=output, trace=trace, device=device), None)
-    bundle = find_bundle(recipe.model)
-    if bundle.hash != record.made.bundle_hash and recipe.model == record.recipe.model:
+    changed = _changes(changes or [])
+    bundle = find_bundle(changed.get("model", record.recipe.model))
+    if bundle.hash != record.made.bundle_hash and "model" not in changed:
+        name, theirs, ours = record.recipe.model, record.made.bundle_hash[:10], bundle.hash[:10]
         raise ModelError(
-            f"{picture} was made by another version of {recipe.model} ({record.made.bundle_hash[:10]}, here "
-            f"{bundle.hash[:10]}); to draw it with this one all the same, add --set model={bundle.folder}"
+            f"{picture} was made by another version of {name} ({theirs}, here {ours}): "
+            f"add --set model=FOLDER to draw with that one, or --set model={name} to draw with the one here"
         )
-    parse_size(f"{recipe.width}x{recipe.height}", bundle.index.canvas)
+    recipe = make_recipe(**{**record.recipe.model_dump(), **changed, "model": bundle.ref})
+    settings = resolve(make_settings(output=output, trace=trace, device=device), None)
+    check_size(recipe.width, recipe.height, bundle.index.canvas)
     report = Report(json=json, quiet=quiet, verbose=verbose)
-    path = None if verify else naming(settings.output, overwrite=overwrite).path(recipe, set())
+    path = None if verify else naming(settings.output, overwrite=overwrite).path(recipe)
     pipeline = load_pipeline(bundle, device=settings.device, precision=recipe.precision, report=report)
     if path is not None:
         draw_jobs(pipeline, [Job(recipe, path)], trace=settings.trace, overwrite=overwrite, report=report)

@@ -8,19 +8,21 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, ValidationError, model_validator
 
 from mos_cli.errors import InputError
 from mos_cli.routing.analysis import summarise
-from mos_cli.runtime.files import atomic_write
-from mos_cli.runtime.outputs import ARRAYS_SUFFIX
+from mos_cli.runtime.outputs import companions
 from mos_cli.runtime.recipe import Provenance, Recipe
-from mos_cli.runtime.specs import first_problem
+from mos_cli.runtime.specs import Frozen, first_problem
 
 SCHEMA = "mos-trace/1"
+
+Share = Annotated[float, Field(ge=0, le=1 + 1e-3)]
+"""A part of a whole; rounding may take it a little above 1."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,7 @@ class Routes:
     weights_SJTK: np.ndarray
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class TraceToken(_Frozen):
+class TraceToken(Frozen):
     """A context token and the characters of the branch's prompt that it stands for; special tokens have none."""
 
     text: str
@@ -46,7 +44,7 @@ class TraceToken(_Frozen):
     end: int = Field(ge=0)
 
 
-class BranchSummary(_Frozen):
+class BranchSummary(Frozen):
     """A branch in small.
 
     mean_layer_ST: the layer each token reads on average over blocks, weighted, per step.
@@ -54,12 +52,12 @@ class BranchSummary(_Frozen):
     entropy_S: per step, how evenly the layers share the weight, over blocks and tokens; 0 = one layer, 1 = all alike.
     """
 
-    mean_layer_ST: tuple[tuple[float, ...], ...]
-    layer_use_JM: tuple[tuple[float, ...], ...]
-    entropy_S: tuple[float, ...]
+    mean_layer_ST: tuple[tuple[NonNegativeFloat, ...], ...]
+    layer_use_JM: tuple[tuple[Share, ...], ...]
+    entropy_S: tuple[Share, ...]
 
 
-class TraceBranch(_Frozen):
+class TraceBranch(Frozen):
     """One guidance branch: its prompt, its tokens, and the numbers of the steps at which it was computed."""
 
     prompt: str
@@ -68,22 +66,22 @@ class TraceBranch(_Frozen):
     summary: BranchSummary
 
 
-class TraceArrays(_Frozen):
+class TraceArrays(Frozen):
     """The file beside the trace that holds every decision."""
 
     file: str = Field(pattern=r"^[^/\\]+\.routing\.safetensors$")
     sha256: str
 
 
-class Trace(_Frozen):
+class Trace(Frozen):
     """The readable head of a trace. `arrays` is missing where only the summary was asked for."""
 
     schema_id: Literal["mos-trace/1"] = Field(SCHEMA, alias="schema")
     recipe: Recipe
     made: Provenance
     layers: tuple[str, ...] = Field(min_length=2)
-    blocks: int
-    top_k: int
+    blocks: int = Field(ge=1)
+    top_k: int = Field(ge=1)
     times: tuple[float, ...]
     branches: dict[str, TraceBranch]
     arrays: TraceArrays | None = None
@@ -111,24 +109,22 @@ def make_branch(
     return TraceBranch(prompt=prompt, tokens=tuple(tokens), steps=tuple(steps), summary=summary)
 
 
-def save_trace(trace: Trace, routes: Mapping[str, Routes] | None, path: Path, *, overwrite: bool = False) -> list[Path]:
-    """Writes `path` (.json) and, if `routes` are given, the arrays beside it; returns the files written."""
+def trace_files(trace: Trace, routes: Mapping[str, Routes] | None, picture: Path) -> dict[Path, bytes]:
+    """The files of a trace beside `picture`, to be written: its head and, if `routes` are given, the arrays."""
     from safetensors.numpy import save
 
-    files = [path]
+    head_path, arrays_path = companions(picture)
+    arrays = {}
     if routes is not None:
         tensors = {}
         for name, branch in routes.items():
             tensors[f"{name}.ids"] = np.ascontiguousarray(branch.ids_SJTK, dtype=np.uint8)
             tensors[f"{name}.weights"] = np.ascontiguousarray(branch.weights_SJTK, dtype=np.float16)
         data = save(tensors, metadata={"schema": SCHEMA})
-        arrays_path = path.with_suffix(ARRAYS_SUFFIX)
-        arrays = TraceArrays(file=arrays_path.name, sha256=hashlib.sha256(data).hexdigest())
-        trace = trace.model_copy(update={"arrays": arrays})
-        atomic_write(arrays_path, data, overwrite)
-        files.append(arrays_path)
-    atomic_write(path, (trace.model_dump_json(by_alias=True, indent=1) + "\n").encode(), overwrite)
-    return files
+        pointer = TraceArrays(file=arrays_path.name, sha256=hashlib.sha256(data).hexdigest())
+        trace = trace.model_copy(update={"arrays": pointer})
+        arrays[arrays_path] = data
+    return {head_path: (trace.model_dump_json(indent=1) + "\n").encode(), **arrays}
 
 
 def load_trace(path: Path) -> Trace:
@@ -137,12 +133,12 @@ def load_trace(path: Path) -> Trace:
     Raises:
         InputError: there is no such trace, or it is damaged or of another version.
     """
-    path = path.with_suffix(".json")
+    path, _ = companions(path)
     try:
         data = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"cannot read the trace {path}: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError(f"{path} is not JSON: the trace is damaged or something else") from None
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
@@ -177,7 +173,11 @@ def load_routes(trace: Trace, path: Path) -> dict[str, Routes]:
         name: (len(branch.steps), trace.blocks, len(branch.tokens), trace.top_k)
         for name, branch in trace.branches.items()
     }
-    shapes = {name: branch.ids_SJTK.shape for name, branch in routes.items()}
-    if hashlib.sha256(data).hexdigest() != trace.arrays.sha256 or shapes != expected:
+    fits = all(
+        (array.shape, array.dtype) == (expected[name], dtype)
+        for name, branch in routes.items()
+        for array, dtype in ((branch.ids_SJTK, np.uint8), (branch.weights_SJTK, np.float16))
+    )
+    if hashlib.sha256(data).hexdigest() != trace.arrays.sha256 or not fits:
         raise InputError(f"{arrays_path} does not belong to {path.name}")
     return routes

@@ -7,7 +7,7 @@ understanding tower is in there by reference only; `mos_cli.runtime.sources` fet
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -38,6 +38,12 @@ class Bundle:
 
     folder: Path
     index: BundleIndex
+    hub_id: str | None = None
+
+    @property
+    def ref(self) -> str:
+        """What finds it again, anywhere: its hub id, or its name. A folder's path would only speak of this machine."""
+        return self.hub_id or self.index.name
 
     @cached_property
     def hash(self) -> str:
@@ -57,11 +63,11 @@ def find_bundle(ref: str) -> Bundle:
         if bundle.index.name != ref:
             raise ModelError(f"{bundle.folder} holds a bundle named {bundle.index.name}: rename the folder")
         return bundle
-    path = Path(ref).expanduser()
+    path = Path(os.path.expanduser(ref))  # noqa: PTH111 - Path's own raises for unknown users
     if path.is_dir():
         return read_bundle(path)
     if re.fullmatch(HUB_ID, ref):
-        return read_bundle(_from_hub(ref))
+        return replace(read_bundle(_from_hub(ref)), hub_id=ref)
     if path.name != ref:
         raise ModelError(f"there is no folder {ref}")
     raise unknown_name("model", ref, folders)

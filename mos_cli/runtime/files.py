@@ -4,7 +4,7 @@ import contextlib
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mos_cli.errors import InputError
@@ -17,12 +17,11 @@ def atomic_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
     The temporary path keeps the suffix of `path`; missing parent folders are made. Whatever goes wrong,
     Ctrl-C included, the temporary file is removed and `path` is as it was.
 
-    Raises FileExistsError if `path` exists and `overwrite` is false, also when it appeared in the meantime,
-    and InputError if the folder cannot be written.
+    Raises InputError if `path` exists and `overwrite` is false, also when it appeared in the meantime, and if
+    the folder cannot be written.
     """
     path = Path(path)
-    if not overwrite and path.exists():
-        raise FileExistsError(f"{path} exists already")
+    refuse_existing(path, overwrite)
     make_folder(path.parent)
     temporary = path.with_name(f".{secrets.token_hex(6)}{path.suffix}")
     try:
@@ -32,7 +31,7 @@ def atomic_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
         else:
             _rename_to_new(temporary, path)
     except FileExistsError:
-        raise
+        raise _taken(path) from None
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -43,6 +42,27 @@ def atomic_write(path: Path, data: bytes, overwrite: bool = False) -> None:
     """Writes `data` to `path`, whole or not at all; raises as `atomic_file` does."""
     with atomic_file(path, overwrite) as temporary:
         temporary.write_bytes(data)
+
+
+def write_together(files: Mapping[Path, bytes], overwrite: bool = False) -> None:
+    """Writes several files, all or none: none is put in its place before every one is whole on the disk."""
+    with contextlib.ExitStack() as stack:
+        for path, data in files.items():
+            stack.enter_context(atomic_file(path, overwrite)).write_bytes(data)
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Raises InputError if a file to be written is there already and may not be replaced."""
+    if path.exists() and not overwrite:
+        raise _taken(path)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises InputError if nothing could be written in a folder, or the folder not be made; writes nothing itself."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    effective = os.access in os.supports_effective_ids
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK, effective_ids=effective):
+        raise InputError(f"cannot write to {folder}: {existing} is not a folder you may write in")
 
 
 def make_folder(path: Path) -> None:
@@ -81,6 +101,10 @@ def folder_size(folder: Path) -> int:
             status = path.lstat()
             size += status.st_size if stat.S_ISREG(status.st_mode) else 0
     return size
+
+
+def _taken(path: Path) -> InputError:
+    return InputError(f"{path} exists: choose another name, or pass --overwrite")
 
 
 def _rename_to_new(temporary: Path, path: Path) -> None:

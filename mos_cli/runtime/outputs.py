@@ -1,7 +1,6 @@
 """Where pictures go and what travels in them: names from a template, PNG text chunks, reading them back."""
 
 import re
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from string import Formatter
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from mos_cli.errors import InputError, UsageError
-from mos_cli.runtime.files import atomic_file
+from mos_cli.runtime.files import check_writable, refuse_existing
 from mos_cli.runtime.recipe import PictureRecord, Recipe
 from mos_cli.runtime.specs import first_problem
 
@@ -19,14 +18,11 @@ if TYPE_CHECKING:
 
 FIELDS = ("date", "number", "prompt", "seed", "model")
 ARRAYS_SUFFIX = ".routing.safetensors"
-COMPANIONS = (".json", ARRAYS_SUFFIX)
-"""What a trace puts beside the picture."""
 IN_FOLDER = "{number}_{prompt}_s{seed}.png"
 
 
-@dataclass(frozen=True)
 class Naming:
-    """Turns a template into paths that are free.
+    """Turns a template into paths that are free, and never gives a path twice.
 
     Fields: {date} of today, {number} the next free one in the folder, {prompt} a slug, {seed}, {model}.
 
@@ -34,27 +30,28 @@ class Naming:
         UsageError: the template is not a PNG's, or has unknown fields.
     """
 
-    template: str
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
+    def __init__(self, template: str, *, overwrite: bool = False) -> None:
+        self.template, self.overwrite = template, overwrite
+        self.given: set[Path] = set()
+        self._numbers: dict[tuple[Path, str], int] = {}
         try:
-            fields = [field for _, field, _, _ in Formatter().parse(self.template) if field is not None]
+            fields = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
         except ValueError as error:
-            raise UsageError(f"output '{self.template}' is not a template: {error}") from None
-        for field in fields:
-            if field not in FIELDS:
-                raise UsageError(f"output field {{{field}}} is unknown: use {', '.join(FIELDS)}")
-        if "{number}" in str(Path(self.template).parent):
+            raise UsageError(f"output '{template}' is not a template: {error}") from None
+        for field, layout, conversion in fields:
+            if field not in FIELDS or layout or conversion:
+                raise UsageError(f"output '{template}': use {', '.join(f'{{{name}}}' for name in FIELDS)}, as they are")
+        if "{number}" in str(Path(template).parent):
             raise UsageError("output field {number} belongs into the file's name, not into a folder's")
-        if Path(self.template).suffix.lower() != ".png":
-            raise UsageError(f"output '{self.template}' must end in .png, or be a folder (end it with a slash)")
+        if Path(template).suffix.lower() != ".png":
+            raise UsageError(f"output '{template}' must end in .png, or be a folder (end it with a slash)")
 
-    def path(self, recipe: Recipe, taken: set[Path]) -> Path:
-        """The path for a picture; `taken` holds those promised to others of the same run.
+    def path(self, recipe: Recipe) -> Path:
+        """The path for a picture.
 
         Raises:
             InputError: the path is taken and may not be overwritten.
+            UsageError: the template gave the same path before.
         """
         fields = {
             "date": date.today().isoformat(),
@@ -64,27 +61,37 @@ class Naming:
         }
         path = Path(self.template.format(number="{number}", **fields))
         if "{number}" in path.name:
-            # One number a picture: whatever stands in the folder under a number keeps it to itself.
-            used = _numbers(path, [*_siblings(path.parent), *taken])
-            path = path.with_name(path.name.replace("{number}", f"{max(used, default=0) + 1:04d}"))
-        if path in taken:
+            path = path.with_name(path.name.replace("{number}", f"{self._next_number(path):04d}"))
+        if path in self.given:
             raise UsageError(f"several pictures would be written to {path}: add {{seed}} or {{number}} to the name")
-        for file in (path, *(path.with_suffix(suffix) for suffix in COMPANIONS)):
-            refuse_existing(file, overwrite=self.overwrite)
+        check_writable(path.parent)
+        for file in (path, *companions(path)):
+            refuse_existing(file, self.overwrite)
+        self.given.add(path)
         return path
+
+    def _next_number(self, path: Path) -> int:
+        """One number a picture: whatever stands in the folder under a number keeps it to itself."""
+        before = path.name.partition("{number}")[0]
+        key = (path.parent, before)
+        if key not in self._numbers:
+            names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+            found = [re.match(re.escape(before) + r"(\d{4,})", name) for name in names]
+            self._numbers[key] = max((int(match[1]) for match in found if match), default=0)
+        self._numbers[key] += 1
+        return self._numbers[key]
+
+
+def companions(path: Path) -> tuple[Path, Path]:
+    """The files a trace puts beside a picture: its readable head and its arrays."""
+    return path.with_suffix(".json"), path.with_suffix(ARRAYS_SUFFIX)
 
 
 def naming(output: str, *, overwrite: bool = False) -> Naming:
     """A naming from the user's --output: a template, a file, or a folder."""
     if output.endswith(("/", "\\")) or Path(output).is_dir():
-        return Naming(str(Path(output) / IN_FOLDER), overwrite)
-    return Naming(output, overwrite)
-
-
-def refuse_existing(path: Path, *, overwrite: bool) -> None:
-    """Raises InputError if a file to be written is there already and may not be replaced."""
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists: choose another name, or pass --overwrite")
+        return Naming(str(Path(output) / IN_FOLDER), overwrite=overwrite)
+    return Naming(output, overwrite=overwrite)
 
 
 def slug(text: str) -> str:
@@ -92,16 +99,18 @@ def slug(text: str) -> str:
     return "-".join(re.findall(r"\w+", text.lower()))[:40].strip("-_") or "picture"
 
 
-def write_picture(image: "Image", record: PictureRecord | None, path: Path, *, overwrite: bool) -> None:
-    """Writes a PNG whole or not at all; `record` None leaves the metadata out."""
+def png(image: "Image", record: PictureRecord | None) -> bytes:
+    """A picture as a PNG file; `record` None leaves the metadata out."""
+    from io import BytesIO
+
     from PIL.PngImagePlugin import PngInfo
 
-    info = PngInfo()
+    info, file = PngInfo(), BytesIO()
     if record is not None:
         info.add_itxt("parameters", record.parameters())
         info.add_itxt("mos", record.to_json())
-    with atomic_file(path, overwrite) as temporary:
-        image.save(temporary, pnginfo=info)
+    image.save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
 
 
 def read_picture(path: Path) -> tuple["Image", PictureRecord]:
@@ -113,11 +122,11 @@ def read_picture(path: Path) -> tuple["Image", PictureRecord]:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=["PNG"]) as opened:
             image = opened.convert("RGB")
             text = opened.info.get("mos")
     except UnidentifiedImageError:
-        raise InputError(f"{path} is not a picture") from None
+        raise InputError(f"{path} is not a PNG picture") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(text, str):
@@ -126,14 +135,3 @@ def read_picture(path: Path) -> tuple["Image", PictureRecord]:
         return image, PictureRecord.model_validate_json(text)
     except ValidationError as error:
         raise InputError(f"the recipe in {path} is damaged or of another version: {first_problem(error)}") from None
-
-
-def _siblings(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
-
-
-def _numbers(path: Path, others: list[Path]) -> list[int]:
-    """The numbers that stand where the name has its own."""
-    before = path.name.partition("{number}")[0]
-    found = [re.match(re.escape(before) + r"(\d{4,})", other.name) for other in others if other.parent == path.parent]
-    return [int(match[1]) for match in found if match]

@@ -6,21 +6,18 @@ One pydantic model writes and reads it, so that the two can never drift apart.
 from importlib.metadata import version
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
+from mos_cli import __version__
 from mos_cli.errors import UsageError
-from mos_cli.runtime.specs import first_problem
+from mos_cli.runtime.specs import Frozen, Interval, first_problem
 
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Recipe(_Frozen):
-    """What decides a picture. Sizes are in pixels; `cfg_interval` is in t, where 1 is pure noise."""
+class Recipe(Frozen):
+    """What decides a picture. Sizes are in pixels; `model` is the bundle's name, or its hub id."""
 
     prompt: str = Field(min_length=1)
     negative: str = ""
@@ -28,20 +25,13 @@ class Recipe(_Frozen):
     seed: int = Field(ge=0, le=MAX_SEED)
     steps: int = Field(ge=1, le=MAX_STEPS)
     cfg: float = Field(ge=0, le=100)
-    cfg_interval: tuple[float, float]
+    cfg_interval: Interval
     width: int = Field(ge=1)
     height: int = Field(ge=1)
     precision: Literal["bf16", "fp32"]
 
-    @model_validator(mode="after")
-    def _ordered_interval(self) -> "Recipe":
-        low, high = self.cfg_interval
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"cfg_interval {low},{high} must be two times in 0..1, the smaller first")
-        return self
 
-
-class Provenance(_Frozen):
+class Provenance(Frozen):
     """What made a picture: the bundle's hash, the versions and the device. Nothing of it depends on the day."""
 
     bundle_hash: str
@@ -53,7 +43,7 @@ class Provenance(_Frozen):
     attention: str
 
 
-class PictureRecord(_Frozen):
+class PictureRecord(Frozen):
     """The `mos` chunk of a PNG."""
 
     schema_id: Literal["mos-picture/1"] = Field("mos-picture/1", alias="schema")
@@ -81,14 +71,11 @@ class PictureRecord(_Frozen):
 
 
 def make_recipe(**values: Any) -> Recipe:
-    """Builds a recipe from settings; strings are parsed ("0.1,0.9" for an interval).
+    """Builds a recipe from settings; strings are parsed.
 
     Raises:
         UsageError: a value is missing, unknown or out of range.
     """
-    interval = values.get("cfg_interval")
-    if isinstance(interval, str):
-        values["cfg_interval"] = interval.split(",")
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -97,6 +84,5 @@ def make_recipe(**values: Any) -> Recipe:
 
 def provenance(bundle_hash: str, device: str, attention: str) -> Provenance:
     """Describes what is about to draw; versions are those installed."""
-    packages = {"mos": "mos-cli", "torch": "torch", "diffusers": "diffusers", "transformers": "transformers"}
-    versions = {field: version(package) for field, package in packages.items()}
-    return Provenance(bundle_hash=bundle_hash, device=device, attention=attention, **versions)
+    versions = {package: version(package) for package in ("torch", "diffusers", "transformers")}
+    return Provenance(bundle_hash=bundle_hash, mos=__version__, device=device, attention=attention, **versions)

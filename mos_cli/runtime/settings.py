@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mos_cli.errors import InputError, UsageError
 from mos_cli.runtime.folders import presets_folder
-from mos_cli.runtime.specs import Canvas, first_problem
+from mos_cli.runtime.specs import Canvas, Interval, first_problem
 
 TraceLevel = Literal["off", "summary", "topk"]
 
@@ -24,7 +24,7 @@ class Settings(BaseModel):
     model: str | None = None
     steps: int | None = Field(None, ge=1)
     cfg: float | None = Field(None, ge=0)
-    cfg_interval: tuple[float, float] | None = None
+    cfg_interval: Interval | None = None
     negative: str | None = None
     size: str | None = None
     precision: Literal["auto", "bf16", "fp32"] | None = None
@@ -92,13 +92,11 @@ def load_preset(name: str) -> Preset:
 
 
 def make_settings(**values: Any) -> Settings:
-    """Builds settings from flags; an interval may be text, "0.1,0.9".
+    """Builds settings from flags; strings are parsed.
 
     Raises:
         UsageError: a value is out of range or of the wrong kind.
     """
-    if isinstance(values.get("cfg_interval"), str):
-        values["cfg_interval"] = values["cfg_interval"].split(",")
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
@@ -137,16 +135,18 @@ def parse_size(text: str | None, canvas: Canvas) -> tuple[int, int]:
         width, height = (max(1, round(part * side / canvas.multiple)) * canvas.multiple for part in (across, down))
     else:
         raise UsageError(f"size '{text}' is not understood: write 64, 96x64 or 3:2")
-    if not all(canvas.min <= side <= canvas.max and side % canvas.multiple == 0 for side in (width, height)):
-        raise UsageError(
-            f"size {width}x{height} cannot be drawn by this model: both sides must be multiples of "
-            f"{canvas.multiple} from {canvas.min} to {canvas.max} (it was trained at {_text(canvas.native)})"
-        )
+    check_size(width, height, canvas)
     return width, height
 
 
-def _text(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
+def check_size(width: int, height: int, canvas: Canvas) -> None:
+    """Raises UsageError if a model with this canvas cannot draw the size, in pixels."""
+    if not all(canvas.min <= side <= canvas.max and side % canvas.multiple == 0 for side in (width, height)):
+        native = "{}x{}".format(*canvas.native)
+        raise UsageError(
+            f"size {width}x{height} cannot be drawn by this model: both sides must be multiples of "
+            f"{canvas.multiple} from {canvas.min} to {canvas.max} (it was trained at {native})"
+        )
 
 
 def _read(path: Path) -> _PresetFile:

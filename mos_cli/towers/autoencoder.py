@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 from diffusers.models.auto_model import AutoModel
+from PIL import Image
 from torch import Tensor
 
 
@@ -63,3 +64,9 @@ class Latents:
     def decode(self, z_BCHW: Tensor) -> Tensor:
         z = z_BCHW / self.scale + self.shift
         return self.model.decode(z.to(self.model.dtype), return_dict=False)[0].float()
+
+
+def to_image(pictures: Tensor) -> Image.Image:
+    """The first picture of a batch in -1..1, as 8-bit RGB."""
+    levels = (pictures[0].float().clamp(-1, 1) + 1) * 127.5
+    return Image.fromarray(levels.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())

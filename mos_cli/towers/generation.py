@@ -61,15 +61,19 @@ class GenerationBlock(nn.Module):
         self,
         x_BLD: Tensor,
         context_BTD: Tensor,
+        kept_BT1: Tensor,
         modulation_B6D: Tensor,
         positions: Rotary,
         mask_BL: Tensor | None,
     ) -> Tensor:
-        """x is the patches alone where the context only serves as keys and values, else [context stream; patches]."""
+        """x is the patches alone where the context only serves as keys and values, else [context stream; patches].
+
+        The norm makes all contexts equally long; the sum of a token's kept weights, `kept_BT1`, is put back after it.
+        """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
             part[:, None] for part in (modulation_B6D + self.modulation_bias).unbind(1)
         )
-        context = self.norm_context(context_BTD)
+        context = self.norm_context(context_BTD) * kept_BT1
         context_kv = None
         if self.context_kv is not None:
             context_kv = self.context_kv(context)
@@ -118,6 +122,7 @@ class GenerationTower(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         self.patch, self.depth, self.head_width = patch, depth, width // heads
+        self.states_shape = (states_layers, states_width)
         self.context, self.top_k, self.renormalise, self.rope_theta = context, top_k, renormalise, rope_theta
         patch_values = channels * patch * patch
         self.states_in = nn.Linear(states_width, width, bias=False)
@@ -172,7 +177,6 @@ class GenerationTower(ModelMixin, ConfigMixin):
         bank: StateBank,
         *,
         epsilon: float = 0.0,
-        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Route]:
         """Predicts the clean latent from the noised one; the route is chosen anew at every call.
 
@@ -193,7 +197,6 @@ class GenerationTower(ModelMixin, ConfigMixin):
             self.top_k,
             renormalise=self.renormalise,
             epsilon=epsilon,
-            generator=generator,
         )
 
         x = self.patches_in(patches)
@@ -203,8 +206,9 @@ class GenerationTower(ModelMixin, ConfigMixin):
         modulation = self.modulation(time).unflatten(-1, (6, -1))
         positions = rotary(tokens, *grid, self.head_width, theta, device)
         mask = _extended(bank.mask_BT, before=0, after=patches.shape[1])
+        kept_BTJ = route.weights_BTJK.sum(dim=-1).to(x.dtype)
         for index, block in enumerate(self.blocks):
-            x = block(x, bank.mix(route, index), modulation, positions, mask)
+            x = block(x, bank.mix(route, index), kept_BTJ[:, :, index, None], modulation, positions, mask)
 
         shift, scale = self.modulation_out(time)[:, None].chunk(2, dim=-1)
         x = self.patches_out(_normed(x[:, -patches.shape[1] :]) * (1 + scale) + shift)

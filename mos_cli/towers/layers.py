@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.embeddings import (
     TimestepEmbedding,
     Timesteps,
@@ -17,6 +17,8 @@ from diffusers.models.embeddings import (
 from torch import Tensor, nn
 
 EPS = 1e-6
+ATTENTION = AttentionBackendName.NATIVE
+"""PyTorch's own scaled dot product attention."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ class Attention(nn.Module):
         q = positions[-q.shape[1] :].rotate(self.norm_q(q))
         k = positions.rotate(self.norm_k(k))
         mask = None if mask_BL is None else mask_BL[:, None, None, :]
-        return self.to_out(dispatch_attention_fn(q, k, v, attn_mask=mask).flatten(-2))
+        # Named, so that no setting of the environment puts another backend in its place unseen.
+        return self.to_out(dispatch_attention_fn(q, k, v, attn_mask=mask, backend=ATTENTION).flatten(-2))
 
 
 class SwiGLU(nn.Module):

@@ -27,24 +27,22 @@ def choose_route(
     *,
     renormalise: bool,
     epsilon: float = 0.0,
-    generator: torch.Generator | None = None,
 ) -> Route:
     """The one place where a route is chosen: column-wise softmax over the layers, then the top k of each column.
 
     With probability `epsilon` (training only) a token's column takes k random layers instead, weighted by the same
     probabilities. `renormalise` scales the kept weights of a column to sum to 1.
     """
-    probabilities_BTJM = logits_BTMJ.float().softmax(dim=2).transpose(2, 3)
-    scores = probabilities_BTJM
+    logits_BTJM = logits_BTMJ.float().transpose(2, 3)
+    scores = logits_BTJM
     if epsilon > 0:
-        explores = torch.rand(scores.shape[:3], generator=generator, device=scores.device) < epsilon
-        noise = torch.rand(scores.shape, generator=generator, device=scores.device)
-        scores = torch.where(explores[..., None], noise, scores)
+        explores = torch.rand(scores.shape[:3], device=scores.device) < epsilon
+        scores = torch.where(explores[..., None], torch.rand_like(scores), scores)
     ids = scores.topk(top_k, dim=-1).indices
-    weights = probabilities_BTJM.gather(-1, ids)
     if renormalise:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    return Route(ids, weights)
+        # The softmax over the kept layers alone is their softmax over all, scaled to sum to 1, without a 0 / 0.
+        return Route(ids, logits_BTJM.gather(-1, ids).softmax(dim=-1))
+    return Route(ids, logits_BTJM.softmax(dim=-1).gather(-1, ids))
 
 
 class RouterBlock(nn.Module):

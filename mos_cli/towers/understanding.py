@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
+from mos_cli.errors import InputError, ModelError
+
 
 @dataclass(frozen=True)
 class Token:
@@ -30,22 +32,29 @@ class Reading:
 
 
 class UnderstandingTower:
-    """Any encoder or decoder that transformers' AutoModel loads, run once per prompt.
+    """An encoder or decoder that transformers' AutoModel loads, run once per prompt; its layers are a module list.
 
     The states are the embedding output and the raw output of every layer: for decoders transformers reports the last
     state after the final norm, so the last layer is hooked.
 
     Args:
         folder: the model in transformers' format, with a fast tokenizer and safetensors weights.
+
+    Raises:
+        ModelError: the folder does not hold such a model; one that brings code of its own is not run.
     """
 
     def __init__(self, folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.model = AutoModel.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+        safely = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, **safely)
+            self.model = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True, **safely)
+            self._last_layer = _layers(self.model)[-1]
+        except (OSError, ValueError, KeyError, StopIteration) as error:
+            raise ModelError(f"{folder} is not an understanding tower that can be read: {error}") from None
         self.model.eval().requires_grad_(False).to(device)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self._last_layer = _layers(self.model)[-1]
         # Decoders without a start token make nothing of an empty prompt; one end token stands for "no words".
         self._no_words = "" if self.tokenizer("")["input_ids"] else self.tokenizer.eos_token
 
@@ -68,7 +77,7 @@ class UnderstandingTower:
         """Reads a batch of prompts in one pass; padding is masked, so a prompt's states do not depend on the others.
 
         Raises:
-            ValueError: a prompt is longer than the tower can read.
+            InputError: a prompt is longer than the tower can read.
         """
         batch = self.tokenizer(
             [prompt or self._no_words for prompt in prompts],
@@ -76,9 +85,10 @@ class UnderstandingTower:
             padding=True,
             padding_side="right",
             return_offsets_mapping=True,
+            verbose=False,
         )
         if batch["input_ids"].shape[1] > self.max_tokens:
-            raise ValueError(
+            raise InputError(
                 f"the prompt has {batch['input_ids'].shape[1]} tokens, the model reads {self.max_tokens}: shorten it"
             )
         ids_BT = batch["input_ids"].to(self.model.device)

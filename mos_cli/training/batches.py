@@ -3,13 +3,14 @@
 Shapes: B batch, T context tokens, M layers, S width of a state, C channels, H x W the latent's size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from random import Random
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mos_cli.errors import UsageError
 from mos_cli.sampling.flow import logit_normal, noised
 from mos_cli.towers.understanding import UnderstandingTower
 from mos_cli.training.captions import SceneWriter
@@ -27,6 +28,10 @@ class Batch:
     states_BTMS: Tensor
     mask_BT: Tensor
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device."""
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
 
 @dataclass(frozen=True)
 class Batches:
@@ -38,7 +43,11 @@ class Batches:
     train: TrainTable
 
     def make(self, step: int) -> Batch:
-        """The batch of one step, from a random stream of that step's own: resuming needs no state."""
+        """The batch of one step, from a random stream of that step's own: resuming needs no state.
+
+        Raises:
+            UsageError: a caption does not fit into `context_tokens`.
+        """
         train = self.train
         random = Random(f"{train.seed}/{step}")
         scenes = [self.writer.write(random) for _ in range(train.batch)]
@@ -49,6 +58,7 @@ class Batches:
         z = noised(z0, torch.randn(z0.shape, generator=generator), t)
         reading = self.understanding.read(captions)
         room = train.context_tokens - reading.mask_BT.shape[1]
-        assert room >= 0, f"a caption is {-room} tokens too long for train.context_tokens"
+        if room < 0:
+            raise UsageError(f"a caption is {-room} tokens too long: raise context_tokens in the recipe")
         states = F.pad(reading.states_BTMS, (0, 0, 0, 0, 0, room))
         return Batch(z0, z, t, states, F.pad(reading.mask_BT, (0, room)))

@@ -60,6 +60,8 @@ RELATIONS = {
     "under": ((0.5, 0.73), (0.5, 0.27)),
 }
 
+PLURALS = {"cherries", "fries", "french fries", "glasses", "sunglasses", "headphones", "grapes", "pancakes", "books"}
+PLURALS |= {"scissors", "scales"}
 UNCOUNTED = {
     "bread",
     "corn",
@@ -139,7 +141,7 @@ class SceneWriter:
 
 def _noun_phrase(noun: str, size: str, random: Random) -> str:
     words = f"{size} {noun}".strip()
-    if noun in UNCOUNTED or (noun.endswith("s") and not noun.endswith("ss")) or random.random() < 0.3:
+    if noun in UNCOUNTED | PLURALS or random.random() < 0.3:
         return words
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
@@ -163,7 +165,7 @@ def _caption(subject: str, style: str | None, ground: str | None, random: Random
                 f" on {article} {ground} background",
                 f", {ground} background",
                 f" on {ground}",
-                f" on a {ground} ground",
+                f" on {article} {ground} ground",
             ]
         )
     return subject

@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from mos_cli.errors import InputError
+from mos_cli.errors import InputError, UsageError
 from mos_cli.runtime.files import atomic_write, make_folder
 from mos_cli.sampling.flow import velocity_loss
 from mos_cli.towers.generation import GenerationTower
@@ -25,6 +26,9 @@ from mos_cli.training.recipe import TrainRecipe
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.csv"
+RECIPE = "recipe.json"
+MAY_CHANGE = {"steps", "compile", "save_every", "sample_every", "sample_prompts"}
+"""Settings of a run that may differ when it is taken up again."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +48,25 @@ class Trainer:
 
     Args:
         folder: the run's folder; a checkpoint in it is taken up again.
+
+    Raises:
+        InputError: the folder holds a run of another recipe, or a damaged checkpoint.
+        UsageError: the recipe's network cannot be built.
     """
 
     def __init__(self, recipe: TrainRecipe, batches: Batches, folder: Path) -> None:
         train = recipe.train
         self.recipe, self.batches, self.folder = recipe, batches, folder
         make_folder(folder)
+        self._keep_recipe()
         self.accelerator = Accelerator(mixed_precision="bf16" if train.precision == "bf16" else "no")
         torch.manual_seed(train.seed)
-        self.tower = GenerationTower(**recipe.generation).to(self.accelerator.device)
+        self.device = self.accelerator.device
+        try:
+            self.tower = GenerationTower(**recipe.generation)
+        except TypeError as error:
+            raise UsageError(f"the recipe's [generation] is wrong: {error}") from None
+        self.tower.to(self.device)  # type: ignore[arg-type]
         self.ema = EMAModel(self.tower.parameters(), decay=train.ema)
         self.optimisers = build_optimisers(self.tower, train)
         self.schedules = [build_schedule(optimiser, train) for optimiser in self.optimisers]
@@ -87,11 +101,19 @@ class Trainer:
         """A copy of the network with the averaged weights: the one to draw with and to ship."""
         tower = GenerationTower(**self.recipe.generation)
         self.ema.copy_to(tower.parameters())
-        return tower.eval()
+        return tower.eval().to(self.device)  # type: ignore[arg-type, return-value]
+
+    def _keep_recipe(self) -> None:
+        """Writes the recipe into the run's folder, or compares: only how long and how often may change on the way."""
+        path = self.folder / RECIPE
+        mine = self.recipe.model_dump_json(indent=2, exclude={"train": MAY_CHANGE})
+        if path.exists() and path.read_text(encoding="utf-8") != mine:
+            raise InputError(f"{self.folder} holds a run of another recipe: choose another folder with --run")
+        atomic_write(path, mine.encode(), overwrite=True)
 
     def _advance(self) -> Metrics:
         started = time.perf_counter()
-        batch = self.batches.make(self.step)
+        batch = self.batches.make(self.step).to(self.device)
         # The routes explored depend on the step alone, so that a resumed run equals one never stopped.
         torch.manual_seed(self.recipe.train.seed + self.step)
         loss, route = self._loss(batch)
@@ -103,7 +125,7 @@ class Trainer:
             optimiser.zero_grad()
         self.ema.step(self.tower.parameters())
         self.step += 1
-        use = _layer_use(route, batch.mask_BT, self.recipe.generation["states_layers"])
+        use = _layer_use(route, batch.mask_BT, self.tower.states_shape[0])
         seconds = time.perf_counter() - started
         entropy = float(-(use * use.clamp_min(1e-9).log()).sum())
         return Metrics(self.step, loss.item(), norm.item(), len(batch.t_B) / seconds, entropy, tuple(use.tolist()))
@@ -131,13 +153,10 @@ class Trainer:
 
     def _load(self) -> None:
         try:
-            state = torch.load(self.folder / CHECKPOINT, weights_only=True)
+            state = torch.load(self.folder / CHECKPOINT, weights_only=True, map_location=self.device)
             self.tower.load_state_dict(state["tower"])
-        except (RuntimeError, KeyError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"{self.folder} holds a checkpoint of another recipe, or a damaged one: {reason}"
-            ) from None
+        except (RuntimeError, KeyError, OSError, EOFError, UnpicklingError) as error:
+            raise InputError(f"{self.folder / CHECKPOINT} is damaged: {error}") from None
         self.ema.load_state_dict(state["ema"])
         for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(kept)

@@ -2,30 +2,32 @@
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from mos_cli.errors import InputError, UsageError
 from mos_cli.runtime.folders import presets_folder
-from mos_cli.runtime.specs import Canvas, Defaults, first_problem
+from mos_cli.runtime.specs import Canvas, Defaults, Frozen, PlainName, first_problem
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class BundleTable(_Table):
+class BundleTable(Frozen):
     """What the exported bundle says of itself."""
 
-    name: str
+    name: PlainName
     description: str
     license: str
     canvas: Canvas
     defaults: Defaults
 
+    @model_validator(mode="after")
+    def _square(self) -> Self:
+        if self.canvas.native[0] != self.canvas.native[1]:
+            raise ValueError("scenes are drawn on a square canvas")
+        return self
 
-class DataTable(_Table):
+
+class DataTable(Frozen):
     """Which pictures are learned and how scenes are made of them."""
 
     styles: tuple[str, ...] = Field(min_length=1)
@@ -33,8 +35,14 @@ class DataTable(_Table):
     words: dict[str, tuple[str, ...]]
     """Names in the art file to the names captions use."""
 
+    @model_validator(mode="after")
+    def _enough_words(self) -> Self:
+        if len(self.words) < 2:
+            raise ValueError("a pair takes two words at least")
+        return self
 
-class TrainTable(_Table):
+
+class TrainTable(Frozen):
     """The optimisation. Steps after `1 - decay` of the run lower the learning rates linearly to 0."""
 
     seed: int
@@ -56,10 +64,10 @@ class TrainTable(_Table):
     compile: bool
     save_every: int = Field(ge=1)
     sample_every: int = Field(ge=1)
-    sample_prompts: tuple[str, ...]
+    sample_prompts: tuple[str, ...] = Field(min_length=1)
 
 
-class TrainRecipe(_Table):
+class TrainRecipe(Frozen):
     """A whole recipe: bundle, data, network (arguments of GenerationTower) and optimisation."""
 
     understanding: str

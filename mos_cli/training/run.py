@@ -9,12 +9,14 @@ from pathlib import Path
 
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-from PIL import Image
-from torch import Tensor
 
 from mos_cli.runtime.bundles import Bundle, load_tower_spec, write_index
+from mos_cli.runtime.files import atomic_write
+from mos_cli.runtime.outputs import png
+from mos_cli.runtime.sheet import contact_sheet
 from mos_cli.runtime.sources import fetch_tower
 from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, sample
+from mos_cli.towers.autoencoder import to_image
 from mos_cli.towers.understanding import UnderstandingTower
 from mos_cli.training.art.file import load_art
 from mos_cli.training.batches import Batches
@@ -58,33 +60,20 @@ def export(trainer: Trainer, folder: Path) -> Bundle:
 
 
 def draw_samples(trainer: Trainer) -> None:
-    """Draws the recipe's sample prompts with the averaged weights, from one fixed noise each."""
-    recipe, understanding = trainer.recipe, trainer.batches.understanding
+    """Draws the recipe's sample prompts with the averaged weights, each from the noise of its place in the list."""
+    recipe, understanding, device = trainer.recipe, trainer.batches.understanding, trainer.device
     defaults, (width, height) = recipe.bundle.defaults, recipe.bundle.canvas.native
-    prompts = list(recipe.train.sample_prompts)
     tower = trainer.averaged_tower()
-    generator = torch.Generator().manual_seed(recipe.train.seed)
-    noise = torch.randn(len(prompts), recipe.generation["channels"], height, width, generator=generator)
-    with torch.no_grad(), trainer.accelerator.autocast():
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    drawn = []
+    with trainer.accelerator.autocast():
         banks = {}
-        for branch, texts in {POSITIVE: prompts, NEGATIVE: [""] * len(prompts)}.items():
-            reading = understanding.read(texts)
-            banks[branch] = tower.read(reading.states_BTMS, reading.mask_BT)
-        pictures = sample(
-            tower,
-            noise,
-            banks,
-            steps=defaults.steps,
-            guidance=Guidance(defaults.cfg, defaults.cfg_interval),
-            scheduler=FlowMatchEulerDiscreteScheduler(),
-        )
-    samples = trainer.folder / "samples"
-    samples.mkdir(exist_ok=True)
-    _grid(pictures, columns=8).save(samples / f"{trainer.step:06d}.png")
-
-
-def _grid(pictures_B3HW: Tensor, columns: int) -> Image.Image:
-    rows = [torch.cat(list(row), dim=-1) for row in pictures_B3HW.split(columns)]
-    rows = [torch.nn.functional.pad(row, (0, rows[0].shape[-1] - row.shape[-1])) for row in rows]
-    sheet = (torch.cat(rows, dim=-2).clamp(-1, 1) + 1) * 127.5
-    return Image.fromarray(sheet.round().to(torch.uint8).permute(1, 2, 0).numpy())
+        for index, prompt in enumerate(recipe.train.sample_prompts):
+            for branch, text in {POSITIVE: prompt, NEGATIVE: ""}.items():
+                banks[branch] = tower.read(understanding.read([text]).states_BTMS.to(device))
+            noise = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(index)).to(device)
+            guidance = Guidance(defaults.cfg, defaults.cfg_interval)
+            picture = sample(tower, noise, banks, steps=defaults.steps, guidance=guidance, scheduler=scheduler)
+            drawn.append((to_image(picture), prompt))
+    path = trainer.folder / "samples" / f"{trainer.step:06d}.png"
+    atomic_write(path, png(contact_sheet(drawn), None), overwrite=True)

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from mos_cli.errors import InputError
+from mos_cli.runtime.files import sha256_of
 from mos_cli.runtime.folders import cache_folder
+from mos_cli.runtime.specs import Frozen
 
 if TYPE_CHECKING:
     import torch
@@ -16,11 +18,7 @@ if TYPE_CHECKING:
 SCHEMA = "mos-art/1"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ArtPackage(_Frozen):
+class ArtPackage(Frozen):
     """A package that was used, as pinned."""
 
     package: str
@@ -37,7 +35,7 @@ class ArtStyle(ArtPackage):
     pictures: int
 
 
-class ArtCounts(_Frozen):
+class ArtCounts(Frozen):
     """How much is in the file, and what was left out and why."""
 
     pictures: int
@@ -45,7 +43,7 @@ class ArtCounts(_Frozen):
     dropped: dict[str, int]
 
 
-class ArtPicture(_Frozen):
+class ArtPicture(Frozen):
     """One row of the pixel tensor: what it shows, and in which style."""
 
     index: int
@@ -57,7 +55,7 @@ class ArtPicture(_Frozen):
     style: str
 
 
-class ArtManifest(_Frozen):
+class ArtManifest(Frozen):
     """The readable half of an art file; `sha256` is that of the pixel file beside it."""
 
     schema_id: Literal["mos-art/1"] = Field(alias="schema")
@@ -117,6 +115,8 @@ def load_art(path: Path) -> Art:
             pixels = file.get_tensor("pixels")
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"cannot read {pixels_path}: {error}; build it again with `mos data build`") from None
+    if sha256_of(pixels_path) != manifest.sha256:
+        raise InputError(f"{pixels_path} is damaged or of another build; build both again with `mos data build`")
     size, count = manifest.size, len(manifest.pictures)
     if schema != SCHEMA or tuple(pixels.shape) != (count, size, size, 4):
         raise InputError(f"{pixels_path} does not belong to {path.name}; build both again with `mos data build`")

@@ -51,12 +51,11 @@ def rasterise(picture: bytes, size: int) -> "np.ndarray":
     return np.minimum(pixels, pixels[..., 3:])
 
 
-def rasterise_all(pictures: Sequence[bytes], size: int, workers: int | None = None) -> Iterator["np.ndarray"]:
-    """Draws many pictures on all cores (or `workers` of them) and yields them in order; see `rasterise`."""
+def rasterise_all(pictures: Sequence[bytes], size: int) -> Iterator["np.ndarray"]:
+    """Draws many pictures on all cores and yields them in order; see `rasterise`."""
     # Spawned rather than forked: the caller may hold threads (torch), which do not survive a fork.
     # A Ctrl-C reaches every process of the terminal; only the caller acts on it.
     pool = ProcessPoolExecutor(
-        workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=signal.signal,
         initargs=(signal.SIGINT, signal.SIG_IGN),
