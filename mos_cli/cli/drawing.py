@@ -73,7 +73,7 @@ class Report:
             TimeRemainingColumn(),
             console=console.err,
             transient=True,
-            disable=self.quiet or self.json,
+            disable=self.quiet or self.json or not console.err.is_terminal,
         )
 
 
