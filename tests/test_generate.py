@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from test_mistakes import errors
 
 from mos_cli.routing.trace import load_routes, load_trace
 from mos_cli.runtime.bundles import write_index
@@ -22,11 +23,6 @@ PROMPT = "a red apple"
 
 def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path))
-
-
-def errors(result) -> list[str]:
-    """The lines on stderr but for the notice that a tower is being fetched."""
-    return [line for line in result.stderr.splitlines() if not line.startswith("fetching")]
 
 
 def test_a_picture_its_recipe_and_its_trace(mos, bundle, tmp_path, monkeypatch) -> None:
@@ -158,84 +154,6 @@ def test_json_events(mos, bundle, tmp_path) -> None:
     assert [event["event"] for event in events] == ["step", "step", "step", "picture"]
     assert events[-1]["seed"] == 1
     assert all(Path(file).exists() for file in events[-1]["files"])
-
-
-MISTAKES = {
-    "empty prompt": (["generate", "  "], 3, "the prompt is empty"),
-    "unknown model": (["generate", PROMPT, "-m", "emoji-nono"], 4, "emoji-nano"),
-    "absurd size": (["generate", PROMPT, "--size", "100000"], 2, "multiples of 8 from 16 to 64"),
-    "size of another shape": (["generate", PROMPT, "--size", "big"], 2, "write 64, 96x64 or 3:2"),
-    "no steps": (["generate", PROMPT, "--steps", "0"], 2, "steps"),
-    "interval upside down": (["generate", PROMPT, "--cfg-interval", "0.9,0.1"], 2, "the smaller first"),
-    "negative seed": (["generate", PROMPT, "--seed", "-1"], 2, "seed"),
-    "unknown preset": (["generate", PROMPT, "-p", "fats"], 2, "fast"),
-    "unknown trace level": (["generate", PROMPT, "--trace", "all"], 2, "trace"),
-    "negative without guidance": (["generate", PROMPT, "--negative", "x", "--cfg", "1"], 2, "no effect"),
-    "name taken": (["generate", PROMPT, "-o", "{tmp}/taken.png"], 3, "--overwrite"),
-    "one name for two": (["generate", PROMPT, "-n", "2", "-o", "{tmp}/a.png"], 2, "{seed}"),
-    "unknown field": (["generate", PROMPT, "-o", "{sead}.png"], 2, "{sead}"),
-    "field with a layout": (["generate", PROMPT, "-o", "{number:04d}.png"], 2, "as they are"),
-    "sheet of another format": (["generate", PROMPT, "-o", "a.png", "--sheet", "a.jpg"], 2, "--sheet"),
-    "sheet that is a picture": (["generate", PROMPT, "-o", "a.png", "--sheet", "a.png"], 2, "--sheet"),
-    "sheet that is there": (["generate", PROMPT, "-o", "a.png", "--sheet", "{tmp}/taken.png"], 3, "--overwrite"),
-    "name too long": (["generate", PROMPT, "-o", "a" * 300 + ".png"], 3, "too long"),
-    "model name too long": (["generate", PROMPT, "-m", "a" * 300], 3, "too long"),
-    "home of nobody": (["generate", PROMPT, "-m", "~nobody-at-all/x"], 4, "~nobody-at-all"),
-    "another format": (["generate", PROMPT, "-o", "a.jpg"], 2, ".png"),
-    "folder that is a file": (["generate", PROMPT, "-o", "{tmp}/file/a.png"], 3, "cannot"),
-    "no prompts file": (["generate", "@nowhere.txt"], 3, "nowhere.txt"),
-    "too long": (["generate", "apple " * 40], 3, "shorten it"),
-    "no GPU": (["generate", PROMPT, "--device", "cuda:7"], 6, "--device cpu"),
-    "unknown device": (["generate", PROMPT, "--device", "abacus"], 6, "abacus"),
-    "replay of nothing": (["replay", "nowhere.png"], 3, "nowhere.png"),
-    "replay of text": (["replay", "{tmp}/text.png"], 3, "not a PNG picture"),
-    "replay of a stranger": (["replay", "{tmp}/taken.png"], 3, "no recipe"),
-    "inspection of nothing": (["inspect-routing", "nowhere.json"], 3, "nowhere.json"),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_gets_one_line_and_leaves_nothing(mos, bundle, tmp_path, monkeypatch, mistake: str) -> None:
-    arguments, code, words = MISTAKES[mistake]
-    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
-    Image.new("RGB", (8, 8)).save(tmp_path / "taken.png")
-    (tmp_path / "text.png").write_text("no picture")
-    (tmp_path / "file").write_text("")
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    before = sorted(p for p in tmp_path.rglob("*") if "cache" not in p.parts)
-    result = mos(*arguments)
-    assert result.exit_code == code, result.stderr
-    assert words in result.stderr
-    assert len(errors(result)) == 1
-    assert sorted(p for p in tmp_path.rglob("*") if "cache" not in p.parts) == before
-
-
-CLOSED_FOLDER = """
-import os, tempfile
-from pathlib import Path
-from mos_cli.errors import InputError
-from mos_cli.runtime.files import write_together
-from mos_cli.runtime.outputs import naming
-from mos_cli.runtime.recipe import Recipe
-
-os.getuid() or os.seteuid(65534)  # for the administrator no folder is closed
-recipe = Recipe.model_construct(prompt="a", seed=1, model="m")
-with tempfile.TemporaryDirectory() as folder:
-    closed = Path(folder, "closed")
-    closed.mkdir(mode=0o500)
-    for attempt in (lambda: naming(f"{closed}/new/").path(recipe), lambda: write_together({closed / "a.png": b"x"})):
-        try:
-            attempt()
-        except InputError as error:
-            print(str(error).partition(str(closed))[0])
-    assert list(closed.iterdir()) == []
-"""
-
-
-def test_a_folder_that_may_not_be_written() -> None:
-    result = subprocess.run([sys.executable, "-c", CLOSED_FOLDER], capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines() == ["cannot write to ", "cannot write "]
 
 
 def test_a_sheet_shows_every_picture(mos, bundle, tmp_path) -> None:
