@@ -163,7 +163,9 @@ def test_ctrl_c_during_the_download_leaves_nothing_behind(original, cache, tmp_p
         "time.sleep(60)\n"
     )
     code = (
-        "import sys\n"
+        "import signal, sys\n"
+        # A shell that runs its jobs in the background hands down an ignored Ctrl-C.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from mos_cli.runtime.bundles import load_tower_spec\n"
         "from mos_cli.runtime.sources import fetch_tower\n"
         "fetch_tower(load_tower_spec(sys.argv[1]))"
