@@ -94,15 +94,46 @@ class Attention(nn.Module):
         mask_BL: Tensor | None = None,
     ) -> Tensor:
         """Attends from x to [context; x]. `positions` and mask cover the keys; context_kv is [B, T, 2 D]."""
-        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self.to_qkv(x_BLD).chunk(3, dim=-1))
+        q, k, v = _heads(self.to_qkv(x_BLD), 3, self.heads)
         if context_kv is not None:
-            context_k, context_v = (part.unflatten(-1, (self.heads, -1)) for part in context_kv.chunk(2, dim=-1))
+            context_k, context_v = _heads(context_kv, 2, self.heads)
             k, v = torch.cat([context_k, k], dim=1), torch.cat([context_v, v], dim=1)
         q = positions[-q.shape[1] :].rotate(self.norm_q(q))
         k = positions.rotate(self.norm_k(k))
-        mask = None if mask_BL is None else mask_BL[:, None, None, :]
-        # Named, so that no setting of the environment puts another backend in its place unseen.
-        return self.to_out(dispatch_attention_fn(q, k, v, attn_mask=mask, backend=ATTENTION).flatten(-2))
+        return self.to_out(_attend(q, k, v, mask_BL))
+
+
+class CrossAttention(nn.Module):
+    """Attention from x to a context alone, with a softmax of its own; the rest as in `Attention`."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_kv = nn.Linear(width, 2 * width, bias=False)
+        self.to_out = nn.Linear(width, width, bias=False)
+        self.norm_q = nn.RMSNorm(width // heads, eps=EPS)
+        self.norm_k = nn.RMSNorm(width // heads, eps=EPS)
+
+    def forward(self, x_BND: Tensor, context_BTD: Tensor, positions: Rotary, mask_BL: Tensor | None = None) -> Tensor:
+        """Attends from x to the context. `positions` and mask cover [context; x]."""
+        (q,) = _heads(self.to_q(x_BND), 1, self.heads)
+        k, v = _heads(self.to_kv(context_BTD), 2, self.heads)
+        q = positions[k.shape[1] :].rotate(self.norm_q(q))
+        k = positions[: k.shape[1]].rotate(self.norm_k(k))
+        return self.to_out(_attend(q, k, v, mask_BL))
+
+
+def _heads(x: Tensor, parts: int, heads: int) -> list[Tensor]:
+    """[B, L, parts * D] -> `parts` of [B, L, H, E]."""
+    return [part.unflatten(-1, (heads, -1)) for part in x.chunk(parts, dim=-1)]
+
+
+def _attend(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHE: Tensor, mask_BL: Tensor | None) -> Tensor:
+    """[B, L, D]. The mask's first entries are those of the keys."""
+    mask = None if mask_BL is None else mask_BL[:, None, None, : k_BLHE.shape[1]]
+    # Named, so that no setting of the environment puts another backend in its place unseen.
+    return dispatch_attention_fn(q_BLHE, k_BLHE, v_BLHE, attn_mask=mask, backend=ATTENTION).flatten(-2)
 
 
 class SwiGLU(nn.Module):
@@ -116,6 +147,16 @@ class SwiGLU(nn.Module):
     def forward(self, x_BLD: Tensor) -> Tensor:
         gate, up = self.gate_up(x_BLD).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
+
+
+def normed(x: Tensor) -> Tensor:
+    """RMS norm over the last axis, without a weight."""
+    return F.rms_norm(x, x.shape[-1:], eps=EPS)
+
+
+def extended(mask_BT: Tensor | None, *, before: int, after: int) -> Tensor | None:
+    """The mask of the context tokens with room for tokens that are always attended to."""
+    return None if mask_BT is None else F.pad(mask_BT, (before, after), value=True)
 
 
 def patchify(z_BCHW: Tensor, patch: int) -> Tensor:

@@ -1,16 +1,17 @@
 """The router: for every context token and generation block, which understanding layers to read.
 
 Method: Mixture of States (arXiv 2511.12207), routing section.
-Shapes: B batch, T context tokens, N patches, R router width, P values of a patch, M understanding layers,
-J generation blocks, K kept layers.
+Shapes: B batch, T context tokens, N patches, S width of a state, R router width, P values of a patch,
+M understanding layers, J generation blocks, K kept layers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mos_cli.towers.layers import EPS, Attention, Rotary, SwiGLU, TimeEmbedding
+from mos_cli.towers.layers import EPS, Attention, Rotary, SwiGLU, TimeEmbedding, extended, rotary
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,11 @@ class Route:
 
     ids_BTJK: Tensor
     weights_BTJK: Tensor
+
+    def shared_by(self, batch: int, tokens: int) -> "Route":
+        """The route of every token, where B or T are 1 because prompts or tokens share a decision."""
+        shape = (batch, tokens, -1, -1)
+        return Route(self.ids_BTJK.expand(shape), self.weights_BTJK.expand(shape))
 
 
 def choose_route(
@@ -45,6 +51,20 @@ def choose_route(
     return Route(ids, logits_BTJM.softmax(dim=-1).gather(-1, ids))
 
 
+def fixed_route(fusion: str, layers: int, blocks: int, device: torch.device) -> Route:
+    """The route of a fusion that is not learned, [1, 1, J, K]: all kept layers weigh the same.
+
+    "last": every block reads the last layer. "aligned": block j reads layer round(j * M / J). "mean": all of them.
+    """
+    ids_JK = {
+        "last": [[layers - 1]] * blocks,
+        "aligned": [[min(round(block * layers / blocks), layers - 1)] for block in range(blocks)],
+        "mean": [list(range(layers))] * blocks,
+    }[fusion]
+    ids = torch.tensor(ids_JK, device=device)[None, None]
+    return Route(ids, torch.full(ids.shape, 1 / ids.shape[-1], device=device))
+
+
 class RouterBlock(nn.Module):
     """Pre-norm bidirectional transformer block."""
 
@@ -61,21 +81,32 @@ class RouterBlock(nn.Module):
 
 
 class Router(nn.Module):
-    """Context tokens, noised patches and the timestep in one sequence; a linear head gives [M, J] logits per token."""
+    """Context tokens, noised patches and the timestep in one sequence; a linear head gives [M, J] logits per token.
+
+    Args:
+        inputs: what the sequence holds: "tokens", "latent", "time". What is left out has no parameters.
+        per_sample: one decision per prompt, from the logits' mean over its tokens, instead of one per token.
+        width, depth, heads, rope_theta: sizes of the transformer.
+        states_width, patch_values, layers, blocks: S, P, M, J.
+    """
 
     def __init__(
         self,
         *,
+        inputs: Sequence[str],
+        per_sample: bool,
         width: int,
         depth: int,
         heads: int,
+        rope_theta: float,
         states_width: int,
         patch_values: int,
         layers: int,
         blocks: int,
     ) -> None:
         super().__init__()
-        self.layers, self.head_width = layers, width // heads
+        self.sees_latent, self.sees_time, self.per_sample = "latent" in inputs, "time" in inputs, per_sample
+        self.layers, self.head_width, self.rope_theta = layers, width // heads, rope_theta
         self.tokens_in = nn.Linear(states_width, width, bias=False)
         self.patches_in = nn.Linear(patch_values, width, bias=False)
         self.time_in = TimeEmbedding(width)
@@ -85,19 +116,38 @@ class Router(nn.Module):
         self.blocks = nn.ModuleList(RouterBlock(width, heads) for _ in range(depth))
         self.norm_out = nn.RMSNorm(width, eps=EPS)
         self.head = nn.Linear(width, layers * blocks, bias=False)
+        if not self.sees_latent:
+            del self.patches_in, self.norm_patches
+        if not self.sees_time:
+            del self.time_in, self.norm_time
 
-    def embed(self, embeddings_BTD: Tensor) -> Tensor:
+    def embed(self, embeddings_BTS: Tensor) -> Tensor:
         """The part of the router's input that depends on the prompt alone, [B, T, R]: computed once per prompt."""
-        return self.norm_tokens(self.tokens_in(embeddings_BTD))
+        return self.norm_tokens(self.tokens_in(embeddings_BTS))
 
     def forward(
-        self, tokens_BTR: Tensor, patches_BNP: Tensor, t_B: Tensor, positions: Rotary, mask_BL: Tensor | None
+        self, tokens_BTR: Tensor, patches_BNP: Tensor, t_B: Tensor, grid: tuple[int, int], mask_BT: Tensor | None
     ) -> Tensor:
-        """Logits [B, T, M, J]. `positions` and `mask_BL` cover time, tokens and patches, in this order."""
-        time_B1R = self.norm_time(self.time_in(t_B))[:, None]
-        patches = self.norm_patches(self.patches_in(patches_BNP))
-        x_BLR = torch.cat([time_B1R, tokens_BTR, patches], dim=1)
+        """Logits [B, T, M, J], or [B, 1, M, J] per sample. `grid` is the rows and columns of the patches."""
+        time = [self.norm_time(self.time_in(t_B))[:, None]] if self.sees_time else []
+        patches = [self.norm_patches(self.patches_in(patches_BNP))] if self.sees_latent else []
+        x_BLR = torch.cat([*time, tokens_BTR, *patches], dim=1)
+        first, last = len(time), len(time) + tokens_BTR.shape[1]
+        rows_columns = grid if self.sees_latent else (0, 0)
+        positions = rotary(last, *rows_columns, self.head_width, self.rope_theta, x_BLR.device)
+        mask_BL = extended(mask_BT, before=first, after=x_BLR.shape[1] - last)
         for block in self.blocks:
             x_BLR = block(x_BLR, positions, mask_BL)
-        tokens_out = x_BLR[:, 1 : 1 + tokens_BTR.shape[1]]
-        return self.head(self.norm_out(tokens_out)).unflatten(-1, (self.layers, -1))
+        tokens_out = self.norm_out(x_BLR[:, first:last])
+        if self.per_sample:
+            # The head is linear: its logits of the mean are the mean of the logits.
+            tokens_out = _mean(tokens_out, mask_BT)
+        return self.head(tokens_out).unflatten(-1, (self.layers, -1))
+
+
+def _mean(x_BTR: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """Mean over the real tokens, [B, 1, R]."""
+    if mask_BT is None:
+        return x_BTR.mean(dim=1, keepdim=True)
+    real_BT1 = mask_BT[..., None].to(x_BTR.dtype)
+    return (x_BTR * real_BT1).sum(dim=1, keepdim=True) / real_BT1.sum(dim=1, keepdim=True)
