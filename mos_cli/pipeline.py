@@ -19,7 +19,7 @@ from torch import Tensor
 from mos_cli.errors import MemoryLimitError, ModelError
 from mos_cli.routing.trace import Routes, Trace, TraceToken, make_branch
 from mos_cli.runtime.bundles import Bundle, verify_bundle
-from mos_cli.runtime.devices import device_name
+from mos_cli.runtime.devices import device_name, device_threads
 from mos_cli.runtime.recipe import PictureRecord, Recipe, provenance
 from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, Observer, Step, sample
 from mos_cli.towers.autoencoder import Autoencoder, Latents, Pixels, to_image
@@ -115,7 +115,9 @@ class MoSPipeline:
         except (torch.OutOfMemoryError, MemoryError):
             size = f"{recipe.width}x{recipe.height}"
             raise MemoryLimitError(f"out of memory at {size} on {self.device}: take a smaller --size") from None
-        made = provenance(self.bundle_hash, device_name(self.device), attention=ATTENTION.value)
+        made = provenance(
+            self.bundle_hash, device_name(self.device), ATTENTION.value, threads=device_threads(self.device)
+        )
         record = PictureRecord(schema="mos-picture/1", recipe=recipe, made=made)
         routes = recorder.routes()
         return Drawing(image, record, self._trace(record, readings, recorder, routes), routes)
@@ -149,7 +151,7 @@ class MoSPipeline:
             made=record.made,
             layers=("embeddings", *(f"layer {index}" for index in range(1, layers))),
             blocks=self.tower.depth,
-            top_k=self.tower.top_k,
+            top_k=self.tower.kept_layers,
             times=tuple(recorder.times),
             branches=branches,
         )

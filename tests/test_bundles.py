@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
+from mos_cli.cli.app import app
 from mos_cli.errors import ModelError
 from mos_cli.runtime.bundles import (
     INDEX,
@@ -163,7 +165,25 @@ def test_bundles_are_found_by_path_and_in_all_folders_of_mos_models(bundle, root
     assert find_bundle("more/other").hash == bundle.hash
     index(tmp_path / "more" / "other", name="other")
     monkeypatch.setenv("MOS_MODELS", os.pathsep.join([str(root), str(tmp_path / "more")]))
-    assert {"tiny", "other"} <= {found.index.name for found in list_bundles()}
+    assert {"tiny", "other"} <= set(list_bundles())
+    assert list_bundles()["tiny"] == bundle
+
+
+def test_a_broken_bundle_does_not_hide_the_others(bundle, root):
+    shutil.copytree(bundle.folder, root / "abc")
+    rewrite(read_bundle(root / "abc"), canvas=None)
+    found = list_bundles()
+    assert found["tiny"] == bundle
+    assert isinstance(found["abc"], ModelError)
+    assert "canvas" in str(found["abc"])
+    result = CliRunner().invoke(app, ["models", "ls", "--json"])
+    assert result.exit_code == 0
+    names = [json.loads(line)["name"] for line in result.stdout.splitlines()]
+    assert "tiny" in names
+    assert "abc" not in names
+    (line,) = result.stderr.splitlines()
+    assert "abc" in line
+    assert "canvas" in line
 
 
 def test_a_bundle_lying_under_another_name_is_refused(bundle):
@@ -242,7 +262,8 @@ def test_what_comes_with_mos_is_sound(monkeypatch):
     monkeypatch.delenv("MOS_MODELS", raising=False)
     for path in (models_folder() / "towers").glob("*.json"):
         assert load_tower_spec(path.stem) == load_tower_spec(str(path))
-    for found in list_bundles():
+    for found in list_bundles().values():
+        assert isinstance(found, Bundle)
         verify_bundle(found)
 
 

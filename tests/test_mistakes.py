@@ -5,6 +5,9 @@ import sys
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from mos_cli.runtime.bundles import write_index
 
 PROMPT = "a red apple"
 
@@ -25,6 +28,11 @@ MISTAKES = {
     "unknown preset": (["generate", PROMPT, "-p", "fats"], 2, "fast"),
     "unknown trace level": (["generate", PROMPT, "--trace", "all"], 2, "trace"),
     "negative without guidance": (["generate", PROMPT, "--negative", "x", "--cfg", "1"], 2, "no effect"),
+    "interval without guidance": (["generate", PROMPT, "--cfg-interval", "0.2,0.8", "--cfg", "1"], 2, "no effect"),
+    "times among events": (["generate", PROMPT, "-v", "--json"], 2, "--verbose"),
+    "events that are not to be heard": (["generate", PROMPT, "-q", "--json"], 2, "--quiet"),
+    "times that are not to be heard": (["generate", PROMPT, "-q", "-v"], 2, "choose one"),
+    "replay with times among events": (["replay", "{tmp}/taken.png", "-v", "--json"], 2, "--verbose"),
     "name taken": (["generate", PROMPT, "-o", "{tmp}/taken.png"], 3, "--overwrite"),
     "one name for two": (["generate", PROMPT, "-n", "2", "-o", "{tmp}/a.png"], 2, "{seed}"),
     "unknown field": (["generate", PROMPT, "-o", "{sead}.png"], 2, "{sead}"),
@@ -63,6 +71,63 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(mos, bundle, tmp_path, monke
     assert words in result.stderr
     assert len(errors(result)) == 1
     assert sorted(p for p in tmp_path.rglob("*") if "cache" not in p.parts) == before
+
+
+def test_a_change_without_effect_is_refused(mos, bundle, tmp_path) -> None:
+    mos("generate", PROMPT, "--cfg", 1, "-o", tmp_path / "one.png")
+    for change in ("negative=dog", "cfg_interval=0,0.5"):
+        result = mos("replay", tmp_path / "one.png", "--set", change)
+        assert result.exit_code == 2
+        assert "no effect" in result.stderr
+    changes = ["--set", "negative=dog", "--set", "cfg=2"]
+    assert mos("replay", tmp_path / "one.png", *changes, "-o", tmp_path / "two.png").exit_code == 0
+
+
+def test_a_changed_weight_is_noticed(mos, bundle, tmp_path) -> None:
+    weights = bundle.folder / "generation" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    result = mos("generate", PROMPT, "-o", tmp_path / "one.png")
+    assert result.exit_code == 4
+    assert "diffusion_pytorch_model.safetensors" in result.stderr
+    assert not (tmp_path / "one.png").exists()
+
+
+def test_a_replay_with_another_version_of_the_model_is_refused(mos, bundle, tmp_path) -> None:
+    mos("generate", PROMPT, "-o", tmp_path / "one.png")
+    index = bundle.folder / "model_index.json"
+    index.write_text(index.read_text().replace("random weights", "other weights"))
+    result = mos("replay", tmp_path / "one.png")
+    assert result.exit_code == 4
+    assert "another version" in result.stderr
+
+
+def test_a_picture_with_a_damaged_recipe_is_refused(mos, bundle, tmp_path) -> None:
+    for text in ("{", '{"schema": "mos-picture/9"}', "[]"):
+        info = PngInfo()
+        info.add_itxt("mos", text)
+        Image.new("RGB", (8, 8)).save(tmp_path / "bad.png", pnginfo=info)
+        result = mos("replay", tmp_path / "bad.png")
+        assert result.exit_code == 3
+        assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_bundle_whose_parts_do_not_fit_is_refused(mos, bundle, tmp_path) -> None:
+    index = bundle.index
+    shared = {name: getattr(index, name) for name in ("name", "description", "license", "understanding", "defaults")}
+    config = bundle.folder / "generation" / "config.json"
+    good = config.read_text()
+    for bad in (
+        good.replace('"states_layers": 4', '"states_layers": 5'),
+        good.replace('"depth": 3', '"depth": 2'),
+        "{",
+    ):
+        config.write_text(bad)
+        write_index(bundle.folder, canvas=index.canvas, **shared)
+        result = mos("generate", PROMPT, "-o", tmp_path / "one.png")
+        assert result.exit_code == 4, result.stderr
+        assert len(errors(result)) == 1
 
 
 CLOSED_FOLDER = """

@@ -1,5 +1,6 @@
 """What is shipped: the default bundle is whole and draws what it drew, towers can be read, start-up is light."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mos_cli.runtime.bundles import find_bundle, list_bundles, list_tower_specs, load_tower_spec, verify_bundle
+from mos_cli.runtime.bundles import Bundle, find_bundle, list_bundles, list_tower_specs, load_tower_spec, verify_bundle
 from mos_cli.runtime.settings import Settings, list_presets, resolve
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.understanding import UnderstandingTower
@@ -19,8 +20,9 @@ PROMPTS = ("a dog", "a rocket, flat style", "a cat and a dog", "a rose on a sky 
 
 
 def test_the_shipped_bundles_match_their_hashes() -> None:
-    assert "emoji-nano" in [bundle.index.name for bundle in list_bundles()]
-    for bundle in list_bundles():
+    assert "emoji-nano" in list_bundles()
+    for bundle in list_bundles().values():
+        assert isinstance(bundle, Bundle)
         verify_bundle(bundle)
         assert (bundle.folder / "card.md").exists()
 
@@ -37,6 +39,14 @@ def test_every_preset_can_be_used(cache: Path) -> None:
         assert preset.description
         asked = preset.settings.model_dump(exclude_none=True)
         assert asked.items() <= resolve(Settings(), preset.name).model_dump().items()
+
+
+def test_listings_are_one_json_object_a_line(mos) -> None:
+    for listing in ("presets", "models"):
+        lines = mos(listing, "ls", "--json").stdout.splitlines()
+        assert len([json.loads(line)["name"] for line in lines]) > 1
+    (line,) = mos("presets", "show", "fast", "--json").stdout.splitlines()
+    assert line in mos("presets", "ls", "--json").stdout.splitlines()
 
 
 def test_help_and_looking_at_traces_need_no_heavy_library() -> None:

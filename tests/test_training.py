@@ -1,155 +1,126 @@
-"""Training: scenes are what their captions say, runs resume exactly, the result is a bundle that draws."""
+"""Training: runs resume exactly, the result is a bundle that draws, mistakes are named."""
 
 import csv
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import pytest
+import tiny_training as tiny
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from mos_cli.errors import InputError, UsageError
 from mos_cli.runtime.bundles import find_bundle, verify_bundle
 from mos_cli.towers.understanding import UnderstandingTower
+from mos_cli.training import batches as training_batches
+from mos_cli.training import references
 from mos_cli.training import run as training_run
-from mos_cli.training.batches import Batches
-from mos_cli.training.captions import GROUNDS, RELATIONS, SceneWriter, Word
-from mos_cli.training.loop import CHECKPOINT, METRICS, Trainer
-from mos_cli.training.optimiser import build_optimisers, build_schedule
-from mos_cli.training.recipe import TrainRecipe, load_recipe
-from mos_cli.training.scenes import Compositor, Placed, Scene
+from mos_cli.training.batches import Share
+from mos_cli.training.checkpoint import CHECKPOINTS, newest
+from mos_cli.training.ema import PowerEMA, gamma_of
+from mos_cli.training.loop import Trainer
+from mos_cli.training.metrics import METRICS, PLOT, TENSORBOARD
+from mos_cli.training.optimiser import build_optimisers, set_rates
+from mos_cli.training.recipe import load_recipe
+from mos_cli.training.stages import course
 
-NAMES = ("dog", "apple", "cat")
-STYLES = ("fluent-3d", "noto")
-WORDS = tuple(
-    Word((name,), {style: 2 * row + offset for offset, style in enumerate(STYLES)}) for row, name in enumerate(NAMES)
-)
-RECIPE = TrainRecipe.model_validate(
-    {
-        "understanding": "tiny-encoder",
-        "bundle": {
-            "name": "tiny",
-            "description": "a test",
-            "license": "Apache-2.0",
-            "canvas": {"native": (16, 16), "multiple": 8, "min": 16, "max": 32},
-            "defaults": {"steps": 2, "cfg": 2.0, "cfg_interval": (0, 1)},
-        },
-        "data": {"styles": STYLES, "pairs": 0.5, "words": {name: [name] for name in NAMES}},
-        "generation": {
-            **{"channels": 3, "patch": 8, "width": 32, "depth": 2, "heads": 2, "hidden": 48},
-            **{"states_layers": 4, "states_width": 32, "router_width": 32, "router_heads": 2},
-        },
-        "train": {
-            **{"seed": 0, "steps": 8, "batch": 8, "context_tokens": 24, "drop_caption": 0.1, "epsilon": 0.05},
-            **{"time_mean": 0.4, "time_std": 0.8, "muon_lr": 1e-2, "adamw_lr": 1e-2, "warmup": 1, "decay": 0.4},
-            **{"clip": 1.0, "ema": 0.5, "precision": "fp32", "compile": False, "save_every": 4, "sample_every": 8},
-            "sample_prompts": ["a dog", "a cat"],
-        },
-    }
-)
-
-
-def sprites() -> torch.Tensor:
-    """Six discs of different colours, premultiplied RGBA, [6, 32, 32, 4]."""
-    y, x = np.mgrid[:32, :32] - 15.5
-    alpha = (np.clip(14 - np.hypot(x, y), 0, 1) * 255)[..., None]
-    colours = np.array([[255, 0, 0], [128, 0, 0], [0, 255, 0], [0, 128, 0], [0, 0, 255], [0, 0, 128]])
-    discs = [np.concatenate([alpha * colour / 255, alpha], axis=-1) for colour in colours]
-    return torch.from_numpy(np.stack(discs).round().astype(np.uint8))
+STAGES = ({"name": "small", "steps": 3, "canvas": 16}, {"name": "large", "steps": 3, "canvas": 32, "batch": 4})
 
 
 @pytest.fixture(scope="module")
-def batches(encoder_folder: Path) -> Batches:
-    return Batches(
-        SceneWriter(WORDS, STYLES, pairs=0.5),
-        Compositor(sprites(), 16),
-        UnderstandingTower(encoder_folder),
-        RECIPE.train,
-    )
+def understanding(encoder_folder: Path) -> UnderstandingTower:
+    return UnderstandingTower(encoder_folder)
 
 
-@given(st.integers(0, 2**32))
-def test_a_scene_is_what_its_caption_says(seed: int) -> None:
-    scene = SceneWriter(WORDS, STYLES, pairs=0.5).write(Random(seed))
-    caption = f" {scene.caption} ".replace(",", " ")
-    shown = [WORDS[placed.picture // 2].names[0] for placed in scene.objects]
-    assert sorted(name for name in NAMES if f" {name} " in caption) == sorted(shown)
-    style = STYLES[scene.objects[0].picture % 2]
-    assert all(STYLES[placed.picture % 2] == style for placed in scene.objects)
-    assert (" noto " in caption) == (style == "noto")
-    named = [ground for ground in GROUNDS if f" {ground} " in caption]
-    assert scene.ground == GROUNDS[max(named, key=len, default="white")]
-    if len(scene.objects) == 2:
-        relation = max((r for r in RELATIONS if f" {r} " in caption), key=len)
-        first, second = sorted(scene.objects, key=lambda p: caption.index(WORDS[p.picture // 2].names[0]))
-        (x1, y1), (x2, y2) = RELATIONS[relation]
-        assert np.sign(round(first.x - second.x, 1)) == np.sign(x1 - x2)
-        assert np.sign(round(first.y - second.y, 1)) == np.sign(y1 - y2)
-    else:
-        (placed,) = scene.objects
-        assert (placed.x < 0.4) == (" left" in caption)
-        assert (placed.y > 0.6) == (" bottom" in caption)
-        assert (placed.side > 0.85) == (" big " in caption or " large " in caption)
-
-
-def test_the_compositor_agrees_with_pillow() -> None:
-    """Two overlapping discs, at places and sizes that fall on whole pixels, against Pillow's own alpha composite."""
-    pictures = sprites()
-    objects = (Placed(0, 0.5, 0.5, 0.5), Placed(4, 0.625, 0.5, 0.5))
-    drawn = Compositor(pictures, 64).draw([Scene(objects, (1.0, 1.0, 0.0), "")])
-    reference = Image.new("RGBA", (64, 64), (255, 255, 0, 255))
-    for placed in objects:
-        pixels = pictures[placed.picture].numpy().astype(float)
-        straight = np.where(pixels[..., 3:] > 0, pixels[..., :3] * 255 / np.maximum(pixels[..., 3:], 1), 0)
-        sprite = Image.fromarray(np.concatenate([straight, pixels[..., 3:]], -1).round().clip(0, 255).astype(np.uint8))
-        corner = (round(placed.x * 64) - 16, round(placed.y * 64) - 16)
-        reference.alpha_composite(sprite, corner)
-    ours = ((drawn[0].permute(1, 2, 0).numpy() + 1) * 127.5).round()
-    assert np.abs(ours - np.asarray(reference.convert("RGB"))).max() <= 3
-
-
-def test_shrinking_keeps_the_mean_colour() -> None:
-    small, large = (
-        Compositor(sprites(), 64).draw([Scene((Placed(0, 0.5, 0.5, side),), (0.0, 0.0, 0.0), "")])
-        for side in (0.2, 0.8)
-    )
-    areas = [((picture[0, 0] + 1) / 2).mean().item() for picture in (small, large)]
-    assert areas[1] / areas[0] == pytest.approx(16, rel=0.05)
-
-
-def test_a_step_always_has_the_same_batch(batches: Batches) -> None:
+def test_a_step_always_has_the_same_batch(understanding) -> None:
+    batches = tiny.batches(tiny.recipe(), understanding)
     first, again, other = batches.make(3), batches.make(3), batches.make(4)
     for name in ("z0_BCHW", "z_BCHW", "t_B", "states_BTMS", "mask_BT"):
         assert torch.equal(getattr(first, name), getattr(again, name))
     assert not torch.equal(first.z_BCHW, other.z_BCHW)
     assert first.states_BTMS.shape == (8, 24, 4, 32)
+    streamed = list(batches.stream(3))
+    assert len(streamed) == 5
+    assert torch.equal(streamed[0].z_BCHW, first.z_BCHW)
 
 
-def test_every_parameter_is_in_one_group_and_the_rate_ends_at_nothing(batches: Batches, tmp_path: Path) -> None:
-    trainer = Trainer(RECIPE, batches, tmp_path)
-    optimisers = build_optimisers(trainer.tower, RECIPE.train)
+def test_other_processes_pick_the_same(understanding, monkeypatch) -> None:
+    batches = tiny.batches(tiny.recipe(), understanding)
+    alone = [batch.z_BCHW for batch in batches.stream(2)]
+    monkeypatch.setattr(training_batches, "_workers", lambda _: 2)
+    assert all(torch.equal(a, b.z_BCHW) for a, b in zip(alone, batches.stream(2), strict=True))
+
+    def unreadable(random, canvas):
+        raise InputError("cannot read the picture red.png")
+
+    broken = replace(batches.picks, picks=(unreadable,))
+    batches.picks = broken
+    with pytest.raises(InputError, match=r"^cannot read the picture red\.png$"):
+        next(batches.stream(0))
+
+
+def test_shares_make_up_the_whole_batch(understanding) -> None:
+    whole = tiny.batches(tiny.recipe(), understanding).make(2)
+    parts = [tiny.batches(tiny.recipe(), understanding, Share(rank, 4)).make(2) for rank in range(4)]
+    for name in ("z0_BCHW", "z_BCHW", "t_B", "mask_BT"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+    states = torch.cat([part.states_BTMS for part in parts])
+    torch.testing.assert_close(states[whole.mask_BT], whole.states_BTMS[whole.mask_BT])
+    with pytest.raises(UsageError, match="cannot be shared by 3"):
+        tiny.batches(tiny.recipe(), understanding, Share(0, 3))
+
+
+def test_stages_follow_one_another(understanding, tmp_path: Path) -> None:
+    staged = tiny.recipe(STAGES, steps=None)
+    batches = tiny.batches(staged, understanding)
+    assert [tuple(batch.z0_BCHW.shape) for batch in batches.stream(2)] == [(8, 3, 16, 16)] + 3 * [(4, 3, 32, 32)]
+    whole = tiny.run(tiny.trainer(staged, understanding, tmp_path))
+    assert len(whole) == 6
+    with pytest.raises(ValueError, match="either"):
+        tiny.recipe(STAGES)
+
+
+def test_every_parameter_is_in_one_group(understanding, tmp_path: Path) -> None:
+    trainer = tiny.trainer(tiny.recipe(), understanding, tmp_path)
+    optimisers = build_optimisers(trainer.tower)
     grouped = [p for optimiser in optimisers for group in optimiser.param_groups for p in group["params"]]
     assert len(grouped) == len(set(map(id, grouped))) == len(list(trainer.tower.parameters()))
-    schedule = build_schedule(optimisers[0], RECIPE.train.model_copy(update={"warmup": 4, "steps": 20}))
-    factors = [schedule.lr_lambdas[0](step) for step in range(21)]
-    assert factors[:5] == [0.25, 0.5, 0.75, 1, 1]
-    assert factors[12] == 1
-    assert factors[16] == 0.5
-    assert factors[20] == 0
 
 
-def run(trainer: Trainer) -> list[float]:
-    losses: list[float] = []
-    trainer.run(lambda metrics: losses.append(metrics.loss), lambda _: None)
-    return losses
+def test_the_rate_warms_up_once_and_ends_at_nothing() -> None:
+    plan = course(tiny.recipe(warmup=4, steps=20))
+    assert [plan.rate(step) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]
+    assert [plan.rate(step) for step in (12, 16, 20)] == [1, 0.5, 0]
+    quiet = ({**STAGES[0], "steps": 10}, {**STAGES[1], "steps": 10, "muon_lr": 1e-3})
+    plan = course(tiny.recipe(quiet, steps=None, warmup=4))
+    optimisers = build_optimisers(torch.nn.ModuleDict({"blocks": torch.nn.Linear(2, 2)}))
+    rates = []
+    for step in (9, 10, 16):
+        set_rates(optimisers, plan, step)
+        rates.append(tuple(optimiser.param_groups[0]["lr"] for optimiser in optimisers))
+    assert rates == [(1e-2, 1e-2), (1e-3, 1e-2), (0.5e-3, 0.5e-2)]
 
 
-def test_a_run_stopped_and_taken_up_gives_the_same_losses(batches: Batches, tmp_path: Path) -> None:
-    whole = run(Trainer(RECIPE, batches, tmp_path / "whole"))
+def test_moving_averages_are_as_wide_as_they_say() -> None:
+    """Against the definition: a weighted mean of all weights so far, with weights ~ t ** gamma."""
+    assert [gamma_of(width) for width in (0.05, 0.10)] == pytest.approx([16.97, 6.94], abs=0.01)  # EDM2, section 3.1
+    values, weight = torch.randn(200, generator=torch.Generator().manual_seed(0)), torch.zeros(1)
+    ema = PowerEMA({"w": weight})
+    for step, value in enumerate(values, start=1):
+        ema.update({"w": value[None]}, step)
+    for width, average in ema.averages.items():
+        times = torch.arange(1, 201, dtype=torch.float64)
+        share = times ** (gamma_of(float(width)) + 1)
+        share = torch.diff(share, prepend=torch.zeros(1, dtype=torch.float64)) / 200 ** (gamma_of(float(width)) + 1)
+        assert average["w"].item() == pytest.approx((share * values).sum().item(), abs=1e-5)
+        centre = (share * times).sum() / 200
+        spread = ((share * (times / 200 - centre).square()).sum()).sqrt().item()
+        assert spread == pytest.approx(float(width), rel=0.05)
+
+
+def test_a_run_stopped_and_taken_up_gives_the_same_losses(understanding, tmp_path: Path) -> None:
+    whole = tiny.run(tiny.trainer(tiny.recipe(), understanding, tmp_path / "whole"))
     assert len(whole) == 8
     losses: list[float] = []
 
@@ -159,65 +130,94 @@ def test_a_run_stopped_and_taken_up_gives_the_same_losses(batches: Batches, tmp_
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Trainer(RECIPE, batches, tmp_path / "parts").run(stop_after_five, lambda _: None)
-    resumed = Trainer(RECIPE, batches, tmp_path / "parts")
+        tiny.trainer(tiny.recipe(), understanding, tmp_path / "parts").run(stop_after_five, lambda _: None)
+    resumed = tiny.trainer(tiny.recipe(log_every=3), understanding, tmp_path / "parts")
     assert resumed.step == 5
-    assert losses + run(resumed) == whole
-    rows = list(csv.DictReader((tmp_path / "parts" / METRICS).open()))
+    assert losses + tiny.run(resumed) == whole
+    folder = tmp_path / "parts"
+    rows = list(csv.DictReader((folder / METRICS).open()))
     assert [int(row["step"]) for row in rows] == list(range(1, 9))
     assert sum(float(rows[0][f"layer_{layer}"]) for layer in range(4)) == pytest.approx(1, abs=1e-3)
+    assert 0 < float(rows[0]["route_entropy"]) <= np.log(4)
+    assert Image.open(folder / PLOT).size > (100, 100)
+    assert any((folder / TENSORBOARD).iterdir())
+    assert [path.name for path in (folder / CHECKPOINTS).iterdir()] == ["00000008"]
 
 
-def test_a_killed_run_forgets_what_it_did_after_its_checkpoint(batches: Batches, tmp_path: Path) -> None:
-    whole = run(Trainer(RECIPE, batches, tmp_path / "whole"))
+def test_both_averages_go_on_where_they_were(understanding, tmp_path: Path) -> None:
+    whole = tiny.trainer(tiny.recipe(), understanding, tmp_path / "whole")
+    tiny.run(whole)
+    tiny.run(tiny.trainer(tiny.recipe(steps=8), understanding, tmp_path / "parts"))
+    parts = tiny.trainer(tiny.recipe(ema="0.10"), understanding, tmp_path / "parts")
+    for width, average in whole.ema.averages.items():
+        for name, weights in average.items():
+            assert torch.equal(weights, parts.ema.averages[width][name])
+    drawn_with = parts.averaged_tower().state_dict()
+    assert all(torch.equal(drawn_with[name], weights) for name, weights in whole.ema.averages["0.10"].items())
+
+
+def test_a_killed_run_forgets_what_it_did_after_its_checkpoint(understanding, tmp_path: Path) -> None:
+    whole = tiny.run(tiny.trainer(tiny.recipe(), understanding, tmp_path / "whole"))
 
     def die_after_six(metrics) -> None:
         if metrics.step == 6:
             raise MemoryError
 
     with pytest.raises(MemoryError):
-        Trainer(RECIPE, batches, tmp_path / "parts").run(die_after_six, lambda _: None)
-    assert run(Trainer(RECIPE, batches, tmp_path / "parts")) == whole[4:]
+        tiny.trainer(tiny.recipe(), understanding, tmp_path / "parts").run(die_after_six, lambda _: None)
+    assert tiny.run(tiny.trainer(tiny.recipe(), understanding, tmp_path / "parts")) == whole[4:]
     rows = list(csv.DictReader((tmp_path / "parts" / METRICS).open()))
     assert [float(row["loss"]) for row in rows] == pytest.approx(whole, rel=1e-4)
 
 
-def test_the_loss_falls(batches: Batches, tmp_path: Path) -> None:
-    train = RECIPE.train.model_copy(update={"steps": 120, "save_every": 120})
-    losses = run(Trainer(RECIPE.model_copy(update={"train": train}), replace(batches, train=train), tmp_path))
-    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
+def test_the_loss_falls(understanding, tmp_path: Path) -> None:
+    losses = tiny.run(tiny.trainer(tiny.recipe(steps=120, save_every=120), understanding, tmp_path))
+    assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:10])
 
 
-def test_another_recipe_does_not_take_up_a_run(batches: Batches, tmp_path: Path) -> None:
-    Trainer(RECIPE, batches, tmp_path).save()
-    changes = ({"steps": 9}, {"seed": 1})
-    longer, reseeded = (
-        RECIPE.model_copy(update={"train": RECIPE.train.model_copy(update=change)}) for change in changes
-    )
-    assert Trainer(longer, batches, tmp_path).step == 0
+def test_another_recipe_does_not_take_up_a_run(understanding, tmp_path: Path) -> None:
+    tiny.run(tiny.trainer(tiny.recipe(steps=2), understanding, tmp_path))
+    assert tiny.trainer(tiny.recipe(steps=9), understanding, tmp_path).step == 2
     with pytest.raises(InputError, match="another recipe"):
-        Trainer(reseeded, batches, tmp_path)
+        tiny.trainer(tiny.recipe(seed=1), understanding, tmp_path)
+    staged = tmp_path / "staged"
+    tiny.trainer(tiny.recipe(STAGES, steps=None), understanding, staged)
+    tiny.trainer(tiny.recipe((STAGES[0], {**STAGES[1], "steps": 9}), steps=None), understanding, staged)
+    with pytest.raises(InputError, match="another recipe"):
+        tiny.trainer(tiny.recipe(({**STAGES[0], "steps": 9}, STAGES[1]), steps=None), understanding, staged)
 
 
-def test_a_damaged_checkpoint_and_an_impossible_network_say_so(batches: Batches, tmp_path: Path) -> None:
-    Trainer(RECIPE, batches, tmp_path)
-    for content in (b"", b"no checkpoint"):
-        (tmp_path / CHECKPOINT).write_bytes(content)
-        with pytest.raises(InputError, match="damaged"):
-            Trainer(RECIPE, batches, tmp_path)
+def test_a_damaged_checkpoint_and_an_impossible_network_say_so(understanding, tmp_path: Path) -> None:
+    tiny.run(tiny.trainer(tiny.recipe(steps=1), understanding, tmp_path))
+    checkpoint = newest(tmp_path)
+    assert checkpoint is not None
+    for file in checkpoint.iterdir():
+        content = file.read_bytes()
+        for damage in (b"", b"no checkpoint", content[: len(content) // 2]):
+            file.write_bytes(damage)
+            with pytest.raises(InputError, match=r"00000001 is damaged"):
+                tiny.trainer(tiny.recipe(steps=1), understanding, tmp_path)
+        file.write_bytes(content)
+    assert tiny.trainer(tiny.recipe(steps=1), understanding, tmp_path).step == 1
+    odd = tiny.recipe().model_copy(update={"generation": {"colour": 3}})
     with pytest.raises(UsageError, match="colour"):
-        Trainer(RECIPE.model_copy(update={"generation": {"colour": 3}}), batches, tmp_path / "other")
-    short = replace(batches, train=RECIPE.train.model_copy(update={"context_tokens": 2}))
-    with pytest.raises(UsageError, match="context_tokens"):
-        short.make(0)
+        tiny.trainer(odd, understanding, tmp_path / "other")
 
 
-def test_what_was_trained_is_a_bundle_that_draws(mos, bundle, batches, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(training_run, "load_tower_spec", lambda _: bundle.index.understanding)
-    trainer = Trainer(RECIPE, batches, tmp_path / "run")
+@pytest.mark.parametrize("room", [4, 24])
+def test_a_caption_that_is_too_long_is_named(understanding, room: int) -> None:
+    batches = tiny.batches(tiny.recipe(context_tokens=room), understanding)
+    with pytest.raises(UsageError, match=r"'a (dog ){15,}.* has 42 tokens.*context_tokens"):
+        batches._read(["a cat", "a " + "dog " * 39])
+
+
+def test_what_was_trained_is_a_bundle_that_draws(mos, bundle, understanding, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(references, "load_tower_spec", lambda _: bundle.index.understanding)
+    trainer: Trainer = tiny.trainer(tiny.recipe(), understanding, tmp_path / "run")
     trainer.run(lambda _: None, training_run.draw_samples)
     assert (tmp_path / "run" / "samples" / "000008.png").exists()
     exported = training_run.export(trainer, tmp_path / "bundle")
+    assert exported is not None
     verify_bundle(find_bundle(str(exported.folder)))
     result = mos("generate", "a dog", "-m", exported.folder, "-o", tmp_path / "dog.png")
     assert result.exit_code == 0, result.stderr
@@ -225,7 +225,6 @@ def test_what_was_trained_is_a_bundle_that_draws(mos, bundle, batches, tmp_path,
 
 
 def test_recipes_that_are_wrong_say_where(tmp_path: Path) -> None:
-    assert len(load_recipe("train-emoji-nano").data.words) == 205
     assert load_recipe("train-emoji-nano", {"steps": 7}).train.steps == 7
     (tmp_path / "bad.toml").write_text("understanding = 3")
     with pytest.raises(UsageError, match="understanding"):
@@ -233,5 +232,8 @@ def test_recipes_that_are_wrong_say_where(tmp_path: Path) -> None:
     (tmp_path / "worse.toml").write_text("understanding =")
     with pytest.raises(InputError, match="not valid TOML"):
         load_recipe(str(tmp_path / "worse.toml"))
+    (tmp_path / "wordless.toml").write_text('[data]\nwords = "none.toml"')
+    with pytest.raises(InputError, match=r"none\.toml is not there"):
+        load_recipe(str(tmp_path / "wordless.toml"))
     with pytest.raises(InputError, match="train-emoji-nano"):
         load_recipe("train-emoji-nono")

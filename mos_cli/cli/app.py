@@ -10,6 +10,7 @@ from mos_cli import __version__
 from mos_cli.cli import console
 from mos_cli.cli.data import data_app
 from mos_cli.cli.doctor import doctor
+from mos_cli.cli.eval import evaluate, train_judge
 from mos_cli.cli.generate import generate
 from mos_cli.cli.inspect_routing import inspect_routing
 from mos_cli.cli.models import models_app
@@ -70,6 +71,8 @@ app.add_typer(presets_app)
 app.command()(doctor)
 app.add_typer(data_app, name="data")
 app.command()(train)
+app.command("eval")(evaluate)
+app.command()(train_judge)
 
 
 def main() -> None:

@@ -1,5 +1,10 @@
 """The two streams of the command line: results on stdout, everything else on stderr."""
 
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import typer
 from rich.console import Console
 
 out = Console(highlight=False)
@@ -14,6 +19,12 @@ def print_error(message: str) -> None:
 def print_warning(message: str) -> None:
     """Prints one warning line to stderr."""
     err.print(f"[yellow]warning:[/] {_escaped(message)}", soft_wrap=True)
+
+
+def print_json(rows: Iterable[dict[str, Any]]) -> None:
+    """Prints rows to stdout as newline-delimited JSON."""
+    for row in rows:
+        typer.echo(json.dumps(row, ensure_ascii=False))
 
 
 def _escaped(text: str) -> str:

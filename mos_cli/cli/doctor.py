@@ -56,9 +56,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
         ],
     }
     if as_json:
-        import json
-
-        typer.echo(json.dumps(report, ensure_ascii=False))
+        console.print_json([report])
     else:
         _print(report)
 

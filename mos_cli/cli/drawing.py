@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mos_cli.cli import console
 from mos_cli.cli.interrupt import gentle_interrupt
-from mos_cli.errors import PARTLY_FAILED, MosError
+from mos_cli.errors import PARTLY_FAILED, MosError, UsageError
 
 if TYPE_CHECKING:
     from mos_cli.pipeline import Drawing, MoSPipeline
@@ -32,12 +32,20 @@ class Job:
 
 @dataclass
 class Report:
-    """What the user is told while pictures are drawn: lines, JSON events or nothing, and times on request."""
+    """What the user is told while pictures are drawn: lines, JSON events, nothing, or lines and times.
+
+    Raises:
+        UsageError: more than one of json, quiet and verbose is asked for.
+    """
 
     json: bool = False
     quiet: bool = False
     verbose: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.json + self.quiet + self.verbose > 1:
+            raise UsageError("--json, --quiet and --verbose exclude each other: choose one")
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -59,7 +67,7 @@ class Report:
 
     def times(self) -> None:
         """Prints how long each stage took, if asked to."""
-        if self.verbose and not self.json:
+        if self.verbose:
             for name, seconds in self.seconds.items():
                 console.err.print(f"  {name:<10}{seconds:6.2f} s")
 

@@ -88,6 +88,7 @@ def generate(
     from mos_cli.runtime.outputs import naming
     from mos_cli.runtime.settings import make_settings, resolve
 
+    report = Report(json=json, quiet=quiet, verbose=verbose)
     prompts = _prompts(prompt)
     flags = make_settings(
         model=model,
@@ -104,13 +105,13 @@ def generate(
     settings = resolve(flags, preset)
     names = naming(settings.output, overwrite=overwrite)
     bundle = find_bundle(settings.model)
-    report = Report(json=json, quiet=quiet, verbose=verbose)
     first_seed = int.from_bytes(os.urandom(4)) if seed is None else seed
     jobs: list[Job] = []
     with report.stage("libraries"):
-        common = _common(settings, bundle)
-    from mos_cli.runtime.recipe import make_recipe
+        common = shared_fields(settings, bundle)
+    from mos_cli.runtime.recipe import check_guidance, make_recipe
 
+    check_guidance(common["cfg"], {"--negative": settings.negative, "--cfg-interval": flags.cfg_interval})
     for text in prompts:
         for index in range(count):
             recipe = make_recipe(prompt=text, seed=first_seed + index, **common)
@@ -126,6 +127,7 @@ def generate(
                 path=str(job.path),
                 recipe=job.recipe.model_dump(),
             )
+        report.times()
         return
     pipeline = load_pipeline(bundle, device=settings.device, precision=common["precision"], report=report)
     draw_jobs(pipeline, jobs, trace=settings.trace, overwrite=overwrite, report=report, sheet=sheet)
@@ -161,16 +163,13 @@ def _lines(data: bytes, source: str) -> list[str]:
         raise InputError(f"the prompts from {source} are not UTF-8 text") from None
 
 
-def _common(settings: "RunSettings", bundle: "Bundle") -> dict[str, Any]:
+def shared_fields(settings: "RunSettings", bundle: "Bundle") -> dict[str, Any]:
     """The settings all pictures of a run share; what nobody set comes from the bundle."""
     from mos_cli.runtime.devices import choose_device, choose_precision
     from mos_cli.runtime.settings import parse_size
 
     defaults = bundle.index.defaults
     width, height = parse_size(settings.size, bundle.index.canvas)
-    cfg = defaults.cfg if settings.cfg is None else settings.cfg
-    if settings.negative and cfg == 1:
-        raise UsageError("--negative has no effect at --cfg 1: raise --cfg or leave --negative out")
     precision = settings.precision
     if precision == "auto":
         precision = choose_precision(choose_device(settings.device))
@@ -178,7 +177,7 @@ def _common(settings: "RunSettings", bundle: "Bundle") -> dict[str, Any]:
         "model": bundle.ref,
         "negative": settings.negative,
         "steps": settings.steps or defaults.steps,
-        "cfg": cfg,
+        "cfg": defaults.cfg if settings.cfg is None else settings.cfg,
         "cfg_interval": settings.cfg_interval or defaults.cfg_interval,
         "width": width,
         "height": height,

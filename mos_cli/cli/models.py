@@ -21,11 +21,18 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per
 @models_app.command("ls")
 def list_all(as_json: AsJson = False) -> None:
     """List the models, and the understanding towers that can read prompts for them."""
+    from mos_cli.errors import ModelError
     from mos_cli.runtime.bundles import list_bundles, list_tower_specs
 
-    rows = [_bundle_row(bundle) for bundle in list_bundles()] + [_tower_row(spec) for spec in list_tower_specs()]
+    rows = []
+    for name, bundle in list_bundles().items():
+        if isinstance(bundle, ModelError):
+            console.print_warning(f"{name} is left out: {bundle}")
+        else:
+            rows.append(_bundle_row(bundle))
+    rows += [_tower_row(spec) for spec in list_tower_specs()]
     if as_json:
-        _print_json(rows)
+        console.print_json(rows)
         return
     from rich.table import Table
 
@@ -49,7 +56,7 @@ def show(name: Name, as_json: AsJson = False) -> None:
     else:
         row, index = _tower_row(model), model
     if as_json:
-        _print_json([{**row, "index": index.model_dump(mode="json", by_alias=True)}])
+        console.print_json([{**row, "index": index.model_dump(mode="json", by_alias=True)}])
         return
     lines = {
         "name": row["name"],
@@ -138,13 +145,6 @@ def _tower_row(spec: "TowerSpec") -> dict[str, Any]:
         "size": folder_size(folder) if pulled else spec.size,
         "folder": str(folder),
     }
-
-
-def _print_json(rows: Iterable[dict[str, Any]]) -> None:
-    import json
-
-    for row in rows:
-        typer.echo(json.dumps(row, ensure_ascii=False))
 
 
 def _print_card(bundle: "Bundle") -> None:

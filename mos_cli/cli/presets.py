@@ -1,15 +1,17 @@
 """`mos presets`: the named ways to draw."""
 
-import json as jsonlib
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mos_cli.cli import console
 
+if TYPE_CHECKING:
+    from mos_cli.runtime.settings import Preset
+
 presets_app = typer.Typer(name="presets", help="Named settings for drawing.", no_args_is_help=True)
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
 
 
 @presets_app.command("ls")
@@ -21,10 +23,7 @@ def ls(json: Json = False) -> None:
 
     presets = list_presets()
     if json:
-        values = [
-            {"name": p.name, "description": p.description, **p.settings.model_dump(exclude_none=True)} for p in presets
-        ]
-        typer.echo(jsonlib.dumps(values))
+        console.print_json(_row(preset) for preset in presets)
         return
     table = Table(box=None, pad_edge=False)
     for column in ("preset", "settings", "description"):
@@ -41,10 +40,17 @@ def show(name: Annotated[str, typer.Argument(help="A preset.")], json: Json = Fa
     from mos_cli.runtime.settings import load_preset
 
     preset = load_preset(name)
-    settings = preset.settings.model_dump(exclude_none=True)
     if json:
-        typer.echo(jsonlib.dumps({"name": preset.name, "description": preset.description, **settings}))
+        console.print_json([_row(preset)])
         return
     console.out.print(preset.description, markup=False)
-    for key, value in settings.items():
+    for key, value in preset.settings.model_dump(exclude_none=True).items():
         console.out.print(f"  {key} = {value}", markup=False)
+
+
+def _row(preset: "Preset") -> dict[str, Any]:
+    return {
+        "name": preset.name,
+        "description": preset.description,
+        **preset.settings.model_dump(exclude_none=True),
+    }

@@ -40,10 +40,12 @@ def replay(
     With --verify the exit code is 0 for exact and close, 1 for different.
     """
     from mos_cli.runtime.bundles import find_bundle
+    from mos_cli.runtime.devices import cpu_threads
     from mos_cli.runtime.outputs import naming, read_picture
-    from mos_cli.runtime.recipe import make_recipe
+    from mos_cli.runtime.recipe import check_guidance, make_recipe
     from mos_cli.runtime.settings import check_size, make_settings, resolve
 
+    report = Report(json=json, quiet=quiet, verbose=verbose)
     sources = [context.get_parameter_source(name) for name in ("output", "trace", "changes", "overwrite")]
     if verify and any(source is not None and source.name == "COMMANDLINE" for source in sources):
         raise UsageError("--verify draws what the picture holds and writes nothing: drop the other options")
@@ -57,15 +59,20 @@ def replay(
             f"add --set model=FOLDER to draw with that one, or --set model={name} to draw with the one here"
         )
     recipe = make_recipe(**{**record.recipe.model_dump(), **changed, "model": bundle.ref})
+    check_guidance(recipe.cfg, {f"--set {key}": changed.get(key) for key in ("negative", "cfg_interval")})
     settings = resolve(make_settings(output=output, trace=trace, device=device), None)
     check_size(recipe.width, recipe.height, bundle.index.canvas)
-    report = Report(json=json, quiet=quiet, verbose=verbose)
     path = None if verify else naming(settings.output, overwrite=overwrite).path(recipe)
     pipeline = load_pipeline(bundle, device=settings.device, precision=recipe.precision, report=report)
-    if path is not None:
-        draw_jobs(pipeline, [Job(recipe, path)], trace=settings.trace, overwrite=overwrite, report=report)
-        return
-    psnr = _psnr(image, pipeline.draw(recipe).image)
+    # Another number of threads would round differently: the picture would only come out close.
+    with cpu_threads(record.made.threads):
+        if path is not None:
+            draw_jobs(pipeline, [Job(recipe, path)], trace=settings.trace, overwrite=overwrite, report=report)
+            return
+        with report.stage("sampling"):
+            drawn = pipeline.draw(recipe).image
+    report.times()
+    psnr = _psnr(image, drawn)
     if psnr == float("inf"):
         report.event("verified", "exact", verdict="exact")
     else:

@@ -1,5 +1,6 @@
 """`mos train`: from a recipe and an art file to a bundle."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,8 +26,15 @@ def train(
         typer.Option(help="Where the bundle goes when the run is done.", show_default="RUN/bundle"),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Train for so many steps, not the recipe's.")] = None,
+    ema: Annotated[
+        str | None,
+        typer.Option(help="Moving average to export: 0.05 or 0.10 of the run wide.", show_default="the recipe's"),
+    ] = None,
 ) -> None:
-    """Train a model and export it as a bundle. Ctrl-C stops after the step at hand; the same command goes on."""
+    """Train a model and export it as a bundle. Ctrl-C stops after the step at hand; the same command goes on.
+
+    On several GPUs or machines: accelerate launch -m mos_cli train RECIPE; with --use_fsdp the network is sharded.
+    """
     from mos_cli.runtime.quiet import quieten
 
     quieten()
@@ -34,8 +42,10 @@ def train(
     from mos_cli.training.recipe import load_recipe
     from mos_cli.training.run import export as export_bundle
     from mos_cli.training.run import train as run_training
+    from mos_cli.training.stages import course
 
-    loaded = load_recipe(recipe, {} if steps is None else {"steps": steps})
+    given = {"steps": steps, "ema": ema}
+    loaded = load_recipe(recipe, {name: value for name, value in given.items() if value is not None})
     folder = run or Path("runs") / loaded.bundle.name
     columns = [
         TextColumn("{task.description}"),
@@ -44,8 +54,12 @@ def train(
         TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:.0f} images/s"),
         TimeRemainingColumn(),
     ]
-    with Progress(*columns, console=console.err) as bars, gentle_interrupt() as check_interrupt:
-        task = bars.add_task("training", total=loaded.train.steps, loss=float("nan"), speed=0.0)
+    main_process = os.environ.get("RANK", "0") == "0"
+    with (
+        Progress(*columns, console=console.err, disable=not main_process) as bars,
+        gentle_interrupt() as check_interrupt,
+    ):
+        task = bars.add_task("training", total=course(loaded).steps, loss=float("nan"), speed=0.0)
 
         def log(metrics: Any) -> None:
             bars.update(task, completed=metrics.step, loss=metrics.loss, speed=metrics.images_per_second)
@@ -53,4 +67,6 @@ def train(
 
         trainer = run_training(loaded, art or data_folder(), folder, log)
     bundle = export_bundle(trainer, export or folder / "bundle")
-    console.out.print(f"{bundle.folder}", soft_wrap=True)
+    trainer.accelerator.end_training()
+    if bundle is not None:
+        console.out.print(f"{bundle.folder}", soft_wrap=True)

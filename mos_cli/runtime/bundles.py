@@ -73,9 +73,9 @@ def find_bundle(ref: str) -> Bundle:
     raise unknown_name("model", ref, folders)
 
 
-def list_bundles() -> list[Bundle]:
-    """All bundles that can be found by name, sorted by it; raises ModelError if one of them is broken."""
-    return [find_bundle(name) for name in bundle_folders()]
+def list_bundles() -> dict[str, Bundle | ModelError]:
+    """All bundles that can be found by name, sorted by it; for a broken one, what is wrong with it."""
+    return {name: _bundle_or_problem(name) for name in bundle_folders()}
 
 
 def bundle_folders() -> dict[str, Path]:
@@ -173,6 +173,13 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> ModelError:
     nearest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     guess = f", did you mean {nearest[0]}?" if nearest else ""
     return ModelError(f"there is no {what} named {name!r}{guess} (there is: {', '.join(known) or 'none'})")
+
+
+def _bundle_or_problem(name: str) -> Bundle | ModelError:
+    try:
+        return find_bundle(name)
+    except ModelError as error:
+        return error
 
 
 def _files_of(folder: Path) -> list[str]:

@@ -1,5 +1,7 @@
-"""Which device draws, and in which precision."""
+"""Which device draws, in which precision, and on how many threads."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from mos_cli.errors import DeviceError
@@ -45,3 +47,23 @@ def device_name(device: "torch.device") -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def device_threads(device: "torch.device") -> int | None:
+    """The CPU threads that a device computes with; None for a GPU."""
+    import torch
+
+    return torch.get_num_threads() if device.type == "cpu" else None
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Computes on so many CPU threads within the block, whatever `OMP_NUM_THREADS` says; None changes nothing."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -3,6 +3,7 @@
 One pydantic model writes and reads it, so that the two can never drift apart.
 """
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -14,6 +15,8 @@ from mos_cli.runtime.specs import Frozen, Interval, first_problem
 
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
+MAX_THREADS = 1024
+"""No picture asks for more: libraries end the whole process where so many threads cannot be started."""
 
 
 class Recipe(Frozen):
@@ -32,7 +35,11 @@ class Recipe(Frozen):
 
 
 class Provenance(Frozen):
-    """What made a picture: the bundle's hash, the versions and the device. Nothing of it depends on the day."""
+    """What made a picture: the bundle's hash, the versions and the device. Nothing of it depends on the day.
+
+    `threads` is the number of CPU threads, which decides in what order products are summed, and so their rounding in
+    bf16; None on a GPU, and in pictures made before it was recorded.
+    """
 
     bundle_hash: str
     mos: str
@@ -41,6 +48,7 @@ class Provenance(Frozen):
     transformers: str
     device: str
     attention: str
+    threads: int | None = Field(default=None, ge=1, le=MAX_THREADS)
 
 
 class PictureRecord(Frozen):
@@ -82,7 +90,16 @@ def make_recipe(**values: Any) -> Recipe:
         raise UsageError(first_problem(error)) from None
 
 
-def provenance(bundle_hash: str, device: str, attention: str) -> Provenance:
+def check_guidance(cfg: float, options: Mapping[str, Any]) -> None:
+    """Raises UsageError if one of the options, all of them guidance's, has a value while cfg 1 turns guidance off."""
+    idle = [name for name, value in options.items() if value]
+    if cfg == 1 and idle:
+        raise UsageError(f"{idle[0]} has no effect at cfg 1, without guidance: raise cfg or leave {idle[0]} out")
+
+
+def provenance(bundle_hash: str, device: str, attention: str, threads: int | None) -> Provenance:
     """Describes what is about to draw; versions are those installed."""
     versions = {package: version(package) for package in ("torch", "diffusers", "transformers")}
-    return Provenance(bundle_hash=bundle_hash, mos=__version__, device=device, attention=attention, **versions)
+    return Provenance(
+        bundle_hash=bundle_hash, mos=__version__, device=device, attention=attention, threads=threads, **versions
+    )

@@ -22,8 +22,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str | None = None
-    steps: int | None = Field(None, ge=1)
-    cfg: float | None = Field(None, ge=0)
+    steps: int | None = Field(default=None, ge=1)
+    cfg: float | None = Field(default=None, ge=0)
     cfg_interval: Interval | None = None
     negative: str | None = None
     size: str | None = None
@@ -64,11 +64,20 @@ class _PresetFile(BaseModel):
     generate: Settings
 
 
-def config_path() -> Path:
-    """The user's config file: $MOS_CONFIG, or config.toml in the user's config folder."""
+def config_path() -> Path | None:
+    """The user's config file: $MOS_CONFIG, or config.toml in the user's config folder; None if there is none.
+
+    Raises:
+        InputError: $MOS_CONFIG names a file that is not there.
+    """
     from platformdirs import user_config_path
 
-    return Path(os.environ.get("MOS_CONFIG") or user_config_path("mos") / "config.toml")
+    if named := os.environ.get("MOS_CONFIG"):
+        if not Path(named).is_file():
+            raise InputError(f"MOS_CONFIG names {named}, which is no file: mend it, or unset it to go without")
+        return Path(named)
+    path = user_config_path("mos") / "config.toml"
+    return path if path.is_file() else None
 
 
 def list_presets() -> list[Preset]:
@@ -112,8 +121,8 @@ def resolve(flags: Settings, preset: str | None) -> RunSettings:
     settings = flags
     if preset is not None:
         settings = settings.over(load_preset(preset).settings)
-    if config_path().is_file():
-        settings = settings.over(_read(config_path()).generate)
+    if config := config_path():
+        settings = settings.over(_read(config).generate)
     return RunSettings(**settings.model_dump(exclude_none=True))
 
 

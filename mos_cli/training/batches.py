@@ -1,26 +1,33 @@
 """Training batches: step number in, everything the loss needs out. The same step always gives the same batch.
 
-Shapes: B batch, T context tokens, M layers, S width of a state, C channels, H x W the latent's size.
+What is in picture `index` of a step depends on (seed, step, index) alone, so that any number of processes, each making
+its own share, see the same batches.
+
+Shapes: B pictures of this process, T context tokens, M layers, S width of a state, C channels, H x W the latent's size.
 """
 
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from random import Random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from mos_cli.errors import UsageError
+from mos_cli.errors import InputError, MosError, UsageError
 from mos_cli.sampling.flow import logit_normal, noised
-from mos_cli.towers.understanding import UnderstandingTower
-from mos_cli.training.captions import SceneWriter
+from mos_cli.towers.autoencoder import Autoencoder
+from mos_cli.towers.understanding import Reading, UnderstandingTower
 from mos_cli.training.recipe import TrainTable
-from mos_cli.training.scenes import Compositor
+from mos_cli.training.stages import Course
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Clean and noised pictures, their times, and what the understanding tower read of the captions."""
+    """Clean and noised latents, their times, and what the understanding tower read of the captions."""
 
     z0_BCHW: Tensor
     z_BCHW: Tensor
@@ -28,37 +35,174 @@ class Batch:
     states_BTMS: Tensor
     mask_BT: Tensor
 
-    def to(self, device: torch.device) -> "Batch":
-        """The same on a device."""
-        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+@dataclass(frozen=True)
+class Source:
+    """Where pictures and captions come from.
+
+    `pick` chooses one for a canvas and needs no device: it may run in another process. `draw` turns what was picked
+    into pictures [B, 3, H, W] in -1..1 on the device, H = W = canvas.
+    """
+
+    pick: Callable[[Random, int], tuple[Any, str]]
+    draw: Callable[[list[Any], int], Tensor]
 
 
 @dataclass(frozen=True)
-class Batches:
-    """Makes batches from scenes."""
+class Share:
+    """The part of every batch that process `rank` of `processes` makes."""
 
-    writer: SceneWriter
-    compositor: Compositor
-    understanding: UnderstandingTower
+    rank: int = 0
+    processes: int = 1
+
+    def of(self, batch: int) -> slice:
+        size = batch // self.processes
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+
+@dataclass(frozen=True)
+class Picked:
+    """This process's pictures of a step, not yet drawn, and their captions, not yet read."""
+
+    step: int
+    pictures: list[Any]
+    captions: list[str]
+
+
+@dataclass(frozen=True)
+class Picks:
+    """The device-free half of making batches; `picks` has an entry for every stage."""
+
+    course: Course
     train: TrainTable
+    picks: tuple[Callable[[Random, int], tuple[Any, str]], ...]
+    share: Share = Share()
+
+    def __len__(self) -> int:
+        return self.course.steps
+
+    def __getitem__(self, step: int) -> "Picked | MosError":
+        """An error is handed over, not raised: a worker process would bury it under its own traceback."""
+        stage = self.course.stage_at(step)
+        pick = self.picks[self.course.stages.index(stage)]
+        part, pictures, captions = self.share.of(stage.batch), [], []
+        try:
+            for index in range(part.start, part.stop):
+                random = Random(f"{self.train.seed}/{step}/{index}")
+                picture, caption = pick(random, stage.canvas)
+                pictures.append(picture)
+                captions.append("" if random.random() < self.train.drop_caption else caption)
+        except MosError as error:
+            return error
+        return Picked(step, pictures, captions)
+
+
+class Batches:
+    """Makes batches, drawn, encoded and read on one device.
+
+    Args:
+        sources: one for every stage of the course.
+        share: the part of each batch that is made here.
+
+    Raises:
+        UsageError: a stage's batch cannot be shared out evenly.
+    """
+
+    def __init__(
+        self,
+        course: Course,
+        train: TrainTable,
+        sources: tuple[Source, ...],
+        understanding: UnderstandingTower,
+        autoencoder: Autoencoder,
+        device: torch.device,
+        share: Share = Share(),
+    ) -> None:
+        for stage in course.stages:
+            if stage.batch % share.processes:
+                raise UsageError(f"a batch of {stage.batch} cannot be shared by {share.processes} processes")
+        self.course, self.train, self.sources, self.share = course, train, sources, share
+        self.understanding, self.autoencoder, self.device = understanding, autoencoder, device
+        self.picks = Picks(course, train, tuple(source.pick for source in sources), share)
 
     def make(self, step: int) -> Batch:
         """The batch of one step, from a random stream of that step's own: resuming needs no state.
 
         Raises:
+            InputError: a picture cannot be had, or a caption is longer than the understanding tower reads.
             UsageError: a caption does not fit into `context_tokens`.
         """
-        train = self.train
-        random = Random(f"{train.seed}/{step}")
-        scenes = [self.writer.write(random) for _ in range(train.batch)]
-        captions = ["" if random.random() < train.drop_caption else scene.caption for scene in scenes]
-        generator = torch.Generator().manual_seed(random.getrandbits(63))
-        z0 = self.compositor.draw(scenes)
-        t = logit_normal(train.batch, train.time_mean, train.time_std, generator)
-        z = noised(z0, torch.randn(z0.shape, generator=generator), t)
-        reading = self.understanding.read(captions)
-        room = train.context_tokens - reading.mask_BT.shape[1]
-        if room < 0:
-            raise UsageError(f"a caption is {-room} tokens too long: raise context_tokens in the recipe")
+        return self._finish(self.picks[step])
+
+    def stream(self, first: int) -> Iterator[Batch]:
+        """The batches from step `first` to the end of the run; raises as `make` does.
+
+        With an accelerator, other processes pick ahead and drawing and reading go on a stream of their own: asked for
+        while the accelerator is at a step, the next batch is made without waiting for it.
+        """
+        workers = _workers(self.device)
+        picked = DataLoader(
+            self.picks,  # type: ignore[arg-type]
+            sampler=range(first, self.course.steps),
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            prefetch_factor=4 if workers else None,
+        )
+        if self.device.type != "cuda":
+            yield from map(self._finish, picked)
+            return
+        side = torch.cuda.Stream(self.device, priority=-1)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        for each in picked:
+            with torch.cuda.stream(side):
+                batch = self._finish(each)
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(side)
+            for field in fields(batch):
+                getattr(batch, field.name).record_stream(current)
+            yield batch
+
+    def _finish(self, picked: Picked | MosError) -> Batch:
+        if isinstance(picked, MosError):
+            raise picked
+        stage = self.course.stage_at(picked.step)
+        source, part = self.sources[self.course.stages.index(stage)], self.share.of(stage.batch)
+        random = Random(f"{self.train.seed}/{picked.step}")
+        times, noise = torch.Generator(), torch.Generator(self.device)
+        times.manual_seed(random.getrandbits(63))
+        noise.manual_seed(random.getrandbits(63))
+        t = logit_normal(stage.batch, stage.time_mean, self.train.time_std, times)[part].to(self.device)
+        z0 = self.autoencoder.encode(source.draw(picked.pictures, stage.canvas))
+        # Noise for the whole batch costs an accelerator less than a generator for each picture.
+        z1 = torch.randn(stage.batch, *z0.shape[1:], generator=noise, device=self.device)[part]
+        reading = self._read(picked.captions)
+        room = self.train.context_tokens - reading.mask_BT.shape[1]
         states = F.pad(reading.states_BTMS, (0, 0, 0, 0, 0, room))
-        return Batch(z0, z, t, states, F.pad(reading.mask_BT, (0, room)))
+        return Batch(z0, noised(z0, z1, t), t, states, F.pad(reading.mask_BT, (0, room)))
+
+    def _read(self, captions: list[str]) -> Reading:
+        try:
+            reading = self.understanding.read(captions)
+        except InputError:
+            reading = None
+        if reading is not None and reading.mask_BT.shape[1] <= self.train.context_tokens:
+            return reading
+        tokens = [len(ids) for ids in self.understanding.tokenizer(captions, verbose=False)["input_ids"]]  # type: ignore[index]
+        longest = captions[tokens.index(max(tokens))]
+        raise UsageError(
+            f"the caption '{longest[:80]}' has {max(tokens)} tokens: shorten it, or raise context_tokens in the recipe "
+            f"(now {self.train.context_tokens}; the understanding tower reads {self.understanding.max_tokens})"
+        )
+
+
+def _workers(device: torch.device) -> int:
+    """Processes that pick ahead: none on a CPU, whose cores are at work already."""
+    if device.type != "cuda":
+        return 0
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(8, (os.cpu_count() or 1) // local - 1))
+
+
+def _as_it_is(picked: Any) -> Any:
+    return picked

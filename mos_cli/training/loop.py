@@ -1,192 +1,189 @@
-"""The training loop: batches in, a checkpoint folder out, resumable at every saved step.
+"""The training loop: batches in, checkpoints and metrics out, resumable at every saved step.
 
-Shapes: B batch, T context tokens, J generation blocks, K kept layers, M understanding layers.
+Shapes: M understanding layers, J generation blocks.
 """
 
-import csv
+import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
+from random import Random
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 
-from mos_cli.errors import InputError, UsageError
+from mos_cli.errors import InputError
 from mos_cli.runtime.files import atomic_write, make_folder
-from mos_cli.sampling.flow import velocity_loss
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.towers.router import Route
+from mos_cli.training import checkpoint
 from mos_cli.training.batches import Batch, Batches
-from mos_cli.training.optimiser import build_optimisers, build_schedule
+from mos_cli.training.ema import PowerEMA
+from mos_cli.training.metrics import Journal, Metrics
+from mos_cli.training.objective import Objective
+from mos_cli.training.optimiser import build_optimisers, set_rates
 from mos_cli.training.recipe import TrainRecipe
+from mos_cli.training.stages import course
+from mos_cli.training.start import start_tower
 
-CHECKPOINT = "checkpoint.pt"
-METRICS = "metrics.csv"
 RECIPE = "recipe.json"
-MAY_CHANGE = {"steps", "compile", "save_every", "sample_every", "sample_prompts"}
-"""Settings of a run that may differ when it is taken up again."""
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """One line of the log. `route_entropy` is that of the layers chosen, in nats; ln(M) = all used alike."""
-
-    step: int
-    loss: float
-    gradient_norm: float
-    images_per_second: float
-    route_entropy: float
-    layer_use: tuple[float, ...]
+MAY_CHANGE = {"steps", "compile", "ema", "log_every", "save_every", "sample_every", "sample_prompts"}
+"""Settings of a run that may differ when it is taken up again; so may the steps of its last stage."""
 
 
 class Trainer:
-    """A run in a folder: network, optimisers, moving average, and where it stands.
+    """A run in a folder: network, optimisers, moving averages, and where it stands. Every process has one.
 
     Args:
-        folder: the run's folder; a checkpoint in it is taken up again.
+        folder: the run's folder; a checkpoint in it is taken up again. Processes on several machines share it.
 
     Raises:
         InputError: the folder holds a run of another recipe, or a damaged checkpoint.
         UsageError: the recipe's network cannot be built.
     """
 
-    def __init__(self, recipe: TrainRecipe, batches: Batches, folder: Path) -> None:
-        train = recipe.train
-        self.recipe, self.batches, self.folder = recipe, batches, folder
-        make_folder(folder)
+    def __init__(self, recipe: TrainRecipe, batches: Batches, folder: Path, accelerator: Accelerator) -> None:
+        self.recipe, self.batches, self.folder, self.accelerator = recipe, batches, folder, accelerator
+        self.course, self.device = course(recipe), accelerator.device
         self._keep_recipe()
-        self.accelerator = Accelerator(mixed_precision="bf16" if train.precision == "bf16" else "no")
-        torch.manual_seed(train.seed)
-        self.device = self.accelerator.device
-        try:
-            self.tower = GenerationTower(**recipe.generation)
-        except TypeError as error:
-            raise UsageError(f"the recipe's [generation] is wrong: {error}") from None
-        self.tower.to(self.device)  # type: ignore[arg-type]
-        self.ema = EMAModel(self.tower.parameters(), decay=train.ema)
-        self.optimisers = build_optimisers(self.tower, train)
-        self.schedules = [build_schedule(optimiser, train) for optimiser in self.optimisers]
-        self.network = torch.compile(self.tower) if train.compile else self.tower
+        torch.manual_seed(recipe.train.seed)
+        self.tower = start_tower(recipe)
+        objective, optimisers = Objective(self.tower, recipe.train.epsilon), build_optimisers(self.tower)
+        if recipe.train.compile:
+            (objective.compile_blocks if accelerator.is_fsdp2 else objective.compile_whole)()
+        self.network, *self.optimisers = accelerator.prepare(objective, *optimisers)
+        self.ema = PowerEMA(self._parameters())
         self.step = 0
-        if (folder / CHECKPOINT).is_file():
-            self._load()
+        if found := checkpoint.newest(folder):
+            self._load(found)
+        self.journal = Journal(folder, self.step, accelerator)
 
     def run(self, log: Callable[[Metrics], None], sample: Callable[["Trainer"], None]) -> None:
-        """Trains until the recipe's last step, saving and sampling on the way.
+        """Trains until the course's last step, saving and sampling on the way.
 
         Args:
-            log: called after every step; if it raises KeyboardInterrupt, the run is saved and ends.
+            log: called for every step, `log_every` at a time; if it raises KeyboardInterrupt, in whichever process,
+                the run is saved and ends.
             sample: called every `sample_every` steps and after the last.
         """
-        train = self.recipe.train
-        while self.step < train.steps:
-            metrics = self._advance()
-            _append(self.folder / METRICS, metrics)
-            try:
-                log(metrics)
-            except KeyboardInterrupt:
-                self.save()
-                raise
-            last = self.step == train.steps
-            if last or self.step % train.save_every == 0:
-                self.save()
-            if last or self.step % train.sample_every == 0:
-                sample(self)
+        train, steps, pending = self.recipe.train, self.course.steps, []
+        batches = self.batches.stream(self.step)
+        batch = next(batches, None)
+        started = time.perf_counter()
+        while batch is not None:
+            pending.append(self.advance(batch))
+            # Made while the accelerator is still at the step: nothing since has waited for it.
+            batch = next(batches, None)
+            last = self.step == steps
+            saves, samples = (last or self.step % every == 0 for every in (train.save_every, train.sample_every))
+            if saves or samples or self.step % train.log_every == 0:
+                interrupted = self._report(pending, time.perf_counter() - started, log)
+                pending = []
+                if saves or interrupted:
+                    self.save()
+                if interrupted:
+                    raise KeyboardInterrupt
+                if samples:
+                    sample(self)
+                started = time.perf_counter()
+
+    def advance(self, batch: Batch) -> Tensor:
+        """One step; returns its loss, gradient norm and layer use [2 + J * M], on the device: nobody waits for it."""
+        # The routes explored depend on the step alone, so that a resumed run equals one never stopped.
+        torch.manual_seed(Random(f"{self.recipe.train.seed}/{self.step}/{self.batches.share.rank}").getrandbits(63))
+        set_rates(self.optimisers, self.course, self.step)
+        loss, use_JM = self.network(batch)
+        self.accelerator.backward(loss)
+        norm: Any = self.accelerator.clip_grad_norm_(self.network.parameters(), self.recipe.train.clip)
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad()
+        self.step += 1
+        self.ema.update(self._parameters(), self.step)
+        return torch.cat([loss.detach()[None], _whole(norm)[None], use_JM.detach().flatten()])
 
     def averaged_tower(self) -> GenerationTower:
-        """A copy of the network with the averaged weights: the one to draw with and to ship."""
+        """A copy of the network with the averaged weights the recipe chooses: the one to draw with and to ship.
+
+        All processes call it, and each gets the whole network.
+        """
         tower = GenerationTower(**self.recipe.generation)
-        self.ema.copy_to(tower.parameters())
+        average = self.ema.averages[self.recipe.train.ema]
+        tower.load_state_dict({name: _whole(weights) for name, weights in average.items()})
         return tower.eval().to(self.device)  # type: ignore[arg-type, return-value]
+
+    def save(self) -> None:
+        """Writes a checkpoint; the one before stays until the new one is whole. All processes call it."""
+        checkpoint.save(self.folder, self.step, self._state(), self.accelerator)
+        self.journal.plot()
+
+    def _load(self, path: Path) -> None:
+        state = self._state()
+        checkpoint.load(path, state, self.accelerator)
+        set_state_dict(
+            self.tower, self._bare_optimisers(), model_state_dict=state["tower"], optim_state_dict=state["optimisers"]
+        )
+        self.step = int(path.name)
+
+    def _state(self) -> dict[str, Any]:
+        """All that a checkpoint holds; loading fills it in place, and the averages are filled with that."""
+        tower, optimisers = get_state_dict(self.tower, self._bare_optimisers())
+        return {"tower": tower, "optimisers": optimisers, "ema": self.ema.averages}
+
+    def _bare_optimisers(self) -> list[torch.optim.Optimizer]:
+        return [optimiser.optimizer for optimiser in self.optimisers]
+
+    def _parameters(self) -> dict[str, Tensor]:
+        return dict(self.tower.named_parameters())
 
     def _keep_recipe(self) -> None:
         """Writes the recipe into the run's folder, or compares: only how long and how often may change on the way."""
-        path = self.folder / RECIPE
-        mine = self.recipe.model_dump_json(indent=2, exclude={"train": MAY_CHANGE})
-        if path.exists() and path.read_text(encoding="utf-8") != mine:
+        path, kept = self.folder / RECIPE, self.recipe.model_dump(mode="json", exclude={"train": MAY_CHANGE})
+        for stage in kept["stages"][-1:]:
+            del stage["steps"]
+        mine = json.dumps(kept, indent=2)
+        if self.accelerator.is_main_process and not path.exists():
+            make_folder(self.folder)
+            atomic_write(path, mine.encode())
+        self.accelerator.wait_for_everyone()
+        if path.read_text(encoding="utf-8") != mine:
             raise InputError(f"{self.folder} holds a run of another recipe: choose another folder with --run")
-        atomic_write(path, mine.encode(), overwrite=True)
 
-    def _advance(self) -> Metrics:
-        started = time.perf_counter()
-        batch = self.batches.make(self.step).to(self.device)
-        # The routes explored depend on the step alone, so that a resumed run equals one never stopped.
-        torch.manual_seed(self.recipe.train.seed + self.step)
-        loss, route = self._loss(batch)
-        self.accelerator.backward(loss)
-        norm = nn.utils.clip_grad_norm_(self.tower.parameters(), self.recipe.train.clip)
-        for optimiser, schedule in zip(self.optimisers, self.schedules, strict=True):
-            optimiser.step()
-            schedule.step()
-            optimiser.zero_grad()
-        self.ema.step(self.tower.parameters())
-        self.step += 1
-        use = _layer_use(route, batch.mask_BT, self.tower.states_shape[0])
-        seconds = time.perf_counter() - started
-        entropy = float(-(use * use.clamp_min(1e-9).log()).sum())
-        return Metrics(self.step, loss.item(), norm.item(), len(batch.t_B) / seconds, entropy, tuple(use.tolist()))
-
-    def _loss(self, batch: Batch) -> tuple[Tensor, Route]:
-        with self.accelerator.autocast():
-            bank = self.tower.read(batch.states_BTMS, batch.mask_BT)
-            x_hat, route = self.network(batch.z_BCHW, batch.t_B, bank, epsilon=self.recipe.train.epsilon)
-        return velocity_loss(x_hat, batch.z0_BCHW, batch.t_B), route
-
-    def save(self) -> None:
-        """Replaces the checkpoint; the old one stays until the new one is whole."""
-        target, fresh = self.folder / CHECKPOINT, self.folder / f"{CHECKPOINT}.new"
-        torch.save(
-            {
-                "step": self.step,
-                "tower": self.tower.state_dict(),
-                "ema": self.ema.state_dict(),
-                "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
-                "schedules": [schedule.state_dict() for schedule in self.schedules],
-            },
-            fresh,
-        )
-        fresh.replace(target)
-
-    def _load(self) -> None:
+    def _report(self, pending: list[Tensor], seconds: float, log: Callable[[Metrics], None]) -> bool:
+        """Brings the numbers of several steps to the journal and to `log`; whether a process was interrupted."""
+        layers, interrupted = self.tower.states_shape[0], False
+        rows = self.accelerator.reduce(torch.stack(pending), "mean").cpu()  # type: ignore[union-attr]
+        stages = [self.course.stage_at(self.step - 1 - back) for back in range(len(pending))]
+        speed = sum(stage.batch for stage in stages) / seconds
+        lines = []
+        for step, row in enumerate(rows, start=self.step - len(pending) + 1):
+            use_JM = row[2:].unflatten(0, (-1, layers))
+            entropy_J = -(use_JM * use_JM.clamp_min(1e-9).log()).sum(dim=1)
+            lines.append(
+                Metrics(
+                    step=step,
+                    loss=row[0].item(),
+                    gradient_norm=row[1].item(),
+                    images_per_second=speed,
+                    route_entropy=entropy_J.mean().item(),
+                    layer_use=tuple(use_JM.mean(dim=0).tolist()),
+                    block_entropy=tuple(entropy_J.tolist()),
+                )
+            )
+        self.journal.write(lines)
         try:
-            state = torch.load(self.folder / CHECKPOINT, weights_only=True, map_location=self.device)
-            self.tower.load_state_dict(state["tower"])
-        except (RuntimeError, KeyError, OSError, EOFError, UnpicklingError) as error:
-            raise InputError(f"{self.folder / CHECKPOINT} is damaged: {error}") from None
-        self.ema.load_state_dict(state["ema"])
-        for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(kept)
-        for schedule, kept in zip(self.schedules, state["schedules"], strict=True):
-            schedule.load_state_dict(kept)
-        self.step = state["step"]
-        _forget_after(self.folder / METRICS, self.step)
+            for line in lines:
+                log(line)
+        except KeyboardInterrupt:
+            interrupted = True
+        # One interrupted process must not leave the others waiting for it in the next step.
+        flags = self.accelerator.gather(torch.tensor([interrupted], device=self.device))
+        return bool(flags.any())  # type: ignore[union-attr]
 
 
-def _layer_use(route: Route, mask_BT: Tensor, layers: int) -> Tensor:
-    """Share of the choices that fell on each layer, [M]."""
-    return torch.bincount(route.ids_BTJK[mask_BT].flatten(), minlength=layers).float() / (
-        mask_BT.sum() * route.ids_BTJK[0, 0].numel()
-    )
-
-
-def _forget_after(path: Path, step: int) -> None:
-    """Drops the lines a killed run wrote after its last checkpoint: those steps are about to be made again."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if not line[0].isdigit() or int(line.split(",")[0]) <= step]
-    if kept != lines:
-        atomic_write(path, "".join(kept).encode(), overwrite=True)
-
-
-def _append(path: Path, metrics: Metrics) -> None:
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if new:
-            layers = [f"layer_{index}" for index in range(len(metrics.layer_use))]
-            writer.writerow(["step", "loss", "gradient_norm", "images_per_second", "route_entropy", *layers])
-        values = [metrics.loss, metrics.gradient_norm, metrics.images_per_second, metrics.route_entropy]
-        writer.writerow([metrics.step, *(f"{value:.5g}" for value in [*values, *metrics.layer_use])])
+def _whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor in one piece."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()

@@ -1,30 +1,27 @@
-"""Muon for the matrices inside the blocks, AdamW for everything else, one schedule for both."""
+"""Muon for the matrices inside the blocks, AdamW for everything else."""
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
-from mos_cli.training.recipe import TrainTable
+from mos_cli.training.stages import Course
 
 
-def build_optimisers(tower: nn.Module, train: TrainTable) -> list[torch.optim.Optimizer]:
-    """Puts every parameter into exactly one group."""
+def build_optimisers(tower: nn.Module) -> list[torch.optim.Optimizer]:
+    """Puts every parameter into exactly one group; learning rates are set step by step, see `set_rates`."""
     muon, adamw = [], []
     for name, parameter in tower.named_parameters():
         in_block = name.startswith(("blocks.", "router.blocks.")) and name.endswith(".weight")
         (muon if in_block and parameter.ndim == 2 else adamw).append(parameter)
     assert len(muon) + len(adamw) == len(list(tower.parameters()))
     return [
-        torch.optim.Muon(muon, lr=train.muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(adamw, lr=train.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.Muon(muon, lr=0.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(adamw, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
 
-def build_schedule(optimiser: torch.optim.Optimizer, train: TrainTable) -> LambdaLR:
-    """Linear warm-up, constant, then linear decay to 0 over the last part of the run."""
-
-    def factor(step: int) -> float:
-        left = (train.steps - step) / (train.decay * train.steps)
-        return max(0.0, min(1.0, (step + 1) / max(1, train.warmup), left))
-
-    return LambdaLR(optimiser, factor)
+def set_rates(optimisers: list[torch.optim.Optimizer], course: Course, step: int) -> None:
+    """Gives the optimisers of `build_optimisers` the learning rates of a step: a function of it, so without state."""
+    stage, rate = course.stage_at(step), course.rate(step)
+    for optimiser, full in zip(optimisers, (stage.muon_lr, stage.adamw_lr), strict=True):
+        for group in optimiser.param_groups:
+            group["lr"] = rate * full

@@ -2,9 +2,9 @@
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from mos_cli.errors import InputError, UsageError
 from mos_cli.runtime.folders import presets_folder
@@ -23,17 +23,17 @@ class BundleTable(Frozen):
     @model_validator(mode="after")
     def _square(self) -> Self:
         if self.canvas.native[0] != self.canvas.native[1]:
-            raise ValueError("scenes are drawn on a square canvas")
+            raise ValueError("training pictures are square")
         return self
 
 
 class DataTable(Frozen):
-    """Which pictures are learned and how scenes are made of them."""
+    """Scenes composed from the art file: which words and styles they are made of."""
 
+    kind: Literal["scenes"] = "scenes"
     styles: tuple[str, ...] = Field(min_length=1)
-    pairs: float = Field(ge=0, le=1)
     words: dict[str, tuple[str, ...]]
-    """Names in the art file to the names captions use."""
+    """Names in the art file to the names captions use; in a recipe also the name of a TOML file beside it."""
 
     @model_validator(mode="after")
     def _enough_words(self) -> Self:
@@ -42,12 +42,44 @@ class DataTable(Frozen):
         return self
 
 
+class CaptionedTable(Frozen):
+    """Pictures with captions in files: a folder of both, or of webdataset shards; see `training.captioned`."""
+
+    kind: Literal["captioned"]
+    path: str
+
+
+def _kind(data: Any) -> str:
+    return data.get("kind", "scenes") if isinstance(data, dict) else data.kind
+
+
+Data = Annotated[
+    Annotated[DataTable, Tag("scenes")] | Annotated[CaptionedTable, Tag("captioned")],
+    Discriminator(_kind),
+]
+
+
+class StageTable(Frozen):
+    """A part of a run with a canvas of its own, in pixels; what it leaves out is as in [train] and [data]."""
+
+    name: PlainName
+    steps: int = Field(ge=1)
+    canvas: int = Field(ge=1)
+    batch: int | None = Field(default=None, ge=1)
+    muon_lr: float | None = Field(default=None, gt=0)
+    adamw_lr: float | None = Field(default=None, gt=0)
+    time_mean: float | None = None
+    data: Data | None = None
+
+
 class TrainTable(Frozen):
     """The optimisation. Steps after `1 - decay` of the run lower the learning rates linearly to 0."""
 
     seed: int
-    steps: int = Field(ge=1)
+    steps: int | None = Field(default=None, ge=1)
+    """Left out where [[stages]] say how long each of them takes."""
     batch: int = Field(ge=1)
+    """Pictures of a step, over all processes."""
     context_tokens: int = Field(ge=2)
     """Captions are padded to this length; the padding is masked."""
     drop_caption: float = Field(ge=0, lt=1)
@@ -59,29 +91,50 @@ class TrainTable(Frozen):
     warmup: int = Field(ge=0)
     decay: float = Field(gt=0, le=1)
     clip: float = Field(gt=0)
-    ema: float = Field(gt=0, lt=1)
+    ema: Literal["0.05", "0.10"] = "0.05"
+    """Which of the two moving averages is drawn with and exported: its width, as a share of the run."""
     precision: Literal["bf16", "fp32"]
     compile: bool
+    log_every: int = Field(default=1, ge=1)
+    """Steps between two looks at the numbers; each look makes an accelerator wait."""
     save_every: int = Field(ge=1)
     sample_every: int = Field(ge=1)
     sample_prompts: tuple[str, ...] = Field(min_length=1)
 
 
 class TrainRecipe(Frozen):
-    """A whole recipe: bundle, data, network (arguments of GenerationTower) and optimisation."""
+    """A whole recipe: towers, bundle, data, network (arguments of GenerationTower), optimisation and its stages."""
 
     understanding: str
+    """A tower's name, its .json file, or a hub id: `owner/name`."""
+    autoencoder: str | None = None
+    """A diffusers autoencoder, as a folder or hub id; without one the model draws in pixels."""
+    start_from: str | None = None
+    """A bundle whose weights the network starts with."""
+    start_from: str | None = None
+    """A bundle whose weights the run starts with; see `training.start`."""
     bundle: BundleTable
-    data: DataTable
+    data: Data
     generation: dict[str, Any]
     train: TrainTable
+    stages: tuple[StageTable, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if bool(self.stages) == (self.train.steps is not None):
+            raise ValueError("say how long it takes either in [train] steps or in [[stages]]")
+        for stage in self.stages:
+            if stage.canvas % self.bundle.canvas.multiple:
+                raise ValueError(f"stage {stage.name}: the canvas must be a multiple of {self.bundle.canvas.multiple}")
+        return self
 
 
 def load_recipe(name_or_path: str, overrides: dict[str, Any] | None = None) -> TrainRecipe:
     """Reads a recipe by path, or by name from the presets (`train-NAME.toml`).
 
     Args:
-        overrides: values for the [train] table that replace the file's.
+        overrides: values for the [train] table that replace the file's. With [[stages]], `steps` lengthens or
+            shortens the last one.
 
     Raises:
         InputError: there is no such recipe, or it is not TOML.
@@ -93,11 +146,26 @@ def load_recipe(name_or_path: str, overrides: dict[str, Any] | None = None) -> T
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in presets_folder().glob("train-*.toml")))
         raise InputError(f"no recipe '{name_or_path}': give a TOML file or one of {known}")
+    table = _read_toml(path)
+    for data in [table.get("data"), *(stage.get("data") for stage in table.get("stages", []))]:
+        if data and isinstance(data.get("words"), str):
+            data["words"] = _read_toml(path.parent / data["words"])
+    overrides = dict(overrides or {})
+    if table.get("stages") and (steps := overrides.pop("steps", None)):
+        before = sum(stage["steps"] for stage in table["stages"][:-1])
+        if steps <= before:
+            raise UsageError(f"the stages before the last take {before} steps: ask for more than that")
+        table["stages"][-1]["steps"] = steps - before
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid TOML: {error}") from None
-    try:
-        return TrainRecipe.model_validate({**table, "train": {**table.get("train", {}), **(overrides or {})}})
+        return TrainRecipe.model_validate({**table, "train": {**table.get("train", {}), **overrides}})
     except ValidationError as error:
         raise UsageError(f"{path}: {first_problem(error)}") from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is not there") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid TOML: {error}") from None

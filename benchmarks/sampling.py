@@ -1,0 +1,141 @@
+"""Seconds per picture after loading, where they go, and how near that is to what this machine can do.
+
+The floor is the time that the matrix products of router and generation tower would take at the rate of one large
+product. The rate is measured between the pictures, so that whatever else the machine does slows both alike.
+
+python benchmarks/sampling.py [PICTURES]
+"""
+
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from mos_cli.cli.fetching import fetch_with_progress
+from mos_cli.pipeline import DTYPES, MoSPipeline
+from mos_cli.runtime.bundles import Bundle, find_bundle
+from mos_cli.runtime.devices import choose_device, choose_precision, device_name
+from mos_cli.runtime.quiet import quieten
+from mos_cli.runtime.recipe import Recipe, make_recipe
+from mos_cli.runtime.settings import RunSettings
+
+PROMPTS = ("a dog", "a rocket, flat style", "a cat and a dog", "a rose on a sky blue background")
+SIDE = 1024
+"""Rows and columns of the large product."""
+
+
+class Stopwatch:
+    """Adds up the seconds spent in watched modules."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def watch(self, name: str, module: nn.Module) -> None:
+        def begin(*_: Any) -> None:
+            self.seconds[name] -= self.now()
+
+        def end(*_: Any) -> None:
+            self.seconds[name] += self.now()
+
+        module.register_forward_pre_hook(begin)
+        module.register_forward_hook(end)
+
+    def time(self, action: Callable[[], object]) -> dict[str, float]:
+        """Seconds of an action: of each watched module, and "all"."""
+        self.seconds.clear()
+        started = self.now()
+        action()
+        return {**self.seconds, "all": self.now() - started}
+
+
+def matmul_rate(dtype: torch.dtype, watch: Stopwatch, repeats: int = 20) -> float:
+    """Operations per second of a product of two square matrices, over about as long as a picture takes."""
+    a, b = (torch.randn(SIDE, SIDE, device=watch.device).to(dtype) for _ in range(2))
+    return repeats * 2 * SIDE**3 / watch.time(lambda: [a @ b for _ in range(repeats)])["all"]
+
+
+def count_operations(pipeline: MoSPipeline, recipe: Recipe) -> dict[str, int]:
+    """Operations (two per multiply-add) of all matrix products of one picture, by part; steps and branches included."""
+    # The counter does not know by itself what attention is called on a CPU.
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    attention = {on_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+        pipeline.draw(recipe)
+    counts = {name: sum(kinds.values()) for name, kinds in counter.get_flop_counts().items()}
+    tower = type(pipeline.tower).__name__
+    return {"tower and router": counts[tower], "router": counts.get(f"{tower}.router", 0)}
+
+
+def recipe_of(bundle: Bundle, precision: str, number: int) -> Recipe:
+    """The bundle's own size and settings; every picture another prompt and seed."""
+    width, height = bundle.index.canvas.native
+    return make_recipe(
+        prompt=PROMPTS[number % len(PROMPTS)],
+        model=bundle.ref,
+        seed=number,
+        width=width,
+        height=height,
+        precision=precision,
+        **bundle.index.defaults.model_dump(),
+    )
+
+
+def main() -> None:
+    pictures = int(sys.argv[1]) if len(sys.argv) > 1 else 8
+    quieten()
+    bundle, device = find_bundle(RunSettings().model), choose_device("auto")
+    precision = choose_precision(device)
+    tower = fetch_with_progress(bundle.index.understanding)
+    pipeline = MoSPipeline(bundle, tower, device=device, precision=precision)
+    operations = count_operations(pipeline, recipe_of(bundle, precision, 0))
+
+    watch = Stopwatch(device)
+    watch.watch("understanding", pipeline.understanding.model)
+    if pipeline.tower.router is not None:
+        watch.watch("router", pipeline.tower.router)
+    for block in pipeline.tower.blocks:
+        watch.watch("blocks", block)
+    drawn: list[dict[str, float]] = []
+    rates: list[dict[str, float]] = []
+    for number in range(pictures + 1):
+        # A picture drawn alone reads both of its prompts.
+        pipeline._read.cache_clear()
+        recipe = recipe_of(bundle, precision, number)
+        drawn.append(watch.time(lambda recipe=recipe: pipeline.draw(recipe)))
+        rates.append({name: matmul_rate(dtype, watch) for name, dtype in DTYPES.items()})
+    # The first is the warm-up.
+    drawn, rates = drawn[1:], rates[1:]
+
+    seconds = {name: statistics.median(times[name] for times in drawn) for name in drawn[0]}
+    seconds["rest"] = statistics.median(2 * times["all"] - sum(times.values()) for times in drawn)
+    floors = [operations["tower and router"] / rate[precision] for rate in rates]
+    ratio = statistics.median(times["all"] / floor for times, floor in zip(drawn, floors, strict=True))
+
+    print(f"{bundle.ref} {recipe.width}x{recipe.height}, {recipe.steps} steps, cfg {recipe.cfg:g} in ", end="")
+    print(f"{recipe.cfg_interval}, {precision}, {device_name(device)}, {torch.get_num_threads()} threads")
+    print(f"\n| of {pictures} pictures | median |\n| --- | --- |")
+    print(f"| seconds per picture | {seconds.pop('all'):.3f} |")
+    for name, value in seconds.items():
+        print(f"|   {name} | {value:.3f} |")
+    for name, count in operations.items():
+        print(f"| GFLOP, {name} | {count / 1e9:.2f} |")
+    for name in DTYPES:
+        print(f"| GFLOP/s of a large product, {name} | {statistics.median(rate[name] for rate in rates) / 1e9:.0f} |")
+    print(f"| floor, seconds | {statistics.median(floors):.3f} |")
+    print(f"| seconds / floor | {ratio:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

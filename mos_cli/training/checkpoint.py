@@ -1,0 +1,57 @@
+"""Checkpoints of a run: one folder each, whole or not at all, readable by any number of processes.
+
+PyTorch's distributed checkpoints: each process writes its part, and what n processes wrote, m can read.
+"""
+
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load as read
+from torch.distributed.checkpoint.state_dict_saver import save as write
+
+from mos_cli.errors import InputError
+
+CHECKPOINTS = "checkpoints"
+# Said even where a single process is what was asked for.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint of a run's folder; its name is the number of steps done."""
+    return max(_all(folder), default=None)
+
+
+def save(folder: Path, step: int, state: dict[str, Any], accelerator: Accelerator) -> None:
+    """Writes a checkpoint, then removes the older ones: at no moment is there none. All processes call it."""
+    target = folder / CHECKPOINTS / f"{step:08d}"
+    unfinished = target.with_name(f"{target.name}.unfinished")
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.parent.mkdir(exist_ok=True)
+    accelerator.wait_for_everyone()
+    write(state, checkpoint_id=unfinished, no_dist=accelerator.num_processes == 1)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if not target.exists():
+            unfinished.rename(target)
+        for other in (folder / CHECKPOINTS).iterdir():
+            if other != target:
+                shutil.rmtree(other)
+    accelerator.wait_for_everyone()
+
+
+def load(path: Path, state: dict[str, Any], accelerator: Accelerator) -> None:
+    """Fills the tensors of `state` in place; raises InputError if the checkpoint is damaged."""
+    try:
+        read(state, checkpoint_id=path, no_dist=accelerator.num_processes == 1)
+    except (CheckpointException, Exception) as error:  # damage shows as anything; the first is no Exception
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"the checkpoint {path} is damaged ({reason[-1][:120]}): delete it to start anew") from None
+
+
+def _all(folder: Path) -> list[Path]:
+    return [path for path in (folder / CHECKPOINTS).glob("*") if path.name.isdigit()]

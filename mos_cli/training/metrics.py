@@ -1,0 +1,94 @@
+"""What a run says of itself: a CSV of every step, TensorBoard, and a plot of the loss.
+
+Shapes: M understanding layers, J generation blocks.
+"""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from mos_cli.runtime.files import atomic_file, atomic_write
+
+METRICS, PLOT, TENSORBOARD = "metrics.csv", "loss.png", "tensorboard"
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """One line of the log: a step's numbers over all processes.
+
+    `route_entropy` is that of the layers a block chose, in nats, averaged over the blocks (0 = always the same ones,
+    ln(M) = all alike); `block_entropy` has it for each block. `layer_use` are the layers' shares over all blocks.
+    """
+
+    step: int
+    loss: float
+    gradient_norm: float
+    images_per_second: float
+    route_entropy: float
+    layer_use: tuple[float, ...]
+    block_entropy: tuple[float, ...]
+
+
+class Journal:
+    """Keeps the metrics of the run in `folder`; only the main process writes.
+
+    Args:
+        step: where the run is taken up; what was written of later steps is about to be made again and dropped.
+    """
+
+    def __init__(self, folder: Path, step: int, accelerator: Accelerator) -> None:
+        self.folder, self.accelerator = folder, accelerator
+        if accelerator.is_main_process:
+            _forget_after(folder / METRICS, step)
+        accelerator.init_trackers(TENSORBOARD, init_kwargs={"tensorboard": {"purge_step": step + 1}})
+
+    def write(self, lines: list[Metrics]) -> None:
+        """Adds steps to the CSV and to TensorBoard."""
+        if not self.accelerator.is_main_process:
+            return
+        path = self.folder / METRICS
+        new = not path.exists()
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if new:
+                layers = [f"layer_{index}" for index in range(len(lines[0].layer_use))]
+                writer.writerow(["step", "loss", "gradient_norm", "images_per_second", "route_entropy", *layers])
+            for line in lines:
+                values = [line.loss, line.gradient_norm, line.images_per_second, line.route_entropy, *line.layer_use]
+                writer.writerow([line.step, *(f"{value:.6g}" for value in values)])
+        for line in lines:
+            scalars = {"loss": line.loss, "gradient_norm": line.gradient_norm, "route_entropy": line.route_entropy}
+            scalars |= {f"layer_use/{layer}": share for layer, share in enumerate(line.layer_use)}
+            scalars |= {f"block_entropy/{block}": nats for block, nats in enumerate(line.block_entropy)}
+            scalars["images_per_second"] = line.images_per_second
+            self.accelerator.log(scalars, step=line.step)
+
+    def plot(self) -> None:
+        """Draws the losses so far, and their running mean, on a logarithmic scale."""
+        if not self.accelerator.is_main_process:
+            return
+        from matplotlib.figure import Figure
+
+        with (self.folder / METRICS).open(encoding="utf-8") as file:
+            points = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+        smooth = [points[0][1]]
+        for step, loss in points[1:]:
+            # About a tenth of the run so far is averaged, however long it is.
+            smooth.append(smooth[-1] + 10 / (10 + step) * (loss - smooth[-1]))
+        steps, losses = zip(*points, strict=True)
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot(steps, losses, linewidth=0.5, alpha=0.4)
+        axes.plot(steps, smooth)
+        axes.set(xlabel="step", ylabel="loss", yscale="log")
+        with atomic_file(self.folder / PLOT, overwrite=True) as path:
+            figure.savefig(path, dpi=120)
+
+
+def _forget_after(path: Path, step: int) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if not line[0].isdigit() or int(line.split(",")[0]) <= step]
+    if kept != lines:
+        atomic_write(path, "".join(kept).encode(), overwrite=True)

@@ -1,0 +1,58 @@
+"""What a step minimises, as one module: launchers wrap it whole, for many processes or for sharding.
+
+Shapes: B batch, T context tokens, M understanding layers, J generation blocks, K kept layers.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mos_cli.sampling.flow import velocity_loss
+from mos_cli.towers.generation import GenerationTower
+from mos_cli.towers.router import Route
+from mos_cli.training.batches import Batch
+
+
+class Objective(nn.Module):
+    """Batch in; out come the loss and how the routes use the layers, [J, M], each block's shares summing to 1.
+
+    Args:
+        epsilon: probability of exploring a random route.
+    """
+
+    _no_split_modules: ClassVar = GenerationTower._no_split_modules
+
+    def __init__(self, tower: GenerationTower, epsilon: float) -> None:
+        super().__init__()
+        self.tower, self.epsilon = tower, epsilon
+        self._compute: Any = self._plain
+
+    def compile_whole(self) -> None:
+        """Compiles the computation as one graph, for static shapes."""
+        self._compute = torch.compile(self._plain, dynamic=False)
+
+    def compile_blocks(self) -> None:
+        """Compiles block by block, as sharding needs it: each block's weights come and go around its call."""
+        for block in self.tower.blocks:
+            block.compile(dynamic=False)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self._compute(batch.z0_BCHW, batch.z_BCHW, batch.t_B, batch.states_BTMS, batch.mask_BT)
+
+    def _plain(
+        self, z0_BCHW: Tensor, z_BCHW: Tensor, t_B: Tensor, states_BTMS: Tensor, mask_BT: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        bank = self.tower.read(states_BTMS, mask_BT)
+        x_hat, route = self.tower(z_BCHW, t_B, bank, epsilon=self.epsilon)
+        return velocity_loss(x_hat, z0_BCHW, t_B), layer_use(route, mask_BT, states_BTMS.shape[2])
+
+
+def layer_use(route: Route, mask_BT: Tensor, layers: int) -> Tensor:
+    """Share of each block's choices that fell on each layer, [J, M]; padding is left out."""
+    ids_BTJK = route.shared_by(*mask_BT.shape).ids_BTJK
+    counted = mask_BT[:, :, None, None].expand_as(ids_BTJK).float()
+    # Sums by index: selecting by mask or counting with bincount would make an accelerator wait.
+    use_JM = counted.new_zeros(ids_BTJK.shape[2], layers)
+    use_JM = use_JM.scatter_add(1, ids_BTJK.permute(2, 0, 1, 3).flatten(1), counted.permute(2, 0, 1, 3).flatten(1))
+    return use_JM / use_JM.sum(dim=1, keepdim=True)

@@ -1,0 +1,45 @@
+"""The models a recipe names: found, fetched once, and pinned by what was found."""
+
+from pathlib import Path
+
+import torch
+
+from mos_cli.runtime.bundles import load_tower_spec
+from mos_cli.runtime.files import sha256_of
+from mos_cli.runtime.sources import fetch_tower, hub_snapshot
+from mos_cli.runtime.specs import TOWER_SUFFIXES, HubSource, TowerSpec
+from mos_cli.towers.autoencoder import Autoencoder, Latents, Pixels
+
+
+def find_understanding(reference: str) -> tuple[TowerSpec, Path]:
+    """An understanding tower by name, .json file or hub id: its description and its folder.
+
+    A hub id is described as found: the files of the newest revision, with their hashes, so that a bundle made with it
+    pins what it was trained with. Raises ModelError if it cannot be had.
+    """
+    if "/" not in reference or reference.endswith(".json"):
+        spec = load_tower_spec(reference)
+        return spec, fetch_tower(spec)
+    folder = hub_snapshot(reference, None, [f"*{suffix}" for suffix in TOWER_SUFFIXES if suffix != ".gguf"])
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in TOWER_SUFFIXES]
+    spec = TowerSpec(
+        schema="mos-tower/1",
+        name=reference.rpartition("/")[2],
+        description=f"{reference}, from the model hub",
+        license="see the model's card",
+        format="safetensors",
+        files={path.name: sha256_of(path) for path in files},
+        size=sum(path.stat().st_size for path in files),
+        sources=(HubSource(kind="hub", repo_id=reference, revision=folder.name),),
+    )
+    return spec, folder
+
+
+def find_autoencoder(reference: str | None, device: torch.device) -> Autoencoder:
+    """The autoencoder of a folder or hub id, in fp32; without a reference the pixels themselves."""
+    if reference is None:
+        return Pixels()
+    folder = Path(reference).expanduser()
+    if not folder.is_dir():
+        folder = hub_snapshot(reference, None, ["*.json", "*.safetensors"])
+    return Latents(folder, dtype=torch.float32, device=str(device))

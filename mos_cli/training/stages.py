@@ -1,0 +1,68 @@
+"""The course of a run: which stage a step belongs to, with what settings, and how fast it learns."""
+
+from dataclasses import dataclass
+
+from mos_cli.training.recipe import CaptionedTable, DataTable, TrainRecipe
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage with everything settled; `first` is its first step, counted over the whole run."""
+
+    name: str
+    first: int
+    steps: int
+    canvas: int
+    batch: int
+    muon_lr: float
+    adamw_lr: float
+    time_mean: float
+    data: DataTable | CaptionedTable
+
+
+@dataclass(frozen=True)
+class Course:
+    """All stages of a run in their order."""
+
+    stages: tuple[Stage, ...]
+    warmup: int
+    decay: float
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage of a step; the last one's for the end of the run."""
+        return next(stage for stage in reversed(self.stages) if stage.first <= step)
+
+    def rate(self, step: int) -> float:
+        """The share of a stage's learning rates at a step: a warm-up, then 1, then down to 0 at the end."""
+        left = (self.steps - step) / (self.decay * self.steps)
+        return max(0.0, min(1.0, (step + 1) / max(1, self.warmup), left))
+
+
+def course(recipe: TrainRecipe) -> Course:
+    """The recipe's stages; without [[stages]] the [train] table is the only one, at the bundle's own size."""
+    train, stages, first = recipe.train, [], 0
+    if train.steps is not None:
+        native = recipe.bundle.canvas.native[0]
+        whole = Stage(
+            "train", 0, train.steps, native, train.batch, train.muon_lr, train.adamw_lr, train.time_mean, recipe.data
+        )
+        return Course((whole,), train.warmup, train.decay)
+    for table in recipe.stages:
+        stage = Stage(
+            name=table.name,
+            first=first,
+            steps=table.steps,
+            canvas=table.canvas,
+            batch=table.batch or train.batch,
+            muon_lr=table.muon_lr or train.muon_lr,
+            adamw_lr=table.adamw_lr or train.adamw_lr,
+            time_mean=train.time_mean if table.time_mean is None else table.time_mean,
+            data=table.data or recipe.data,
+        )
+        stages.append(stage)
+        first += table.steps
+    return Course(tuple(stages), train.warmup, train.decay)

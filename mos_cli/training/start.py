@@ -1,0 +1,63 @@
+"""The network a run starts from: fresh, or with the weights of a bundle.
+
+Shapes: D width, C channels, p side of a patch.
+"""
+
+import torch
+from torch import Tensor
+
+from mos_cli.errors import UsageError
+from mos_cli.runtime.bundles import find_bundle, verify_bundle
+from mos_cli.towers.generation import GenerationTower
+from mos_cli.training.recipe import TrainRecipe
+
+
+def start_tower(recipe: TrainRecipe) -> GenerationTower:
+    """The recipe's network, with the weights of the bundle it starts from, if it names one.
+
+    The patches may be larger than the bundle's by a whole factor: the network then begins by drawing the bundle's
+    pictures enlarged, on as many tokens (progressive resolution at equal cost).
+
+    Raises:
+        ModelError: the bundle cannot be had or is damaged.
+        UsageError: the network cannot be built, or the bundle's weights do not fit into it.
+    """
+    try:
+        tower = GenerationTower(**recipe.generation)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"the recipe's [generation] is wrong: {error}") from None
+    if recipe.start_from is not None:
+        bundle = find_bundle(recipe.start_from)
+        verify_bundle(bundle)
+        start = GenerationTower.from_pretrained(
+            bundle.folder / "generation", use_safetensors=True, torch_dtype=torch.float32
+        )
+        try:
+            tower.load_state_dict(enlarged_weights(start, tower.patch))
+        except (RuntimeError, ValueError) as error:
+            raise UsageError(f"the network cannot start from {recipe.start_from}: {error}") from None
+    return tower
+
+
+def enlarged_weights(start: GenerationTower, patch: int) -> dict[str, Tensor]:
+    """The weights of `start` for patches of side `patch`: it sees the mean of what stands for a pixel now, and paints it.
+
+    Raises:
+        ValueError: `patch` is no multiple of the start's.
+    """
+    factor, rest = divmod(patch, start.patch)
+    if rest:
+        raise ValueError(f"patches of {patch} are no multiple of patches of {start.patch}")
+    weights = dict(start.state_dict())
+    for name in ("patches_in.weight", "router.patches_in.weight"):
+        if name in weights:
+            weights[name] = _enlarged(weights[name], start.patch, factor) / factor**2
+    weights["patches_out.weight"] = _enlarged(weights["patches_out.weight"].T, start.patch, factor).T
+    weights["patches_out.bias"] = _enlarged(weights["patches_out.bias"], start.patch, factor)
+    return weights
+
+
+def _enlarged(values: Tensor, patch: int, factor: int) -> Tensor:
+    """[..., C p p] -> [..., C (f p) (f p)], every value repeated in a square."""
+    squares = values.unflatten(-1, (-1, patch, patch))
+    return squares.repeat_interleave(factor, -1).repeat_interleave(factor, -2).flatten(-3)

@@ -1,0 +1,245 @@
+"""Scenes are what their captions say, are drawn as Pillow would, and keep their hands off what is held out."""
+
+from random import Random
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from pydantic import ValidationError
+
+from mos_cli.training.scenes.captions import caption
+from mos_cli.training.scenes.compositor import Compositor
+from mos_cli.training.scenes.description import (
+    DEFAULT_STYLE,
+    Arrangement,
+    Description,
+    Relation,
+    Thing,
+    held_out,
+    held_out_style,
+)
+from mos_cli.training.scenes.grounds import PAINTS, SCENERIES, WHITE, Ground, ground
+from mos_cli.training.scenes.layout import Placed, Scene, lay_out
+from mos_cli.training.scenes.vocabulary import COLOURS, STYLES, Vocabulary, Word, plural, with_article
+from mos_cli.training.scenes.writer import SceneWriter
+
+NAMES = ("dog", "apple", "cat", "owl", "unicorn", "bus", "key", "cheese")
+HANDS = (DEFAULT_STYLE, "noto")
+NUMBERS = {"a": 1, "an": 1, "two": 2, "2": 2, "pair": 2, "three": 3, "3": 3, "four": 4, "4": 4}
+
+
+def sprites() -> torch.Tensor:
+    """A disc for every word and hand, of its own colour and lightness, premultiplied RGBA, [V, 32, 32, 4]."""
+    y, x = np.mgrid[:32, :32] - 15.5
+    alpha = (np.clip(14 - np.hypot(x, y), 0, 1) * 255)[..., None]
+    colours = np.random.default_rng(0).integers(60, 255, (len(NAMES) * len(HANDS), 3))
+    discs = [np.concatenate([alpha * colour / 255, alpha], axis=-1) for colour in colours]
+    return torch.from_numpy(np.stack(discs).round().astype(np.uint8))
+
+
+VOCABULARY = Vocabulary(
+    {
+        name: Word((name,), {style: 2 * row + offset for offset, style in enumerate(HANDS)})
+        for row, name in enumerate(NAMES)
+    },
+    HANDS,
+    sprites(),
+)
+seeds = st.integers(0, 2**32)
+
+
+def described(seed: int) -> tuple[Description, Scene, str]:
+    random = Random(seed)
+    description = SceneWriter(VOCABULARY).describe(random)
+    return description, lay_out(description, VOCABULARY, random), caption(description, VOCABULARY, random)
+
+
+@given(seeds)
+def test_a_scene_holds_the_things_described_and_no_others(seed: int) -> None:
+    description, scene, _ = described(seed)
+    shown = sorted((NAMES[placed.picture // 2], placed.tint) for placed in scene.objects)
+    said = [(t.word, COLOURS[t.colour][0] if t.colour else None) for t in description.things for _ in range(t.count)]
+    assert shown == sorted(said)
+    assert {HANDS[placed.picture % 2] for placed in scene.objects} == {description.style}
+    assert scene.ground == ground(description.ground)
+
+
+@given(seeds)
+def test_a_caption_names_every_thing_with_its_number_and_colour(seed: int) -> None:
+    description, _, text = described(seed)
+    words = text.replace(",", " ").split()
+    for thing in description.things:
+        noun = plural(thing.word) if thing.count > 1 else thing.word
+        assert words.count(noun) == 1
+        before = words[: words.index(noun)]
+        if thing.colour:
+            assert before.pop() in COLOURS[thing.colour][1]
+        if thing.size:
+            before.pop()
+        if thing.count > 1:
+            number = before[-2] if before[-1] == "of" else before[-1]
+            assert NUMBERS[number] == thing.count
+    unsaid = set(NAMES) - {thing.word for thing in description.things}
+    assert not unsaid & set(words)
+
+
+@given(seeds)
+def test_a_caption_tells_the_style_and_the_ground_only_if_the_description_does(seed: int) -> None:
+    description, _, text = described(seed)
+    text = f" {text} ".replace(",", " ")
+    told = {style for style in HANDS if any(f" {name} " in text for name in STYLES[style])}
+    assert told == ({description.style} if description.style_named else set())
+    if description.ground in SCENERIES:
+        assert any(phrase in text for phrase in (description.ground, *SCENERIES[description.ground][1]))
+    elif description.ground is not None:
+        assert description.ground in text
+    else:
+        assert not any(f" {word} " in text for word in ("background", "gradient", "wall", "ground", *SCENERIES))
+
+
+@given(seeds)
+def test_objects_stand_as_the_relation_says(seed: int) -> None:
+    random = Random(seed)
+    relation = random.choice(get_args(Relation))
+    things = (Thing(word="dog"), Thing(word="key"))
+    description = Description(things=things, relation=relation, style="noto")
+    objects = {
+        NAMES[placed.picture // 2]: (depth, placed)
+        for depth, placed in enumerate(lay_out(description, VOCABULARY, random).objects)
+    }
+    (dog_depth, dog), (key_depth, key) = objects["dog"], objects["key"]
+    assert {
+        "left": key.x - dog.x > 0.3,
+        "right": dog.x - key.x > 0.3,
+        "above": key.y - dog.y > 0.3,
+        "below": dog.y - key.y > 0.3,
+        "on": dog.y < key.y and dog_depth > key_depth and key.y - key.side / 2 < dog.y + dog.side / 2,
+        "inside": dog.side < key.side / 2 and dog_depth > key_depth,
+        "behind": dog_depth < key_depth and abs(dog.y - key.y) < (dog.side + key.side) / 2,
+    }[relation]
+
+
+@given(seeds)
+def test_objects_stay_on_the_canvas_and_are_large_enough_to_be_seen(seed: int) -> None:
+    _, scene, _ = described(seed)
+    for placed in scene.objects:
+        assert placed.x - placed.side / 2 > -0.1
+        assert placed.x + placed.side / 2 < 1.1
+        assert placed.y - placed.side / 2 > -0.1
+        assert placed.y + placed.side / 2 < 1.1
+        assert placed.side > 0.14
+
+
+@pytest.mark.parametrize("arrangement", get_args(Arrangement))
+def test_arrangements_have_their_shape(arrangement: str) -> None:
+    description = Description(things=(Thing(word="dog", count=4),), arrangement=arrangement, style="noto")
+    objects = lay_out(description, VOCABULARY, Random(0)).objects
+    xs, ys = (np.array([getattr(placed, axis) for placed in objects]) for axis in ("x", "y"))
+    if arrangement == "row":
+        assert np.ptp(ys) < 0.05
+        assert np.diff(xs).min() > 0.15
+    elif arrangement == "ring":
+        distances = np.hypot(xs - 0.5, ys - 0.5)
+        assert np.allclose(distances, 0.3, atol=0.04)
+    else:
+        assert sorted(ys.round(1))[0] < 0.5 < sorted(ys)[1]
+
+
+@given(seeds)
+def test_what_is_held_out_is_never_drawn(seed: int) -> None:
+    description, _, _ = described(seed)
+    words = [thing.word for thing in description.things]
+    assert not any(held_out(a, b) for a in words for b in words if a != b)
+    assert not any(held_out_style(word, description.style) for word in words)
+
+
+def test_something_is_held_out_whatever_the_order_but_never_the_default_style() -> None:
+    words = [f"word {index}" for index in range(100)]
+    pairs = [(a, b) for a in words for b in words if a < b]
+    assert 0.04 < np.mean([held_out(a, b) for a, b in pairs]) < 0.09
+    assert all(held_out(a, b) == held_out(b, a) for a, b in pairs)
+    assert 0.01 < np.mean([held_out_style(word, "noto") for word in words]) < 0.12
+    assert not any(held_out_style(word, DEFAULT_STYLE) for word in words)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"things": [{"word": "dog", "count": 3}, {"word": "cat", "count": 2}]},
+        {"things": [{"word": "dog"}], "relation": "left"},
+        {"things": [{"word": "dog", "count": 2}], "place": "left"},
+        {"things": [{"word": "dog"}], "arrangement": "row"},
+    ],
+)
+def test_what_cannot_be_drawn_is_no_description(wrong: dict) -> None:
+    with pytest.raises(ValidationError):
+        Description(**wrong, style="noto")
+
+
+def test_english_is_good() -> None:
+    assert [with_article(noun) for noun in ("owl", "unicorn", "hourglass")] == ["an owl", "a unicorn", "an hourglass"]
+    assert [plural(noun) for noun in ("slice of cake", "mouse", "bus")] == ["slices of cake", "mice", "buses"]
+
+
+def pillow_reference(scene: Scene, canvas: int) -> np.ndarray:
+    """The same scene by Pillow: its antialiased resize and its alpha composite; objects on whole pixels."""
+    picture = Image.new("RGBA", (canvas, canvas), (*(round(value * 255) for value in scene.ground.top), 255))
+    for placed in scene.objects:
+        side = round(placed.side * canvas)
+        sprite = Image.fromarray(VOCABULARY.sprites_VHW4[placed.picture].numpy(), "RGBa")
+        layer = Image.new("RGBa", picture.size)
+        layer.paste(
+            sprite.resize((side, side), Image.Resampling.BILINEAR),
+            (round(placed.x * canvas - side / 2), round(placed.y * canvas - side / 2)),
+        )
+        picture.alpha_composite(layer.convert("RGBA"))
+    return np.asarray(picture.convert("RGB")).astype(int)
+
+
+@pytest.mark.parametrize("side", [12, 20, 32, 48])
+def test_the_compositor_agrees_with_pillow(side: int) -> None:
+    """Two overlapping objects, shrunk, as they are and enlarged. What is left is Pillow's rounding of each step and the
+    outermost pixel, where it stretches the border and we let it fade."""
+    objects = tuple(
+        Placed(picture, (side / 2 + at) / 64, (side / 2 + at) / 64, side / 64) for picture, at in ((0, 4), (5, 9))
+    )
+    scene = Scene(objects, Ground(PAINTS["teal"], PAINTS["teal"]))
+    drawn = Compositor(VOCABULARY.sprites_VHW4).draw([scene], 64)
+    ours = ((drawn[0].permute(1, 2, 0).numpy() + 1) * 127.5).round()
+    difference = np.abs(ours - pillow_reference(scene, 64))
+    assert difference.max() <= 6
+    assert difference.mean() < 0.3
+
+
+def test_a_scene_is_drawn_alike_alone_and_in_a_batch() -> None:
+    scenes = [described(seed)[1] for seed in range(12)]
+    compositor = Compositor(VOCABULARY.sprites_VHW4)
+    together = compositor.draw(scenes, 48)
+    alone = torch.cat([compositor.draw([scene], 48) for scene in scenes])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_grounds_fade_or_part_at_the_horizon() -> None:
+    red, blue = (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)
+    nothing = Placed(0, 0.5, 0.5, 0.01)
+    scenes = [
+        Scene((nothing,), Ground(red, blue)),
+        Scene((nothing,), Ground(red, blue, 0.25)),
+        Scene((nothing,), WHITE),
+    ]
+    fading, parted, white = ((picture + 1) / 2 for picture in Compositor(VOCABULARY.sprites_VHW4).draw(scenes, 16))
+    assert torch.all(fading[2, 1:, 0] > fading[2, :-1, 0])
+    assert torch.equal(parted[0, :, 0], torch.tensor([1.0] * 4 + [0.0] * 12))
+    assert white[:, 0, 0].tolist() == pytest.approx(list(PAINTS["white"]))
+
+
+def test_paint_gives_every_sprite_its_colour() -> None:
+    paint, _ = COLOURS["green"]
+    for picture in range(len(VOCABULARY.sprites_VHW4)):
+        drawn = Compositor(VOCABULARY.sprites_VHW4).draw([Scene((Placed(picture, 0.5, 0.5, 0.8, paint),), WHITE)], 32)
+        middle = (drawn[0, :, 16, 16] + 1) / 2
+        assert middle.tolist() == pytest.approx(list(paint), abs=0.05)
