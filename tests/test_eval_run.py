@@ -269,6 +269,6 @@ def test_mistakes_on_the_command_line(mos: Callable[..., Result], bundle: Bundle
     assert "mos data build" in no_art.stderr
     no_judge = mos("eval", "--art", art_folder, "--judge", tmp_path)
     assert no_judge.exit_code == 4
-    assert "judge.json" in no_judge.stderr
+    assert "mos train-judge" in no_judge.stderr
     assert mos("eval", "--size", "33").exit_code == 2
     assert mos("eval", "--limit", "0").exit_code == 2

@@ -82,7 +82,7 @@ def evaluate(
 def train_judge(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the judge to.")],
     art: ArtFile = None,
-    steps: Annotated[int, typer.Option(min=10, help="Training steps.")] = 2000,
+    steps: Annotated[int, typer.Option(min=10, help="Training steps.")] = 4000,
 ) -> None:
     """Train the judge of `mos eval` from the art file, and show how much it sees of true scenes.
 

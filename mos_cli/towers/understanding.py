@@ -4,9 +4,11 @@ Shapes: B batch, T context tokens, M layers (embedding output included), S width
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from tokenizers import Encoding
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
@@ -24,11 +26,24 @@ class Token:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the tower understood of a batch of prompts: states_BTMS, mask_BT (True = a real token), tokens."""
+    """What the tower understood of a batch of prompts: states_BTMS, mask_BT (True = a real token), and its tokens."""
 
     states_BTMS: Tensor
     mask_BT: Tensor
-    tokens: tuple[tuple[Token, ...], ...]
+    prompts: tuple[str, ...]
+    encodings: list[Encoding]
+
+    @cached_property
+    def tokens(self) -> tuple[tuple[Token, ...], ...]:
+        """The tokens of every prompt, without padding. Made when asked for: training never does."""
+        return tuple(
+            tuple(
+                Token(text, *span) if prompt else Token(text, 0, 0)
+                for text, span, real in zip(encoding.tokens, encoding.offsets, encoding.attention_mask, strict=True)
+                if real
+            )
+            for prompt, encoding in zip(self.prompts, self.encodings, strict=True)
+        )
 
 
 class UnderstandingTower:
@@ -84,7 +99,6 @@ class UnderstandingTower:
             return_tensors="pt",
             padding=True,
             padding_side="right",
-            return_offsets_mapping=True,
             verbose=False,
         )
         if batch["input_ids"].shape[1] > self.max_tokens:
@@ -104,19 +118,7 @@ class UnderstandingTower:
         finally:
             hook.remove()
         states_BTMS = torch.stack([*hidden[:-1], raw_last[0]], dim=2)
-        tokens = tuple(
-            tuple(
-                Token(text, start, end) if prompt else Token(text, 0, 0)
-                for text, (start, end), real in zip(
-                    self.tokenizer.convert_ids_to_tokens(row), spans, keeps, strict=True
-                )
-                if real
-            )
-            for prompt, row, spans, keeps in zip(
-                prompts, ids_BT.tolist(), batch["offset_mapping"].tolist(), mask_BT.tolist(), strict=True
-            )
-        )
-        return Reading(states_BTMS, mask_BT.bool(), tokens)
+        return Reading(states_BTMS, mask_BT.bool(), tuple(prompts), batch.encodings)
 
 
 def _layers(model: nn.Module) -> nn.ModuleList:

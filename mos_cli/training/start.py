@@ -40,7 +40,7 @@ def start_tower(recipe: TrainRecipe) -> GenerationTower:
 
 
 def enlarged_weights(start: GenerationTower, patch: int) -> dict[str, Tensor]:
-    """The weights of `start` for patches of side `patch`: it sees the mean of what stands for a pixel now, and paints it.
+    """The weights of `start` for larger patches: it sees the mean of what stands for a pixel now, and paints it.
 
     Raises:
         ValueError: `patch` is no multiple of the start's.

@@ -25,7 +25,7 @@ from mos_cli.runtime.specs import Frozen, Sha256, read_json
 SIDE = 128
 """Side of the pictures the judge looks at, in pixels; others are scaled to it."""
 CELLS = 32
-THRESHOLD = 0.3
+THRESHOLD = 0.2
 """Least score of a detection."""
 INDEX, WEIGHTS = "judge.json", "judge.safetensors"
 
@@ -135,6 +135,8 @@ class Judge:
     """
 
     def __init__(self, folder: Path) -> None:
+        if not (folder / INDEX).is_file():
+            raise ModelError(f"there is no judge in {folder}: mos train-judge --output {folder} makes one")
         index = read_json(JudgeIndex, folder / INDEX)
         if problem := bad_file(folder, {WEIGHTS: index.sha256}):
             raise ModelError(f"{problem} in {folder}: `mos train-judge` makes a judge")
