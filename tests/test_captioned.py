@@ -1,6 +1,7 @@
 """Training data in files: folders, an index, shards; and what is said of those that cannot be used."""
 
 import json
+import re
 import tarfile
 from pathlib import Path
 from random import Random
@@ -13,6 +14,7 @@ from tiny_training import write_discs
 
 from mos_cli.errors import InputError
 from mos_cli.training.captioned import load_captioned, to_device
+from mos_cli.training.recipe import CaptionedTable, load_recipe
 
 
 @pytest.fixture
@@ -92,3 +94,15 @@ def test_what_cannot_be_used_is_named(discs: Path, tmp_path: Path) -> None:
     (discs / "metadata.jsonl").write_text('{"file_name": "none.png", "text": "x"}\n')
     with pytest.raises(InputError, match=r"there is no .*none\.png"):
         load_captioned(discs)
+
+
+def test_a_shipped_recipe_is_shown_whole_and_makes_a_start(mos, tmp_path: Path) -> None:
+    """What docs/training.md does: print a recipe, put one's own pictures in."""
+    result = mos("train", "train-smoke", "--show")
+    assert result.exit_code == 0
+    mine = tmp_path / "mine.toml"
+    mine.write_text(result.stdout)
+    assert load_recipe(str(mine)) == load_recipe("train-smoke")
+    own = re.sub(r"\[data\].*?\n\n", '[data]\nkind = "captioned"\npath = "cats"\n\n', result.stdout, flags=re.DOTALL)
+    mine.write_text(own)
+    assert load_recipe(str(mine)).data == CaptionedTable(kind="captioned", path="cats")

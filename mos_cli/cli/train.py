@@ -30,16 +30,24 @@ def train(
         str | None,
         typer.Option(help="Moving average to export: 0.05 or 0.10 of the run wide.", show_default="the recipe's"),
     ] = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Print the recipe and stop: a start for one of your own.")
+    ] = False,
 ) -> None:
     """Train a model and export it as a bundle. Ctrl-C stops after the step at hand; the same command goes on.
 
     On several GPUs or machines: accelerate launch -m mos_cli train RECIPE; with --use_fsdp the network is sharded.
     """
     from mos_cli.runtime.quiet import quieten
+    from mos_cli.training.recipe import load_recipe, recipe_path
 
+    if show:
+        console.out.print(
+            recipe_path(recipe).read_text(encoding="utf-8"), end="", markup=False, highlight=False, soft_wrap=True
+        )
+        return
     quieten()
     from mos_cli.training.art.file import data_folder
-    from mos_cli.training.recipe import load_recipe
     from mos_cli.training.run import export as export_bundle
     from mos_cli.training.run import train as run_training
     from mos_cli.training.stages import course

@@ -33,7 +33,7 @@ class DataTable(Frozen):
     kind: Literal["scenes"] = "scenes"
     styles: tuple[str, ...] = Field(min_length=1)
     words: dict[str, tuple[str, ...]]
-    """Names in the art file to the names captions use; in a recipe also the name of a TOML file beside it."""
+    """Names in the art file to the names captions use; in a recipe also a TOML file, its own or a preset."""
 
     @model_validator(mode="after")
     def _enough_words(self) -> Self:
@@ -110,8 +110,6 @@ class TrainRecipe(Frozen):
     autoencoder: str | None = None
     """A diffusers autoencoder, as a folder or hub id; without one the model draws in pixels."""
     start_from: str | None = None
-    """A bundle whose weights the network starts with."""
-    start_from: str | None = None
     """A bundle whose weights the run starts with; see `training.start`."""
     bundle: BundleTable
     data: Data
@@ -129,6 +127,17 @@ class TrainRecipe(Frozen):
         return self
 
 
+def recipe_path(name_or_path: str) -> Path:
+    """The file of a recipe: a path, or the name of one of the presets (`train-NAME`); raises InputError."""
+    path = Path(name_or_path)
+    if not path.is_file():
+        path = presets_folder() / f"{name_or_path}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in presets_folder().glob("train-*.toml")))
+        raise InputError(f"no recipe '{name_or_path}': give a TOML file or one of {known}")
+    return path
+
+
 def load_recipe(name_or_path: str, overrides: dict[str, Any] | None = None) -> TrainRecipe:
     """Reads a recipe by path, or by name from the presets (`train-NAME.toml`).
 
@@ -140,16 +149,12 @@ def load_recipe(name_or_path: str, overrides: dict[str, Any] | None = None) -> T
         InputError: there is no such recipe, or it is not TOML.
         UsageError: a value is missing, unknown or out of range.
     """
-    path = Path(name_or_path)
-    if not path.is_file():
-        path = presets_folder() / f"{name_or_path}.toml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in presets_folder().glob("train-*.toml")))
-        raise InputError(f"no recipe '{name_or_path}': give a TOML file or one of {known}")
+    path = recipe_path(name_or_path)
     table = _read_toml(path)
     for data in [table.get("data"), *(stage.get("data") for stage in table.get("stages", []))]:
         if data and isinstance(data.get("words"), str):
-            data["words"] = _read_toml(path.parent / data["words"])
+            own = path.parent / data["words"]
+            data["words"] = _read_toml(own if own.is_file() else presets_folder() / data["words"])
     overrides = dict(overrides or {})
     if table.get("stages") and (steps := overrides.pop("steps", None)):
         before = sum(stage["steps"] for stage in table["stages"][:-1])
