@@ -27,8 +27,8 @@ from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, sample
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.training.art.file import data_folder, load_art
 from mos_cli.training.evaluation.bench import CATEGORIES, Entry, make_bench
-from mos_cli.training.evaluation.checks import passes
-from mos_cli.training.evaluation.judge import Judge, judge_path
+from mos_cli.training.evaluation.examine import Examiner, TrueScenes
+from mos_cli.training.evaluation.judge import Judge, judge_folder
 from mos_cli.training.loop import Trainer
 from mos_cli.training.recipe import TrainRecipe, load_recipe
 from mos_cli.training.run import prepare
@@ -109,8 +109,10 @@ def one(name: str, seed: int, target: Path, steps: int, art: Path) -> None:
     trainer = prepare(recipe, art, target)
     losses: list[float] = []
     trainer.run(lambda metrics: losses.append(metrics.loss), lambda _trainer: None)
-    entries = make_bench(load_vocabulary(load_art(art), recipe.data), PROMPTS)
-    passed = judged(trainer, entries)
+    opened = load_art(art)
+    entries = make_bench(load_vocabulary(opened, recipe.data), PROMPTS)
+    examiner = Examiner(Judge(judge_folder()), TrueScenes(opened), entries, recipe.bundle.canvas.native[0])
+    _, passed = examiner.examine(drawn(trainer, entries))
     result = {
         "variant": name,
         "seed": seed,
@@ -149,11 +151,11 @@ def table(folder: Path) -> None:
 
 def variant(name: str, seed: int, steps: int) -> TrainRecipe:
     """The recipe of one run; its feed-forward layers are sized so that all of a tower's variants are equally large."""
-    base = load_recipe(str(RECIPE)).model_dump(exclude_none=True)
+    base: dict[str, Any] = load_recipe(str(RECIPE)).model_dump(exclude_none=True)
     tower, changes = VARIANTS[name]
     for change in (tower, changes, {"train": {"seed": seed} | ({"steps": steps} if steps else {})}):
-        base = {key: value | change.get(key, {}) if isinstance(value, dict) else change.get(key, value)
-                for key, value in base.items()}  # fmt: skip
+        for key, value in change.items():
+            base[key] = base[key] | value if isinstance(value, dict) else value
     reference = parameters(load_recipe(str(RECIPE)).generation | tower.get("generation", {}))
     sizes = base["generation"]
     excess = (parameters(sizes) - reference) / (3 * sizes["width"] * sizes["depth"])
@@ -168,24 +170,22 @@ def parameters(generation: dict[str, Any]) -> int:
 
 
 @torch.no_grad()
-def judged(trainer: Trainer, entries: tuple[Entry, ...]) -> list[bool]:
-    """Draws every prompt from the noise of its place in the list with the averaged weights, and looks."""
+def drawn(trainer: Trainer, entries: tuple[Entry, ...]) -> torch.Tensor:
+    """Draws every prompt from the noise of its place in the list with the averaged weights, [B, 3, H, W]."""
     tower, device, recipe = trainer.averaged_tower(), trainer.device, trainer.recipe
     side, defaults = recipe.bundle.canvas.native[0], recipe.bundle.defaults
     noise = torch.randn(len(entries), 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
-    guidance, scheduler = Guidance(defaults.cfg, defaults.cfg_interval), FlowMatchEulerDiscreteScheduler()
-    judge, passed = Judge(judge_path()), []
+    guidance, scheduler, pictures = Guidance(defaults.cfg, defaults.cfg_interval), FlowMatchEulerDiscreteScheduler(), []
     for start in range(0, len(entries), BATCH):
-        part = entries[start : start + BATCH]
+        prompts = [entry.prompt for entry in entries[start : start + BATCH]]
         banks = {}
-        for branch, prompts in {POSITIVE: [entry.prompt for entry in part], NEGATIVE: [""] * len(part)}.items():
-            reading = trainer.batches.understanding.read(prompts)
+        for branch, texts in {POSITIVE: prompts, NEGATIVE: [""] * len(prompts)}.items():
+            reading = trainer.batches.understanding.read(texts)
             banks[branch] = tower.read(reading.states_BTMS.to(device), reading.mask_BT.to(device))
-        z = sample(
-            tower, noise[start : start + BATCH], banks, steps=defaults.steps, guidance=guidance, scheduler=scheduler
-        )
-        passed += [passes(entry, seen) for entry, seen in zip(part, judge.look(z.clamp(-1, 1).cpu()), strict=True)]
-    return passed
+        part = noise[start : start + BATCH]
+        z = sample(tower, part, banks, steps=defaults.steps, guidance=guidance, scheduler=scheduler)
+        pictures.append(z.clamp(-1, 1).cpu())
+    return torch.cat(pictures)
 
 
 def _slug(name: str) -> str:

@@ -23,6 +23,7 @@ from mos_cli.runtime.sources import fetch_tower
 from mos_cli.training.art.file import SCHEMA, Art, load_art
 from mos_cli.training.evaluation.augment import spoilt, turned, turned_point
 from mos_cli.training.evaluation.bench import CATEGORIES, bench_data, read_bench
+from mos_cli.training.evaluation.examine import Examiner, TrueScenes
 from mos_cli.training.evaluation.features import FEATURES, EfficientNetLite0, features_of, features_spec
 from mos_cli.training.evaluation.judge import CELLS, SIDE, Judge, JudgeConfig, JudgeNet, judge_folder, save_judge
 from mos_cli.training.evaluation.judge_training import (
@@ -36,7 +37,7 @@ from mos_cli.training.evaluation.judge_training import (
 )
 from mos_cli.training.evaluation.kid import kid
 from mos_cli.training.evaluation.results import Evaluation
-from mos_cli.training.evaluation.run import Bench, TrueScenes, evaluate
+from mos_cli.training.evaluation.run import Bench, evaluate
 
 EXTRA = "emojione"
 """A style the recipe does not learn."""
@@ -252,6 +253,16 @@ def test_an_evaluation_from_bundle_to_table(pipeline: MoSPipeline, art: Art, tmp
     assert {path: path.stat().st_mtime_ns for path in drawn[1:]} == before
     with pytest.raises(InputError, match="other settings"):
         evaluate(pipeline, bench, folder, settings(steps=2), lambda *what: None)
+
+
+def test_a_style_is_told_by_comparison_with_true_scenes(art: Art, tmp_path: Path):
+    true, entries = TrueScenes(art), [entry for entry in read_bench(20) if entry.category == "style"]
+    examiner = Examiner(tiny_judge(tmp_path, tuple(bench_data().words)), true, entries, canvas=32)
+    right = [entry.description.style for entry in entries]
+    likest = examiner.likest(true.draw(entries, 32, take=0))
+    assert sum(a == b for a, b in zip(likest, right, strict=True)) >= 15
+    likest = examiner.likest(true.draw(entries, 32, take=0, style="fluent-3d"))
+    assert likest.count("fluent-3d") >= 15
 
 
 def test_what_cannot_be_judged_is_refused(pipeline: MoSPipeline, art: Art, tmp_path: Path):

@@ -61,10 +61,11 @@ def evaluate(
     quieten()
     from mos_cli.training.art.file import data_folder, load_art
     from mos_cli.training.evaluation.bench import read_bench
+    from mos_cli.training.evaluation.examine import TrueScenes
     from mos_cli.training.evaluation.features import features_spec, load_features
     from mos_cli.training.evaluation.judge import Judge, judge_folder
     from mos_cli.training.evaluation.results import markdown
-    from mos_cli.training.evaluation.run import Bench, TrueScenes
+    from mos_cli.training.evaluation.run import Bench
     from mos_cli.training.evaluation.run import evaluate as run_evaluation
 
     entries, judging = read_bench(limit), Judge(judge or judge_folder())
@@ -93,10 +94,11 @@ def train_judge(
     quieten()
     from mos_cli.training.art.file import data_folder, load_art
     from mos_cli.training.evaluation.bench import bench_data, read_bench
+    from mos_cli.training.evaluation.examine import Examiner, TrueScenes
     from mos_cli.training.evaluation.judge import SIDE, Judge
     from mos_cli.training.evaluation.judge_training import load_sprites
     from mos_cli.training.evaluation.judge_training import train_judge as run_training
-    from mos_cli.training.evaluation.run import TrueScenes, ceiling, scores
+    from mos_cli.training.evaluation.run import scores
 
     opened, entries = load_art(art or data_folder()), read_bench()
     with _bars("loss {task.fields[loss]:.3f}") as advance:
@@ -107,7 +109,7 @@ def train_judge(
             log=lambda step, loss: advance("training", step, steps, loss),
         )
     judge = Judge(output)
-    passed = ceiling(judge, TrueScenes(opened), entries, SIDE)
+    passed = Examiner(judge, TrueScenes(opened), entries, SIDE).ceiling()
     _print_scores(scores(entries, [takes[0] for takes in passed], passed))
     console.out.print(f"{output}  sha256 {judge.hash}", markup=False, soft_wrap=True)
 

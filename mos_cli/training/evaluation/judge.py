@@ -1,4 +1,4 @@
-"""The judge: a small detector that says which words stand where in a picture, in which colour and by which hand.
+"""The judge: a small detector that says which words stand where in a picture and in which colour.
 
 It is trained on true scenes only (see judge_training) and is what SceneBench is scored with.
 
@@ -52,15 +52,15 @@ class JudgeIndex(Frozen):
 class Detection:
     """One object seen: its centre in picture widths (x right, y down), and a score in 0..1 for it being that word.
 
-    `colour` is the paint it looks most like, whether it is painted or not; `style` the likest of the styles known.
+    `colour` is the paint it looks most like, whether it is painted or not; `style` the hand, where it was compared.
     """
 
     word: str
     colour: str
-    style: str
     x: float
     y: float
     score: float
+    style: str | None = None
 
 
 class JudgeNet(nn.Module):
@@ -106,7 +106,10 @@ class JudgeNet(nn.Module):
         return self.centre(self.mix(joined))[:, 0], levels
 
     def name(self, levels: list[Tensor], rows_N: Tensor, y_N: Tensor, x_N: Tensor) -> tuple[Tensor, ...]:
-        """Logits of words, colours and styles at some cells of some pictures, [N, words], [N, colours], [N, styles]."""
+        """Logits of words, colours and styles at some cells of some pictures, [N, words], [N, colours], [N, styles].
+
+        Styles are asked in training only, for features that tell hands apart; see `Judge.features`.
+        """
         seen = [level[rows_N, :, y_N >> scale, x_N >> scale] for scale, level in enumerate(levels)]
         whole = levels[-1].mean(dim=(2, 3))[rows_N]
         return self.what(torch.cat([*seen, whole], dim=1)).split(self.answers, dim=1)
@@ -150,14 +153,23 @@ class Judge:
         """The objects in pictures with values in -1..1 and of any square size, surest first."""
         return [seen for part in pictures_B3HW.split(64) for seen in self._look(part)]
 
-    def _look(self, pictures_B3HW: Tensor) -> list[tuple[Detection, ...]]:
+    @torch.inference_mode()
+    def features(self, pictures_B3HW: Tensor) -> Tensor:
+        """The means of all scales, [B, F]: how a picture looks, wherever in it things are."""
+        parts = [self._net(part)[1] for part in pictures_B3HW.split(64)]
+        return torch.cat([torch.cat([level.mean(dim=(2, 3)) for level in levels], dim=1) for levels in parts])
+
+    def _net(self, pictures_B3HW: Tensor) -> tuple[Tensor, list[Tensor]]:
         if pictures_B3HW.shape[-1] != SIDE:
             pictures_B3HW = F.interpolate(pictures_B3HW, (SIDE, SIDE), mode="bilinear", antialias=True)
-        logits, levels = self.net(pictures_B3HW)
+        return self.net(pictures_B3HW)
+
+    def _look(self, pictures_B3HW: Tensor) -> list[tuple[Detection, ...]]:
+        logits, levels = self._net(pictures_B3HW)
         centres = logits.sigmoid()
         peaks = (centres == F.max_pool2d(centres[:, None], 5, 1, 2)[:, 0]) & (centres >= THRESHOLD)
         found = peaks.nonzero()
-        words, colours, styles = self.net.name(levels, *found.unbind(dim=1))
+        words, colours, _ = self.net.name(levels, *found.unbind(dim=1))
         sure, word = words.softmax(dim=1).max(dim=1)
         seen: list[list[Detection]] = [[] for _ in pictures_B3HW]
         for index, (row, y, x) in enumerate(found.tolist()):
@@ -167,7 +179,6 @@ class Judge:
                     Detection(
                         word=self.config.words[int(word[index])],
                         colour=self.config.colours[int(colours[index].argmax())],
-                        style=self.config.styles[int(styles[index].argmax())],
                         x=(x + 0.5) / CELLS,
                         y=(y + 0.5) / CELLS,
                         score=score,

@@ -34,11 +34,11 @@ class KidScore(Frozen):
 
 
 class Seen(Frozen):
-    """One object that the judge saw, its centre in picture widths."""
+    """One object that the judge saw, its centre in picture widths; the style where the prompt asks for one."""
 
     word: str
     colour: str
-    style: str
+    style: str | None
     x: float
     y: float
     score: float

@@ -14,15 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mos_cli.errors import InputError, ModelError, UsageError
+from mos_cli.errors import InputError, UsageError
 from mos_cli.pipeline import MoSPipeline
 from mos_cli.runtime.files import atomic_write, sha256_of
 from mos_cli.runtime.outputs import png, read_picture
 from mos_cli.runtime.recipe import Recipe, make_recipe
 from mos_cli.runtime.sheet import COLUMNS, contact_sheet
-from mos_cli.training.art.file import Art
-from mos_cli.training.evaluation.bench import CATEGORIES, FILE, Entry, bench_data
-from mos_cli.training.evaluation.checks import passes
+from mos_cli.training.evaluation.bench import CATEGORIES, FILE, Entry
+from mos_cli.training.evaluation.examine import Examiner, TrueScenes
 from mos_cli.training.evaluation.features import features_of
 from mos_cli.training.evaluation.judge import Judge
 from mos_cli.training.evaluation.kid import kid
@@ -36,32 +35,12 @@ from mos_cli.training.evaluation.results import (
     overall,
     score,
 )
-from mos_cli.training.scenes.compositor import Compositor
-from mos_cli.training.scenes.layout import lay_out
-from mos_cli.training.scenes.vocabulary import load_vocabulary
 
-TRUE_SCENES = 4
-"""True scenes per prompt, for a steady ceiling; the first of each is what KID compares with."""
 CHECKED = 50
 """Pictures on the sheet for checking the judge by eye."""
 
 Advance = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
-
-
-class TrueScenes:
-    """The scenes the prompts describe, as the compositor draws them from the art."""
-
-    def __init__(self, art: Art) -> None:
-        self.vocabulary = load_vocabulary(art, bench_data())
-        self.compositor = Compositor(self.vocabulary.sprites_VHW4)
-        self.art_hash = art.manifest.sha256
-
-    def draw(self, entries: Sequence[Entry], canvas: int, take: int) -> Tensor:
-        """One picture per entry, [B, 3, H, W] in -1..1; another `take` is another scene of the same description."""
-        scenes = [lay_out(entry.description, self.vocabulary, Random(f"true/{entry.id}/{take}")) for entry in entries]
-        parts = [scenes[start : start + 64] for start in range(0, len(scenes), 64)]
-        return torch.cat([self.compositor.draw(part, canvas) for part in parts])
 
 
 @dataclass(frozen=True)
@@ -72,13 +51,6 @@ class Bench:
     judge: Judge
     features: nn.Module
     true: TrueScenes
-
-
-def _check_words(judge: Judge, entries: Sequence[Entry]) -> None:
-    """Raises ModelError if the bench asks for a word that the judge has not learned."""
-    asked = {thing.word for entry in entries for thing in entry.description.things}
-    if unknown := sorted(asked - set(judge.config.words)):
-        raise ModelError(f"the judge has not learned {', '.join(unknown[:3])}: run mos train-judge")
 
 
 def evaluate(pipeline: MoSPipeline, bench: Bench, folder: Path, common: dict[str, Any], advance: Advance) -> Evaluation:
@@ -96,7 +68,7 @@ def evaluate(pipeline: MoSPipeline, bench: Bench, folder: Path, common: dict[str
     """
     if common["width"] != common["height"]:
         raise UsageError(f"true scenes are square: {common['width']}x{common['height']} cannot be compared with them")
-    _check_words(bench.judge, bench.entries)
+    examiner = Examiner(bench.judge, bench.true, bench.entries, common["width"])
     images = []
     for number, entry in enumerate(bench.entries, start=1):
         recipe = make_recipe(prompt=entry.prompt, seed=entry.seed, **common)
@@ -104,9 +76,8 @@ def evaluate(pipeline: MoSPipeline, bench: Bench, folder: Path, common: dict[str
         advance("drawing", number, len(bench.entries))
     pictures = torch.stack([_tensor(image) for image in images])
     advance("judging", 0, 2)
-    seen = bench.judge.look(pictures)
-    passed = [passes(entry, what) for entry, what in zip(bench.entries, seen, strict=True)]
-    true_passed = ceiling(bench.judge, bench.true, bench.entries, common["width"])
+    seen, passed = examiner.examine(pictures)
+    true_passed = examiner.ceiling()
     advance("judging", 1, 2)
     true_pictures = bench.true.draw(bench.entries, common["width"], take=0)
     distance = kid(features_of(bench.features, pictures), features_of(bench.features, true_pictures))
@@ -128,12 +99,6 @@ def evaluate(pipeline: MoSPipeline, bench: Bench, folder: Path, common: dict[str
     _write(evaluation, images, bench.entries, folder)
     advance("judging", 2, 2)
     return evaluation
-
-
-def ceiling(judge: Judge, true: TrueScenes, entries: Sequence[Entry], canvas: int) -> list[list[bool]]:
-    """Which true scenes pass: one list per entry."""
-    takes = [judge.look(true.draw(entries, canvas, take)) for take in range(TRUE_SCENES)]
-    return [[passes(entry, take[index]) for take in takes] for index, entry in enumerate(entries)]
 
 
 def scores(entries: Sequence[Entry], passed: list[bool], true_passed: list[list[bool]]) -> tuple[Score, ...]:
