@@ -30,7 +30,7 @@ from mos_cli.training.evaluation.bench import CATEGORIES, Entry, make_bench
 from mos_cli.training.evaluation.examine import Examiner, TrueScenes
 from mos_cli.training.evaluation.judge import Judge, judge_folder
 from mos_cli.training.loop import Trainer
-from mos_cli.training.recipe import TrainRecipe, load_recipe
+from mos_cli.training.recipe import DataTable, TrainRecipe, load_recipe
 from mos_cli.training.run import prepare
 from mos_cli.training.scenes.vocabulary import load_vocabulary
 
@@ -110,6 +110,7 @@ def one(name: str, seed: int, target: Path, steps: int, art: Path) -> None:
     losses: list[float] = []
     trainer.run(lambda metrics: losses.append(metrics.loss), lambda _trainer: None)
     opened = load_art(art)
+    assert isinstance(recipe.data, DataTable)
     entries = make_bench(load_vocabulary(opened, recipe.data), PROMPTS)
     examiner = Examiner(Judge(judge_folder()), TrueScenes(opened), entries, recipe.bundle.canvas.native[0])
     _, passed = examiner.examine(drawn(trainer, entries))
