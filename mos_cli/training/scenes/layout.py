@@ -81,7 +81,7 @@ def _single(description: Description) -> Spot:
 def _touching(relation: str, random: Random) -> list[Spot]:
     aside = random.uniform(-0.08, 0.08)
     if relation == "on":
-        return [(0.5 + aside, 0.27, 0.38), (0.5, 0.68, 0.54)]
+        return [(0.5 + aside, 0.3, 0.38), (0.5, 0.68, 0.54)]
     if relation == "inside":
         return [(0.5, 0.52, 0.36), (0.5, 0.5, 0.86)]
     return [(0.5 + 2 * aside, 0.33, 0.52), (0.5, 0.66, 0.52)]
