@@ -32,6 +32,20 @@ def _tokenizer(folder: Path, *, marks: bool) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=24, **special).save_pretrained(folder)
 
 
+def tower_spec(folder: Path) -> TowerSpec:
+    """Describes the small encoder in `folder`, which is also where it comes from."""
+    return TowerSpec(
+        schema="mos-tower/1",
+        name="tiny-encoder",
+        license="Apache-2.0",
+        description="random",
+        format="safetensors",
+        files={name: sha256_of(folder / name) for name in TOWER_FILES},
+        size=1,
+        sources=(FolderSource(kind="folder", path=str(folder)),),
+    )
+
+
 @pytest.fixture(scope="session")
 def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A three-layer BERT with random weights."""
@@ -79,16 +93,7 @@ def bundle(tmp_path: Path, encoder_folder: Path, cache: Path, monkeypatch: pytes
     tower = GenerationTower(**sizes, states_layers=4, states_width=32)
     awake(tower).save_pretrained(folder / "generation")
     FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
-    spec = TowerSpec(
-        schema="mos-tower/1",
-        name="tiny-encoder",
-        license="Apache-2.0",
-        description="random",
-        format="safetensors",
-        files={name: sha256_of(encoder_folder / name) for name in TOWER_FILES},
-        size=1,
-        sources=(FolderSource(kind="folder", path=str(encoder_folder)),),
-    )
+    spec = tower_spec(encoder_folder)
     monkeypatch.setenv("MOS_MODELS", str(folder.parent))
     monkeypatch.setenv("MOS_MODEL", "tiny")
     return write_index(

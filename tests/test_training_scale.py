@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import tiny_training as tiny
 import torch
-from conftest import TOWER_FILES
 
 from mos_cli.errors import InputError
 from mos_cli.runtime.bundles import read_bundle, verify_bundle
@@ -42,7 +41,7 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_gives_the_same_losses(tmp_path: Path, encoder_folder: Path) -> None:
-    recipe = tiny.write_recipe(tmp_path, encoder_folder, TOWER_FILES, steps=60, save_every=5)
+    recipe = tiny.write_recipe(tmp_path, encoder_folder, steps=60, save_every=5)
     whole = finish(tmp_path / "whole", recipe)
     folder = tmp_path / "killed"
     for kill_after in (7, 23):
@@ -65,7 +64,7 @@ def test_two_processes_follow_one(tmp_path: Path, encoder_folder: Path) -> None:
 
     The routes explored depend on the process, so with exploration the losses differ as those of two seeds.
     """
-    recipe = tiny.write_recipe(tmp_path, encoder_folder, TOWER_FILES, steps=12, epsilon=0.0)
+    recipe = tiny.write_recipe(tmp_path, encoder_folder, steps=12, epsilon=0.0)
     one = finish(tmp_path / "one", recipe)
     two = finish(tmp_path / "two", recipe, processes=2)
     assert two == pytest.approx(one, rel=1e-3)
@@ -74,7 +73,7 @@ def test_two_processes_follow_one(tmp_path: Path, encoder_folder: Path) -> None:
 @pytest.mark.slow
 def test_a_sharded_run_saves_resumes_and_exports_the_same_bundle(tmp_path: Path, encoder_folder: Path) -> None:
     """Two processes shard the network (FSDP2); what they saved, one process takes up whole. Tolerance as above."""
-    recipe = tiny.write_recipe(tmp_path, encoder_folder, TOWER_FILES, steps=12, epsilon=0.0)
+    recipe = tiny.write_recipe(tmp_path, encoder_folder, steps=12, epsilon=0.0)
     one = finish(tmp_path / "one", recipe)
     sharded = tmp_path / "sharded"
     short = finish(sharded, recipe, "--steps", 6, "--ema", "0.10", processes=2, shard=True)

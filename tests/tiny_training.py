@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from conftest import tower_spec
 from PIL import Image
 
-from mos_cli.runtime.files import sha256_of
-from mos_cli.runtime.specs import FolderSource, TowerSpec
 from mos_cli.towers.autoencoder import Pixels
 from mos_cli.towers.understanding import UnderstandingTower
 from mos_cli.training.batches import Batches, Share, Source
@@ -108,20 +107,10 @@ def write_discs(folder: Path, count: int = 6) -> None:
         (folder / f"{name}.txt").write_text(f"a {name} apple\n")
 
 
-def write_recipe(folder: Path, encoder: Path, files: tuple[str, ...], **train: Any) -> Path:
+def write_recipe(folder: Path, encoder: Path, **train: Any) -> Path:
     """A recipe file that the command line can run on discs in a folder, without any art or network."""
     write_discs(folder / "discs")
-    spec = TowerSpec(
-        schema="mos-tower/1",
-        name="tiny-encoder",
-        license="Apache-2.0",
-        description="random",
-        format="safetensors",
-        files={name: sha256_of(encoder / name) for name in files},
-        size=1,
-        sources=(FolderSource(kind="folder", path=str(encoder)),),
-    )
-    (folder / "tower.json").write_text(spec.model_dump_json())
+    (folder / "tower.json").write_text(tower_spec(encoder).model_dump_json())
     data = {"kind": "captioned", "path": str(folder / "discs")}
     table = {**TABLE, "understanding": str(folder / "tower.json"), "data": data, "train": {**TABLE["train"], **train}}
     path = folder / "tiny.toml"

@@ -50,7 +50,7 @@ class Objective(nn.Module):
 
 def layer_use(route: Route, mask_BT: Tensor, layers: int) -> Tensor:
     """Share of each block's choices that fell on each layer, [J, M]; padding is left out."""
-    ids_BTJK = route.shared_by(*mask_BT.shape).ids_BTJK
+    ids_BTJK = route.ids_BTJK
     counted = mask_BT[:, :, None, None].expand_as(ids_BTJK).float()
     # Sums by index: selecting by mask or counting with bincount would make an accelerator wait.
     use_JM = counted.new_zeros(ids_BTJK.shape[2], layers)

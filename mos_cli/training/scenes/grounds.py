@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-RGB = tuple[float, float, float]
+from mos_cli.training.scenes.vocabulary import RGB
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ COLOURS: dict[str, tuple[RGB, tuple[str, ...]]] = {
     "white": ((0.97, 0.97, 0.97), ("white",)),
 }
 """The colours a thing can be painted in: the paint and its names."""
-PAINTS = {name for _, names in COLOURS.values() for name in names}
+COLOUR_NAMES = {name for _, names in COLOURS.values() for name in names}
 
 NO_SINGULAR = {
     "cherries",
@@ -73,7 +73,7 @@ class Word:
         return [
             name
             for name in self.names
-            if not (counted and name in NO_SINGULAR | NO_PLURAL) and not (painted and PAINTS & set(name.split()))
+            if not (counted and name in NO_SINGULAR | NO_PLURAL) and not (painted and COLOUR_NAMES & set(name.split()))
         ]
 
 

@@ -1,6 +1,6 @@
 """Thinks up the scenes that are trained on, never those held out for measuring."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from random import Random
 from typing import get_args
 
@@ -20,15 +20,8 @@ from mos_cli.training.scenes.grounds import PAINTS, SCENERIES
 from mos_cli.training.scenes.layout import Scene, lay_out
 from mos_cli.training.scenes.vocabulary import COLOURS, Vocabulary
 
-
-@dataclass(frozen=True)
-class Mixture:
-    """Shares of the kinds of scenes; they need not sum to 1."""
-
-    single: float = 0.4
-    pair: float = 0.3
-    count: float = 0.15
-    group: float = 0.15
+KINDS = {"single": 0.4, "pair": 0.3, "count": 0.15, "group": 0.15}
+"""How often each kind of scene is written."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +29,6 @@ class SceneWriter:
     """Scenes with captions, at random."""
 
     vocabulary: Vocabulary
-    mixture: Mixture = Mixture()
 
     def write(self, random: Random) -> tuple[Scene, str]:
         """One scene and its caption; everything random comes from `random`."""
@@ -46,8 +38,7 @@ class SceneWriter:
     def describe(self, random: Random) -> Description:
         """What one picture shows."""
         style = DEFAULT_STYLE if random.random() < 0.2 else random.choice(self.vocabulary.styles)
-        kinds = [field.name for field in fields(self.mixture)]
-        (kind,) = random.choices(kinds, [getattr(self.mixture, name) for name in kinds])
+        (kind,) = random.choices(list(KINDS), list(KINDS.values()))
         layout = getattr(self, f"_{kind}")(style, random)
         return Description(
             **layout,
