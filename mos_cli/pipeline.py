@@ -22,8 +22,9 @@ from mos_cli.runtime.bundles import Bundle, verify_bundle
 from mos_cli.runtime.devices import device_name, device_threads
 from mos_cli.runtime.recipe import PictureRecord, Recipe, provenance
 from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, Observer, Step, sample
-from mos_cli.towers.autoencoder import Autoencoder, Latents, Pixels, to_image
-from mos_cli.towers.generation import GenerationTower, StateBank
+from mos_cli.towers.autoencoder import Autoencoder, Pixels, load_autoencoder, to_image
+from mos_cli.towers.bank import StateBank
+from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.layers import ATTENTION
 from mos_cli.towers.understanding import Token, UnderstandingTower
 
@@ -78,7 +79,7 @@ class MoSPipeline:
                 bundle.folder / "scheduler"
             )
             if (bundle.folder / "autoencoder").is_dir():
-                self.autoencoder = Latents(bundle.folder / "autoencoder", dtype=dtype, device=str(device))
+                self.autoencoder = load_autoencoder(bundle.folder / "autoencoder", dtype=dtype, device=str(device))
         except (OSError, ValueError, RuntimeError, TypeError) as error:
             raise ModelError(f"the bundle in {bundle.folder} cannot be loaded: {error}") from None
         self.tower.eval().requires_grad_(False).to(device)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mos_cli.sampling.flow import logit_normal, noised, velocity, velocity_loss
 from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, Step, sample, times
 from mos_cli.towers.autoencoder import Latents, Pixels
-from mos_cli.towers.generation import StateBank
+from mos_cli.towers.bank import StateBank
 from mos_cli.towers.router import Route
 
 ROUTE = Route(torch.zeros(1, 1, 1, 2, dtype=torch.long), torch.full((1, 1, 1, 2), 0.5))

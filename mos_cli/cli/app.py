@@ -10,13 +10,13 @@ from mos_cli import __version__
 from mos_cli.cli import console
 from mos_cli.cli.data import data_app
 from mos_cli.cli.doctor import doctor
-from mos_cli.cli.eval import evaluate, train_judge
+from mos_cli.cli.eval import evaluate
 from mos_cli.cli.generate import generate
 from mos_cli.cli.inspect_routing import inspect_routing
 from mos_cli.cli.models import models_app
 from mos_cli.cli.presets import presets_app
 from mos_cli.cli.replay import replay
-from mos_cli.cli.train import train
+from mos_cli.cli.train import train, train_enlarger, train_judge
 from mos_cli.errors import INTERRUPTED, InputError, MosError
 
 
@@ -73,6 +73,7 @@ app.add_typer(data_app, name="data")
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(train_judge)
+app.command()(train_enlarger)
 
 
 def main() -> None:

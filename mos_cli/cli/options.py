@@ -1,5 +1,6 @@
 """Options that several commands share, declared once."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,4 +32,7 @@ Trace = Annotated[
         help="Routing trace beside the picture: off, summary, or topk (every decision).",
         show_default="topk",
     ),
+]
+ArtFile = Annotated[
+    Path | None, typer.Option("--art", help="Art file or its folder.", show_default="where `mos data build` writes it")
 ]

@@ -1,4 +1,4 @@
-"""`mos train`: from a recipe and an art file to a bundle."""
+"""`mos train`: from a recipe and an art file to a bundle; and the two smaller networks that come with mos."""
 
 import os
 from pathlib import Path
@@ -8,15 +8,14 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mos_cli.cli import console
+from mos_cli.cli.bars import stage_bars
 from mos_cli.cli.interrupt import gentle_interrupt
+from mos_cli.cli.options import ArtFile
 
 
 def train(
     recipe: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped recipe (train-...).")],
-    art: Annotated[
-        Path | None,
-        typer.Option(help="Art file or its folder.", show_default="where `mos data build` writes it"),
-    ] = None,
+    art: ArtFile = None,
     run: Annotated[
         Path | None,
         typer.Option(help="Folder of the run; a run found there goes on.", show_default="runs/NAME"),
@@ -78,3 +77,64 @@ def train(
     trainer.accelerator.end_training()
     if bundle is not None:
         console.out.print(f"{bundle.folder}", soft_wrap=True)
+
+
+def train_judge(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the judge to.")],
+    art: ArtFile = None,
+    steps: Annotated[int, typer.Option(min=10, help="Training steps.")] = 4000,
+) -> None:
+    """Train the judge of `mos eval` from the art file, and show how much it sees of true scenes.
+
+    The same command gives another judge on another machine: tables compare only where the judge's hash is the same.
+    """
+    from mos_cli.cli.eval import print_scores
+    from mos_cli.runtime.quiet import quieten
+
+    quieten()
+    from mos_cli.training.art.file import data_folder, load_art
+    from mos_cli.training.evaluation.bench import bench_data, read_bench
+    from mos_cli.training.evaluation.examine import Examiner, TrueScenes
+    from mos_cli.training.evaluation.judge import SIDE, Judge
+    from mos_cli.training.evaluation.judge_training import load_sprites
+    from mos_cli.training.evaluation.judge_training import train_judge as run_training
+    from mos_cli.training.evaluation.run import scores
+
+    opened, entries = load_art(art or data_folder()), read_bench()
+    with stage_bars("loss {task.fields[loss]:.3f}") as advance:
+        run_training(
+            load_sprites(opened, bench_data()),
+            output,
+            steps=steps,
+            log=lambda step, loss: advance("training", step, steps, loss),
+        )
+    judge = Judge(output)
+    passed = Examiner(judge, TrueScenes(opened), entries, SIDE).ceiling()
+    print_scores(scores(entries, [takes[0] for takes in passed], passed))
+    console.out.print(f"{output}  sha256 {judge.hash}", markup=False, soft_wrap=True)
+
+
+def train_enlarger(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the enlarger to.")],
+    recipe: Annotated[str, typer.Option(help="The training recipe whose scenes it learns from.")] = "train-emoji",
+    art: ArtFile = None,
+    steps: Annotated[int, typer.Option(min=10, help="Training steps.")] = 1500,
+) -> None:
+    """Train the enlarger: the autoencoder of the small models, which draws pictures twice as large as their latents."""
+    from mos_cli.errors import UsageError
+    from mos_cli.runtime.quiet import quieten
+    from mos_cli.training.recipe import DataTable, load_recipe
+
+    scenes = load_recipe(recipe).data
+    if not isinstance(scenes, DataTable):
+        raise UsageError(f"{recipe} has captioned pictures for data: the enlarger learns from scenes")
+    quieten()
+    from mos_cli.runtime.devices import choose_device
+    from mos_cli.training.art.file import data_folder
+    from mos_cli.training.enlarging import train_enlarger as run_training
+    from mos_cli.training.run import find_source
+
+    source = find_source(scenes, art or data_folder(), choose_device("auto"))
+    with stage_bars("loss {task.fields[loss]:.4f}") as advance:
+        run_training(source, output, steps=steps, log=lambda step, loss: advance("training", step, steps, loss))
+    console.out.print(str(output), markup=False, soft_wrap=True)

@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor
 
 from mos_cli.sampling.flow import velocity
-from mos_cli.towers.generation import StateBank
+from mos_cli.towers.bank import StateBank
 from mos_cli.towers.router import Route
 
 

@@ -1,30 +1,22 @@
-"""Where the generation tower works: in pixels, or in the latents of any diffusers autoencoder.
+"""Where the generation tower works: in pixels, in small pictures, or in the latents of any diffusers autoencoder.
 
 Shapes: B batch, C channels of a latent, H x W its size; pictures are [B, 3, height, width] in -1..1.
 """
 
 from pathlib import Path
-from typing import Protocol
 
 import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.auto_model import AutoModel
+from diffusers.models.autoencoders.vae import DecoderTiny
+from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
 from torch import Tensor
 
 
-class Autoencoder(Protocol):
-    """Pictures to latents and back. `factor` is the number of picture pixels along a latent pixel."""
-
-    channels: int
-    factor: int
-
-    def encode(self, pictures: Tensor) -> Tensor: ...
-
-    def decode(self, z_BCHW: Tensor) -> Tensor: ...
-
-
 class Pixels:
-    """No autoencoder: latents are the pixels."""
+    """No autoencoder: latents are the pixels. `factor` is the number of picture pixels along a latent pixel."""
 
     channels = 3
     factor = 1
@@ -34,6 +26,35 @@ class Pixels:
 
     def decode(self, z_BCHW: Tensor) -> Tensor:
         return z_BCHW
+
+
+class Enlarger(ModelMixin, ConfigMixin):
+    """Latents are the picture at half its size; a convolutional network draws the whole one from it.
+
+    Args:
+        width: channels of the network.
+        blocks: residual blocks at the latent's size, and at the picture's.
+    """
+
+    channels = 3
+    factor = 2
+
+    @register_to_config
+    def __init__(self, *, width: int = 48, blocks: tuple[int, int] = (4, 1)) -> None:
+        super().__init__()
+        self.detail = DecoderTiny(
+            3, 3, tuple(blocks), (width, width), self.factor, act_fn="relu", upsample_fn="nearest"
+        )
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Tensor:
+        return F.avg_pool2d(pictures, self.factor)
+
+    def decode(self, z_BCHW: Tensor) -> Tensor:
+        z = z_BCHW.to(self.dtype)
+        smooth = F.interpolate(z, scale_factor=self.factor, mode="bilinear")
+        # The decoder's zero is black: what it adds to the smooth picture is to be zero there.
+        return (smooth + self.detail(z) + 1).float()
 
 
 class Latents:
@@ -64,6 +85,20 @@ class Latents:
     def decode(self, z_BCHW: Tensor) -> Tensor:
         z = z_BCHW / self.scale + self.shift
         return self.model.decode(z.to(self.model.dtype), return_dict=False)[0].float()
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+
+
+Autoencoder = Pixels | Enlarger | Latents
+
+
+def load_autoencoder(folder: Path, *, dtype: torch.dtype, device: str = "cpu") -> Enlarger | Latents:
+    """The autoencoder of a folder in diffusers' format; raises what diffusers does where it is damaged."""
+    if dict(Enlarger.load_config(str(folder)))["_class_name"] != Enlarger.__name__:
+        return Latents(folder, dtype=dtype, device=device)
+    enlarger = Enlarger.from_pretrained(str(folder), torch_dtype=dtype, use_safetensors=True)
+    return enlarger.eval().requires_grad_(False).to(device)  # type: ignore[arg-type]
 
 
 def to_image(pictures: Tensor) -> Image.Image:

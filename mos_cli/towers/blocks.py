@@ -1,6 +1,6 @@
 """One block of the generation tower, and the ways it can read its context.
 
-Shapes: B batch, T context tokens, N patches, L = T + N, D width.
+Shapes: B batch, R patches of the references, T context tokens, N patches, D width.
 """
 
 from typing import Literal
@@ -53,23 +53,34 @@ class GenerationBlock(nn.Module):
             nn.init.zeros_(linear.weight)
         self.modulation_bias.data[[2, 5]] = 1.0
 
+    def remember(self, x_BRD: Tensor, modulation_B6D: Tensor, positions: Rotary) -> tuple[Tensor, Tensor]:
+        """A clean reference passes the block, seeing itself alone: its patches, and their keys and values [B, R, 2 D].
+
+        Neither the noised patches nor the words take part, so that it is done once for all steps.
+        """
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self._modulation(modulation_B6D)
+        h = normed(x_BRD) * (1 + scale_a) + shift_a
+        x_BRD = x_BRD + gate_a * self.attention(h, positions)
+        return x_BRD + gate_m * self.mlp(normed(x_BRD) * (1 + scale_m) + shift_m), self.attention.keys_values(h)
+
     def forward(
         self,
         x_BLD: Tensor,
         context_BTD: Tensor,
         kept_BT1: Tensor,
+        reference_kv: Tensor | None,
         modulation_B6D: Tensor,
         positions: Rotary,
         mask_BL: Tensor | None,
     ) -> Tensor:
         """x is [context stream; patches] for "tokens" and "carried", else the patches alone.
 
-        `positions` and mask cover [context; patches] in any case. `kept_BT1` is the sum of a token's kept weights.
+        `positions` and mask cover [references; context; patches] in any case. `kept_BT1` is the sum of a token's kept
+        weights, `reference_kv` what this block remembers of the references.
         """
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
-            part[:, None] for part in (modulation_B6D + self.modulation_bias).unbind(1)
-        )
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self._modulation(modulation_B6D)
         tokens = context_BTD.shape[1]
+        references = 0 if reference_kv is None else reference_kv.shape[1]
         if self.reading != "carried":
             # The norm makes all contexts equally long: the sum of a token's kept weights is put back after it.
             context_BTD = self.norm_context(context_BTD) * kept_BT1
@@ -78,15 +89,23 @@ class GenerationBlock(nn.Module):
 
         h = normed(x_BLD) * (1 + scale_a) + shift_a
         if self.reading == "kv":
-            attended = self.attention(h, positions, self.context_kv(context_BTD), mask_BL)
+            context_kv = self.context_kv(context_BTD)
+            kv = context_kv if reference_kv is None else torch.cat([reference_kv, context_kv], dim=1)
+            attended = self.attention(h, positions, kv, mask_BL)
         elif self.reading == "cross":
-            # The patches see themselves alone, and none of them is padding.
-            attended = self.attention(h, positions[tokens:])
+            # No word takes part here, and nothing that does is padding.
+            pictures = positions[:references] + positions[references + tokens :]
+            attended = self.attention(h, pictures, reference_kv)
         else:
-            attended = self.attention(h, positions, mask_BL=mask_BL)
+            attended = self.attention(h, positions, reference_kv, mask_BL)
         x_BLD = x_BLD + gate_a * attended
         if self.reading == "cross":
-            x_BLD = x_BLD + self.cross(normed(x_BLD), context_BTD, positions, mask_BL)
+            mask = None if mask_BL is None else mask_BL[:, references:]
+            x_BLD = x_BLD + self.cross(normed(x_BLD), context_BTD, positions[references:], mask)
 
         h = normed(x_BLD) * (1 + scale_m) + shift_m
         return x_BLD + gate_m * self.mlp(h)
+
+    def _modulation(self, modulation_B6D: Tensor) -> list[Tensor]:
+        """Shift, scale and gate of the attention, then of the feed-forward layer, each [B, 1, D]."""
+        return [part[:, None] for part in (modulation_B6D + self.modulation_bias).unbind(1)]

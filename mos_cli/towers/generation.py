@@ -1,12 +1,11 @@
 """The generation tower: a diffusion transformer whose every block reads its own routed context.
 
 Method: Mixture of States (arXiv 2511.12207); predicts the clean image (x-prediction), time 1 = noise.
-Shapes: B batch, T context tokens, N patches, L = T + N, D width, S width of a state, R router width,
-M understanding layers, J generation blocks, K kept layers, C channels, H x W the latent's size.
+Shapes: B batch, T context tokens, V of them image tokens, R patches of the references, N patches, D width, S width of a
+state, Z widest state of an image token, M understanding layers, J generation blocks, C channels, H x W a latent's size.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -15,32 +14,24 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from mos_cli.towers.bank import References, StateBank, sight_positions
 from mos_cli.towers.blocks import Context, GenerationBlock, reading
-from mos_cli.towers.layers import EPS, TimeEmbedding, extended, normed, patchify, rotary, unpatchify
+from mos_cli.towers.layers import (
+    EPS,
+    TimeEmbedding,
+    extended,
+    grid_positions,
+    normed,
+    patchify,
+    rotary,
+    unpatchify,
+    word_positions,
+)
 from mos_cli.towers.router import Route, Router, choose_route, fixed_route
 
 Fusion = Literal["routed", "last", "aligned", "mean"]
 RouterInput = Literal["tokens", "latent", "time"]
 Routing = Literal["token", "sample"]
-
-
-@dataclass(frozen=True)
-class StateBank:
-    """A prompt's states, projected once for all steps: mixing rows of the bank equals projecting mixed states.
-
-    bank_BTMD holds every layer at the generation tower's width, router_BTR the router's view of the tokens (None where
-    there is no router). mask_BT (True = a real token) is None where nothing is padded, which is always so when drawing.
-    """
-
-    bank_BTMD: Tensor
-    router_BTR: Tensor | None
-    mask_BT: Tensor | None = None
-
-    def mix(self, route: Route, block: int) -> Tensor:
-        """Context of one block, [B, T, D]: the weighted sum of the kept layers of each token."""
-        ids_BTK, weights_BTK = route.ids_BTJK[:, :, block], route.weights_BTJK[:, :, block]
-        rows_BTKD = self.bank_BTMD.gather(2, ids_BTK[..., None].expand(-1, -1, -1, self.bank_BTMD.shape[-1]))
-        return (weights_BTK[..., None].to(rows_BTKD.dtype) * rows_BTKD).sum(dim=2)
 
 
 class GenerationTower(ModelMixin, ConfigMixin):
@@ -50,6 +41,7 @@ class GenerationTower(ModelMixin, ConfigMixin):
         channels, patch: the latent's channels and the side of a patch in latent pixels.
         width, depth, heads, hidden: sizes of the transformer; `hidden` is SwiGLU's inner width.
         states_layers, states_width: what the understanding tower hands over (M, S).
+        sight_widths: the widths of an image token's M states; without them the tower draws from words alone.
         fusion: which layers a block reads: "routed" as the router decides for every token and step, else as
             `fixed_route` says, without a router: its settings then mean nothing.
         context: how a block reads them: "kv" as keys and values of its attention, beside the patches' own; "tokens" as
@@ -78,6 +70,7 @@ class GenerationTower(ModelMixin, ConfigMixin):
         hidden: int = 704,
         states_layers: int = 7,
         states_width: int = 384,
+        sight_widths: Sequence[int] = (),
         fusion: Fusion = "routed",
         context: Context = "kv",
         router_inputs: Sequence[RouterInput] = ("tokens", "latent", "time"),
@@ -99,6 +92,10 @@ class GenerationTower(ModelMixin, ConfigMixin):
         self.top_k, self.renormalise, self.rope_theta = top_k, renormalise, rope_theta
         self.kept_layers = {"routed": top_k, "mean": states_layers}.get(fusion, 1)
         patch_values = channels * patch * patch
+        if len(sight_widths) not in (0, states_layers):
+            raise ValueError(f"sight_widths must name {states_layers} widths, one for every layer, or none")
+        self.sight_widths = tuple(sight_widths)
+        self.sight_in = nn.ModuleList(nn.Linear(width_in, width, bias=False) for width_in in sight_widths)
         self.states_in = nn.Linear(states_width, width, bias=False)
         self.patches_in = nn.Linear(patch_values, width)
         self.time_in = TimeEmbedding(width)
@@ -117,6 +114,7 @@ class GenerationTower(ModelMixin, ConfigMixin):
                 heads=router_heads,
                 rope_theta=rope_theta,
                 states_width=states_width,
+                sight_width=sight_widths[-1] if sight_widths else 0,
                 patch_values=patch_values,
                 layers=states_layers,
                 blocks=depth,
@@ -146,10 +144,56 @@ class GenerationTower(ModelMixin, ConfigMixin):
 
         The router's view of the prompt is the embedding output, layer 0.
         """
-        dtype = self.states_in.weight.dtype
-        states = F.rms_norm(states_BTMS.float(), states_BTMS.shape[-1:], eps=EPS).to(dtype)
+        states = self._normed_states(states_BTMS)
         seen = None if self.router is None else self.router.embed(states[:, :, 0])
         return StateBank(self.states_in(states), seen, mask_BT)
+
+    def look(self, bank: StateBank, sight_BVMZ: Tensor, references: Sequence[Tensor]) -> StateBank:
+        """The bank of a prompt together with pictures to draw from: once per prompt, for all steps.
+
+        Args:
+            sight_BVMZ: states of the image tokens, those of one picture after those of another.
+            references: the pictures' clean latents, each [B, C, H, W].
+        """
+        states = [self._normed_states(sight_BVMZ[:, :, m, :width]) for m, width in enumerate(self.sight_widths)]
+        projected = torch.stack([into(state) for into, state in zip(self.sight_in, states, strict=True)], dim=2)
+        router_BTR = None
+        if self.router is not None:
+            router_BTR = torch.cat([bank.router_BTR, self.router.embed_sight(states[-1])], dim=1)  # type: ignore[list-item]
+        return StateBank(
+            torch.cat([bank.bank_BTMD, projected], dim=1),
+            router_BTR,
+            extended(bank.mask_BT, before=0, after=projected.shape[1]),
+            len(references),
+            self._remember(references),
+        )
+
+    def _normed_states(self, states: Tensor) -> Tensor:
+        return F.rms_norm(states.float(), states.shape[-1:], eps=EPS).to(self.states_in.weight.dtype)
+
+    def _remember(self, references: Sequence[Tensor]) -> References:
+        """Each reference passes the blocks alone, at time 0: a clean picture is what the tower ends with."""
+        memories, positions = [], []
+        for order, z_BCHW in enumerate(references, start=1):
+            x = self.patches_in(patchify(z_BCHW, self.patch).to(self.patches_in.weight.dtype))
+            grid_R3 = self._grid(z_BCHW, order=-order)
+            embedding = rotary(grid_R3, self.head_width, self.rope_theta, z_BCHW.device)
+            _, modulation = self._time(z_BCHW.new_zeros(z_BCHW.shape[0]))
+            memory = []
+            for block in self.blocks:
+                x, kv = block.remember(x, modulation, embedding)  # type: ignore[operator]
+                memory.append(kv)
+            memories.append(memory)
+            positions.append(grid_R3)
+        return References(tuple(torch.cat(kv, dim=1) for kv in zip(*memories, strict=True)), torch.cat(positions))
+
+    def _grid(self, z_BCHW: Tensor, *, order: int = 0) -> Tensor:
+        return grid_positions(z_BCHW.shape[-2] // self.patch, z_BCHW.shape[-1] // self.patch, order=order)
+
+    def _time(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The time's embedding and the modulation all blocks share, [B, D] and [B, 6, D]."""
+        time = F.silu(self.time_in(t_B))
+        return time, self.modulation(time).unflatten(-1, (6, -1))
 
     def forward(
         self,
@@ -168,30 +212,45 @@ class GenerationTower(ModelMixin, ConfigMixin):
         """
         patch, size = self.patch, (z_BCHW.shape[-2], z_BCHW.shape[-1])
         patches = patchify(z_BCHW, patch).to(self.patches_in.weight.dtype)
-        tokens, grid = bank.bank_BTMD.shape[1], (size[0] // patch, size[1] // patch)
-        route = self._route(patches, t_B, grid, bank, epsilon)
+        tokens, grid_N3 = bank.bank_BTMD.shape[1], self._grid(z_BCHW)
+        seen_V3 = sight_positions(bank.pictures_seen, size[0] / patch, size[1] / patch)
+        route = self._route(patches, t_B, seen_V3, grid_N3, bank, epsilon)
 
         x = self.patches_in(patches)
         if self.in_sequence:
             x = torch.cat([x.new_zeros(x.shape[0], tokens, x.shape[2]), x], dim=1)
-        time = F.silu(self.time_in(t_B))
-        modulation = self.modulation(time).unflatten(-1, (6, -1))
-        positions = rotary(tokens, *grid, self.head_width, self.rope_theta, z_BCHW.device)
-        mask = extended(bank.mask_BT, before=0, after=patches.shape[1])
+        time, modulation = self._time(t_B)
+        positions_L3 = torch.cat([word_positions(tokens - seen_V3.shape[0]), seen_V3, grid_N3])
+        before = 0
+        if bank.references is not None:
+            positions_L3 = torch.cat([bank.references.positions_R3, positions_L3])
+            before = bank.references.positions_R3.shape[0]
+        positions = rotary(positions_L3, self.head_width, self.rope_theta, z_BCHW.device)
+        mask = extended(bank.mask_BT, before=before, after=patches.shape[1])
         kept_BTJ = route.weights_BTJK.sum(dim=-1).to(x.dtype)
         for index, block in enumerate(self.blocks):
-            x = block(x, bank.mix(route, index), kept_BTJ[:, :, index, None], modulation, positions, mask)
+            context, kept = bank.mix(route, index), kept_BTJ[:, :, index, None]
+            remembered = None if bank.references is None else bank.references.kv[index]
+            x = block(x, context, kept, remembered, modulation, positions, mask)
 
         shift, scale = self.modulation_out(time)[:, None].chunk(2, dim=-1)
         x = self.patches_out(normed(x[:, -patches.shape[1] :]) * (1 + scale) + shift)
         return unpatchify(x.float(), patch, size), route
 
-    def _route(self, patches_BNP: Tensor, t_B: Tensor, grid: tuple[int, int], bank: StateBank, epsilon: float) -> Route:
+    def _route(
+        self,
+        patches_BNP: Tensor,
+        t_B: Tensor,
+        seen_V3: Tensor,
+        grid_N3: Tensor,
+        bank: StateBank,
+        epsilon: float,
+    ) -> Route:
         """The route of this step, [B, T, J, K]: the router's choice, or the fixed one where there is no router."""
         if self.router is None:
             route = fixed_route(self.fusion, self.states_shape[0], self.depth, patches_BNP.device)
         else:
-            logits_BTMJ = self.router(bank.router_BTR, patches_BNP, t_B, grid, bank.mask_BT)
+            logits_BTMJ = self.router(bank.router_BTR, patches_BNP, t_B, seen_V3, grid_N3, bank.mask_BT)
             route = choose_route(logits_BTMJ, self.top_k, renormalise=self.renormalise, epsilon=epsilon)
         return route.shared_by(*bank.bank_BTMD.shape[:2])
 

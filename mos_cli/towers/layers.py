@@ -31,27 +31,37 @@ class Rotary:
     def __getitem__(self, rows: slice) -> "Rotary":
         return Rotary(self.cos_LE[rows], self.sin_LE[rows])
 
+    def __add__(self, after: "Rotary") -> "Rotary":
+        return Rotary(torch.cat([self.cos_LE, after.cos_LE]), torch.cat([self.sin_LE, after.sin_LE]))
+
     def rotate(self, x_BLHE: Tensor) -> Tensor:
         return apply_rotary_emb(x_BLHE, (self.cos_LE, self.sin_LE), sequence_dim=1)  # type: ignore[arg-type, return-value]
 
 
-def rotary(tokens: int, rows: int, columns: int, head_width: int, theta: float, device: torch.device) -> Rotary:
-    """Positions of `tokens` context tokens followed by a grid of rows x columns patches.
+def word_positions(tokens: int) -> Tensor:
+    """(order, row, column) of `tokens` tokens of a text, [T, 3]: one after the other from order 1, in the middle."""
+    return F.pad(torch.arange(1.0, tokens + 1)[:, None], (0, 2))
 
-    Three axes share a head: order among the context tokens (a quarter), row and column (the rest). Patches stand at
-    order 0 and are centred, so that a grid of another size grows outwards from the middle.
+
+def grid_positions(rows: int, columns: int, *, order: int = 0, spacing: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+    """(order, row, column) of the cells of a grid, [rows * columns, 3].
+
+    The picture being drawn stands at order 0, pictures it is drawn from at -1, -2, ... A grid is centred, so that one
+    of another size grows outwards from the middle; `spacing` is the size of a cell, in patches.
     """
+    row, column = torch.meshgrid(
+        (torch.arange(rows) - (rows - 1) / 2) * spacing[0],
+        (torch.arange(columns) - (columns - 1) / 2) * spacing[1],
+        indexing="ij",
+    )
+    return torch.stack([torch.full_like(row, order), row, column], dim=-1).flatten(0, 1)
+
+
+def rotary(positions_L3: Tensor, head_width: int, theta: float, device: torch.device) -> Rotary:
+    """The embedding of (order, row, column): order takes a quarter of a head, row and column share the rest."""
     order_width = head_width // 4
     grid_width = (head_width - order_width) // 2
-    order = torch.cat([torch.arange(1, tokens + 1), torch.zeros(rows * columns)])
-    row, column = torch.meshgrid(
-        torch.arange(rows) - (rows - 1) / 2, torch.arange(columns) - (columns - 1) / 2, indexing="ij"
-    )
-    axes = [
-        (order_width, order),
-        (grid_width, torch.cat([torch.zeros(tokens), row.flatten()])),
-        (grid_width, torch.cat([torch.zeros(tokens), column.flatten()])),
-    ]
+    axes = zip((order_width, grid_width, grid_width), positions_L3.unbind(1), strict=True)
     tables = [get_1d_rotary_pos_embed(width, position, theta, use_real=True) for width, position in axes]  # type: ignore[arg-type]
     cos, sin = (torch.cat(parts, dim=-1).to(device) for parts in zip(*tables, strict=True))
     return Rotary(cos, sin)
@@ -101,6 +111,10 @@ class Attention(nn.Module):
         q = positions[-q.shape[1] :].rotate(self.norm_q(q))
         k = positions.rotate(self.norm_k(k))
         return self.to_out(_attend(q, k, v, mask_BL))
+
+    def keys_values(self, x_BLD: Tensor) -> Tensor:
+        """What others attend to in x, as a `context_kv` [B, L, 2 D]."""
+        return F.linear(x_BLD, self.to_qkv.weight[x_BLD.shape[-1] :])
 
 
 class CrossAttention(nn.Module):

@@ -1,8 +1,8 @@
 """The router: for every context token and generation block, which understanding layers to read.
 
 Method: Mixture of States (arXiv 2511.12207), routing section.
-Shapes: B batch, T context tokens, N patches, S width of a state, R router width, P values of a patch,
-M understanding layers, J generation blocks, K kept layers.
+Shapes: B batch, T context tokens, V of them image tokens, N patches, S width of a state, Z width of an image token's
+last state, R router width, P values of a patch, M understanding layers, J generation blocks, K kept layers.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mos_cli.towers.layers import EPS, Attention, Rotary, SwiGLU, TimeEmbedding, extended, rotary
+from mos_cli.towers.layers import (
+    EPS,
+    Attention,
+    Rotary,
+    SwiGLU,
+    TimeEmbedding,
+    extended,
+    rotary,
+    word_positions,
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ class Router(nn.Module):
         inputs: what the sequence holds: "tokens", "latent", "time". What is left out has no parameters.
         per_sample: one decision per prompt, from the logits' mean over its tokens, instead of one per token.
         width, depth, heads, rope_theta: sizes of the transformer.
-        states_width, patch_values, layers, blocks: S, P, M, J.
+        states_width, sight_width, patch_values, layers, blocks: S, Z, P, M, J.
     """
 
     def __init__(
@@ -100,6 +109,7 @@ class Router(nn.Module):
         heads: int,
         rope_theta: float,
         states_width: int,
+        sight_width: int,
         patch_values: int,
         layers: int,
         blocks: int,
@@ -108,6 +118,7 @@ class Router(nn.Module):
         self.sees_latent, self.sees_time, self.per_sample = "latent" in inputs, "time" in inputs, per_sample
         self.layers, self.head_width, self.rope_theta = layers, width // heads, rope_theta
         self.tokens_in = nn.Linear(states_width, width, bias=False)
+        self.sight_in = nn.Linear(sight_width, width, bias=False) if sight_width else None
         self.patches_in = nn.Linear(patch_values, width, bias=False)
         self.time_in = TimeEmbedding(width)
         self.norm_tokens = nn.RMSNorm(width, eps=EPS)
@@ -125,16 +136,32 @@ class Router(nn.Module):
         """The part of the router's input that depends on the prompt alone, [B, T, R]: computed once per prompt."""
         return self.norm_tokens(self.tokens_in(embeddings_BTS))
 
+    def embed_sight(self, sight_BVZ: Tensor) -> Tensor:
+        """The same of image tokens: of their last state, [B, V, R]."""
+        assert self.sight_in is not None
+        return self.norm_tokens(self.sight_in(sight_BVZ))
+
     def forward(
-        self, tokens_BTR: Tensor, patches_BNP: Tensor, t_B: Tensor, grid: tuple[int, int], mask_BT: Tensor | None
+        self,
+        tokens_BTR: Tensor,
+        patches_BNP: Tensor,
+        t_B: Tensor,
+        seen_V3: Tensor,
+        grid_N3: Tensor,
+        mask_BT: Tensor | None,
     ) -> Tensor:
-        """Logits [B, T, M, J], or [B, 1, M, J] per sample. `grid` is the rows and columns of the patches."""
+        """Logits [B, T, M, J], or [B, 1, M, J] per sample.
+
+        `seen_V3` and `grid_N3` are the positions of the image tokens, which are the last of the tokens, and patches.
+        """
         time = [self.norm_time(self.time_in(t_B))[:, None]] if self.sees_time else []
         patches = [self.norm_patches(self.patches_in(patches_BNP))] if self.sees_latent else []
         x_BLR = torch.cat([*time, tokens_BTR, *patches], dim=1)
         first, last = len(time), len(time) + tokens_BTR.shape[1]
-        rows_columns = grid if self.sees_latent else (0, 0)
-        positions = rotary(last, *rows_columns, self.head_width, self.rope_theta, x_BLR.device)
+        # The time stands where the first word would, and moves the words by one.
+        words_L3 = word_positions(last - seen_V3.shape[0])
+        positions_L3 = torch.cat([words_L3, seen_V3, grid_N3] if self.sees_latent else [words_L3, seen_V3])
+        positions = rotary(positions_L3, self.head_width, self.rope_theta, x_BLR.device)
         mask_BL = extended(mask_BT, before=first, after=x_BLR.shape[1] - last)
         for block in self.blocks:
             x_BLR = block(x_BLR, positions, mask_BL)

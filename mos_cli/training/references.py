@@ -6,9 +6,10 @@ import torch
 
 from mos_cli.runtime.bundles import load_tower_spec
 from mos_cli.runtime.files import sha256_of
+from mos_cli.runtime.folders import models_folder
 from mos_cli.runtime.sources import fetch_tower, hub_snapshot
 from mos_cli.runtime.specs import TOWER_SUFFIXES, HubSource, TowerSpec
-from mos_cli.towers.autoencoder import Autoencoder, Latents, Pixels
+from mos_cli.towers.autoencoder import Autoencoder, Pixels, load_autoencoder
 
 
 def find_understanding(reference: str) -> tuple[TowerSpec, Path]:
@@ -36,10 +37,12 @@ def find_understanding(reference: str) -> tuple[TowerSpec, Path]:
 
 
 def find_autoencoder(reference: str | None, device: torch.device) -> Autoencoder:
-    """The autoencoder of a folder or hub id, in fp32; without a reference the pixels themselves."""
+    """One that comes with mos, by name, or that of a folder or hub id, in fp32; without a reference the pixels."""
     if reference is None:
         return Pixels()
-    folder = Path(reference).expanduser()
+    folder = models_folder() / reference
+    if not folder.is_dir():
+        folder = Path(reference).expanduser()
     if not folder.is_dir():
         folder = hub_snapshot(reference, None, ["*.json", "*.safetensors"])
-    return Latents(folder, dtype=torch.float32, device=str(device))
+    return load_autoencoder(folder, dtype=torch.float32, device=str(device))

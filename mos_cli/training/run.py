@@ -17,7 +17,7 @@ from mos_cli.runtime.files import atomic_write
 from mos_cli.runtime.outputs import png
 from mos_cli.runtime.sheet import contact_sheet
 from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, sample
-from mos_cli.towers.autoencoder import Latents, to_image
+from mos_cli.towers.autoencoder import Pixels, to_image
 from mos_cli.towers.understanding import UnderstandingTower
 from mos_cli.training.art.file import load_art
 from mos_cli.training.batches import Batches, Share, Source
@@ -96,8 +96,8 @@ def export(trainer: Trainer, folder: Path) -> Bundle | None:
         return None
     tower.bfloat16().save_pretrained(folder / "generation")
     FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
-    if isinstance(trainer.batches.autoencoder, Latents):
-        trainer.batches.autoencoder.model.save_pretrained(folder / "autoencoder")
+    if not isinstance(trainer.batches.autoencoder, Pixels):
+        trainer.batches.autoencoder.save_pretrained(folder / "autoencoder")
     (folder / "recipe.json").write_text(json.dumps(recipe.model_dump(), indent=2) + "\n", encoding="utf-8")
     spec, _ = find_understanding(recipe.understanding)
     return write_index(folder, understanding=spec, **recipe.bundle.model_dump())

@@ -1,0 +1,54 @@
+"""The state bank: all that a generation tower reads while it draws, made once per prompt.
+
+Shapes: B batch, T context tokens, V of them image tokens, R patches of the references, D width, M understanding layers,
+J generation blocks, K kept layers. In router_BTR, R is the width of the router.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mos_cli.towers.layers import grid_positions
+from mos_cli.towers.router import Route
+
+SIGHT = 4
+"""Image tokens of a picture, along each side."""
+
+
+@dataclass(frozen=True)
+class References:
+    """What every block remembers of the pictures to draw from: keys and values [B, R, 2 D], and their positions."""
+
+    kv: tuple[Tensor, ...]
+    positions_R3: Tensor
+
+
+@dataclass(frozen=True)
+class StateBank:
+    """A prompt's states, projected once for all steps: mixing rows of the bank equals projecting mixed states.
+
+    bank_BTMD holds every layer at the generation tower's width, router_BTR the router's view of the tokens (None where
+    there is no router). mask_BT (True = a real token) is None where nothing is padded, which is always so when drawing.
+    The last of the tokens are image tokens, SIGHT x SIGHT for each of the pictures that were seen; `references` are
+    the pixels of those pictures.
+    """
+
+    bank_BTMD: Tensor
+    router_BTR: Tensor | None
+    mask_BT: Tensor | None = None
+    pictures_seen: int = 0
+    references: References | None = None
+
+    def mix(self, route: Route, block: int) -> Tensor:
+        """Context of one block, [B, T, D]: the weighted sum of the kept layers of each token."""
+        ids_BTK, weights_BTK = route.ids_BTJK[:, :, block], route.weights_BTJK[:, :, block]
+        rows_BTKD = self.bank_BTMD.gather(2, ids_BTK[..., None].expand(-1, -1, -1, self.bank_BTMD.shape[-1]))
+        return (weights_BTK[..., None].to(rows_BTKD.dtype) * rows_BTKD).sum(dim=2)
+
+
+def sight_positions(pictures: int, rows: float, columns: float) -> Tensor:
+    """Where the image tokens of the references stand on a canvas of rows x columns patches, [V, 3]."""
+    spacing = (rows / SIGHT, columns / SIGHT)
+    cells = [grid_positions(SIGHT, SIGHT, order=-order, spacing=spacing) for order in range(1, pictures + 1)]
+    return torch.cat([torch.zeros(0, 3), *cells])

@@ -1,0 +1,36 @@
+"""The eyes: a token per cell, a state per layer."""
+
+import torch
+
+from mos_cli.towers.bank import SIGHT
+from mos_cli.towers.eyes import STAGES, Eyes
+
+
+def test_a_token_is_a_cell_with_a_state_per_layer(tmp_path) -> None:
+    torch.manual_seed(0)
+    eyes = Eyes()
+    pictures = torch.rand(2, 3, 96, 64) * 2 - 1
+    sight = eyes.see(pictures)
+    assert sight.shape == (2, SIGHT**2, len(STAGES), max(eyes.widths))
+    for layer, width in enumerate(eyes.widths):
+        assert sight[:, :, layer, :width].any()
+        assert not sight[:, :, layer, width:].any()
+    eyes.save_pretrained(tmp_path)
+    assert torch.equal(Eyes.from_pretrained(tmp_path).see(pictures), sight)
+
+
+def test_each_picture_is_seen_alone_and_a_cell_is_where_it_is() -> None:
+    torch.manual_seed(0)
+    eyes, picture = Eyes(), torch.zeros(1, 3, 128, 128)
+    changed = picture.clone()
+    changed[..., :32, 96:] = 1.0
+    apart = (eyes.see(torch.cat([picture, changed])).diff(dim=0) ** 2).sum(dim=(0, 3))
+    # The first stage sees a few pixels: the top right cell has changed, hardly anything else has.
+    assert apart[:, 0].argmax() == SIGHT - 1
+    assert apart[SIGHT - 1, 0] > 10 * apart[2 * SIGHT :, 0].sum()
+
+
+def test_states_are_spread_over_the_stages() -> None:
+    assert Eyes(layers=3).widths == (16, 80, 320)
+    assert Eyes(layers=31).widths[0] == 16
+    assert len(Eyes(layers=31).widths) == 31
