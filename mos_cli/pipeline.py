@@ -1,6 +1,7 @@
 """The one place where a prompt becomes a picture.
 
 prompt -> understanding tower -> state bank -> (router + generation tower) x steps -> autoencoder -> picture and trace
+pictures to edit -> eyes, autoencoder ----^
 
 Shapes: B = 1 picture, T context tokens, S steps, J generation blocks, K kept layers, M layers, C channels, H x W.
 """
@@ -16,17 +17,20 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from PIL import Image
 from torch import Tensor
 
+from mos_cli.editing import Laid, finish, lay
 from mos_cli.errors import MemoryLimitError, ModelError
 from mos_cli.routing.trace import Routes, Trace, TraceToken, make_branch
 from mos_cli.runtime.bundles import Bundle, verify_bundle
 from mos_cli.runtime.devices import device_name, device_threads
+from mos_cli.runtime.inputs import Inputs
 from mos_cli.runtime.recipe import PictureRecord, Recipe, provenance
-from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, Observer, Step, sample
+from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, UNSEEN, Guidance, Observer, Step, sample
 from mos_cli.towers.autoencoder import Autoencoder, Pixels, load_autoencoder, to_image
-from mos_cli.towers.bank import StateBank
+from mos_cli.towers.bank import SIGHT, StateBank
+from mos_cli.towers.eyes import Eyes
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.layers import ATTENTION
-from mos_cli.towers.understanding import Token, UnderstandingTower
+from mos_cli.towers.understanding import UnderstandingTower
 
 if TYPE_CHECKING:
     from mos_cli.towers.router import Route
@@ -50,7 +54,7 @@ class PromptReading:
 
     prompt: str
     bank: StateBank
-    tokens: tuple[Token, ...]
+    tokens: tuple[TraceToken, ...]
 
 
 class MoSPipeline:
@@ -71,6 +75,7 @@ class MoSPipeline:
         # The states are few and computed once: full precision costs nothing that can be felt.
         self.understanding = UnderstandingTower(understanding, dtype=torch.float32, device=str(device))
         self.autoencoder: Autoencoder = Pixels()
+        self.eyes: Eyes | None = None
         try:
             self.tower = GenerationTower.from_pretrained(
                 bundle.folder / "generation", torch_dtype=dtype, use_safetensors=True
@@ -80,6 +85,8 @@ class MoSPipeline:
             )
             if (bundle.folder / "autoencoder").is_dir():
                 self.autoencoder = load_autoencoder(bundle.folder / "autoencoder", dtype=dtype, device=str(device))
+            if bundle.index.edits is not None:
+                self.eyes = Eyes.from_pretrained(bundle.folder / "eyes", torch_dtype=torch.float32).to(device)  # type: ignore[arg-type]
         except (OSError, ValueError, RuntimeError, TypeError) as error:
             raise ModelError(f"the bundle in {bundle.folder} cannot be loaded: {error}") from None
         self.tower.eval().requires_grad_(False).to(device)  # type: ignore[arg-type]
@@ -92,17 +99,25 @@ class MoSPipeline:
         # The prompts of a batch share the negative; a picture needs two at a time.
         self._read = lru_cache(maxsize=4)(self._read_prompt)
 
-    def draw(self, recipe: Recipe, observers: Sequence[Observer] = ()) -> Drawing:
+    def draw(self, recipe: Recipe, observers: Sequence[Observer] = (), inputs: Inputs | None = None) -> Drawing:
         """Draws one picture. Its noise depends on its own seed alone, made on the CPU whatever the device.
+
+        Args:
+            inputs: the pictures of an edit, as its recipe describes them; the bundle must be one that edits.
 
         Raises:
             InputError: a prompt is longer than the understanding tower reads.
             MemoryLimitError: the device ran out of memory.
         """
-        guidance = Guidance(recipe.cfg, recipe.cfg_interval)
-        recorder = RouteRecorder()
+        guidance = Guidance(recipe.cfg, recipe.cfg_interval, 1.0 if recipe.edit is None else recipe.edit.image_cfg)
+        recorder, laid = RouteRecorder(), None
         readings = {POSITIVE: self._read(recipe.prompt), NEGATIVE: self._read(recipe.negative)}
         try:
+            if inputs is not None and self.eyes is not None:
+                laid = lay(inputs, recipe, self.autoencoder, self.eyes, self.device)
+                readings = {UNSEEN: readings[NEGATIVE]} | {
+                    branch: self._look(reading, laid) for branch, reading in readings.items()
+                }
             z = sample(
                 self.tower,
                 self._noise(recipe),
@@ -111,11 +126,14 @@ class MoSPipeline:
                 guidance=guidance,
                 scheduler=self.scheduler,
                 observers=[recorder, *observers],
+                origin=None if laid is None else laid.origin,
             )
             image = to_image(self.autoencoder.decode(z))
         except (torch.OutOfMemoryError, MemoryError):
             size = f"{recipe.width}x{recipe.height}"
             raise MemoryLimitError(f"out of memory at {size} on {self.device}: take a smaller --size") from None
+        if inputs is not None:
+            image = finish(image, inputs, recipe)
         made = provenance(
             self.bundle_hash, device_name(self.device), ATTENTION.value, threads=device_threads(self.device)
         )
@@ -125,14 +143,28 @@ class MoSPipeline:
 
     def _noise(self, recipe: Recipe) -> Tensor:
         factor = self.autoencoder.factor
-        shape = (1, self.autoencoder.channels, recipe.height // factor, recipe.width // factor)
+        width, height = (recipe.width, recipe.height) if recipe.edit is None else recipe.edit.canvas
+        shape = (1, self.autoencoder.channels, height // factor, width // factor)
         return torch.randn(shape, generator=torch.Generator().manual_seed(recipe.seed)).to(self.device)
 
     def _read_prompt(self, prompt: str) -> "PromptReading":
         """The understanding tower runs once per prompt, however many pictures are drawn."""
         reading = self.understanding.read([prompt])
         with torch.inference_mode():
-            return PromptReading(prompt, self.tower.read(reading.states_BTMS), reading.tokens[0])
+            tokens = tuple(TraceToken(text=t.text, start=t.start, end=t.end) for t in reading.tokens[0])
+            return PromptReading(prompt, self.tower.read(reading.states_BTMS), tokens)
+
+    def _look(self, reading: "PromptReading", laid: Laid) -> "PromptReading":
+        """A prompt read in sight of the pictures: image tokens stand behind its words."""
+        with torch.inference_mode():
+            bank = self.tower.look(reading.bank, laid.sight_BVMZ, laid.references)
+        seen = (
+            TraceToken(text=f"picture {number + 1}", start=0, end=0, patch=(number, row, column))
+            for number in range(len(laid.references))
+            for row in range(SIGHT)
+            for column in range(SIGHT)
+        )
+        return PromptReading(reading.prompt, bank, (*reading.tokens, *seen))
 
     def _trace(
         self,
@@ -144,8 +176,8 @@ class MoSPipeline:
         layers = self.understanding.layers
         branches = {}
         for name, branch in routes.items():
-            tokens = [TraceToken(text=t.text, start=t.start, end=t.end) for t in readings[name].tokens]
-            branches[name] = make_branch(readings[name].prompt, tokens, recorder.steps[name], branch, layers)
+            reading = readings[name]
+            branches[name] = make_branch(reading.prompt, reading.tokens, recorder.steps[name], branch, layers)
         return Trace(
             schema="mos-trace/1",
             recipe=record.recipe,

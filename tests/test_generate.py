@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from mos_cli.routing.trace import load_routes, load_trace
 from mos_cli.runtime.bundles import write_index
 from mos_cli.runtime.devices import cpu_threads
-from mos_cli.runtime.outputs import read_picture
+from mos_cli.runtime.outputs import read_drawing
 
 PROMPT = "a red apple"
 
@@ -39,7 +39,7 @@ def test_a_picture_its_recipe_and_its_trace(mos, bundle, tmp_path, monkeypatch) 
     }
     assert "seed 42" in result.stdout
     assert str(picture.relative_to(tmp_path)) in result.stdout
-    image, record = read_picture(picture)
+    image, record = read_drawing(picture)
     assert image.size == (32, 32)
     assert (record.recipe.prompt, record.recipe.seed, record.recipe.steps) == (PROMPT, 42, 3)
     assert record.made.bundle_hash == bundle.hash
@@ -85,7 +85,7 @@ def test_replay_makes_the_same_picture_from_the_png_alone(mos, bundle, tmp_path)
     assert (
         mos("replay", original, "--set", "seed=4", "--set", "cfg_interval=0,1", "-o", tmp_path / "3.png").exit_code == 0
     )
-    changed = read_picture(tmp_path / "3.png")[1].recipe
+    changed = read_drawing(tmp_path / "3.png")[1].recipe
     assert (changed.seed, changed.cfg_interval, changed.negative, changed.steps) == (4, (0.0, 1.0), "dog", 5)
 
 
@@ -97,7 +97,7 @@ def test_a_replay_takes_as_many_threads_as_the_picture_did(mos, bundle, tmp_path
         assert mos("replay", original, "-o", replayed).exit_code == 0
         assert torch.get_num_threads() == 1
     # The number is in the record, so that equal bytes mean an equal number.
-    assert read_picture(original)[1].made.threads == 2
+    assert read_drawing(original)[1].made.threads == 2
     assert replayed.read_bytes() == original.read_bytes()
 
 
@@ -238,7 +238,7 @@ def test_a_replaced_picture_takes_its_trace_along(mos, bundle, tmp_path) -> None
 def test_a_bundle_given_by_its_folder_is_replayed_when_its_folder_is_given(mos, bundle, tmp_path, monkeypatch) -> None:
     assert mos("generate", PROMPT, "-m", bundle.folder, "-o", tmp_path / "one.png").exit_code == 0
     # A path would speak of this machine alone.
-    assert read_picture(tmp_path / "one.png")[1].recipe.model == "tiny"
+    assert read_drawing(tmp_path / "one.png")[1].recipe.model == "tiny"
     monkeypatch.delenv("MOS_MODELS")
     assert mos("replay", tmp_path / "one.png").exit_code == 4
     assert (
@@ -289,5 +289,5 @@ def test_ctrl_c_keeps_what_is_done(bundle, tmp_path) -> None:
     assert b"Traceback" not in errors
     pictures = list(tmp_path.glob("*.png"))
     assert 2 <= len(pictures) < 500
-    assert all(read_picture(picture)[0].size == (32, 32) for picture in pictures)
+    assert all(read_drawing(picture)[0].size == (32, 32) for picture in pictures)
     assert {p.stem for p in tmp_path.glob("*.json")} >= {p.stem for p in pictures}

@@ -46,6 +46,7 @@ def test_memories_are_the_references_own_pass_through_the_blocks_at_time_zero() 
     order += [grid_positions(SIGHT, SIGHT, order=-1, spacing=(rows / SIGHT, columns / SIGHT))]
     at = rotary(torch.cat([*order, grid_positions(rows, columns)]), tower.head_width, 100.0, z.device)
     clean, noised = (tower.patches_in(patchify(part, tower.patch)) for part in (references[0], z))
+    noised = noised + tower.under_in(patchify(references[0], tower.patch))
     times = [torch.nn.functional.silu(tower.time_in(moment)) for moment in (torch.zeros(B), t)]
     last = torch.cat([tower.states_in(slow_norm(states)), _projected(tower, sight)], dim=1)[:, :, -1]
     N, C = clean.shape[1], T + V

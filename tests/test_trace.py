@@ -28,7 +28,7 @@ from mos_cli.routing.trace import (
     trace_files,
 )
 from mos_cli.runtime.files import write_together
-from mos_cli.runtime.recipe import Provenance, Recipe, make_recipe
+from mos_cli.runtime.recipe import EditRecipe, MaskRecipe, Provenance, Recipe, SourcePicture, make_recipe
 
 DOC = Path(__file__).parents[1] / "docs" / "trace.md"
 PROMPT, NEGATIVE = "a red apple", "blurry"
@@ -286,7 +286,21 @@ def test_the_documented_example_reads_the_decisions(saved, monkeypatch, capsys):
     ]
 
 
-@pytest.mark.parametrize("model", [Trace, TraceBranch, TraceToken, BranchSummary, TraceArrays, Recipe, Provenance])
+@pytest.mark.parametrize(
+    "model",
+    [
+        Trace,
+        TraceBranch,
+        TraceToken,
+        BranchSummary,
+        TraceArrays,
+        Recipe,
+        EditRecipe,
+        MaskRecipe,
+        SourcePicture,
+        Provenance,
+    ],
+)
 def test_every_field_is_documented(model: type[BaseModel]):
     text = DOC.read_text(encoding="utf-8")
     names = [field.alias or name for name, field in model.model_fields.items()]

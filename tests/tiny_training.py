@@ -82,7 +82,7 @@ def scenes() -> Source:
 
 def batches(tiny: TrainRecipe, understanding: UnderstandingTower, share: Share = Share()) -> Batches:
     plan = course(tiny)
-    sources = (scenes(),) * len(plan.stages)
+    sources = {(stage.name, False): scenes() for stage in plan.stages}
     return Batches(plan, tiny.train, sources, understanding, Pixels(), torch.device("cpu"), share)
 
 

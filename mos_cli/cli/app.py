@@ -10,6 +10,7 @@ from mos_cli import __version__
 from mos_cli.cli import console
 from mos_cli.cli.data import data_app
 from mos_cli.cli.doctor import doctor
+from mos_cli.cli.edit import edit
 from mos_cli.cli.eval import evaluate
 from mos_cli.cli.generate import generate
 from mos_cli.cli.inspect_routing import inspect_routing
@@ -64,6 +65,7 @@ def mos(
 
 
 app.command()(generate)
+app.command()(edit)
 app.command("inspect-routing")(inspect_routing)
 app.command()(replay)
 app.add_typer(models_app)

@@ -16,8 +16,11 @@ from mos_cli.cli.interrupt import gentle_interrupt
 from mos_cli.errors import PARTLY_FAILED, MosError, UsageError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from mos_cli.pipeline import Drawing, MoSPipeline
     from mos_cli.runtime.bundles import Bundle
+    from mos_cli.runtime.inputs import Inputs
     from mos_cli.runtime.recipe import Recipe
     from mos_cli.sampling.sampler import Step
 
@@ -28,6 +31,7 @@ class Job:
 
     recipe: "Recipe"
     path: Path
+    inputs: "Inputs | None" = None
 
 
 @dataclass
@@ -109,8 +113,11 @@ def draw_jobs(
     overwrite: bool,
     report: Report,
     sheet: Path | None = None,
+    strip: Path | None = None,
 ) -> None:
     """Draws and writes every job, and a contact sheet of them; one that fails does not stop the others.
+
+    `strip` gets the first job's picture before and after its edit.
 
     The first Ctrl-C ends after the step at hand, the second at once; pictures written stay.
 
@@ -132,7 +139,7 @@ def draw_jobs(
 
             try:
                 with report.stage("sampling"):
-                    drawing = pipeline.draw(job.recipe, [observe])
+                    drawing = pipeline.draw(job.recipe, [observe], job.inputs)
                 with report.stage("writing"):
                     files = write_drawing(drawing, job.path, trace=trace, overwrite=overwrite)
             except MosError as error:
@@ -144,7 +151,7 @@ def draw_jobs(
                 continue
             finally:
                 bars.remove_task(task)
-            if sheet is not None:
+            if sheet is not None or strip is not None:
                 drawn.append((drawing.image, job.recipe.prompt))
             seed = job.recipe.seed
             report.event("picture", f"{files[0]}  (seed {seed})", seed=seed, files=[str(file) for file in files])
@@ -152,16 +159,29 @@ def draw_jobs(
                 if not report.json:
                     report.event("file", f"{file}")
     if drawn and sheet is not None:
-        from mos_cli.runtime.files import atomic_write
-        from mos_cli.runtime.outputs import png
         from mos_cli.runtime.sheet import contact_sheet
 
-        atomic_write(sheet, png(contact_sheet(drawn), None), overwrite)
-        report.event("sheet", str(sheet), file=str(sheet))
+        _write_extra("sheet", sheet, contact_sheet(drawn), overwrite, report)
+    if drawn and strip is not None and (inputs := jobs[0].inputs) is not None:
+        from mos_cli.runtime.pictures import Fit
+        from mos_cli.runtime.sheet import strip as before_and_after
+
+        after, instruction = drawn[0]
+        before = inputs.pictures[0].rgb
+        before = before if before.size == after.size else Fit(before.size, after.size).forward(before)
+        _write_extra("strip", strip, before_and_after(before, after.convert("RGB"), instruction), overwrite, report)
     report.times()
     if failed:
         console.print_error(f"{failed} of {len(jobs)} pictures failed")
         raise typer.Exit(PARTLY_FAILED)
+
+
+def _write_extra(kind: str, path: Path, image: "Image", overwrite: bool, report: Report) -> None:
+    from mos_cli.runtime.files import atomic_write
+    from mos_cli.runtime.outputs import png
+
+    atomic_write(path, png(image, None), overwrite)
+    report.event(kind, str(path), file=str(path))
 
 
 def write_drawing(drawing: "Drawing", path: Path, *, trace: str, overwrite: bool) -> list[Path]:

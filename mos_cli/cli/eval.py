@@ -40,18 +40,19 @@ def evaluate(
 
     A run that was interrupted goes on where it stopped when it is given the same --output.
     """
+    from mos_cli.cli.asked import shared_fields
     from mos_cli.cli.drawing import Report, load_pipeline
     from mos_cli.cli.fetching import fetch_with_progress
-    from mos_cli.cli.generate import shared_fields
     from mos_cli.runtime.bundles import find_bundle
     from mos_cli.runtime.quiet import quieten
-    from mos_cli.runtime.settings import RunSettings, make_settings
+    from mos_cli.runtime.settings import RunSettings, make_settings, parse_size
 
     # The user's config file stays out of it: a table must not depend on whose machine it was made on.
     flags = make_settings(model=model, steps=steps, cfg=cfg, size=None if size is None else str(size), device=device)
     settings = RunSettings(**flags.model_dump(exclude_none=True))
     bundle = find_bundle(settings.model)
-    common = shared_fields(settings, bundle)
+    common = shared_fields(settings, bundle, bundle.index.defaults)
+    common["width"], common["height"] = parse_size(settings.size, bundle.index.canvas)
     quieten()
     from mos_cli.training.art.file import data_folder, load_art
     from mos_cli.training.evaluation.bench import read_bench

@@ -36,3 +36,42 @@ Trace = Annotated[
 ArtFile = Annotated[
     Path | None, typer.Option("--art", help="Art file or its folder.", show_default="where `mos data build` writes it")
 ]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", envvar="MOS_MODEL", help="Bundle: name, path or hub id.", show_default="emoji-nano"),
+]
+Preset = Annotated[
+    str | None, typer.Option("--preset", "-p", envvar="MOS_PRESET", help="Named settings; see `mos presets ls`.")
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", "-s", envvar="MOS_SEED", help="Seed of the first picture.", show_default="random"),
+]
+Count = Annotated[int, typer.Option("--count", "-n", min=1, max=10_000, help="Pictures per prompt; seeds count up.")]
+Steps = Annotated[int | None, typer.Option(envvar="MOS_STEPS", help="Denoising steps.", show_default="the model's")]
+Cfg = Annotated[
+    float | None,
+    typer.Option(envvar="MOS_CFG", help="Guidance scale; 1 turns it off.", show_default="the model's"),
+]
+CfgInterval = Annotated[
+    str | None,
+    typer.Option(
+        envvar="MOS_CFG_INTERVAL",
+        metavar="LOW,HIGH",
+        help="Times at which guidance acts; 1 is noise, 0 the picture.",
+        show_default="the model's",
+    ),
+]
+Negative = Annotated[
+    str | None, typer.Option(envvar="MOS_NEGATIVE", metavar="TEXT", help="What guidance leads away from.")
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(envvar="MOS_PRECISION", help="auto, bf16 or fp32.", show_default="auto", metavar="PRECISION"),
+]
+Sheet = Annotated[
+    Path | None, typer.Option(metavar="PNG", help="Also write one sheet of all pictures with their prompts.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be drawn and where; load no weights, write nothing.")
+]

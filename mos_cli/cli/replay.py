@@ -12,6 +12,9 @@ from mos_cli.errors import ModelError, UsageError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from mos_cli.runtime.inputs import Inputs
+    from mos_cli.runtime.recipe import PictureRecord, Recipe
+
 CLOSE_PSNR = 40.0
 """Decibels above which two pictures look the same; bf16 against fp32 lies beyond it, another seed far below."""
 
@@ -27,6 +30,11 @@ def replay(
         bool,
         typer.Option("--verify", help="Write nothing; say whether the picture comes out exact, close or different."),
     ] = False,
+    given: Annotated[
+        list[Path] | None,
+        typer.Option("--input", "-i", metavar="FILE", help="A picture that was edited; repeatable."),
+    ] = None,
+    mask: Annotated[Path | None, typer.Option(metavar="FILE", help="The mask of an edit.")] = None,
     output: Output = None,
     overwrite: Overwrite = False,
     trace: Trace = None,
@@ -37,11 +45,13 @@ def replay(
 ) -> None:
     """Make a picture again from the recipe inside it, or a variation of it.
 
-    With --verify the exit code is 0 for exact and close, 1 for different.
+    With --verify the exit code is 0 for exact and close, 1 for different. What an edit was made from is drawn again
+    too, if mos made it; other pictures are to be given with --input.
     """
     from mos_cli.runtime.bundles import find_bundle
     from mos_cli.runtime.devices import cpu_threads
-    from mos_cli.runtime.outputs import naming, read_picture
+    from mos_cli.runtime.inputs import find_inputs
+    from mos_cli.runtime.outputs import naming, read_drawing
     from mos_cli.runtime.recipe import check_guidance, make_recipe
     from mos_cli.runtime.settings import check_size, make_settings, resolve
 
@@ -49,7 +59,7 @@ def replay(
     sources = [context.get_parameter_source(name) for name in ("output", "trace", "changes", "overwrite")]
     if verify and any(source is not None and source.name == "COMMANDLINE" for source in sources):
         raise UsageError("--verify draws what the picture holds and writes nothing: drop the other options")
-    image, record = read_picture(picture)
+    image, record = read_drawing(picture)
     changed = _changes(changes or [])
     bundle = find_bundle(changed.get("model", record.recipe.model))
     if bundle.hash != record.made.bundle_hash and "model" not in changed:
@@ -61,16 +71,37 @@ def replay(
     recipe = make_recipe(**{**record.recipe.model_dump(), **changed, "model": bundle.ref})
     check_guidance(recipe.cfg, {f"--set {key}": changed.get(key) for key in ("negative", "cfg_interval")})
     settings = resolve(make_settings(output=output, trace=trace, device=device), None)
-    check_size(recipe.width, recipe.height, bundle.index.canvas)
+    working = (recipe.width, recipe.height) if recipe.edit is None else recipe.edit.canvas
+    check_size(*working, bundle.index.canvas)
     path = None if verify else naming(settings.output, overwrite=overwrite).path(recipe)
+    if recipe.edit is None and (given or mask):
+        raise UsageError(f"{picture} is no edit: drop --input and --mask")
     pipeline = load_pipeline(bundle, device=settings.device, precision=recipe.precision, report=report)
+
+    def redraw(earlier: "PictureRecord") -> "Image":
+        if earlier.made.bundle_hash != bundle.hash or earlier.recipe.precision != recipe.precision:
+            name = earlier.recipe.model
+            raise ModelError(f"a picture of the chain was drawn otherwise, with {name}: give it with --input FILE")
+        with cpu_threads(earlier.made.threads):
+            return pipeline.draw(earlier.recipe, inputs=inputs_of(earlier.recipe)).image
+
+    def inputs_of(recipe: "Recipe") -> "Inputs | None":
+        if recipe.edit is None:
+            return None
+        found = find_inputs(recipe.edit, given or [], mask, redraw)
+        for note in found.notes:
+            report.event("note", note, note=note)
+        return found
+
+    inputs = inputs_of(recipe)
     # Another number of threads would round differently: the picture would only come out close.
     with cpu_threads(record.made.threads):
         if path is not None:
-            draw_jobs(pipeline, [Job(recipe, path)], trace=settings.trace, overwrite=overwrite, report=report)
+            job = Job(recipe, path, inputs)
+            draw_jobs(pipeline, [job], trace=settings.trace, overwrite=overwrite, report=report)
             return
         with report.stage("sampling"):
-            drawn = pipeline.draw(recipe).image
+            drawn = pipeline.draw(recipe, inputs=inputs).image
     report.times()
     psnr = _psnr(image, drawn)
     if psnr == float("inf"):
@@ -98,10 +129,10 @@ def _changes(assignments: list[str]) -> dict[str, str]:
 
 
 def _psnr(first: "Image", second: "Image") -> float:
-    """Peak signal-to-noise ratio of two 8-bit pictures in dB; infinite for equal ones, 0 where the sizes differ."""
+    """Peak signal-to-noise ratio of two 8-bit pictures in dB; infinite for equal ones, 0 for those of another kind."""
     import numpy as np
 
-    if first.size != second.size:
+    if (first.size, first.mode) != (second.size, second.mode):
         return 0.0
     error = np.square(np.asarray(first, np.float64) - np.asarray(second, np.float64)).mean()
     return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))

@@ -132,9 +132,9 @@ def train_enlarger(
     from mos_cli.runtime.devices import choose_device
     from mos_cli.training.art.file import data_folder
     from mos_cli.training.enlarging import train_enlarger as run_training
-    from mos_cli.training.run import find_source
+    from mos_cli.training.run import find_sources
 
-    source = find_source(scenes, art or data_folder(), choose_device("auto"))
+    source, _ = find_sources(scenes, art or data_folder(), choose_device("auto"))
     with stage_bars("loss {task.fields[loss]:.4f}") as advance:
         run_training(source, output, steps=steps, log=lambda step, loss: advance("training", step, steps, loss))
     console.out.print(str(output), markup=False, soft_wrap=True)

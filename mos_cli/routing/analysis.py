@@ -16,7 +16,7 @@ DIGITS = 4
 
 
 class Spanned(Protocol):
-    """A token with the characters of the prompt that it stands for."""
+    """A token with the characters of the prompt that it stands for, or the cell of a picture."""
 
     @property
     def text(self) -> str: ...
@@ -24,11 +24,13 @@ class Spanned(Protocol):
     def start(self) -> int: ...
     @property
     def end(self) -> int: ...
+    @property
+    def patch(self) -> tuple[int, int, int] | None: ...
 
 
 @dataclass(frozen=True)
 class Word:
-    """A word of the prompt and the numbers of its tokens; one that stands for no text is special."""
+    """A word of the prompt, or a picture, and the numbers of its tokens; one that stands for neither is special."""
 
     text: str
     tokens: tuple[int, ...]
@@ -64,15 +66,18 @@ def summarise(ids_SJTK: np.ndarray, weights_SJTK: np.ndarray, layers: int) -> di
 
 
 def split_words(prompt: str, tokens: Sequence[Spanned]) -> tuple[Word, ...]:
-    """The words between the prompt's spaces, each with its tokens, in order; then the tokens without text.
+    """The words between the prompt's spaces, each with its tokens, in order; then pictures, then other tokens.
 
     A token belongs to the word of its first character that is no space: some tokenizers count the space
     before a word to its first token.
     """
     spans = [match.span() for match in re.finditer(r"\S+", prompt)]
     numbers: dict[tuple[int, int], list[int]] = {span: [] for span in spans}
-    apart = []
+    apart, pictures = [], {}
     for number, token in enumerate(tokens):
+        if token.patch is not None:
+            pictures.setdefault(token.text, []).append(number)
+            continue
         text = prompt[token.start : token.end]
         if not text.strip():
             apart.append(Word(token.text, (number,), special=True))
@@ -80,7 +85,7 @@ def split_words(prompt: str, tokens: Sequence[Spanned]) -> tuple[Word, ...]:
         first = token.start + len(text) - len(text.lstrip())
         numbers[next(span for span in spans if span[0] <= first < span[1])].append(number)
     words = [Word(prompt[start:end], tuple(held)) for (start, end), held in numbers.items() if held]
-    return (*words, *apart)
+    return (*words, *(Word(name, tuple(held)) for name, held in pictures.items()), *apart)
 
 
 def find_words(words: Sequence[Word], wanted: Iterable[str]) -> tuple[Word, ...]:

@@ -37,11 +37,15 @@ class Routes:
 
 
 class TraceToken(Frozen):
-    """A context token and the characters of the branch's prompt that it stands for; special tokens have none."""
+    """A context token and the characters of the branch's prompt that it stands for; special tokens have none.
+
+    An image token stands for a cell of a picture instead: `patch` is (picture, row, column), all counted from 0.
+    """
 
     text: str
     start: int = Field(ge=0)
     end: int = Field(ge=0)
+    patch: tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt] | None = None
 
 
 class BranchSummary(Frozen):
@@ -124,7 +128,7 @@ def trace_files(trace: Trace, routes: Mapping[str, Routes] | None, picture: Path
         pointer = TraceArrays(file=arrays_path.name, sha256=hashlib.sha256(data).hexdigest())
         trace = trace.model_copy(update={"arrays": pointer})
         arrays[arrays_path] = data
-    return {head_path: (trace.model_dump_json(indent=1) + "\n").encode(), **arrays}
+    return {head_path: (trace.model_dump_json(indent=1, exclude_none=True) + "\n").encode(), **arrays}
 
 
 def load_trace(path: Path) -> Trace:

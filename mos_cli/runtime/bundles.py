@@ -23,6 +23,7 @@ from mos_cli.runtime.specs import (
     BundleIndex,
     Canvas,
     Defaults,
+    EditDefaults,
     TowerSpec,
     first_problem,
     read_json,
@@ -115,6 +116,7 @@ def write_index(
     understanding: TowerSpec,
     canvas: Canvas,
     defaults: Defaults,
+    edits: EditDefaults | None = None,
 ) -> Bundle:
     """Hashes all files of `folder` and writes its model_index.json, replacing an earlier one.
 
@@ -129,6 +131,7 @@ def write_index(
         "understanding": understanding,
         "canvas": canvas,
         "defaults": defaults,
+        "edits": edits,
         "files": {file: sha256_of(folder / file) for file in _files_of(folder)},
     }
     try:

@@ -113,7 +113,21 @@ def png(image: "Image", record: PictureRecord | None) -> bytes:
     return file.getvalue()
 
 
-def read_picture(path: Path) -> tuple["Image", PictureRecord]:
+def read_record(path: Path) -> PictureRecord | None:
+    """The record in a picture; None if there is none, or none that this version understands."""
+    from PIL import Image
+
+    from mos_cli.runtime.pictures import FORMATS
+
+    with Image.open(path, formats=FORMATS) as opened:
+        text = opened.info.get("mos")
+    try:
+        return None if not isinstance(text, str) else PictureRecord.model_validate_json(text)
+    except ValidationError:
+        return None
+
+
+def read_drawing(path: Path) -> tuple["Image", PictureRecord]:
     """Opens a picture of ours with its record.
 
     Raises:
@@ -123,7 +137,7 @@ def read_picture(path: Path) -> tuple["Image", PictureRecord]:
 
     try:
         with Image.open(path, formats=["PNG"]) as opened:
-            image = opened.convert("RGB")
+            image = opened.convert("RGBA" if opened.mode == "RGBA" else "RGB")
             text = opened.info.get("mos")
     except UnidentifiedImageError:
         raise InputError(f"{path} is not a PNG picture") from None

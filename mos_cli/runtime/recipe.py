@@ -3,20 +3,57 @@
 One pydantic model writes and reads it, so that the two can never drift apart.
 """
 
+import hashlib
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from mos_cli import __version__
 from mos_cli.errors import UsageError
-from mos_cli.runtime.specs import Frozen, Interval, first_problem
+from mos_cli.runtime.specs import Frozen, Interval, Sha256, first_problem
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
 MAX_THREADS = 1024
 """No picture asks for more: libraries end the whole process where so many threads cannot be started."""
+
+
+class SourcePicture(Frozen):
+    """A picture that was edited or looked at: the sha256 of its pixels, its size, its record if we made it."""
+
+    sha256: Sha256
+    width: int = Field(ge=1)
+    height: int = Field(ge=1)
+    record: "PictureRecord | None" = None
+
+
+class MaskRecipe(Frozen):
+    """Where an edit may change: the sha256 of the mask's pixels as it was used, and how its file was read."""
+
+    sha256: Sha256
+    invert: bool = False
+    feather: float = Field(default=0.0, ge=0)
+
+
+class EditRecipe(Frozen):
+    """What an edit needs beside the rest of its recipe.
+
+    `sources` are the picture that is edited and those it is to be drawn after. `canvas` is the size the model works at,
+    `strength` the time it begins at (1 = from noise alone). `composite` says that what the mask, or else the change
+    itself, leaves out is taken from the source, bit for bit.
+    """
+
+    sources: tuple[SourcePicture, ...] = Field(min_length=1)
+    canvas: tuple[int, int]
+    image_cfg: float = Field(ge=0, le=100)
+    strength: float = Field(gt=0, le=1)
+    mask: MaskRecipe | None = None
+    composite: bool = False
 
 
 class Recipe(Frozen):
@@ -32,6 +69,15 @@ class Recipe(Frozen):
     width: int = Field(ge=1)
     height: int = Field(ge=1)
     precision: Literal["bf16", "fp32"]
+    edit: EditRecipe | None = None
+
+    @model_validator(mode="after")
+    def _edits_keep_their_size(self) -> Self:
+        if self.edit is not None:
+            source = self.edit.sources[0]
+            if (self.width, self.height) not in (self.edit.canvas, (source.width, source.height)):
+                raise ValueError("an edit is as large as the picture it is made from, or as its canvas")
+        return self
 
 
 class Provenance(Frozen):
@@ -58,17 +104,25 @@ class PictureRecord(Frozen):
     recipe: Recipe
     made: Provenance
 
+    def history(self) -> "tuple[PictureRecord, ...]":
+        """The records from the first picture of a chain of edits to this one."""
+        edit = self.recipe.edit
+        before = () if edit is None or edit.sources[0].record is None else edit.sources[0].record.history()
+        return (*before, self)
+
     def to_json(self) -> str:
-        return self.model_dump_json(by_alias=True)
+        return self.model_dump_json(by_alias=True, exclude_none=True)
 
     def parameters(self) -> str:
         """The same in the text form that other image tools read from the `parameters` chunk."""
         recipe = self.recipe
         negative = f"Negative prompt: {recipe.negative}\n" if recipe.negative else ""
+        edit = {} if recipe.edit is None else {"Image CFG scale": recipe.edit.image_cfg}
         settings = {
             "Steps": recipe.steps,
             "Sampler": "Euler",
             "CFG scale": recipe.cfg,
+            **edit,
             "Seed": recipe.seed,
             "Size": f"{recipe.width}x{recipe.height}",
             "Model hash": self.made.bundle_hash[:10],
@@ -76,6 +130,11 @@ class PictureRecord(Frozen):
             "Version": f"mos {self.made.mos}",
         }
         return f"{recipe.prompt}\n{negative}" + ", ".join(f"{key}: {value}" for key, value in settings.items())
+
+
+def pixels_hash(image: "Image") -> str:
+    """The sha256 of a picture's mode, size and pixels: the same for every file that holds them."""
+    return hashlib.sha256(f"{image.mode} {image.width}x{image.height} ".encode() + image.tobytes()).hexdigest()
 
 
 def make_recipe(**values: Any) -> Recipe:

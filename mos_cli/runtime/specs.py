@@ -140,6 +140,12 @@ class Defaults(Frozen):
     cfg_interval: Interval
 
 
+class EditDefaults(Defaults):
+    """Sampling settings that suit editing; `image_cfg` is the guidance towards the picture that is edited."""
+
+    image_cfg: float = Field(ge=0, le=100)
+
+
 class BundleIndex(Frozen):
     """The content of `model_index.json`; `files` maps every other file in the folder to its sha256."""
 
@@ -150,6 +156,8 @@ class BundleIndex(Frozen):
     understanding: TowerSpec
     canvas: Canvas
     defaults: Defaults
+    edits: EditDefaults | None = None
+    """Only in bundles that edit pictures."""
     files: dict[str, Sha256]
 
     @field_validator("files")

@@ -13,7 +13,7 @@ import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from mos_cli.sampling.flow import velocity
+from mos_cli.sampling.flow import noised, velocity
 from mos_cli.towers.bank import StateBank
 from mos_cli.towers.router import Route
 
@@ -28,14 +28,45 @@ class Predictor(Protocol):
 class Guidance:
     """Classifier-free guidance: x = x_negative + scale * (x_positive - x_negative) while t is in the interval.
 
-    Outside the interval, or at scale 1, the negative branch is not computed.
+    Editing, x_negative is guided in turn: x_unseen + image_scale * (x_negative - x_unseen), where the unseen branch
+    knows nothing of the pictures (InstructPix2Pix, arXiv 2211.09800). A branch without effect is not computed.
     """
 
     scale: float
     interval: tuple[float, float] = (0.0, 1.0)
+    image_scale: float = 1.0
 
-    def acts(self, t: float) -> bool:
-        return self.scale != 1.0 and self.interval[0] <= t <= self.interval[1]
+    def branches(self, t: float) -> tuple[str, ...]:
+        """The branches that count at time t."""
+        inside = self.interval[0] <= t <= self.interval[1]
+        negative = self.scale != 1.0 or self.image_scale != 1.0
+        needed = (POSITIVE, NEGATIVE, UNSEEN)[: 1 + negative + (self.image_scale != 1.0)]
+        return needed if inside else (POSITIVE,)
+
+    def guided(self, x_hats: dict[str, Tensor]) -> Tensor:
+        """The clean latent to go for, from what the branches predict."""
+        x_hat = x_hats[POSITIVE]
+        if NEGATIVE not in x_hats:
+            return x_hat
+        base = x_hats[NEGATIVE]
+        if UNSEEN in x_hats:
+            base = x_hats[UNSEEN] + self.image_scale * (base - x_hats[UNSEEN])
+        return base + self.scale * (x_hat - x_hats[NEGATIVE])
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The clean latent a picture is drawn over.
+
+    Args:
+        z0_BCHW: the latent.
+        strength: the time to begin at; 1 is pure noise, smaller values leave something of z_0 in it.
+        mask_11HW: how far each place may change, 0 to 1; None lets everything change.
+    """
+
+    z0_BCHW: Tensor
+    strength: float = 1.0
+    mask_11HW: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -51,13 +82,13 @@ class Step:
 
 Observer = Callable[[Step], None]
 
-POSITIVE, NEGATIVE = "positive", "negative"
+POSITIVE, NEGATIVE, UNSEEN = "positive", "negative", "unseen"
 
 
-def times(steps: int, scheduler: FlowMatchEulerDiscreteScheduler) -> list[float]:
-    """The times at which the tower is asked, 1 first; evenly spaced but for the scheduler's own shift."""
+def times(steps: int, scheduler: FlowMatchEulerDiscreteScheduler, first: float = 1.0) -> list[float]:
+    """The times at which the tower is asked; evenly spaced from the first but for the scheduler's own shift."""
     # Given a mere number of steps the scheduler would apply its shift twice.
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist())
+    scheduler.set_timesteps(sigmas=np.linspace(first, first / steps, steps).tolist())
     return scheduler.sigmas[:-1].tolist()  # type: ignore[index, union-attr]
 
 
@@ -71,22 +102,28 @@ def sample(
     guidance: Guidance,
     scheduler: FlowMatchEulerDiscreteScheduler,
     observers: Sequence[Observer] = (),
+    origin: Origin | None = None,
 ) -> Tensor:
     """Integrates from noise (t = 1) to a latent (t = 0).
 
     Args:
         noise_BCHW: z_1, float32.
-        banks: the state banks of the "positive" and, if guidance acts, the "negative" prompt.
+        banks: the state banks of the branches that guidance asks for.
         observers: called after every step, in order; an exception raised by one ends the run.
+        origin: what the picture is drawn over; without it, it comes from noise alone.
     """
+    asked = times(steps, scheduler, 1.0 if origin is None else origin.strength)
     z = noise_BCHW
-    for index, t in enumerate(times(steps, scheduler)):
+    if origin is not None:
+        z = noised(origin.z0_BCHW, z, torch.full((z.shape[0],), asked[0], device=z.device))
+    for index, t in enumerate(asked):
         t_B = torch.full((z.shape[0],), t, device=z.device)
-        x_hat, route = tower(z, t_B, banks[POSITIVE])
-        routes = {POSITIVE: route}
-        if guidance.acts(t):
-            x_negative, routes[NEGATIVE] = tower(z, t_B, banks[NEGATIVE])
-            x_hat = x_negative + guidance.scale * (x_hat - x_negative)
+        x_hats, routes = {}, {}
+        for branch in guidance.branches(t):
+            x_hats[branch], routes[branch] = tower(z, t_B, banks[branch])
+        x_hat = guidance.guided(x_hats)
+        if origin is not None and origin.mask_11HW is not None:
+            x_hat = torch.lerp(origin.z0_BCHW, x_hat, origin.mask_11HW)
         v = velocity(z, x_hat, t)
         z = scheduler.step(v, scheduler.timesteps[index], z, return_dict=False)[0]  # type: ignore[arg-type, index]
         for observe in observers:

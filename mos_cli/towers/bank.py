@@ -18,10 +18,15 @@ SIGHT = 4
 
 @dataclass(frozen=True)
 class References:
-    """What every block remembers of the pictures to draw from: keys and values [B, R, 2 D], and their positions."""
+    """The pictures to draw from.
+
+    kv holds what every block remembers of them, keys and values [B, R, 2 D], and positions_R3 where that stands. The
+    first is the picture that is edited: under_BND is to be laid under the noised patches, each under its own.
+    """
 
     kv: tuple[Tensor, ...]
     positions_R3: Tensor
+    under_BND: Tensor
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,10 @@ class Eyes(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def see(self, pictures_B3HW: Tensor) -> Tensor:
         """Image tokens, row by row, of pictures in -1..1 of any size: [B, V, M, Z], narrow states filled with zeros."""
-        sized = F.interpolate(pictures_B3HW, (SIDE, SIDE), mode="bilinear", antialias=True)
-        cells = [F.adaptive_avg_pool2d(stage, SIGHT).flatten(2).mT for stage in self.trunk.stages(sized)]
+        sized = F.interpolate(pictures_B3HW, (SIDE, SIDE), mode="bilinear", antialias=True).to(self.dtype)
+        # Convolutions of single channels are three times as fast on a CPU with the channels last.
+        stages = self.trunk.stages(sized.contiguous(memory_format=torch.channels_last))
+        cells = [F.adaptive_avg_pool2d(stage.float(), SIGHT).flatten(2).mT for stage in stages]
         return torch.stack([F.pad(cells[s], (0, max(self.widths) - cells[s].shape[-1])) for s in self.stages_read], 2)
 
 

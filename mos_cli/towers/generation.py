@@ -98,6 +98,7 @@ class GenerationTower(ModelMixin, ConfigMixin):
         self.sight_in = nn.ModuleList(nn.Linear(width_in, width, bias=False) for width_in in sight_widths)
         self.states_in = nn.Linear(states_width, width, bias=False)
         self.patches_in = nn.Linear(patch_values, width)
+        self.under_in = nn.Linear(patch_values, width, bias=False) if sight_widths else None
         self.time_in = TimeEmbedding(width)
         self.modulation = nn.Linear(width, 6 * width)
         self.blocks = nn.ModuleList(
@@ -133,7 +134,9 @@ class GenerationTower(ModelMixin, ConfigMixin):
                     nn.init.zeros_(module.bias)
         for block in self.blocks:
             block.start_as_identity()  # type: ignore[operator]
-        for linear in (self.modulation, self.modulation_out, self.patches_out):
+        for linear in (self.modulation, self.modulation_out, self.patches_out, self.under_in):
+            if linear is None:
+                continue
             nn.init.zeros_(linear.weight)
         if self.router is not None:
             # A one-hot start would leave the unread layers without a gradient.
@@ -153,7 +156,7 @@ class GenerationTower(ModelMixin, ConfigMixin):
 
         Args:
             sight_BVMZ: states of the image tokens, those of one picture after those of another.
-            references: the pictures' clean latents, each [B, C, H, W].
+            references: the pictures' clean latents, each [B, C, H, W], the one that is edited first.
         """
         states = [self._normed_states(sight_BVMZ[:, :, m, :width]) for m, width in enumerate(self.sight_widths)]
         projected = torch.stack([into(state) for into, state in zip(self.sight_in, states, strict=True)], dim=2)
@@ -174,8 +177,9 @@ class GenerationTower(ModelMixin, ConfigMixin):
     def _remember(self, references: Sequence[Tensor]) -> References:
         """Each reference passes the blocks alone, at time 0: a clean picture is what the tower ends with."""
         memories, positions = [], []
+        patches = [patchify(z_BCHW, self.patch).to(self.patches_in.weight.dtype) for z_BCHW in references]
         for order, z_BCHW in enumerate(references, start=1):
-            x = self.patches_in(patchify(z_BCHW, self.patch).to(self.patches_in.weight.dtype))
+            x = self.patches_in(patches[order - 1])
             grid_R3 = self._grid(z_BCHW, order=-order)
             embedding = rotary(grid_R3, self.head_width, self.rope_theta, z_BCHW.device)
             _, modulation = self._time(z_BCHW.new_zeros(z_BCHW.shape[0]))
@@ -185,7 +189,9 @@ class GenerationTower(ModelMixin, ConfigMixin):
                 memory.append(kv)
             memories.append(memory)
             positions.append(grid_R3)
-        return References(tuple(torch.cat(kv, dim=1) for kv in zip(*memories, strict=True)), torch.cat(positions))
+        assert self.under_in is not None
+        kv = tuple(torch.cat(parts, dim=1) for parts in zip(*memories, strict=True))
+        return References(kv, torch.cat(positions), self.under_in(patches[0]))
 
     def _grid(self, z_BCHW: Tensor, *, order: int = 0) -> Tensor:
         return grid_positions(z_BCHW.shape[-2] // self.patch, z_BCHW.shape[-1] // self.patch, order=order)
@@ -217,6 +223,8 @@ class GenerationTower(ModelMixin, ConfigMixin):
         route = self._route(patches, t_B, seen_V3, grid_N3, bank, epsilon)
 
         x = self.patches_in(patches)
+        if bank.references is not None:
+            x = x + bank.references.under_BND
         if self.in_sequence:
             x = torch.cat([x.new_zeros(x.shape[0], tokens, x.shape[2]), x], dim=1)
         time, modulation = self._time(t_B)

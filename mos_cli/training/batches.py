@@ -3,7 +3,8 @@
 What is in picture `index` of a step depends on (seed, step, index) alone, so that any number of processes, each making
 its own share, see the same batches.
 
-Shapes: B pictures of this process, T context tokens, M layers, S width of a state, C channels, H x W the latent's size.
+Shapes: B pictures of this process, T context tokens, V image tokens, M layers, S width of a state, Z widest state of an
+image token, C channels, H x W the latent's size.
 """
 
 import os
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader
 from mos_cli.errors import InputError, MosError, UsageError
 from mos_cli.sampling.flow import logit_normal, noised
 from mos_cli.towers.autoencoder import Autoencoder
+from mos_cli.towers.eyes import Eyes
 from mos_cli.towers.understanding import Reading, UnderstandingTower
 from mos_cli.training.recipe import TrainTable
 from mos_cli.training.stages import Course
@@ -27,25 +29,37 @@ from mos_cli.training.stages import Course
 
 @dataclass(frozen=True)
 class Batch:
-    """Clean and noised latents, their times, and what the understanding tower read of the captions."""
+    """Clean and noised latents, their times, and what the understanding tower read of the captions.
+
+    Where a step edits, also the clean latents of the pictures that are edited, and what the eyes see of them.
+    """
 
     z0_BCHW: Tensor
     z_BCHW: Tensor
     t_B: Tensor
     states_BTMS: Tensor
     mask_BT: Tensor
+    references_BCHW: Tensor | None = None
+    sight_BVMZ: Tensor | None = None
+
+
+Kind = tuple[str, bool]
+"""What a step learns from: the name of its stage, and whether it edits."""
+Pick = Callable[[Random, int], tuple[Any, str]]
+Draw = Callable[[list[Any], int], Tensor]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where pictures and captions come from.
+    """Where pictures and captions come from, or edits and instructions.
 
     `pick` chooses one for a canvas and needs no device: it may run in another process. `draw` turns what was picked
-    into pictures [B, 3, H, W] in -1..1 on the device, H = W = canvas.
+    into pictures [B, 3, H, W] in -1..1 on the device, H = W = canvas; `draw_before` into the pictures to be edited.
     """
 
-    pick: Callable[[Random, int], tuple[Any, str]]
-    draw: Callable[[list[Any], int], Tensor]
+    pick: Pick
+    draw: Draw
+    draw_before: Draw | None = None
 
 
 @dataclass(frozen=True)
@@ -71,11 +85,11 @@ class Picked:
 
 @dataclass(frozen=True)
 class Picks:
-    """The device-free half of making batches; `picks` has an entry for every stage."""
+    """The device-free half of making batches, with a `Pick` for every kind of step."""
 
     course: Course
     train: TrainTable
-    picks: tuple[Callable[[Random, int], tuple[Any, str]], ...]
+    picks: dict[Kind, Pick]
     share: Share = Share()
 
     def __len__(self) -> int:
@@ -84,7 +98,7 @@ class Picks:
     def __getitem__(self, step: int) -> "Picked | MosError":
         """An error is handed over, not raised: a worker process would bury it under its own traceback."""
         stage = self.course.stage_at(step)
-        pick = self.picks[self.course.stages.index(stage)]
+        pick = self.picks[kind_of(self.course, self.train.seed, step)]
         part, pictures, captions = self.share.of(stage.batch), [], []
         try:
             for index in range(part.start, part.stop):
@@ -101,7 +115,8 @@ class Batches:
     """Makes batches, drawn, encoded and read on one device.
 
     Args:
-        sources: one for every stage of the course.
+        sources: one for every kind of step in the course.
+        eyes: what sees the pictures to be edited, where steps edit.
         share: the part of each batch that is made here.
 
     Raises:
@@ -112,18 +127,19 @@ class Batches:
         self,
         course: Course,
         train: TrainTable,
-        sources: tuple[Source, ...],
+        sources: dict[Kind, Source],
         understanding: UnderstandingTower,
         autoencoder: Autoencoder,
         device: torch.device,
         share: Share = Share(),
+        eyes: Eyes | None = None,
     ) -> None:
         for stage in course.stages:
             if stage.batch % share.processes:
                 raise UsageError(f"a batch of {stage.batch} cannot be shared by {share.processes} processes")
         self.course, self.train, self.sources, self.share = course, train, sources, share
-        self.understanding, self.autoencoder, self.device = understanding, autoencoder, device
-        self.picks = Picks(course, train, tuple(source.pick for source in sources), share)
+        self.understanding, self.autoencoder, self.eyes, self.device = understanding, autoencoder, eyes, device
+        self.picks = Picks(course, train, {kind: source.pick for kind, source in sources.items()}, share)
 
     def make(self, step: int) -> Batch:
         """The batch of one step, from a random stream of that step's own: resuming needs no state.
@@ -160,14 +176,16 @@ class Batches:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(side)
             for field in fields(batch):
-                getattr(batch, field.name).record_stream(current)
+                if (tensor := getattr(batch, field.name)) is not None:
+                    tensor.record_stream(current)
             yield batch
 
     def _finish(self, picked: Picked | MosError) -> Batch:
         if isinstance(picked, MosError):
             raise picked
         stage = self.course.stage_at(picked.step)
-        source, part = self.sources[self.course.stages.index(stage)], self.share.of(stage.batch)
+        source = self.sources[kind_of(self.course, self.train.seed, picked.step)]
+        part = self.share.of(stage.batch)
         random = Random(f"{self.train.seed}/{picked.step}")
         times, noise = torch.Generator(), torch.Generator(self.device)
         times.manual_seed(random.getrandbits(63))
@@ -179,7 +197,11 @@ class Batches:
         reading = self._read(picked.captions)
         room = self.train.context_tokens - reading.mask_BT.shape[1]
         states = F.pad(reading.states_BTMS, (0, 0, 0, 0, 0, room))
-        return Batch(z0, noised(z0, z1, t), t, states, F.pad(reading.mask_BT, (0, room)))
+        references = sight = None
+        if source.draw_before is not None and self.eyes is not None:
+            before = source.draw_before(picked.pictures, stage.canvas)
+            references, sight = self.autoencoder.encode(before), self.eyes.see(before)
+        return Batch(z0, noised(z0, z1, t), t, states, F.pad(reading.mask_BT, (0, room)), references, sight)
 
     def _read(self, captions: list[str]) -> Reading:
         try:
@@ -194,6 +216,12 @@ class Batches:
             f"the caption '{longest[:80]}' has {max(tokens)} tokens: shorten it, or raise context_tokens in the recipe "
             f"(now {self.train.context_tokens}; the understanding tower reads {self.understanding.max_tokens})"
         )
+
+
+def kind_of(course: Course, seed: int, step: int) -> Kind:
+    """What a step learns from. All of it is of one kind, which keeps its shapes static."""
+    stage = course.stage_at(step)
+    return stage.name, Random(f"{seed}/{step}/edits").random() < stage.edits
 
 
 def _workers(device: torch.device) -> int:

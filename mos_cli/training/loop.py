@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from mos_cli.errors import InputError
@@ -55,6 +56,9 @@ class Trainer:
         if recipe.train.compile:
             (objective.compile_blocks if accelerator.is_fsdp2 else objective.compile_whole)()
         self.network, *self.optimisers = accelerator.prepare(objective, *optimisers)
+        if accelerator.is_fsdp2:
+            for block in self.tower.blocks:
+                register_fsdp_forward_method(block, "remember")
         self.ema = PowerEMA(self._parameters())
         self.step = 0
         if found := checkpoint.newest(folder):

@@ -1,6 +1,7 @@
 """What a step minimises, as one module: launchers wrap it whole, for many processes or for sharding.
 
-Shapes: B batch, T context tokens, M understanding layers, J generation blocks, K kept layers.
+Shapes: B batch, T context tokens, V image tokens, M understanding layers, S width of a state, Z widest state of an
+image token, J generation blocks, K kept layers, C channels, H x W the latent's size.
 """
 
 from typing import Any, ClassVar
@@ -38,12 +39,31 @@ class Objective(nn.Module):
             block.compile(dynamic=False)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self._compute(batch.z0_BCHW, batch.z_BCHW, batch.t_B, batch.states_BTMS, batch.mask_BT)
+        return self._compute(
+            batch.z0_BCHW,
+            batch.z_BCHW,
+            batch.t_B,
+            batch.states_BTMS,
+            batch.mask_BT,
+            batch.references_BCHW,
+            batch.sight_BVMZ,
+        )
 
     def _plain(
-        self, z0_BCHW: Tensor, z_BCHW: Tensor, t_B: Tensor, states_BTMS: Tensor, mask_BT: Tensor
+        self,
+        z0_BCHW: Tensor,
+        z_BCHW: Tensor,
+        t_B: Tensor,
+        states_BTMS: Tensor,
+        mask_BT: Tensor,
+        references_BCHW: Tensor | None,
+        sight_BVMZ: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         bank = self.tower.read(states_BTMS, mask_BT)
+        if references_BCHW is not None and sight_BVMZ is not None:
+            bank = self.tower.look(bank, sight_BVMZ, [references_BCHW])
+            assert bank.mask_BT is not None
+            mask_BT = bank.mask_BT
         x_hat, route = self.tower(z_BCHW, t_B, bank, epsilon=self.epsilon)
         return velocity_loss(x_hat, z0_BCHW, t_B), layer_use(route, mask_BT, states_BTMS.shape[2])
 

@@ -8,7 +8,7 @@ from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from mos_cli.errors import InputError, UsageError
 from mos_cli.runtime.folders import presets_folder
-from mos_cli.runtime.specs import Canvas, Defaults, Frozen, PlainName, first_problem
+from mos_cli.runtime.specs import Canvas, Defaults, EditDefaults, Frozen, PlainName, first_problem
 
 
 class BundleTable(Frozen):
@@ -19,6 +19,7 @@ class BundleTable(Frozen):
     license: str
     canvas: Canvas
     defaults: Defaults
+    edits: EditDefaults | None = None
 
     @model_validator(mode="after")
     def _square(self) -> Self:
@@ -34,6 +35,8 @@ class DataTable(Frozen):
     styles: tuple[str, ...] = Field(min_length=1)
     words: dict[str, tuple[str, ...]]
     """Names in the art file to the names captions use; in a recipe also a TOML file, its own or a preset."""
+    edits: float = Field(default=0.0, ge=0, le=1)
+    """Share of the steps that learn to edit scenes; such a step learns nothing else."""
 
     @model_validator(mode="after")
     def _enough_words(self) -> Self:
@@ -108,7 +111,9 @@ class TrainRecipe(Frozen):
     understanding: str
     """A tower's name, its .json file, or a hub id: `owner/name`."""
     autoencoder: str | None = None
-    """A diffusers autoencoder, as a folder or hub id; without one the model draws in pixels."""
+    """One that comes with mos, or any of diffusers', as a folder or hub id; without one the model draws in pixels."""
+    eyes: Literal["efficientnet-lite0"] | None = None
+    """What gives the understanding tower image tokens of the pictures to edit, if it cannot see by itself."""
     start_from: str | None = None
     """A bundle whose weights the run starts with; see `training.start`."""
     bundle: BundleTable
@@ -118,7 +123,12 @@ class TrainRecipe(Frozen):
     stages: tuple[StageTable, ...] = ()
 
     @model_validator(mode="after")
-    def _one_length(self) -> Self:
+    def _goes_together(self) -> Self:
+        edits = [data for data in (self.data, *(stage.data for stage in self.stages)) if getattr(data, "edits", 0)]
+        if edits and self.eyes is None:
+            raise ValueError('steps that edit need [eyes]: eyes = "efficientnet-lite0"')
+        if bool(edits) != (self.bundle.edits is not None):
+            raise ValueError("[bundle] edits, the settings to edit with, go with [data] edits, the steps that edit")
         if bool(self.stages) == (self.train.steps is not None):
             raise ValueError("say how long it takes either in [train] steps or in [[stages]]")
         for stage in self.stages:

@@ -10,6 +10,8 @@ from mos_cli.runtime.folders import models_folder
 from mos_cli.runtime.sources import fetch_tower, hub_snapshot
 from mos_cli.runtime.specs import TOWER_SUFFIXES, HubSource, TowerSpec
 from mos_cli.towers.autoencoder import Autoencoder, Pixels, load_autoencoder
+from mos_cli.towers.eyes import Eyes
+from mos_cli.training.evaluation.features import features_spec, read_weights
 
 
 def find_understanding(reference: str) -> tuple[TowerSpec, Path]:
@@ -46,3 +48,11 @@ def find_autoencoder(reference: str | None, device: torch.device) -> Autoencoder
     if not folder.is_dir():
         folder = hub_snapshot(reference, None, ["*.json", "*.safetensors"])
     return load_autoencoder(folder, dtype=torch.float32, device=str(device))
+
+
+def find_eyes(layers: int, device: torch.device, dtype: torch.dtype) -> Eyes:
+    """EfficientNet-Lite0 as eyes with `layers` states for a token; raises ModelError if it cannot be had."""
+    eyes = Eyes(layers=layers)
+    weights, names = read_weights(fetch_tower(features_spec())), eyes.trunk.state_dict().keys()
+    eyes.trunk.load_state_dict({name: value for name, value in weights.items() if name in names})
+    return eyes.to(device, dtype)  # type: ignore[arg-type, return-value]

@@ -19,6 +19,11 @@ class Stage:
     time_mean: float
     data: DataTable | CaptionedTable
 
+    @property
+    def edits(self) -> float:
+        """The share of its steps that learn to edit."""
+        return self.data.edits if isinstance(self.data, DataTable) else 0.0
+
 
 @dataclass(frozen=True)
 class Course:

@@ -32,8 +32,13 @@ def start_tower(recipe: TrainRecipe) -> GenerationTower:
         start = GenerationTower.from_pretrained(
             bundle.folder / "generation", use_safetensors=True, torch_dtype=torch.float32
         )
+        weights = enlarged_weights(start, tower.patch)
+        if not start.sight_widths:
+            # What takes in pictures is new to a bundle that draws from words alone.
+            seeing = ("sight_in", "under_in")
+            weights |= {n: fresh for n, fresh in tower.state_dict().items() if any(part in n for part in seeing)}
         try:
-            tower.load_state_dict(enlarged_weights(start, tower.patch))
+            tower.load_state_dict(weights)
         except (RuntimeError, ValueError) as error:
             raise UsageError(f"the network cannot start from {recipe.start_from}: {error}") from None
     return tower

@@ -17,7 +17,7 @@ from mos_cli.training.evaluation.bench import Entry, bench_data
 from mos_cli.training.evaluation.checks import passes
 from mos_cli.training.evaluation.judge import Detection, Judge
 from mos_cli.training.scenes.compositor import Compositor
-from mos_cli.training.scenes.layout import lay_out
+from mos_cli.training.scenes.layout import Scene, lay_out
 from mos_cli.training.scenes.vocabulary import load_vocabulary
 
 TRUE_SCENES = 4
@@ -45,8 +45,18 @@ class TrueScenes:
         for entry in entries:
             described = entry.description.model_copy(update={} if style is None else {"style": style})
             scenes.append(lay_out(described, self.vocabulary, Random(f"true/{entry.id}/{take}")))
-        parts = [scenes[start : start + 64] for start in range(0, len(scenes), 64)]
+        return self.draw_scenes(scenes, canvas)
+
+    def draw_scenes(self, scenes: Sequence[Scene], canvas: int) -> Tensor:
+        """One picture per scene, [B, 3, H, W] in -1..1."""
+        parts = [list(scenes[start : start + 64]) for start in range(0, len(scenes), 64)]
         return torch.cat([self.compositor.draw(part, canvas) for part in parts])
+
+
+def check_words(judge: Judge, asked: set[str]) -> None:
+    """Raises ModelError if the judge has not learned a word."""
+    if unknown := sorted(asked - set(judge.config.words)):
+        raise ModelError(f"the judge has not learned {', '.join(unknown[:3])}: run mos train-judge")
 
 
 class Examiner:
@@ -63,9 +73,7 @@ class Examiner:
     """
 
     def __init__(self, judge: Judge, true: TrueScenes, entries: Sequence[Entry], canvas: int) -> None:
-        asked = {thing.word for entry in entries for thing in entry.description.things}
-        if unknown := sorted(asked - set(judge.config.words)):
-            raise ModelError(f"the judge has not learned {', '.join(unknown[:3])}: run mos train-judge")
+        check_words(judge, {thing.word for entry in entries for thing in entry.description.things})
         self.judge, self.true, self.entries, self.canvas = judge, true, entries, canvas
         self.styled = [row for row, entry in enumerate(entries) if entry.category == "style"]
         self.styles = true.vocabulary.styles

@@ -58,10 +58,15 @@ class EfficientNetLite0(Trunk):
 def load_features(folder: Path) -> EfficientNetLite0:
     """The network with the weights in `folder`, as `fetch_tower` returns it; the classifier is left out."""
     net = EfficientNetLite0()
+    net.load_state_dict(read_weights(folder))
+    return net
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights in `folder`, without the classifier."""
     (name,) = features_spec().files
     weights = torch.load(folder / name, map_location="cpu", weights_only=True)
-    net.load_state_dict({key: value for key, value in weights.items() if not key.startswith("_fc.")})
-    return net
+    return {key: value for key, value in weights.items() if not key.startswith("_fc.")}
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mos_cli.errors import InputError, UsageError
 from mos_cli.pipeline import MoSPipeline
 from mos_cli.runtime.files import atomic_write, sha256_of
-from mos_cli.runtime.outputs import png, read_picture
+from mos_cli.runtime.outputs import png, read_drawing
 from mos_cli.runtime.recipe import Recipe, make_recipe
 from mos_cli.runtime.sheet import COLUMNS, contact_sheet
 from mos_cli.training.evaluation.bench import CATEGORIES, FILE, Entry
@@ -114,7 +114,7 @@ def scores(entries: Sequence[Entry], passed: list[bool], true_passed: list[list[
 def _drawn(pipeline: MoSPipeline, recipe: Recipe, path: Path) -> Image.Image:
     """The picture at `path` if it is this one, else draws and writes it."""
     if path.exists():
-        image, record = read_picture(path)
+        image, record = read_drawing(path)
         if record.recipe != recipe or record.made.bundle_hash != pipeline.bundle_hash:
             raise InputError(f"{path} was made by another bundle or with other settings: choose another --output")
         return image

@@ -41,7 +41,7 @@ def caption(description: Description, vocabulary: Vocabulary, random: Random) ->
     phrases = [noun_phrase(thing, vocabulary, random) for thing in description.things]
     subject = _subject(description, phrases, random)
     style = random.choice(STYLES[description.style]) if description.style_named else None
-    ground = None if description.ground is None else _ground(description.ground, random)
+    ground = None if description.ground is None else ground_phrase(description.ground, random)
     form = random.random()
     if form < 0.2:
         return _keywords(description, subject, style, random)
@@ -102,7 +102,7 @@ def _listed(phrases: list[str], random: Random) -> str:
     return f"{', '.join(phrases[:-1])} and {phrases[-1]}"
 
 
-def _ground(name: str, random: Random) -> str:
+def ground_phrase(name: str, random: Random) -> str:
     """'on a red background', 'on the beach', 'on a background from red to blue'."""
     if name in SCENERIES:
         return random.choice(SCENERIES[name][1])

@@ -15,7 +15,7 @@ EDGE = 16
 class Compositor:
     """Draws batches of scenes from premultiplied RGBA sprites, each scaled with an antialiasing triangle filter.
 
-    The filter is separable and a scene's objects are never turned, so scaling is two matrix products.
+    The filter is separable and a scene's objects are never rotated, so scaling is two matrix products.
 
     Args:
         sprites_VHW4: uint8, premultiplied alpha.
@@ -63,7 +63,10 @@ class Compositor:
         return down[:, None] @ narrowed.unflatten(1, sprites.shape[1:3])
 
     def _painted(self, objects: list[Placed], pictures: Tensor) -> Tensor:
-        """Sprites in 0..1; a painted one keeps its light and shade around the paint, black through paint to white."""
+        """Sprites in 0..1, flipped if they are.
+
+        A painted one keeps its light and shade around the paint, black through paint to white.
+        """
         sprites = self.sprites_V4hw[pictures].float() / 255
         rows = [row for row, placed in enumerate(objects) if placed.tint]
         if rows:
@@ -73,6 +76,8 @@ class Compositor:
             light = torch.minimum(light, alpha)
             shade = torch.minimum(2 * light, alpha)
             sprites[rows, :3] = paint * shade + (1 - paint) * (2 * light - alpha).clamp_min(0)
+        if mirrored := [row for row, placed in enumerate(objects) if placed.mirrored]:
+            sprites[mirrored] = sprites[mirrored].flip(-1)
         return sprites
 
 

@@ -21,13 +21,15 @@ Spot = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Placed:
-    """A picture on the canvas: its row among the sprites, its centre, its side, and its paint, if it is repainted."""
+    """A picture on the canvas: its row among the sprites, its centre, its side, its paint, if it is repainted, and
+    whether it is flipped left to right."""
 
     picture: int
     x: float
     y: float
     side: float
     tint: RGB | None = None
+    mirrored: bool = False
 
 
 @dataclass(frozen=True)

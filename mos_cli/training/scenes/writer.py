@@ -44,7 +44,7 @@ class SceneWriter:
             **layout,
             style=style,
             style_named=style != DEFAULT_STYLE or random.random() < 0.4,
-            ground=_ground({thing.colour for thing in layout["things"]}, random),
+            ground=choose_ground({thing.colour for thing in layout["things"]}, random),
         )
 
     def _single(self, style: str, random: Random) -> dict:
@@ -90,7 +90,7 @@ class SceneWriter:
         )
 
 
-def _ground(colours: set[str | None], random: Random) -> str | None:
+def choose_ground(colours: set[str | None], random: Random) -> str | None:
     """A ground that none of the painted things vanishes into."""
     paints = [paint for paint in PAINTS if not any(colour and colour in paint for colour in colours)]
     kind = random.random()

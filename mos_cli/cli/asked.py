@@ -1,0 +1,91 @@
+"""What `generate` and `edit` make of their options alike: prompts, the fields of a recipe, jobs."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mos_cli.cli.drawing import Job, Report
+from mos_cli.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from mos_cli.runtime.bundles import Bundle
+    from mos_cli.runtime.inputs import Inputs
+    from mos_cli.runtime.outputs import Naming
+    from mos_cli.runtime.settings import RunSettings
+    from mos_cli.runtime.specs import Defaults
+
+
+def make_jobs(
+    prompts: list[str],
+    names: "Naming",
+    fields: dict[str, Any],
+    *,
+    seed: int | None,
+    count: int,
+    inputs: "Inputs | None" = None,
+) -> list[Job]:
+    """A job for every prompt and seed; without a seed the first is random."""
+    from mos_cli.runtime.recipe import make_recipe
+
+    first = int.from_bytes(os.urandom(4)) if seed is None else seed
+    jobs = []
+    for prompt in prompts:
+        for index in range(count):
+            recipe = make_recipe(prompt=prompt, seed=first + index, **fields)
+            jobs.append(Job(recipe, names.path(recipe), inputs))
+    return jobs
+
+
+def say_what_would_be_drawn(jobs: list[Job], report: Report) -> None:
+    """The answer to --dry-run."""
+    for job in jobs:
+        report.event("would draw", f"{job.path}  {job.recipe!r}", path=str(job.path), recipe=job.recipe.model_dump())
+    report.times()
+
+
+def check_sheet(option: str, sheet: Path, names: "Naming") -> None:
+    """Raises UsageError or InputError if a sheet cannot be written under its name; better now than at the end."""
+    from mos_cli.runtime.files import refuse_existing
+
+    if sheet.suffix.lower() != ".png" or sheet in names.given:
+        raise UsageError(f"{option} {sheet}: name a .png of its own")
+    refuse_existing(sheet, names.overwrite)
+
+
+def read_prompts(argument: str) -> list[str]:
+    """The prompts asked for: one, or the non-empty lines of stdin or a file."""
+    if argument == "-":
+        lines = _lines(sys.stdin.buffer.read(), "stdin")
+    elif argument.startswith("@"):
+        lines = _lines(Path(argument[1:]).read_bytes(), argument[1:])
+    else:
+        lines = [argument]
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError('the prompt is empty: say what to draw, for example: mos generate "a red apple"')
+    return prompts
+
+
+def _lines(data: bytes, source: str) -> list[str]:
+    try:
+        return data.decode("utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"the prompts from {source} are not UTF-8 text") from None
+
+
+def shared_fields(settings: "RunSettings", bundle: "Bundle", defaults: "Defaults") -> dict[str, Any]:
+    """The settings all pictures of a run share, but for their size; what nobody set comes from the bundle."""
+    from mos_cli.runtime.devices import choose_device, choose_precision
+
+    precision = settings.precision
+    if precision == "auto":
+        precision = choose_precision(choose_device(settings.device))
+    return {
+        "model": bundle.ref,
+        "negative": settings.negative,
+        "steps": settings.steps or defaults.steps,
+        "cfg": defaults.cfg if settings.cfg is None else settings.cfg,
+        "cfg_interval": settings.cfg_interval or defaults.cfg_interval,
+        "precision": precision,
+    }

@@ -1,0 +1,162 @@
+"""`mos edit`: from a picture and an instruction to another picture, and its routing trace."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mos_cli.cli.asked import check_sheet, make_jobs, read_prompts, say_what_would_be_drawn, shared_fields
+from mos_cli.cli.drawing import Report, draw_jobs, load_pipeline
+from mos_cli.cli.options import (
+    Cfg,
+    CfgInterval,
+    Count,
+    Device,
+    DryRun,
+    Json,
+    Model,
+    Negative,
+    Output,
+    Overwrite,
+    Precision,
+    Preset,
+    Quiet,
+    Seed,
+    Sheet,
+    Steps,
+    Trace,
+    Verbose,
+)
+from mos_cli.errors import ModelError, UsageError
+
+
+def edit(
+    picture: Annotated[Path, typer.Argument(help="The picture to edit: PNG, JPEG or WebP, of any size.")],
+    instruction: Annotated[
+        str, typer.Argument(help="What to change; - reads instructions from stdin, @FILE from a file, a line each.")
+    ],
+    reference: Annotated[
+        list[Path] | None,
+        typer.Option("--reference", "-r", metavar="FILE", help="A further picture to draw from; repeatable."),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="White may change; what is black stays bit for bit."),
+    ] = None,
+    invert_mask: Annotated[bool, typer.Option("--invert-mask", help="Black may change instead.")] = False,
+    feather: Annotated[float, typer.Option(min=0, help="Fade the mask inwards, over so many pixels.")] = 0.0,
+    composite: Annotated[
+        bool,
+        typer.Option("--composite", help="Without a mask: keep bit for bit what the edit did not visibly change."),
+    ] = False,
+    strength: Annotated[
+        float, typer.Option(help="How far to go back to noise: 1 redraws everything, 0.5 keeps the layout.")
+    ] = 1.0,
+    image_cfg: Annotated[
+        float | None,
+        typer.Option(envvar="MOS_IMAGE_CFG", help="Guidance towards the picture.", show_default="the model's"),
+    ] = None,
+    model: Model = None,
+    preset: Preset = None,
+    seed: Seed = None,
+    count: Count = 1,
+    steps: Steps = None,
+    cfg: Cfg = None,
+    cfg_interval: CfgInterval = None,
+    negative: Negative = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Size of the result, the picture in its middle: 64, 96x64 or 3:2.",
+            show_default="the picture's own",
+        ),
+    ] = None,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(min=1, help="Let the model work on so many pixels at most.", show_default="the model's own size"),
+    ] = None,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    trace: Trace = None,
+    device: Device = None,
+    precision: Precision = None,
+    strip: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Also write before, after and their difference side by side.")
+    ] = None,
+    sheet: Sheet = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Change a picture as an instruction says. The result is as large as the picture, and holds its recipe.
+
+    Editing a picture that mos made keeps its history: mos replay can draw the whole chain again.
+    """
+    from mos_cli.runtime.bundles import find_bundle
+    from mos_cli.runtime.outputs import naming
+    from mos_cli.runtime.settings import make_settings, parse_size, resolve
+
+    report = Report(json=json, quiet=quiet, verbose=verbose)
+    instructions = read_prompts(instruction)
+    flags = make_settings(
+        model=model,
+        steps=steps,
+        cfg=cfg,
+        cfg_interval=cfg_interval,
+        negative=negative,
+        output=output,
+        trace=trace,
+        device=device,
+        precision=precision,
+    )
+    settings = resolve(flags, preset)
+    if size is not None and max_pixels is not None:
+        raise UsageError("--size and --max-pixels exclude each other: choose one")
+    if mask is None and (invert_mask or feather):
+        raise UsageError("--invert-mask and --feather say what to do with a --mask: name one")
+    if mask is not None and composite:
+        raise UsageError("--composite is for edits without a mask: with one, what it leaves out is kept in any case")
+    names = naming(settings.output, overwrite=overwrite)
+    bundle = find_bundle(settings.model)
+    if bundle.index.edits is None:
+        raise ModelError(f"{bundle.index.name} only draws: choose a model that edits, see `mos models ls`")
+    for option, extra in {"--strip": strip, "--sheet": sheet}.items():
+        if extra is not None:
+            check_sheet(option, extra, names)
+    if strip is not None and (count > 1 or len(instructions) > 1):
+        raise UsageError("--strip shows one edit: leave it out, or ask for one picture")
+    with report.stage("libraries"):
+        fields = shared_fields(settings, bundle, bundle.index.edits)
+    from mos_cli.runtime.inputs import describe_edit, read_inputs
+    from mos_cli.runtime.masks import read_mask
+    from mos_cli.runtime.pictures import working_size
+    from mos_cli.runtime.recipe import MaskRecipe, check_guidance, pixels_hash
+
+    check_guidance(fields["cfg"], {"--negative": settings.negative, "--cfg-interval": flags.cfg_interval})
+    inputs = read_inputs([picture, *(reference or [])])
+    for note in inputs.notes:
+        report.event("note", note, note=note)
+    used, source_size, canvas = None, inputs.pictures[0].image.size, bundle.index.canvas
+    if mask is not None:
+        allowed = read_mask(mask, source_size, invert=invert_mask, feather=feather)
+        inputs = replace(inputs, mask=allowed)
+        used = MaskRecipe(sha256=pixels_hash(allowed), invert=invert_mask, feather=feather)
+    working = working_size(source_size, canvas, max_pixels) if size is None else parse_size(size, canvas)
+    fields["width"], fields["height"] = source_size if size is None else working
+    fields["edit"] = describe_edit(
+        inputs,
+        canvas=working,
+        image_cfg=bundle.index.edits.image_cfg if image_cfg is None else image_cfg,
+        strength=strength,
+        mask=used,
+        composite=composite or mask is not None,
+    )
+    jobs = make_jobs(instructions, names, fields, seed=seed, count=count, inputs=inputs)
+    if dry_run:
+        say_what_would_be_drawn(jobs, report)
+        return
+    pipeline = load_pipeline(bundle, device=settings.device, precision=fields["precision"], report=report)
+    draw_jobs(pipeline, jobs, trace=settings.trace, overwrite=overwrite, report=report, sheet=sheet, strip=strip)

@@ -1,0 +1,79 @@
+"""What a run has learned so far, drawn as a sheet.
+
+Shapes: B = 1 picture, C channels, H x W the latent's size.
+"""
+
+from random import Random
+
+import torch
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from torch import Tensor
+
+from mos_cli.runtime.files import atomic_write
+from mos_cli.runtime.outputs import png
+from mos_cli.runtime.sheet import contact_sheet
+from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, sample
+from mos_cli.towers.autoencoder import to_image
+from mos_cli.towers.generation import GenerationTower
+from mos_cli.training.loop import Trainer
+
+EDITS = 8
+"""Edits on a sheet, where the stage at hand edits."""
+
+
+def draw_samples(trainer: Trainer) -> None:
+    """Draws the recipe's sample prompts with the averaged weights, each from the noise of its place in the list.
+
+    Edits come in pairs after them: the picture as it was, and as it is drawn. All are as large as the canvas of the
+    stage at hand. All processes call it; the main one draws.
+    """
+    tower = trainer.averaged_tower()
+    if trainer.accelerator.is_main_process:
+        precision = torch.autocast(
+            trainer.device.type, torch.bfloat16, enabled=trainer.recipe.train.precision == "bf16"
+        )
+        with torch.no_grad(), precision:
+            drawn = [*_prompts(trainer, tower), *_edits(trainer, tower)]
+        path = trainer.folder / "samples" / f"{trainer.step:06d}.png"
+        atomic_write(path, png(contact_sheet(drawn), None), overwrite=True)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _prompts(trainer: Trainer, tower: GenerationTower) -> list[tuple[Image.Image, str]]:
+    return [
+        (_draw(trainer, tower, prompt, None, index), prompt)
+        for index, prompt in enumerate(trainer.recipe.train.sample_prompts)
+    ]
+
+
+def _edits(trainer: Trainer, tower: GenerationTower) -> list[tuple[Image.Image, str]]:
+    stage, drawn = trainer.course.stage_at(trainer.step - 1), []
+    for index in range(EDITS if stage.edits else 0):
+        source = trainer.batches.sources[stage.name, True]
+        assert source.draw_before is not None
+        edit, instruction = source.pick(Random(f"sample/{index}"), stage.canvas)
+        before = source.draw_before([edit], stage.canvas)
+        drawn += [(to_image(before), ""), (_draw(trainer, tower, instruction, before, index), instruction)]
+    return drawn
+
+
+def _draw(trainer: Trainer, tower: GenerationTower, prompt: str, before: Tensor | None, seed: int) -> Image.Image:
+    batches, device, defaults = trainer.batches, trainer.device, trainer.recipe.bundle.defaults
+    banks = {}
+    for branch, text in {POSITIVE: prompt, NEGATIVE: ""}.items():
+        banks[branch] = tower.read(batches.understanding.read([text]).states_BTMS.to(device))
+        if before is not None and batches.eyes is not None:
+            references = [batches.autoencoder.encode(before)]
+            banks[branch] = tower.look(banks[branch], batches.eyes.see(before), references)
+    side = trainer.course.stage_at(trainer.step - 1).canvas // batches.autoencoder.factor
+    shape, generator = (1, batches.autoencoder.channels, side, side), torch.Generator().manual_seed(seed)
+    z = sample(
+        tower,
+        torch.randn(shape, generator=generator).to(device),
+        banks,
+        steps=defaults.steps,
+        guidance=Guidance(defaults.cfg, defaults.cfg_interval),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+    return to_image(batches.autoencoder.decode(z))
