@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from typer.testing import CliRunner, Result
 
 from mos_cli.runtime.bundles import Bundle, write_index
 from mos_cli.runtime.files import sha256_of
-from mos_cli.runtime.specs import Canvas, Defaults, FolderSource, TowerSpec
+from mos_cli.runtime.specs import Canvas, Defaults, EditDefaults, FolderSource, TowerSpec
+from mos_cli.towers.eyes import Eyes
 from mos_cli.towers.generation import GenerationTower
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "an", "red", "green", "apple", "dog", "cat", "##s"]
@@ -85,26 +87,42 @@ def awake(tower: GenerationTower) -> GenerationTower:
     return tower.eval()
 
 
-@pytest.fixture
-def bundle(tmp_path: Path, encoder_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
-    """A bundle named "tiny" that draws random 32 px pictures; found by name."""
-    folder = tmp_path / "models" / "tiny"
+def write_bundle(folder: Path, encoder: Path, **seeing: Any) -> Bundle:
+    """A bundle named as its folder that draws random 32 px pictures; what it sees with is the caller's to give."""
     sizes = {"width": 32, "depth": 3, "heads": 2, "hidden": 48, "router_width": 32, "router_heads": 2}
-    tower = GenerationTower(**sizes, states_layers=4, states_width=32)
+    widths = {"sight_widths": seeing["eyes"].widths} if seeing else {}
+    tower = GenerationTower(**sizes, **widths, states_layers=4, states_width=32)
     awake(tower).save_pretrained(folder / "generation")
     FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
-    spec = tower_spec(encoder_folder)
-    monkeypatch.setenv("MOS_MODELS", str(folder.parent))
-    monkeypatch.setenv("MOS_MODEL", "tiny")
+    if seeing:
+        seeing["eyes"].save_pretrained(folder / "eyes")
     return write_index(
         folder,
-        name="tiny",
+        name=folder.name,
         description="random weights",
         license="Apache-2.0",
-        understanding=spec,
+        understanding=tower_spec(encoder),
         canvas=Canvas(native=(32, 32), multiple=8, min=16, max=64),
         defaults=Defaults(steps=3, cfg=2.0, cfg_interval=(0.0, 1.0)),
+        edits=seeing.get("edits"),
     )
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, encoder_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
+    """A bundle named "tiny" that draws; found by name, and the default."""
+    monkeypatch.setenv("MOS_MODELS", str(tmp_path / "models"))
+    monkeypatch.setenv("MOS_MODEL", "tiny")
+    return write_bundle(tmp_path / "models" / "tiny", encoder_folder)
+
+
+@pytest.fixture
+def editor(tmp_path: Path, encoder_folder: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Bundle:
+    """A bundle named "editor" that draws and edits, and is the default, beside "tiny"."""
+    monkeypatch.setenv("MOS_MODEL", "editor")
+    torch.manual_seed(2)
+    edits = EditDefaults(steps=3, cfg=2.0, cfg_interval=(0.0, 1.0), image_cfg=1.0)
+    return write_bundle(tmp_path / "models" / "editor", encoder_folder, eyes=Eyes(layers=4), edits=edits)
 
 
 @pytest.fixture
