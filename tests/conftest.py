@@ -1,5 +1,6 @@
 """Small random towers and a bundle made of them: everything the product does, in a second and without a network."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
@@ -16,6 +18,8 @@ from mos_cli.runtime.files import sha256_of
 from mos_cli.runtime.specs import Canvas, Defaults, EditDefaults, FolderSource, TowerSpec
 from mos_cli.towers.eyes import Eyes
 from mos_cli.towers.generation import GenerationTower
+from mos_cli.training.art.file import SCHEMA, Art, load_art
+from mos_cli.training.evaluation.bench import bench_data
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "an", "red", "green", "apple", "dog", "cat", "##s"]
 TOWER_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -136,3 +140,39 @@ def mos(cache: Path) -> Callable[..., Result]:
         return result
 
     return run
+
+
+EXTRA = "emojione"
+"""A style the recipe does not learn."""
+
+
+@pytest.fixture(scope="session")
+def art_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every word of the bench in every style, as random blots; a few words in a further style."""
+    folder, data, size = tmp_path_factory.mktemp("art"), bench_data(), 16
+    keys = [(word, style) for word in data.words for style in data.styles] + [(w, EXTRA) for w in list(data.words)[:3]]
+    generator = torch.Generator().manual_seed(0)
+    blots = torch.randint(0, 256, (len(keys), 4, 4, 4), generator=generator, dtype=torch.uint8)
+    blots[..., 3] = 255
+    pixels = blots.repeat_interleave(size // 4, 1).repeat_interleave(size // 4, 2).contiguous()
+    save_file({"pixels": pixels}, folder / "art-16.safetensors", {"schema": SCHEMA})
+    picture = {"keywords": (), "group": "g", "subgroup": "s"}
+    manifest = {
+        "schema": SCHEMA,
+        "size": size,
+        "sha256": sha256_of(folder / "art-16.safetensors"),
+        "sets": (),
+        "annotations": (),
+        "counts": {"pictures": len(keys), "concepts": len(data.words), "dropped": {}},
+        "pictures": [
+            {"index": i, "concept": str(i), "name": word, "style": style, **picture}
+            for i, (word, style) in enumerate(keys)
+        ],
+    }
+    (folder / "art-16.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def art(art_folder: Path) -> Art:
+    return load_art(art_folder)

@@ -1,6 +1,5 @@
 """The judge, KID, and a whole evaluation, all with random weights and random art."""
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,16 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from typer.testing import Result
 
 from mos_cli.errors import InputError, ModelError, UsageError
 from mos_cli.pipeline import MoSPipeline
 from mos_cli.runtime.bundles import Bundle
-from mos_cli.runtime.files import sha256_of
 from mos_cli.runtime.sources import fetch_tower
-from mos_cli.training.art.file import SCHEMA, Art, load_art
+from mos_cli.training.art.file import Art
 from mos_cli.training.evaluation.augment import spoilt, turned, turned_point
 from mos_cli.training.evaluation.bench import CATEGORIES, bench_data, read_bench
 from mos_cli.training.evaluation.examine import Examiner, TrueScenes
@@ -38,41 +35,6 @@ from mos_cli.training.evaluation.judge_training import (
 from mos_cli.training.evaluation.kid import kid
 from mos_cli.training.evaluation.results import Evaluation
 from mos_cli.training.evaluation.run import Bench, evaluate
-
-EXTRA = "emojione"
-"""A style the recipe does not learn."""
-
-
-@pytest.fixture(scope="session")
-def art_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every word of the bench in every style, as random blots; a few words in a further style."""
-    folder, data, size = tmp_path_factory.mktemp("art"), bench_data(), 16
-    keys = [(word, style) for word in data.words for style in data.styles] + [(w, EXTRA) for w in list(data.words)[:3]]
-    generator = torch.Generator().manual_seed(0)
-    blots = torch.randint(0, 256, (len(keys), 4, 4, 4), generator=generator, dtype=torch.uint8)
-    blots[..., 3] = 255
-    pixels = blots.repeat_interleave(size // 4, 1).repeat_interleave(size // 4, 2).contiguous()
-    save_file({"pixels": pixels}, folder / "art-16.safetensors", {"schema": SCHEMA})
-    picture = {"keywords": (), "group": "g", "subgroup": "s"}
-    manifest = {
-        "schema": SCHEMA,
-        "size": size,
-        "sha256": sha256_of(folder / "art-16.safetensors"),
-        "sets": (),
-        "annotations": (),
-        "counts": {"pictures": len(keys), "concepts": len(data.words), "dropped": {}},
-        "pictures": [
-            {"index": i, "concept": str(i), "name": word, "style": style, **picture}
-            for i, (word, style) in enumerate(keys)
-        ],
-    }
-    (folder / "art-16.json").write_text(json.dumps(manifest))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def art(art_folder: Path) -> Art:
-    return load_art(art_folder)
 
 
 @pytest.fixture(scope="session")

@@ -1,48 +1,57 @@
-"""`mos eval`: draw SceneBench, judge the pictures, and write the table."""
+"""`mos eval`: draw SceneBench or EditBench, judge the pictures, and write the table."""
 
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mos_cli.cli import console
 from mos_cli.cli.bars import stage_bars
-from mos_cli.cli.options import ArtFile, Device
+from mos_cli.cli.options import ArtFile, Device, Model
+from mos_cli.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
-    from mos_cli.training.evaluation.results import Score
+    from mos_cli.pipeline import MoSPipeline
+    from mos_cli.training.evaluation.examine import TrueScenes
+    from mos_cli.training.evaluation.judge import Judge
 
 JudgeFolder = Annotated[
     Path | None, typer.Option("--judge", help="Folder of the judge.", show_default="the one that comes with mos")
 ]
 
 
+class Suite(StrEnum):
+    """What a model is asked for."""
+
+    scenes = "scenes"
+    edit = "edit"
+
+
 def evaluate(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model", "-m", envvar="MOS_MODEL", help="Bundle: name, path or hub id.", show_default="emoji-nano"
-        ),
-    ] = None,
+    suite: Annotated[Suite, typer.Option(help="Drawing (SceneBench) or editing (EditBench).")] = Suite.scenes,
+    model: Model = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder for pictures and tables.", show_default="outputs/eval-MODEL"),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each category; all by default.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each category or kind; all by default.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.", show_default="the model's")] = None,
     cfg: Annotated[float | None, typer.Option(min=0, help="Guidance scale.", show_default="the model's")] = None,
+    image_cfg: Annotated[
+        float | None, typer.Option(min=0, help="Guidance towards the picture, editing.", show_default="the model's")
+    ] = None,
     size: Annotated[int | None, typer.Option(help="Side of the pictures.", show_default="the model's")] = None,
     art: ArtFile = None,
     judge: JudgeFolder = None,
     device: Device = None,
 ) -> None:
-    """Draw SceneBench's 700 prompts, judge the pictures, and write eval.md, eval.json, sheet.png and check.png.
+    """Draw SceneBench's 700 prompts, or EditBench's 520 edits, judge the pictures, and write tables and sheets.
 
     A run that was interrupted goes on where it stopped when it is given the same --output.
     """
     from mos_cli.cli.asked import shared_fields
     from mos_cli.cli.drawing import Report, load_pipeline
-    from mos_cli.cli.fetching import fetch_with_progress
     from mos_cli.runtime.bundles import find_bundle
     from mos_cli.runtime.quiet import quieten
     from mos_cli.runtime.settings import RunSettings, make_settings, parse_size
@@ -51,38 +60,81 @@ def evaluate(
     flags = make_settings(model=model, steps=steps, cfg=cfg, size=None if size is None else str(size), device=device)
     settings = RunSettings(**flags.model_dump(exclude_none=True))
     bundle = find_bundle(settings.model)
-    common = shared_fields(settings, bundle, bundle.index.defaults)
+    editing = bundle.index.edits if suite is Suite.edit else None
+    if suite is Suite.edit and editing is None:
+        raise ModelError(f"{bundle.index.name} only draws: choose a model that edits, see `mos models ls`")
+    if image_cfg is not None and editing is None:
+        raise UsageError("--image-cfg is for --suite edit")
+    common = shared_fields(settings, bundle, editing or bundle.index.defaults)
     common["width"], common["height"] = parse_size(settings.size, bundle.index.canvas)
     quieten()
     from mos_cli.training.art.file import data_folder, load_art
-    from mos_cli.training.evaluation.bench import read_bench
     from mos_cli.training.evaluation.examine import TrueScenes
-    from mos_cli.training.evaluation.features import features_spec, load_features
     from mos_cli.training.evaluation.judge import Judge, judge_folder
-    from mos_cli.training.evaluation.results import markdown
+
+    judging, true = Judge(judge or judge_folder()), TrueScenes(load_art(art or data_folder()))
+    pipeline = load_pipeline(bundle, device=settings.device, precision=common["precision"], report=Report())
+    folder = output or Path("outputs") / f"eval-{bundle.index.name}"
+    if editing is None:
+        _evaluate_scenes(pipeline, judging, true, folder, common, limit)
+    else:
+        guidance = editing.image_cfg if image_cfg is None else image_cfg
+        _evaluate_edits(pipeline, judging, true, folder, common, limit, guidance)
+
+
+def _evaluate_scenes(
+    pipeline: "MoSPipeline",
+    judge: "Judge",
+    true: "TrueScenes",
+    folder: Path,
+    common: dict[str, Any],
+    limit: int | None,
+) -> None:
+    from mos_cli.cli.fetching import fetch_with_progress
+    from mos_cli.training.evaluation.bench import read_bench
+    from mos_cli.training.evaluation.features import features_spec, load_features
+    from mos_cli.training.evaluation.results import HEADINGS, markdown, table
     from mos_cli.training.evaluation.run import Bench
     from mos_cli.training.evaluation.run import evaluate as run_evaluation
 
-    entries, judging = read_bench(limit), Judge(judge or judge_folder())
-    true = TrueScenes(load_art(art or data_folder()))
     features = load_features(fetch_with_progress(features_spec()))
-    pipeline = load_pipeline(bundle, device=settings.device, precision=common["precision"], report=Report())
-    folder = output or Path("outputs") / f"eval-{bundle.index.name}"
     with stage_bars() as advance:
-        result = run_evaluation(pipeline, Bench(entries, judging, features, true), folder, common, advance)
-    print_scores(result.scores)
-    console.out.print("\n".join(markdown(result).splitlines()[-3:]), markup=False, soft_wrap=True)
-    console.out.print(str(folder / "eval.md"), markup=False, soft_wrap=True)
+        result = run_evaluation(pipeline, Bench(read_bench(limit), judge, features, true), folder, common, advance)
+    _print(HEADINGS, table(result.scores), markdown(result), folder / "eval.md")
 
 
-def print_scores(scores: "tuple[Score, ...]") -> None:
+def _evaluate_edits(
+    pipeline: "MoSPipeline",
+    judge: "Judge",
+    true: "TrueScenes",
+    folder: Path,
+    common: dict[str, Any],
+    limit: int | None,
+    image_cfg: float,
+) -> None:
+    from mos_cli.training.evaluation.edit_bench import read_edit_bench
+    from mos_cli.training.evaluation.edit_run import HEADINGS, evaluate_edits, markdown, rows
+
+    with stage_bars() as advance:
+        entries = read_edit_bench(limit)
+        result = evaluate_edits(pipeline, entries, judge, true, folder, common, image_cfg, advance)
+    _print(HEADINGS, rows(result), markdown(result), folder / "edit.md")
+
+
+def _print(headings: tuple[str, ...], rows: list[tuple[str, ...]], text: str, file: Path) -> None:
+    """The table, and what stands below it in the file."""
+    print_table(headings, rows)
+    below = text.rsplit("|\n", 1)[1].strip()
+    console.out.print(f"{below}\n{file}", markup=False, soft_wrap=True)
+
+
+def print_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """A table of scores; the first column is text."""
     from rich.table import Table
 
-    from mos_cli.training.evaluation.results import HEADINGS, rows
-
     table = Table(box=None, pad_edge=False)
-    for index, heading in enumerate(HEADINGS):
+    for index, heading in enumerate(headings):
         table.add_column(heading, justify="right" if index else "left", no_wrap=True)
-    for row in rows(scores):
+    for row in rows:
         table.add_row(*row)
     console.out.print(table)

@@ -88,7 +88,7 @@ def train_judge(
 
     The same command gives another judge on another machine: tables compare only where the judge's hash is the same.
     """
-    from mos_cli.cli.eval import print_scores
+    from mos_cli.cli.eval import print_table
     from mos_cli.runtime.quiet import quieten
 
     quieten()
@@ -98,6 +98,7 @@ def train_judge(
     from mos_cli.training.evaluation.judge import SIDE, Judge
     from mos_cli.training.evaluation.judge_training import load_sprites
     from mos_cli.training.evaluation.judge_training import train_judge as run_training
+    from mos_cli.training.evaluation.results import HEADINGS, table
     from mos_cli.training.evaluation.run import scores
 
     opened, entries = load_art(art or data_folder()), read_bench()
@@ -110,7 +111,7 @@ def train_judge(
         )
     judge = Judge(output)
     passed = Examiner(judge, TrueScenes(opened), entries, SIDE).ceiling()
-    print_scores(scores(entries, [takes[0] for takes in passed], passed))
+    print_table(HEADINGS, table(scores(entries, [takes[0] for takes in passed], passed)))
     console.out.print(f"{output}  sha256 {judge.hash}", markup=False, soft_wrap=True)
 
 

@@ -16,7 +16,7 @@ from mos_cli.runtime.bundles import Bundle, write_index
 from mos_cli.towers.autoencoder import Pixels
 from mos_cli.towers.understanding import UnderstandingTower
 from mos_cli.training.art.file import load_art
-from mos_cli.training.batches import Batches, Kind, Share, Source
+from mos_cli.training.batches import Batches, Draw, Kind, Share, Source
 from mos_cli.training.captioned import load_captioned, to_device
 from mos_cli.training.launch import start_accelerator
 from mos_cli.training.loop import Metrics, Trainer
@@ -26,7 +26,7 @@ from mos_cli.training.samples import draw_samples
 from mos_cli.training.scenes.compositor import Compositor
 from mos_cli.training.scenes.edits import Edit, EditWriter
 from mos_cli.training.scenes.layout import Scene
-from mos_cli.training.scenes.vocabulary import load_vocabulary
+from mos_cli.training.scenes.vocabulary import Vocabulary, load_vocabulary
 from mos_cli.training.scenes.writer import SceneWriter
 from mos_cli.training.stages import course
 
@@ -87,12 +87,16 @@ def find_sources(data: DataTable | CaptionedTable, art: Path, device: torch.devi
         return (Source(captioned.pick, lambda pictures, _canvas: to_device(pictures, device)),)
     vocabulary = load_vocabulary(load_art(art), data)
     draw = Compositor(vocabulary.sprites_VHW4.to(device)).draw
-    edits = Source(
+    return Source(ScenePicker(SceneWriter(vocabulary)), draw), edits_of(vocabulary, draw)
+
+
+def edits_of(vocabulary: Vocabulary, draw: Draw) -> Source:
+    """Edits of scenes made of the words of a vocabulary."""
+    return Source(
         EditPicker(EditWriter(vocabulary)),
         draw=lambda edits, canvas: draw([edit.after for edit in edits], canvas),
         draw_before=lambda edits, canvas: draw([edit.before for edit in edits], canvas),
     )
-    return Source(ScenePicker(SceneWriter(vocabulary)), draw), edits
 
 
 def train(recipe: TrainRecipe, art: Path, folder: Path, log: Callable[[Metrics], None]) -> Trainer:

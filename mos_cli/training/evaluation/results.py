@@ -1,11 +1,11 @@
 """What an evaluation found: as JSON that says everything, and as the table that goes into a card."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
 
 from mos_cli.runtime.specs import Frozen, Sha256
-from mos_cli.training.evaluation.bench import Category
 
 
 class Score(Frozen):
@@ -17,7 +17,7 @@ class Score(Frozen):
         relative: raw by ceiling; None if the judge passes no true scene.
     """
 
-    category: Category | Literal["all"]
+    category: str
     pictures: int
     raw: float
     error: float
@@ -68,7 +68,7 @@ class Evaluation(Frozen):
     verdicts: tuple[Verdict, ...]
 
 
-def score(category: Category, passed: list[bool], true_passed: list[bool]) -> Score:
+def score(category: str, passed: list[bool], true_passed: list[bool]) -> Score:
     """Counts one category."""
     raw, ceiling = sum(passed) / len(passed), sum(true_passed) / len(true_passed)
     error = (raw * (1 - raw) / len(passed)) ** 0.5
@@ -82,7 +82,7 @@ def score(category: Category, passed: list[bool], true_passed: list[bool]) -> Sc
     )
 
 
-def overall(scores: list[Score]) -> Score:
+def overall(scores: Sequence[Score]) -> Score:
     """The mean over the categories, whatever their sizes."""
     raw, ceiling = (sum(getattr(one, name) for one in scores) / len(scores) for name in ("raw", "ceiling"))
     return Score(
@@ -98,7 +98,7 @@ def overall(scores: list[Score]) -> Score:
 HEADINGS = ("SceneBench", "pictures", "raw", "ceiling", "relative")
 
 
-def rows(scores: tuple[Score, ...]) -> list[tuple[str, ...]]:
+def table(scores: Sequence[Score]) -> list[tuple[str, ...]]:
     """The table's cells, one row per category and one for all."""
     return [
         (
@@ -114,11 +114,11 @@ def rows(scores: tuple[Score, ...]) -> list[tuple[str, ...]]:
 
 def markdown(evaluation: Evaluation) -> str:
     """The table with its settings and hashes, as it goes into a card."""
-    lines = [HEADINGS, ("---", *["---:"] * (len(HEADINGS) - 1)), *rows(evaluation.scores)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [HEADINGS, ("---", *["---:"] * (len(HEADINGS) - 1)), *table(evaluation.scores)]
+    cells = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     settings = ", ".join(f"{key} {value}" for key, value in evaluation.settings.items())
     kid = evaluation.kid
-    return f"""{table}
+    return f"""{cells}
 
 KID {kid.mean:.4f} ± {kid.spread:.4f} against true scenes (EfficientNet-Lite0 features, subsets of {kid.subset}).
 

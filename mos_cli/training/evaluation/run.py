@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mos_cli.errors import InputError, UsageError
 from mos_cli.pipeline import MoSPipeline
 from mos_cli.runtime.files import atomic_write, sha256_of
+from mos_cli.runtime.inputs import Inputs
 from mos_cli.runtime.outputs import png, read_drawing
 from mos_cli.runtime.recipe import Recipe, make_recipe
 from mos_cli.runtime.sheet import COLUMNS, contact_sheet
@@ -66,15 +67,13 @@ def evaluate(pipeline: MoSPipeline, bench: Bench, folder: Path, common: dict[str
         ModelError: the judge does not know the bench's words.
         UsageError: the pictures are not square, as the true scenes are.
     """
-    if common["width"] != common["height"]:
-        raise UsageError(f"true scenes are square: {common['width']}x{common['height']} cannot be compared with them")
-    examiner = Examiner(bench.judge, bench.true, bench.entries, common["width"])
+    examiner = Examiner(bench.judge, bench.true, bench.entries, square_side(common))
     images = []
     for number, entry in enumerate(bench.entries, start=1):
         recipe = make_recipe(prompt=entry.prompt, seed=entry.seed, **common)
-        images.append(_drawn(pipeline, recipe, folder / "pictures" / f"{entry.id}.png"))
+        images.append(drawn_or_kept(pipeline, recipe, folder / "pictures" / f"{entry.id}.png"))
         advance("drawing", number, len(bench.entries))
-    pictures = torch.stack([_tensor(image) for image in images])
+    pictures = torch.stack([tensor_of(image) for image in images])
     advance("judging", 0, 2)
     seen, passed = examiner.examine(pictures)
     true_passed = examiner.ceiling()
@@ -101,6 +100,13 @@ def evaluate(pipeline: MoSPipeline, bench: Bench, folder: Path, common: dict[str
     return evaluation
 
 
+def square_side(common: dict[str, Any]) -> int:
+    """The side of the pictures in pixels; raises UsageError if they are not square."""
+    if common["width"] != common["height"]:
+        raise UsageError(f"true scenes are square: {common['width']}x{common['height']} cannot be compared with them")
+    return common["width"]
+
+
 def scores(entries: Sequence[Entry], passed: list[bool], true_passed: list[list[bool]]) -> tuple[Score, ...]:
     """One score per category, and one for all."""
     counted = []
@@ -111,19 +117,19 @@ def scores(entries: Sequence[Entry], passed: list[bool], true_passed: list[list[
     return (*counted, overall(counted))
 
 
-def _drawn(pipeline: MoSPipeline, recipe: Recipe, path: Path) -> Image.Image:
+def drawn_or_kept(pipeline: MoSPipeline, recipe: Recipe, path: Path, inputs: Inputs | None = None) -> Image.Image:
     """The picture at `path` if it is this one, else draws and writes it."""
     if path.exists():
         image, record = read_drawing(path)
         if record.recipe != recipe or record.made.bundle_hash != pipeline.bundle_hash:
             raise InputError(f"{path} was made by another bundle or with other settings: choose another --output")
         return image
-    drawing = pipeline.draw(recipe)
+    drawing = pipeline.draw(recipe, inputs=inputs)
     atomic_write(path, png(drawing.image, drawing.record))
     return drawing.image
 
 
-def _tensor(image: Image.Image) -> Tensor:
+def tensor_of(image: Image.Image) -> Tensor:
     """[3, H, W] in -1..1."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
 
