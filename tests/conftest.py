@@ -142,7 +142,7 @@ def mos(cache: Path) -> Callable[..., Result]:
     return run
 
 
-EXTRA = "emojione"
+EXTRA_STYLE = "emojione"
 """A style the recipe does not learn."""
 
 
@@ -150,7 +150,8 @@ EXTRA = "emojione"
 def art_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every word of the bench in every style, as random blots; a few words in a further style."""
     folder, data, size = tmp_path_factory.mktemp("art"), bench_data(), 16
-    keys = [(word, style) for word in data.words for style in data.styles] + [(w, EXTRA) for w in list(data.words)[:3]]
+    keys = [(word, style) for word in data.words for style in data.styles]
+    keys += [(word, EXTRA_STYLE) for word in list(data.words)[:3]]
     generator = torch.Generator().manual_seed(0)
     blots = torch.randint(0, 256, (len(keys), 4, 4, 4), generator=generator, dtype=torch.uint8)
     blots[..., 3] = 255

@@ -9,6 +9,7 @@ from random import Random
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import EXTRA_STYLE
 from PIL import Image
 from torch import Tensor, nn
 from typer.testing import Result
@@ -93,7 +94,7 @@ def test_a_changed_judge_is_refused(tmp_path: Path):
 
 
 def test_every_art_set_teaches_the_judge(sprites: Sprites):
-    assert EXTRA not in sprites.config.styles
+    assert EXTRA_STYLE not in sprites.config.styles
     random, rows = Random(0), set()
     for _ in range(500):
         one = strew(sprites, random)
