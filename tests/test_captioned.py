@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import tarfile
 from pathlib import Path
 from random import Random
@@ -28,7 +29,11 @@ def as_index(discs: Path, folder: Path) -> Path:
     lines = []
     for path in sorted(discs.glob("*.png")):
         path.rename(folder / path.name)
-        lines.append(json.dumps({"file_name": path.name, "text": path.with_suffix(".txt").read_text()}))
+        if path.stem.endswith(".before"):
+            continue
+        before = path.with_suffix(".before.png").name
+        edit = {"before": before} if (discs / before).exists() or (folder / before).exists() else {}
+        lines.append(json.dumps({"file_name": path.name, "text": path.with_suffix(".txt").read_text(), **edit}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -41,6 +46,27 @@ def as_shards(discs: Path, folder: Path) -> Path:
             for path in part:
                 shard.add(path, path.name)
     return folder
+
+
+def test_edits_are_told_from_pictures_in_every_layout(discs: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (9, 9), "black").save(discs / "red.before.png")
+    plain, kept = load_captioned(discs), tmp_path / "kept"
+    shutil.copytree(discs, kept)
+    shards, index = (
+        load_captioned(as_shards(kept, tmp_path / "shards")),
+        load_captioned(as_index(discs, tmp_path / "i")),
+    )
+    shutil.copytree(kept, discs, dirs_exist_ok=True)
+    for captioned in (plain, index, shards):
+        assert len(captioned.pictures.examples) == 5
+        (edit,) = captioned.edits.examples
+        pair, caption = captioned.edits.pick(Random(0), 16)
+        assert caption == "a red apple"
+        assert pair.shape == (2, 16, 16, 3)
+        assert not pair[1].any()
+        before = to_device([pair], torch.device("cpu"), which=1)
+        assert torch.equal(before, torch.full((1, 3, 16, 16), -1.0))
+        assert edit.before is not None
 
 
 def picked(folder: Path) -> list[tuple[np.ndarray, str]]:
@@ -64,7 +90,7 @@ def test_pictures_fill_the_canvas_undistorted(tmp_path: Path) -> None:
     Image.fromarray(pixels).save(tmp_path / "wide.png")
     (tmp_path / "wide.txt").write_text("a square")
     picture, _ = load_captioned(tmp_path).pick(Random(0), 40)
-    assert np.array_equal(picture, pixels[:, 30:70])
+    assert np.array_equal(picture, pixels[None, :, 30:70])
     batch = to_device([picture, picture], torch.device("cpu"))
     assert batch.shape == (2, 3, 40, 40)
     assert batch[0, :, 20, 20].tolist() == [1, -1, -1]

@@ -5,6 +5,9 @@ Three layouts, told apart by what lies in the folder:
 - `metadata.jsonl`: lines with `file_name` and `text` (Hugging Face's imagefolder);
 - else pictures anywhere below the folder, with `NAME.txt` beside `NAME.jpg`.
 
+An edit has the picture it starts from as well, and its caption is the instruction: `KEY.before.jpg`, `before` in the
+index, or `NAME.before.jpg`.
+
 Shapes: H x W the canvas, B batch.
 """
 
@@ -23,6 +26,7 @@ from torch import Tensor
 from mos_cli.errors import InputError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+BEFORE = ".before"
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,11 @@ class Blob:
 
 @dataclass(frozen=True)
 class Example:
-    """A picture and its caption, which may also be text that was in an index already."""
+    """A picture and its caption, which may also be text that was in an index already; of an edit, what was before."""
 
     picture: Blob
     caption: Blob | str
+    before: Blob | None = None
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,23 @@ class Captioned:
 
     examples: tuple[Example, ...]
 
+    @property
+    def pictures(self) -> "Captioned":
+        """Those that are no edits."""
+        return Captioned(tuple(example for example in self.examples if example.before is None))
+
+    @property
+    def edits(self) -> "Captioned":
+        """Those that are."""
+        return Captioned(tuple(example for example in self.examples if example.before is not None))
+
     def pick(self, random: Random, canvas: int) -> tuple[np.ndarray, str]:
-        """A picture, filling the canvas and cropped in the middle (uint8 [H, W, 3]), and its caption.
+        """An example with its caption: the picture and, of an edit, the one before, uint8 [1 or 2, H, W, 3].
+
+        They fill the canvas, cropped in the middle.
 
         Raises:
-            InputError: the picture or the caption cannot be read; it is named.
+            InputError: a picture or the caption cannot be read; it is named.
         """
         example = random.choice(self.examples)
         caption = example.caption
@@ -67,13 +84,8 @@ class Captioned:
                 caption = caption.read().decode()
             except (OSError, UnicodeDecodeError) as error:
                 raise InputError(f"cannot read the caption {caption.name}: {error}") from None
-        try:
-            with Image.open(io.BytesIO(example.picture.read())) as opened:
-                image = ImageOps.exif_transpose(opened).convert("RGB")
-                fitted = ImageOps.fit(image, (canvas, canvas), Image.Resampling.LANCZOS)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InputError(f"cannot read the picture {example.picture.name}: {error}") from None
-        return np.asarray(fitted), " ".join(caption.split())
+        blobs = (example.picture,) if example.before is None else (example.picture, example.before)
+        return np.stack([_fitted(blob, canvas) for blob in blobs]), " ".join(caption.split())
 
 
 def load_captioned(folder: Path) -> Captioned:
@@ -90,23 +102,43 @@ def load_captioned(folder: Path) -> Captioned:
         examples = _in_index(index)
     else:
         pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-        examples = [_beside(path, folder) for path in pictures]
+        examples = _beside(pictures, folder)
     if not examples:
         raise InputError(f"no pictures in {folder}: put {', '.join(sorted(SUFFIXES))} files there, or *.tar shards")
     return Captioned(tuple(examples))
 
 
-def to_device(pictures: list[np.ndarray], device: torch.device) -> Tensor:
-    """Picked pictures as [B, 3, H, W] in -1..1."""
-    batch_BHW3 = torch.from_numpy(np.stack(pictures)).to(device)
+def to_device(picked: list[np.ndarray], device: torch.device, which: int = 0) -> Tensor:
+    """The pictures that were picked, or with `which` 1 those before, as [B, 3, H, W] in -1..1."""
+    batch_BHW3 = torch.from_numpy(np.stack([example[which] for example in picked])).to(device)
     return batch_BHW3.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _beside(path: Path, folder: Path) -> Example:
-    caption = path.with_suffix(".txt")
-    if not caption.is_file():
-        raise InputError(f"{path.relative_to(folder)} has no caption: write one into {caption}")
-    return Example(Blob(str(path), path), Blob(str(caption), caption))
+def _fitted(picture: Blob, canvas: int) -> np.ndarray:
+    try:
+        with Image.open(io.BytesIO(picture.read())) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+            return np.asarray(ImageOps.fit(image, (canvas, canvas), Image.Resampling.LANCZOS))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"cannot read the picture {picture.name}: {error}") from None
+
+
+def _beside(pictures: list[Path], folder: Path) -> list[Example]:
+    befores = {path.with_suffix("").with_suffix(""): path for path in pictures if path.stem.endswith(BEFORE)}
+    examples = []
+    for path in pictures:
+        if path.stem.endswith(BEFORE):
+            continue
+        caption = path.with_suffix(".txt")
+        if not caption.is_file():
+            raise InputError(f"{path.relative_to(folder)} has no caption: write one into {caption}")
+        before = befores.get(path.with_suffix(""))
+        examples.append(_example(path, Blob(str(caption), caption), before))
+    return examples
+
+
+def _example(path: Path, caption: Blob | str, before: Path | None) -> Example:
+    return Example(Blob(str(path), path), caption, None if before is None else Blob(str(before), before))
 
 
 def _in_index(index: Path) -> list[Example]:
@@ -115,16 +147,19 @@ def _in_index(index: Path) -> list[Example]:
         try:
             entry = json.loads(line)
             path, caption = index.parent / entry["file_name"], entry["text"]
+            before = index.parent / entry["before"] if "before" in entry else None
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{index}, line {number}: not a JSON object with file_name and text") from None
-        if not path.is_file():
-            raise InputError(f"{index}, line {number}: there is no {path}")
-        examples.append(Example(Blob(str(path), path), str(caption)))
+        for named in (path, before):
+            if named is not None and not named.is_file():
+                raise InputError(f"{index}, line {number}: there is no {named}")
+        examples.append(_example(path, str(caption), before))
     return examples
 
 
 def _in_shard(shard: Path) -> list[Example]:
     pictures: dict[str, Blob] = {}
+    befores: dict[str, Blob] = {}
     captions: dict[str, Blob] = {}
     try:
         with tarfile.open(shard, "r:") as archive:
@@ -136,6 +171,8 @@ def _in_shard(shard: Path) -> list[Example]:
                 blob = Blob(f"{member.name} in {shard}", shard, member.offset_data, member.size)
                 if member.isfile() and kind in SUFFIXES:
                     pictures[key] = blob
+                elif member.isfile() and kind.startswith(BEFORE) and kind.removeprefix(BEFORE) in SUFFIXES:
+                    befores[key] = blob
                 elif member.isfile() and kind == ".txt":
                     captions[key] = blob
     except (tarfile.TarError, OSError) as error:
@@ -143,4 +180,4 @@ def _in_shard(shard: Path) -> list[Example]:
     for key, picture in pictures.items():
         if key not in captions:
             raise InputError(f"{picture.name} has no caption: a .txt of the same name belongs beside it")
-    return [Example(picture, captions[key]) for key, picture in pictures.items()]
+    return [Example(picture, captions[key], befores.get(key)) for key, picture in pictures.items()]

@@ -50,6 +50,8 @@ class CaptionedTable(Frozen):
 
     kind: Literal["captioned"]
     path: str
+    edits: float = Field(default=0.0, ge=0, le=1)
+    """Share of the steps that learn from its edits."""
 
 
 def _kind(data: Any) -> str:
@@ -124,7 +126,7 @@ class TrainRecipe(Frozen):
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
-        edits = [data for data in (self.data, *(stage.data for stage in self.stages)) if getattr(data, "edits", 0)]
+        edits = [data for data in (self.data, *(stage.data for stage in self.stages)) if data and data.edits]
         if edits and self.eyes is None:
             raise ValueError('steps that edit need [eyes]: eyes = "efficientnet-lite0"')
         if bool(edits) != (self.bundle.edits is not None):

@@ -12,6 +12,7 @@ from random import Random
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
+from mos_cli.errors import InputError
 from mos_cli.runtime.bundles import Bundle, write_index
 from mos_cli.towers.autoencoder import Pixels
 from mos_cli.towers.understanding import UnderstandingTower
@@ -83,11 +84,22 @@ def prepare(recipe: TrainRecipe, art: Path, folder: Path) -> Trainer:
 def find_sources(data: DataTable | CaptionedTable, art: Path, device: torch.device) -> tuple[Source, ...]:
     """Where pictures come from, and edits of scenes, with the sprites on the device; raises InputError."""
     if isinstance(data, CaptionedTable):
-        captioned = load_captioned(Path(data.path).expanduser())
-        return (Source(captioned.pick, lambda pictures, _canvas: to_device(pictures, device)),)
+        return _captioned_sources(data, device)
     vocabulary = load_vocabulary(load_art(art), data)
     draw = Compositor(vocabulary.sprites_VHW4.to(device)).draw
     return Source(ScenePicker(SceneWriter(vocabulary)), draw), edits_of(vocabulary, draw)
+
+
+def _captioned_sources(data: CaptionedTable, device: torch.device) -> tuple[Source, ...]:
+    captioned = load_captioned(Path(data.path).expanduser())
+    for examples, what, needed in (
+        (captioned.pictures, "pictures that are no edits", data.edits < 1),
+        (captioned.edits, "edits, pictures with a .before beside them", data.edits > 0),
+    ):
+        if needed and not examples.examples:
+            raise InputError(f"{data.path} has no {what}: change [data] edits, now {data.edits:g}")
+    draw, draw_before = (lambda picked, _, which=which: to_device(picked, device, which) for which in (0, 1))
+    return Source(captioned.pictures.pick, draw), Source(captioned.edits.pick, draw, draw_before)
 
 
 def edits_of(vocabulary: Vocabulary, draw: Draw) -> Source:

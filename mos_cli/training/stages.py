@@ -22,7 +22,7 @@ class Stage:
     @property
     def edits(self) -> float:
         """The share of its steps that learn to edit."""
-        return self.data.edits if isinstance(self.data, DataTable) else 0.0
+        return self.data.edits
 
 
 @dataclass(frozen=True)
