@@ -23,7 +23,7 @@ from mos_cli.routing.trace import Routes, Trace, TraceToken, make_branch
 from mos_cli.runtime.bundles import Bundle, verify_bundle
 from mos_cli.runtime.devices import device_name, device_threads
 from mos_cli.runtime.inputs import Inputs
-from mos_cli.runtime.recipe import PictureRecord, Recipe, provenance
+from mos_cli.runtime.recipe import PictureRecord, Recipe, pixels_hash, provenance
 from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, UNSEEN, Guidance, Observer, Step, sample
 from mos_cli.towers.autoencoder import Autoencoder, Pixels, load_autoencoder, to_image
 from mos_cli.towers.bank import SIGHT, StateBank
@@ -90,6 +90,8 @@ class MoSPipeline:
         except (OSError, ValueError, RuntimeError, TypeError) as error:
             raise ModelError(f"the bundle in {bundle.folder} cannot be loaded: {error}") from None
         self.tower.eval().requires_grad_(False).to(device)  # type: ignore[arg-type]
+        if self.tower.sight_widths != (() if self.eyes is None else self.eyes.widths):
+            raise ModelError(f"the eyes of {bundle.index.name} do not fit its generation tower")
         handed = (self.understanding.layers, self.understanding.width)
         if handed != self.tower.states_shape:
             raise ModelError(
@@ -97,7 +99,7 @@ class MoSPipeline:
                 f"its understanding tower hands over {handed}"
             )
         # The prompts of a batch share the negative; a picture needs two at a time.
-        self._read = lru_cache(maxsize=4)(self._read_prompt)
+        self._readings = lru_cache(maxsize=4)(self._read_prompt)
 
     def draw(self, recipe: Recipe, observers: Sequence[Observer] = (), inputs: Inputs | None = None) -> Drawing:
         """Draws one picture. Its noise depends on its own seed alone, made on the CPU whatever the device.
@@ -113,11 +115,10 @@ class MoSPipeline:
         recorder, laid = RouteRecorder(), None
         readings = {POSITIVE: self._read(recipe.prompt), NEGATIVE: self._read(recipe.negative)}
         try:
-            if inputs is not None and self.eyes is not None:
+            if inputs is not None:
+                assert self.eyes is not None
                 laid = lay(inputs, recipe, self.autoencoder, self.eyes, self.device)
-                readings = {UNSEEN: readings[NEGATIVE]} | {
-                    branch: self._look(reading, laid) for branch, reading in readings.items()
-                }
+                readings = self._look(readings, laid) | {UNSEEN: readings[NEGATIVE]}
             z = sample(
                 self.tower,
                 self._noise(recipe),
@@ -129,42 +130,62 @@ class MoSPipeline:
                 origin=None if laid is None else laid.origin,
             )
             image = to_image(self.autoencoder.decode(z))
+            if inputs is not None:
+                image = finish(image, inputs, recipe)
         except (torch.OutOfMemoryError, MemoryError):
-            size = f"{recipe.width}x{recipe.height}"
-            raise MemoryLimitError(f"out of memory at {size} on {self.device}: take a smaller --size") from None
-        if inputs is not None:
-            image = finish(image, inputs, recipe)
+            width, height = recipe.working_size
+            option = "--size" if inputs is None else "--max-pixels"
+            raise MemoryLimitError(
+                f"out of memory at {width}x{height} on {self.device}: take a smaller {option}"
+            ) from None
         made = provenance(
             self.bundle_hash, device_name(self.device), ATTENTION.value, threads=device_threads(self.device)
         )
-        record = PictureRecord(schema="mos-picture/1", recipe=recipe, made=made)
+        record = PictureRecord(
+            schema="mos-picture/1",
+            recipe=recipe,
+            made=made,
+            sha256=pixels_hash(image),
+            earlier=() if inputs is None else inputs.earlier,
+        )
         routes = recorder.routes()
         return Drawing(image, record, self._trace(record, readings, recorder, routes), routes)
 
     def _noise(self, recipe: Recipe) -> Tensor:
         factor = self.autoencoder.factor
-        width, height = (recipe.width, recipe.height) if recipe.edit is None else recipe.edit.canvas
+        width, height = recipe.working_size
         shape = (1, self.autoencoder.channels, height // factor, width // factor)
         return torch.randn(shape, generator=torch.Generator().manual_seed(recipe.seed)).to(self.device)
 
-    def _read_prompt(self, prompt: str) -> "PromptReading":
+    def _read(self, prompt: str) -> "PromptReading":
         """The understanding tower runs once per prompt, however many pictures are drawn."""
+        return self._readings(prompt, torch.get_num_threads())
+
+    def _read_prompt(self, prompt: str, _threads: int) -> "PromptReading":
+        """Reads a prompt; the number of threads, by which its states are rounded, tells readings apart."""
         reading = self.understanding.read([prompt])
         with torch.inference_mode():
             tokens = tuple(TraceToken(text=t.text, start=t.start, end=t.end) for t in reading.tokens[0])
             return PromptReading(prompt, self.tower.read(reading.states_BTMS), tokens)
 
-    def _look(self, reading: "PromptReading", laid: Laid) -> "PromptReading":
-        """A prompt read in sight of the pictures: image tokens stand behind its words."""
-        with torch.inference_mode():
-            bank = self.tower.look(reading.bank, laid.sight_BVMZ, laid.references)
-        seen = (
+    def _look(self, readings: dict[str, "PromptReading"], laid: Laid) -> dict[str, "PromptReading"]:
+        """The prompts read in sight of the pictures: image tokens stand behind their words."""
+        seen = [
             TraceToken(text=f"picture {number + 1}", start=0, end=0, patch=(number, row, column))
             for number in range(len(laid.references))
             for row in range(SIGHT)
             for column in range(SIGHT)
-        )
-        return PromptReading(reading.prompt, bank, (*reading.tokens, *seen))
+        ]
+        with torch.inference_mode():
+            references = self.tower.remember(laid.references)
+            banks = {
+                branch: self.tower.look(reading.bank, laid.sight_BVMZ, references)
+                for branch, reading in readings.items()
+            }
+        return {
+            branch: PromptReading(reading.prompt, banks[branch], (*reading.tokens, *seen))
+            for branch, reading in readings.items()
+        }
 
     def _trace(
         self,

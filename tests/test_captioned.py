@@ -49,7 +49,7 @@ def as_shards(discs: Path, folder: Path) -> Path:
 
 
 def test_edits_are_told_from_pictures_in_every_layout(discs: Path, tmp_path: Path) -> None:
-    Image.new("RGB", (9, 9), "black").save(discs / "red.before.png")
+    Image.new("RGB", (24, 20), "black").save(discs / "red.before.png")
     plain, kept = load_captioned(discs), tmp_path / "kept"
     shutil.copytree(discs, kept)
     shards, index = (

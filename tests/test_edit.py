@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 from mos_cli.runtime.outputs import read_drawing
 
@@ -41,7 +42,8 @@ def test_the_result_is_as_large_as_the_picture_and_says_what_it_was_made_from(mo
     edit = record.recipe.edit
     assert edit is not None
     assert edit.canvas == (40, 24)
-    assert [(source.width, source.height, source.record) for source in edit.sources] == [(61, 45, None)]
+    assert [(source.width, source.height) for source in edit.sources] == [(61, 45)]
+    assert record.earlier == ()
     assert mos("edit", photo, WORDS, "-s", 4, "-o", tmp_path / "again.png").exit_code == 0
     assert np.array_equal(pixels(tmp_path / "out.png"), pixels(tmp_path / "again.png"))
 
@@ -110,10 +112,55 @@ def test_a_chain_is_kept_and_drawn_again(mos, editor, tmp_path) -> None:
     assert mos("edit", first, "a green apple", "-s", 2, "-o", second).exit_code == 0
     assert mos("edit", second, "a dog", "-s", 3, "--composite", "-o", third).exit_code == 0
     record = read_drawing(third)[1]
-    assert [step.recipe.prompt for step in record.history()] == [WORDS, "a green apple", "a dog"]
+    assert [earlier.recipe.prompt for earlier in record.earlier] == [WORDS, "a green apple"]
     for path in (first, second):
         path.unlink()
     assert mos("replay", third, "--verify").stdout.strip() == "exact"
+
+
+def test_a_chain_may_be_long_and_go_through_several_models(mos, editor, left_half, photo, tmp_path) -> None:
+    """A record is as deep after fifty edits as after one; each mask is known by its pixels."""
+    assert mos("generate", WORDS, "-m", "tiny", "-s", 1, "-o", tmp_path / "0.png").exit_code == 0
+    options = ["--steps", "1", "--cfg", "1", "--trace", "off", "-q"]
+    for step in range(50):
+        result = mos("edit", tmp_path / f"{step}.png", WORDS, "-s", step, "-o", tmp_path / f"{step + 1}.png", *options)
+        assert result.exit_code == 0, result.stderr
+    record = read_drawing(tmp_path / "50.png")[1]
+    assert len(record.earlier) == 50
+    assert record.earlier[0].recipe.model == "tiny"
+    assert mos("replay", tmp_path / "3.png", "--verify").stdout.strip() == "exact"
+
+    right_half = tmp_path / "right.png"
+    Image.open(left_half).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(right_half)
+    a, b = tmp_path / "a.png", tmp_path / "b.png"
+    assert mos("edit", photo, WORDS, "--mask", left_half, "-s", 1, "-o", a).exit_code == 0
+    assert mos("edit", a, WORDS, "--mask", right_half, "--feather", "2", "-s", 2, "-o", b).exit_code == 0
+    given = ["--input", photo, "--mask", right_half, "--mask", left_half]
+    replayed = mos("replay", b, "--verify", *given)
+    assert replayed.stdout.strip() == "exact", replayed.stderr
+
+
+def test_what_others_changed_has_no_history(mos, editor, tmp_path) -> None:
+    assert mos("generate", WORDS, "-s", 1, "-o", tmp_path / "ours.png").exit_code == 0
+    with Image.open(tmp_path / "ours.png") as opened:
+        kept = PngInfo()
+        kept.add_itxt("mos", opened.info["mos"])
+        opened.putpixel((0, 0), (1, 2, 3))
+        opened.save(tmp_path / "changed.png", pnginfo=kept)
+    assert mos("edit", tmp_path / "changed.png", WORDS, "-o", tmp_path / "out.png").exit_code == 0
+    assert read_drawing(tmp_path / "out.png")[1].earlier == ()
+
+
+def test_replay_varies_what_an_edit_is_made_with(mos, editor, photo, tmp_path) -> None:
+    out = tmp_path / "out.png"
+    assert mos("edit", photo, WORDS, "-s", 1, "-o", out).exit_code == 0
+    varied = ["--input", photo, "--set", "image_cfg=2", "--set", "strength=0.5", "-o", tmp_path / "varied.png"]
+    assert mos("replay", out, *varied).exit_code == 0
+    edit = read_drawing(tmp_path / "varied.png")[1].recipe.edit
+    assert edit is not None
+    assert (edit.image_cfg, edit.strength) == (2.0, 0.5)
+    drawing_only = mos("replay", out, "--input", photo, "--set", "model=tiny", "-o", tmp_path / "tiny.png")
+    assert (drawing_only.exit_code, len(drawing_only.stderr.splitlines())) == (4, 1)
 
 
 def test_what_was_not_ours_is_asked_for(mos, editor, photo, tmp_path) -> None:
@@ -122,6 +169,8 @@ def test_what_was_not_ours_is_asked_for(mos, editor, photo, tmp_path) -> None:
     refused = mos("replay", out, "--verify")
     assert refused.exit_code == 3
     assert "give it with --input FILE" in refused.stderr
+    strange = mos("replay", out, "--verify", "--input", photo, "--input", out)
+    assert (strange.exit_code, len(strange.stderr.splitlines())) == (3, 1)
     assert mos("replay", out, "--verify", "--input", photo).stdout.strip() == "exact"
     assert mos("replay", out, "--input", photo, "--set", "seed=9", "-o", tmp_path / "nine.png").exit_code == 0
     assert read_drawing(tmp_path / "nine.png")[1].recipe.seed == 9
@@ -144,6 +193,9 @@ MISTAKES = {
     "no strength": (["--strength", "0"], 2, "strength"),
     "too much strength": (["--strength", "1.5"], 2, "strength"),
     "image guidance out of range": (["--image-cfg", "-1"], 2, "image_cfg"),
+    "a strip that is the picture": (["--strip", "{tmp}/out.png"], 2, "of its own"),
+    "a strip that is the sheet": (["--strip", "{tmp}/s.png", "--sheet", "{tmp}/s.png"], 2, "of its own"),
+    "an interval without guidance": (["--cfg", "1", "--cfg-interval", "0.1,0.9"], 2, "no effect"),
     "a strip of several": (["-n", "2", "--strip", "{tmp}/s.png"], 2, "one"),
     "reference that is no picture": (["--reference", "{tmp}/text.png"], 3, "text.png"),
 }

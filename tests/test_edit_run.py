@@ -117,6 +117,31 @@ def test_a_run_learns_both_and_shows_both(understanding, art: Art, tmp_path: Pat
     assert width > height
 
 
+def test_a_run_stopped_before_its_first_edit_goes_on(understanding, art: Art, tmp_path: Path) -> None:
+    """Parts that only edits use have no gradient until the first of them; seed 4 begins with two steps without."""
+    recipe = _editing(seed=4, save_every=2, steps=6)
+    whole = _trainer(recipe, understanding, art, tmp_path / "whole")
+    assert [kind_of(whole.course, 4, step)[1] for step in range(3)] == [False, False, True]
+    stopped = _trainer(recipe, understanding, art, tmp_path / "stopped")
+
+    def stop(metrics) -> None:
+        if metrics.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run(stop, lambda _: None)
+    resumed = _trainer(recipe, understanding, art, tmp_path / "stopped")
+    assert resumed.step == 2
+    assert tiny.run(resumed) == tiny.run(whole)[2:]
+
+
+def test_steps_that_edit_ask_for_words_and_styles() -> None:
+    table = _editing().model_dump(exclude_none=True)
+    for less in ({"styles": ["noto"]}, {"words": dict(list(table["data"]["words"].items())[:7])}):
+        with pytest.raises(ValueError, match="eight words and two styles"):
+            TrainRecipe.model_validate({**table, "data": table["data"] | less})
+
+
 def test_steps_that_edit_ask_for_eyes() -> None:
     table = _editing().model_dump(exclude_none=True)
     for left_out in ("eyes", "bundle"):

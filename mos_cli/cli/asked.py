@@ -51,10 +51,11 @@ def check_sheet(option: str, sheet: Path, names: "Naming") -> None:
     if sheet.suffix.lower() != ".png" or sheet in names.given:
         raise UsageError(f"{option} {sheet}: name a .png of its own")
     refuse_existing(sheet, names.overwrite)
+    names.given.add(sheet)
 
 
-def read_prompts(argument: str) -> list[str]:
-    """The prompts asked for: one, or the non-empty lines of stdin or a file."""
+def read_prompts(argument: str, advice: str) -> list[str]:
+    """The prompts asked for: one, or the non-empty lines of stdin or a file; `advice` is given where there are none."""
     if argument == "-":
         lines = _lines(sys.stdin.buffer.read(), "stdin")
     elif argument.startswith("@"):
@@ -63,7 +64,7 @@ def read_prompts(argument: str) -> list[str]:
         lines = [argument]
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise InputError('the prompt is empty: say what to draw, for example: mos generate "a red apple"')
+        raise InputError(f"the prompt is empty: say {advice}")
     return prompts
 
 

@@ -28,7 +28,7 @@ from mos_cli.cli.options import (
     Trace,
     Verbose,
 )
-from mos_cli.errors import ModelError, UsageError
+from mos_cli.errors import UsageError
 
 
 def edit(
@@ -95,12 +95,12 @@ def edit(
 
     Editing a picture that mos made keeps its history: mos replay can draw the whole chain again.
     """
-    from mos_cli.runtime.bundles import find_bundle
+    from mos_cli.runtime.bundles import edits_of, find_bundle
     from mos_cli.runtime.outputs import naming
     from mos_cli.runtime.settings import make_settings, parse_size, resolve
 
     report = Report(json=json, quiet=quiet, verbose=verbose)
-    instructions = read_prompts(instruction)
+    instructions = read_prompts(instruction, 'what to change, for example: mos edit cat.png "make it blue"')
     flags = make_settings(
         model=model,
         steps=steps,
@@ -121,21 +121,19 @@ def edit(
         raise UsageError("--composite is for edits without a mask: with one, what it leaves out is kept in any case")
     names = naming(settings.output, overwrite=overwrite)
     bundle = find_bundle(settings.model)
-    if bundle.index.edits is None:
-        raise ModelError(f"{bundle.index.name} only draws: choose a model that edits, see `mos models ls`")
-    for option, extra in {"--strip": strip, "--sheet": sheet}.items():
-        if extra is not None:
-            check_sheet(option, extra, names)
+    defaults = edits_of(bundle)
     if strip is not None and (count > 1 or len(instructions) > 1):
         raise UsageError("--strip shows one edit: leave it out, or ask for one picture")
     with report.stage("libraries"):
-        fields = shared_fields(settings, bundle, bundle.index.edits)
+        fields = shared_fields(settings, bundle, defaults)
     from mos_cli.runtime.inputs import describe_edit, read_inputs
     from mos_cli.runtime.masks import read_mask
     from mos_cli.runtime.pictures import working_size
     from mos_cli.runtime.recipe import MaskRecipe, check_guidance, pixels_hash
 
-    check_guidance(fields["cfg"], {"--negative": settings.negative, "--cfg-interval": flags.cfg_interval})
+    guidance = defaults.image_cfg if image_cfg is None else image_cfg
+    options = {"--negative": settings.negative, "--cfg-interval": flags.cfg_interval}
+    check_guidance(fields["cfg"], options, guidance)
     inputs = read_inputs([picture, *(reference or [])])
     for note in inputs.notes:
         report.event("note", note, note=note)
@@ -149,12 +147,15 @@ def edit(
     fields["edit"] = describe_edit(
         inputs,
         canvas=working,
-        image_cfg=bundle.index.edits.image_cfg if image_cfg is None else image_cfg,
+        image_cfg=guidance,
         strength=strength,
         mask=used,
         composite=composite or mask is not None,
     )
     jobs = make_jobs(instructions, names, fields, seed=seed, count=count, inputs=inputs)
+    for option, extra in {"--strip": strip, "--sheet": sheet}.items():
+        if extra is not None:
+            check_sheet(option, extra, names)
     if dry_run:
         say_what_would_be_drawn(jobs, report)
         return

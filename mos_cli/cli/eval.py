@@ -9,7 +9,7 @@ import typer
 from mos_cli.cli import console
 from mos_cli.cli.bars import stage_bars
 from mos_cli.cli.options import ArtFile, Device, Model
-from mos_cli.errors import ModelError, UsageError
+from mos_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from mos_cli.pipeline import MoSPipeline
@@ -52,7 +52,7 @@ def evaluate(
     """
     from mos_cli.cli.asked import shared_fields
     from mos_cli.cli.drawing import Report, load_pipeline
-    from mos_cli.runtime.bundles import find_bundle
+    from mos_cli.runtime.bundles import edits_of, find_bundle
     from mos_cli.runtime.quiet import quieten
     from mos_cli.runtime.settings import RunSettings, make_settings, parse_size
 
@@ -60,9 +60,7 @@ def evaluate(
     flags = make_settings(model=model, steps=steps, cfg=cfg, size=None if size is None else str(size), device=device)
     settings = RunSettings(**flags.model_dump(exclude_none=True))
     bundle = find_bundle(settings.model)
-    editing = bundle.index.edits if suite is Suite.edit else None
-    if suite is Suite.edit and editing is None:
-        raise ModelError(f"{bundle.index.name} only draws: choose a model that edits, see `mos models ls`")
+    editing = edits_of(bundle) if suite is Suite.edit else None
     if image_cfg is not None and editing is None:
         raise UsageError("--image-cfg is for --suite edit")
     common = shared_fields(settings, bundle, editing or bundle.index.defaults)

@@ -61,7 +61,7 @@ def generate(
     from mos_cli.runtime.settings import make_settings, parse_size, resolve
 
     report = Report(json=json, quiet=quiet, verbose=verbose)
-    prompts = read_prompts(prompt)
+    prompts = read_prompts(prompt, 'what to draw, for example: mos generate "a red apple"')
     flags = make_settings(
         model=model,
         steps=steps,

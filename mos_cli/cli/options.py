@@ -38,7 +38,7 @@ ArtFile = Annotated[
 ]
 Model = Annotated[
     str | None,
-    typer.Option("--model", "-m", envvar="MOS_MODEL", help="Bundle: name, path or hub id.", show_default="emoji-nano"),
+    typer.Option("--model", "-m", envvar="MOS_MODEL", help="Bundle: name, path or hub id.", show_default="emoji"),
 ]
 Preset = Annotated[
     str | None, typer.Option("--preset", "-p", envvar="MOS_PRESET", help="Named settings; see `mos presets ls`.")

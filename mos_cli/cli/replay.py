@@ -12,8 +12,9 @@ from mos_cli.errors import ModelError, UsageError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from mos_cli.runtime.inputs import Inputs
-    from mos_cli.runtime.recipe import PictureRecord, Recipe
+    from mos_cli.pipeline import MoSPipeline
+    from mos_cli.runtime.bundles import Bundle
+    from mos_cli.runtime.recipe import EarlierPicture
 
 CLOSE_PSNR = 40.0
 """Decibels above which two pictures look the same; bf16 against fp32 lies beyond it, another seed far below."""
@@ -34,7 +35,9 @@ def replay(
         list[Path] | None,
         typer.Option("--input", "-i", metavar="FILE", help="A picture that was edited; repeatable."),
     ] = None,
-    mask: Annotated[Path | None, typer.Option(metavar="FILE", help="The mask of an edit.")] = None,
+    mask: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A mask that an edit was made with; repeatable.")
+    ] = None,
     output: Output = None,
     overwrite: Overwrite = False,
     trace: Trace = None,
@@ -48,9 +51,9 @@ def replay(
     With --verify the exit code is 0 for exact and close, 1 for different. What an edit was made from is drawn again
     too, if mos made it; other pictures are to be given with --input.
     """
-    from mos_cli.runtime.bundles import find_bundle
+    from mos_cli.runtime.bundles import edits_of, find_bundle
     from mos_cli.runtime.devices import cpu_threads
-    from mos_cli.runtime.inputs import find_inputs
+    from mos_cli.runtime.inputs import Finder
     from mos_cli.runtime.outputs import naming, read_drawing
     from mos_cli.runtime.recipe import check_guidance, make_recipe
     from mos_cli.runtime.settings import check_size, make_settings, resolve
@@ -68,32 +71,45 @@ def replay(
             f"{picture} was made by another version of {name} ({theirs}, here {ours}): "
             f"add --set model=FOLDER to draw with that one, or --set model={name} to draw with the one here"
         )
-    recipe = make_recipe(**{**record.recipe.model_dump(), **changed, "model": bundle.ref})
-    check_guidance(recipe.cfg, {f"--set {key}": changed.get(key) for key in ("negative", "cfg_interval")})
-    settings = resolve(make_settings(output=output, trace=trace, device=device), None)
-    working = (recipe.width, recipe.height) if recipe.edit is None else recipe.edit.canvas
-    check_size(*working, bundle.index.canvas)
-    path = None if verify else naming(settings.output, overwrite=overwrite).path(recipe)
-    if recipe.edit is None and (given or mask):
+    fields, image_cfg = record.recipe.model_dump(), 1.0
+    if record.recipe.edit is not None:
+        edits_of(bundle)
+        fields["edit"] |= {key: changed.pop(key) for key in ("image_cfg", "strength") if key in changed}
+    elif given or mask:
         raise UsageError(f"{picture} is no edit: drop --input and --mask")
-    pipeline = load_pipeline(bundle, device=settings.device, precision=recipe.precision, report=report)
+    recipe = make_recipe(**{**fields, **changed, "model": bundle.ref})
+    if recipe.edit is not None:
+        image_cfg = recipe.edit.image_cfg
+    guidances = {f"--set {key}": changed.get(key) for key in ("negative", "cfg_interval")}
+    check_guidance(recipe.cfg, guidances, image_cfg)
+    settings = resolve(make_settings(output=output, trace=trace, device=device), None)
+    check_size(*recipe.working_size, bundle.index.canvas)
+    path = None if verify else naming(settings.output, overwrite=overwrite).path(recipe)
+    loaded: dict[tuple[str, str], MoSPipeline] = {}
 
-    def redraw(earlier: "PictureRecord") -> "Image":
-        if earlier.made.bundle_hash != bundle.hash or earlier.recipe.precision != recipe.precision:
-            name = earlier.recipe.model
-            raise ModelError(f"a picture of the chain was drawn otherwise, with {name}: give it with --input FILE")
+    def pipeline_of(bundle: "Bundle", precision: str) -> "MoSPipeline":
+        key = (bundle.hash, precision)
+        if key not in loaded:
+            loaded[key] = load_pipeline(bundle, device=settings.device, precision=precision, report=report)
+        return loaded[key]
+
+    def redraw(earlier: "EarlierPicture") -> "Image":
+        bundle = find_bundle(earlier.recipe.model)
+        if bundle.hash != earlier.made.bundle_hash:
+            name, prompt = earlier.recipe.model, earlier.recipe.prompt
+            raise ModelError(f"{prompt!r} was drawn by another version of {name}: give the picture with --input FILE")
         with cpu_threads(earlier.made.threads):
-            return pipeline.draw(earlier.recipe, inputs=inputs_of(earlier.recipe)).image
+            drawing = pipeline_of(bundle, earlier.recipe.precision).draw(
+                earlier.recipe, inputs=finder.inputs_of(earlier.recipe)
+            )
+        return drawing.image
 
-    def inputs_of(recipe: "Recipe") -> "Inputs | None":
-        if recipe.edit is None:
-            return None
-        found = find_inputs(recipe.edit, given or [], mask, redraw)
-        for note in found.notes:
-            report.event("note", note, note=note)
-        return found
-
-    inputs = inputs_of(recipe)
+    finder = Finder(record, given or [], mask or [], redraw)
+    inputs = finder.inputs_of(recipe)
+    finder.check_all_used()
+    for note in () if inputs is None else inputs.notes:
+        report.event("note", note, note=note)
+    pipeline = pipeline_of(bundle, recipe.precision)
     # Another number of threads would round differently: the picture would only come out close.
     with cpu_threads(record.made.threads):
         if path is not None:

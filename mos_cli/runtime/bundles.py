@@ -74,6 +74,13 @@ def find_bundle(ref: str) -> Bundle:
     raise unknown_name("model", ref, folders)
 
 
+def edits_of(bundle: Bundle) -> EditDefaults:
+    """The settings a bundle edits with; raises ModelError if it only draws."""
+    if bundle.index.edits is None:
+        raise ModelError(f"{bundle.index.name} only draws: choose a model that edits, see `mos models ls`")
+    return bundle.index.edits
+
+
 def list_bundles() -> dict[str, Bundle | ModelError]:
     """All bundles that can be found by name, sorted by it; for a broken one, what is wrong with it."""
     return {name: _bundle_or_problem(name) for name in bundle_folders()}

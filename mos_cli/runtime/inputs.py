@@ -1,7 +1,7 @@
 """The pictures of an edit: read, described in its recipe, and found again when it is replayed."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,15 @@ from mos_cli.errors import InputError, UsageError
 from mos_cli.runtime.masks import read_mask
 from mos_cli.runtime.outputs import read_record
 from mos_cli.runtime.pictures import Picture, read_picture
-from mos_cli.runtime.recipe import EditRecipe, PictureRecord, SourcePicture, pixels_hash
+from mos_cli.runtime.recipe import (
+    EarlierPicture,
+    EditRecipe,
+    MaskRecipe,
+    PictureRecord,
+    Recipe,
+    SourcePicture,
+    pixels_hash,
+)
 from mos_cli.runtime.specs import first_problem
 
 
@@ -20,12 +28,12 @@ from mos_cli.runtime.specs import first_problem
 class Inputs:
     """The pictures of an edit, the one to be edited first, and where it may change: L, 255 may, of its size.
 
-    `records` are those of pictures that we made.
+    `earlier` are those pictures that mos made, and all that they go back to.
     """
 
     pictures: tuple[Picture, ...]
-    records: tuple[PictureRecord | None, ...]
     mask: Image.Image | None = None
+    earlier: tuple[EarlierPicture, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -35,7 +43,14 @@ class Inputs:
 def read_inputs(paths: Sequence[Path]) -> Inputs:
     """Reads pictures for an edit, without a mask; raises InputError."""
     pictures = tuple(read_picture(path) for path in paths)
-    return Inputs(pictures, tuple(read_record(path) for path in paths))
+    earlier: dict[str, EarlierPicture] = {}
+    for path, picture in zip(paths, pictures, strict=True):
+        record, sha256 = read_record(path), pixels_hash(picture.image)
+        # Of a picture that another program has changed since, the record says nothing any more.
+        if record is not None and record.sha256 == sha256:
+            for one in (*record.earlier, EarlierPicture(sha256=sha256, recipe=record.recipe, made=record.made)):
+                earlier.setdefault(one.sha256, one)
+    return Inputs(pictures, earlier=tuple(earlier.values()))
 
 
 def describe_edit(inputs: Inputs, **settings: Any) -> EditRecipe:
@@ -45,10 +60,8 @@ def describe_edit(inputs: Inputs, **settings: Any) -> EditRecipe:
         UsageError: a setting is out of range.
     """
     sources = tuple(
-        SourcePicture(
-            sha256=pixels_hash(picture.image), width=picture.image.width, height=picture.image.height, record=record
-        )
-        for picture, record in zip(inputs.pictures, inputs.records, strict=True)
+        SourcePicture(sha256=pixels_hash(picture.image), width=picture.image.width, height=picture.image.height)
+        for picture in inputs.pictures
     )
     try:
         return EditRecipe(sources=sources, **settings)
@@ -56,40 +69,62 @@ def describe_edit(inputs: Inputs, **settings: Any) -> EditRecipe:
         raise UsageError(first_problem(error)) from None
 
 
-def find_inputs(
-    edit: EditRecipe,
-    given: Sequence[Path],
-    mask: Path | None,
-    redraw: Callable[[PictureRecord], Image.Image],
-) -> Inputs:
-    """The pictures that an edit was made from: those given, or drawn again from the records in the recipe.
+@dataclass
+class Finder:
+    """Finds what an edit was made from: among files given, or drawn again from the records of our own pictures.
 
     Args:
-        given: files, in any order; each is known by its pixels.
-        mask: the file of the mask.
-        redraw: makes a picture of ours again.
-
-    Raises:
-        InputError: a picture or the mask is missing, or the mask is another one.
+        record: of the edit.
+        pictures, masks: the files given, in any order; each is known by its pixels.
+        redraw: makes a picture of ours again from its recipe.
     """
-    at_hand = {pixels_hash(picture.image): picture for picture in map(read_picture, given)}
-    pictures = []
-    for number, source in enumerate(edit.sources, start=1):
-        if source.sha256 in at_hand:
-            pictures.append(at_hand[source.sha256])
-        elif source.record is not None:
-            redrawn = redraw(source.record)
-            same = pixels_hash(redrawn) == source.sha256
-            note = f"picture {number} of the chain did not come out exactly as it was: --input has it replayed exactly"
-            pictures.append(Picture(redrawn, () if same else (note,)))
-        else:
-            size = f"{source.width}x{source.height}"
-            raise InputError(f"picture {number} of the edit ({size}) is not in the PNG: give it with --input FILE")
-    if edit.mask is None:
-        return Inputs(tuple(pictures), tuple(source.record for source in edit.sources))
-    if mask is None:
-        raise InputError("the mask of the edit is not in the PNG: give it with --mask FILE")
-    read = read_mask(mask, pictures[0].image.size, invert=edit.mask.invert, feather=edit.mask.feather)
-    if pixels_hash(read) != edit.mask.sha256:
-        raise InputError(f"{mask} is not the mask of this edit")
-    return Inputs(tuple(pictures), tuple(source.record for source in edit.sources), read)
+
+    record: PictureRecord
+    pictures: Sequence[Path]
+    masks: Sequence[Path]
+    redraw: Callable[[EarlierPicture], Image.Image]
+    used: set[Path] = field(default_factory=set)
+
+    def inputs_of(self, recipe: Recipe) -> Inputs | None:
+        """The inputs of a recipe of the chain; None if it is no edit.
+
+        Raises:
+            InputError: a picture or a mask is missing.
+        """
+        if recipe.edit is None:
+            return None
+        pictures = tuple(self._picture(source) for source in recipe.edit.sources)
+        mask = None if recipe.edit.mask is None else self._mask(recipe.edit.mask, pictures[0].image.size)
+        return Inputs(pictures, mask, self.record.earlier)
+
+    def check_all_used(self) -> None:
+        """Raises InputError naming a file that was given and has no part in the chain."""
+        for path in (*self.pictures, *self.masks):
+            if path not in self.used:
+                raise InputError(f"{path} is not what this picture was made from: its pixels are others")
+
+    def _picture(self, source: SourcePicture) -> Picture:
+        for path in self.pictures:
+            picture = read_picture(path)
+            if pixels_hash(picture.image) == source.sha256:
+                self.used.add(path)
+                return picture
+        for earlier in self.record.earlier:
+            if earlier.sha256 == source.sha256:
+                redrawn = self.redraw(earlier)
+                note = f"{earlier.recipe.prompt!r} did not come out exactly as it was: give the picture with --input"
+                return Picture(redrawn, () if pixels_hash(redrawn) == source.sha256 else (note,))
+        size = f"{source.width}x{source.height}"
+        raise InputError(f"a picture ({size}) that this was made from is not in the PNG: give it with --input FILE")
+
+    def _mask(self, mask: MaskRecipe, size: tuple[int, int]) -> Image.Image:
+        for path in self.masks:
+            try:
+                read = read_mask(path, size, invert=mask.invert, feather=mask.feather)
+            except InputError:
+                # The mask of another step of the chain may have any shape.
+                continue
+            if pixels_hash(read) == mask.sha256:
+                self.used.add(path)
+                return read
+        raise InputError("a mask that this was made with is not in the PNG: give it with --mask FILE")

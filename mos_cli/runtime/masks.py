@@ -45,11 +45,14 @@ def read_mask(path: Path, size: tuple[int, int], *, invert: bool = False, feathe
 def composite(before: Image.Image, after: Image.Image, mask: Image.Image) -> Image.Image:
     """`before` where the mask is 0, bit for bit, `after` where it is 255, between them blended.
 
-    All three of one size: `before` RGB or RGBA, 8 bits, and the result like it; `after` RGB, opaque; the mask L.
+    All three of one size: `before` RGB or RGBA, 8 bits; `after` RGB, opaque; the mask L. The result is RGBA if
+    some of it is transparent, else RGB.
     """
     over = after.copy()
     over.putalpha(mask)
-    return Image.alpha_composite(before.convert("RGBA"), over).convert(before.mode)
+    result = Image.alpha_composite(before.convert("RGBA"), over)
+    opaque = result.getchannel("A").getextrema() == (255, 255)
+    return result.convert("RGB") if opaque else result
 
 
 def estimate_mask(before: Image.Image, after: Image.Image) -> Image.Image:

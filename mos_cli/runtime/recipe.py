@@ -24,12 +24,11 @@ MAX_THREADS = 1024
 
 
 class SourcePicture(Frozen):
-    """A picture that was edited or looked at: the sha256 of its pixels, its size, its record if we made it."""
+    """A picture that was edited or drawn after: the sha256 of its pixels (see `pixels_hash`) and its size."""
 
     sha256: Sha256
     width: int = Field(ge=1)
     height: int = Field(ge=1)
-    record: "PictureRecord | None" = None
 
 
 class MaskRecipe(Frozen):
@@ -71,6 +70,11 @@ class Recipe(Frozen):
     precision: Literal["bf16", "fp32"]
     edit: EditRecipe | None = None
 
+    @property
+    def working_size(self) -> tuple[int, int]:
+        """Width and height at which the model draws."""
+        return (self.width, self.height) if self.edit is None else self.edit.canvas
+
     @model_validator(mode="after")
     def _edits_keep_their_size(self) -> Self:
         if self.edit is not None:
@@ -84,7 +88,7 @@ class Provenance(Frozen):
     """What made a picture: the bundle's hash, the versions and the device. Nothing of it depends on the day.
 
     `threads` is the number of CPU threads, which decides in what order products are summed, and so their rounding in
-    bf16; None on a GPU, and in pictures made before it was recorded.
+    bf16; None on a GPU, and in pictures made before it was recorded. Pillow, which reads and scales, counts for edits.
     """
 
     bundle_hash: str
@@ -94,21 +98,30 @@ class Provenance(Frozen):
     transformers: str
     device: str
     attention: str
+    pillow: str | None = None
     threads: int | None = Field(default=None, ge=1, le=MAX_THREADS)
 
 
+class EarlierPicture(Frozen):
+    """A picture of ours that an edit goes back to: the sha256 of its pixels and how it was made."""
+
+    sha256: Sha256
+    recipe: Recipe
+    made: Provenance
+
+
 class PictureRecord(Frozen):
-    """The `mos` chunk of a PNG."""
+    """The `mos` chunk of a PNG.
+
+    `sha256` is that of the picture's own pixels, by which changes by others show. `earlier` are the pictures of ours
+    that an edit goes back to, through however many steps, the first first.
+    """
 
     schema_id: Literal["mos-picture/1"] = Field("mos-picture/1", alias="schema")
     recipe: Recipe
     made: Provenance
-
-    def history(self) -> "tuple[PictureRecord, ...]":
-        """The records from the first picture of a chain of edits to this one."""
-        edit = self.recipe.edit
-        before = () if edit is None or edit.sources[0].record is None else edit.sources[0].record.history()
-        return (*before, self)
+    sha256: Sha256 | None = None
+    earlier: tuple[EarlierPicture, ...] = ()
 
     def to_json(self) -> str:
         return self.model_dump_json(by_alias=True, exclude_none=True)
@@ -149,16 +162,16 @@ def make_recipe(**values: Any) -> Recipe:
         raise UsageError(first_problem(error)) from None
 
 
-def check_guidance(cfg: float, options: Mapping[str, Any]) -> None:
+def check_guidance(cfg: float, options: Mapping[str, Any], image_cfg: float = 1.0) -> None:
     """Raises UsageError if one of the options, all of them guidance's, has a value while cfg 1 turns guidance off."""
     idle = [name for name, value in options.items() if value]
-    if cfg == 1 and idle:
+    if cfg == image_cfg == 1 and idle:
         raise UsageError(f"{idle[0]} has no effect at cfg 1, without guidance: raise cfg or leave {idle[0]} out")
 
 
 def provenance(bundle_hash: str, device: str, attention: str, threads: int | None) -> Provenance:
     """Describes what is about to draw; versions are those installed."""
-    versions = {package: version(package) for package in ("torch", "diffusers", "transformers")}
+    versions = {package: version(package) for package in ("torch", "diffusers", "transformers", "pillow")}
     return Provenance(
         bundle_hash=bundle_hash, mos=__version__, device=device, attention=attention, threads=threads, **versions
     )

@@ -40,7 +40,7 @@ class Settings(BaseModel):
 class RunSettings(Settings):
     """Settings of a run: only what the bundle itself decides may still be open."""
 
-    model: str = "emoji-nano"
+    model: str = "emoji"
     negative: str = ""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     device: str = "auto"

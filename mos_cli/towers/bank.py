@@ -18,12 +18,13 @@ SIGHT = 4
 
 @dataclass(frozen=True)
 class References:
-    """The pictures to draw from.
+    """The pictures to draw from, `count` of them.
 
     kv holds what every block remembers of them, keys and values [B, R, 2 D], and positions_R3 where that stands. The
     first is the picture that is edited: under_BND is to be laid under the noised patches, each under its own.
     """
 
+    count: int
     kv: tuple[Tensor, ...]
     positions_R3: Tensor
     under_BND: Tensor
@@ -35,14 +36,12 @@ class StateBank:
 
     bank_BTMD holds every layer at the generation tower's width, router_BTR the router's view of the tokens (None where
     there is no router). mask_BT (True = a real token) is None where nothing is padded, which is always so when drawing.
-    The last of the tokens are image tokens, SIGHT x SIGHT for each of the pictures that were seen; `references` are
-    the pixels of those pictures.
+    Where there are references, the last of the tokens are image tokens, SIGHT x SIGHT for each of them.
     """
 
     bank_BTMD: Tensor
     router_BTR: Tensor | None
     mask_BT: Tensor | None = None
-    pictures_seen: int = 0
     references: References | None = None
 
     def mix(self, route: Route, block: int) -> Tensor:

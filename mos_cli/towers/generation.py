@@ -151,12 +151,12 @@ class GenerationTower(ModelMixin, ConfigMixin):
         seen = None if self.router is None else self.router.embed(states[:, :, 0])
         return StateBank(self.states_in(states), seen, mask_BT)
 
-    def look(self, bank: StateBank, sight_BVMZ: Tensor, references: Sequence[Tensor]) -> StateBank:
+    def look(self, bank: StateBank, sight_BVMZ: Tensor, references: References) -> StateBank:
         """The bank of a prompt together with pictures to draw from: once per prompt, for all steps.
 
         Args:
             sight_BVMZ: states of the image tokens, those of one picture after those of another.
-            references: the pictures' clean latents, each [B, C, H, W], the one that is edited first.
+            references: the same pictures, as `remember` returns them.
         """
         states = [self._normed_states(sight_BVMZ[:, :, m, :width]) for m, width in enumerate(self.sight_widths)]
         projected = torch.stack([into(state) for into, state in zip(self.sight_in, states, strict=True)], dim=2)
@@ -167,15 +167,17 @@ class GenerationTower(ModelMixin, ConfigMixin):
             torch.cat([bank.bank_BTMD, projected], dim=1),
             router_BTR,
             extended(bank.mask_BT, before=0, after=projected.shape[1]),
-            len(references),
-            self._remember(references),
+            references,
         )
 
     def _normed_states(self, states: Tensor) -> Tensor:
         return F.rms_norm(states.float(), states.shape[-1:], eps=EPS).to(self.states_in.weight.dtype)
 
-    def _remember(self, references: Sequence[Tensor]) -> References:
-        """Each reference passes the blocks alone, at time 0: a clean picture is what the tower ends with."""
+    def remember(self, references: Sequence[Tensor]) -> References:
+        """What the blocks keep of pictures, from their clean latents, each [B, C, H, W], the one that is edited first.
+
+        Each passes the blocks alone, at time 0: a clean picture is what the tower ends with. Words have no part in it.
+        """
         memories, positions = [], []
         patches = [patchify(z_BCHW, self.patch).to(self.patches_in.weight.dtype) for z_BCHW in references]
         for order, z_BCHW in enumerate(references, start=1):
@@ -191,7 +193,7 @@ class GenerationTower(ModelMixin, ConfigMixin):
             positions.append(grid_R3)
         assert self.under_in is not None
         kv = tuple(torch.cat(parts, dim=1) for parts in zip(*memories, strict=True))
-        return References(kv, torch.cat(positions), self.under_in(patches[0]))
+        return References(len(references), kv, torch.cat(positions), self.under_in(patches[0]))
 
     def _grid(self, z_BCHW: Tensor, *, order: int = 0) -> Tensor:
         return grid_positions(z_BCHW.shape[-2] // self.patch, z_BCHW.shape[-1] // self.patch, order=order)
@@ -219,7 +221,9 @@ class GenerationTower(ModelMixin, ConfigMixin):
         patch, size = self.patch, (z_BCHW.shape[-2], z_BCHW.shape[-1])
         patches = patchify(z_BCHW, patch).to(self.patches_in.weight.dtype)
         tokens, grid_N3 = bank.bank_BTMD.shape[1], self._grid(z_BCHW)
-        seen_V3 = sight_positions(bank.pictures_seen, size[0] / patch, size[1] / patch)
+        seen_V3 = sight_positions(
+            0 if bank.references is None else bank.references.count, size[0] / patch, size[1] / patch
+        )
         route = self._route(patches, t_B, seen_V3, grid_N3, bank, epsilon)
 
         x = self.patches_in(patches)

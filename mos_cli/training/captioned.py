@@ -85,7 +85,11 @@ class Captioned:
             except (OSError, UnicodeDecodeError) as error:
                 raise InputError(f"cannot read the caption {caption.name}: {error}") from None
         blobs = (example.picture,) if example.before is None else (example.picture, example.before)
-        return np.stack([_fitted(blob, canvas) for blob in blobs]), " ".join(caption.split())
+        opened = [_opened(blob) for blob in blobs]
+        if len({image.size for image in opened}) > 1:
+            raise InputError(f"{example.picture.name} and the picture before it are of different sizes")
+        fitted = [ImageOps.fit(image, (canvas, canvas), Image.Resampling.LANCZOS) for image in opened]
+        return np.stack([np.asarray(image) for image in fitted]), " ".join(caption.split())
 
 
 def load_captioned(folder: Path) -> Captioned:
@@ -114,11 +118,10 @@ def to_device(picked: list[np.ndarray], device: torch.device, which: int = 0) ->
     return batch_BHW3.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _fitted(picture: Blob, canvas: int) -> np.ndarray:
+def _opened(picture: Blob) -> Image.Image:
     try:
         with Image.open(io.BytesIO(picture.read())) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-            return np.asarray(ImageOps.fit(image, (canvas, canvas), Image.Resampling.LANCZOS))
+            return ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot read the picture {picture.name}: {error}") from None
 
@@ -132,8 +135,10 @@ def _beside(pictures: list[Path], folder: Path) -> list[Example]:
         caption = path.with_suffix(".txt")
         if not caption.is_file():
             raise InputError(f"{path.relative_to(folder)} has no caption: write one into {caption}")
-        before = befores.get(path.with_suffix(""))
+        before = befores.pop(path.with_suffix(""), None)
         examples.append(_example(path, Blob(str(caption), caption), before))
+    for before in befores.values():
+        raise InputError(f"{before.relative_to(folder)} has no picture after it beside it")
     return examples
 
 
@@ -147,7 +152,7 @@ def _in_index(index: Path) -> list[Example]:
         try:
             entry = json.loads(line)
             path, caption = index.parent / entry["file_name"], entry["text"]
-            before = index.parent / entry["before"] if "before" in entry else None
+            before = index.parent / entry["before"] if entry.get("before") else None
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{index}, line {number}: not a JSON object with file_name and text") from None
         for named in (path, before):
@@ -180,4 +185,6 @@ def _in_shard(shard: Path) -> list[Example]:
     for key, picture in pictures.items():
         if key not in captions:
             raise InputError(f"{picture.name} has no caption: a .txt of the same name belongs beside it")
+    for key in befores.keys() - pictures.keys():
+        raise InputError(f"{befores[key].name} has no picture after it beside it")
     return [Example(picture, captions[key], befores.get(key)) for key, picture in pictures.items()]

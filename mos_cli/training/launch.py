@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from mos_cli.errors import UsageError
@@ -15,8 +15,11 @@ from mos_cli.towers.generation import GenerationTower
 from mos_cli.training.recipe import TrainTable
 
 
-def start_accelerator(train: TrainTable, folder: Path) -> Accelerator:
+def start_accelerator(train: TrainTable, folder: Path, *, parts_rest: bool = False) -> Accelerator:
     """The accelerator of this process, logging to TensorBoard in `folder`; `--use_fsdp` shards the network (FSDP2).
+
+    Args:
+        parts_rest: some steps leave parts of the network out, as those that do not edit do.
 
     Raises:
         UsageError: what training needs beyond the product is not installed.
@@ -42,6 +45,7 @@ def start_accelerator(train: TrainTable, folder: Path) -> Accelerator:
         log_with="tensorboard",
         project_dir=folder,
         fsdp_plugin=sharding,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=parts_rest)],
     )
     if sharding is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # accelerate offers sharding on accelerators only, though PyTorch shards on CPUs just as well.

@@ -25,7 +25,7 @@ from mos_cli.training.batches import Batch, Batches
 from mos_cli.training.ema import PowerEMA
 from mos_cli.training.metrics import Journal, Metrics
 from mos_cli.training.objective import Objective
-from mos_cli.training.optimiser import build_optimisers, set_rates
+from mos_cli.training.optimiser import build_optimisers, set_rates, start_states
 from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.stages import course
 from mos_cli.training.start import start_tower
@@ -56,6 +56,7 @@ class Trainer:
         if recipe.train.compile:
             (objective.compile_blocks if accelerator.is_fsdp2 else objective.compile_whole)()
         self.network, *self.optimisers = accelerator.prepare(objective, *optimisers)
+        start_states(self._bare_optimisers())
         if accelerator.is_fsdp2:
             for block in self.tower.blocks:
                 register_fsdp_forward_method(block, "remember")

@@ -61,7 +61,7 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         bank = self.tower.read(states_BTMS, mask_BT)
         if references_BCHW is not None and sight_BVMZ is not None:
-            bank = self.tower.look(bank, sight_BVMZ, [references_BCHW])
+            bank = self.tower.look(bank, sight_BVMZ, self.tower.remember([references_BCHW]))
             assert bank.mask_BT is not None
             mask_BT = bank.mask_BT
         x_hat, route = self.tower(z_BCHW, t_B, bank, epsilon=self.epsilon)

@@ -19,6 +19,17 @@ def build_optimisers(tower: nn.Module) -> list[torch.optim.Optimizer]:
     ]
 
 
+def start_states(optimisers: list[torch.optim.Optimizer]) -> None:
+    """Gives every parameter the state that its first step would: one that rests at first would have none to save."""
+    for optimiser in optimisers:
+        for parameter in (p for group in optimiser.param_groups for p in group["params"]):
+            if isinstance(optimiser, torch.optim.Muon):
+                optimiser.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+            else:
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                optimiser.state[parameter] = {"step": torch.tensor(0.0), **moments}
+
+
 def set_rates(optimisers: list[torch.optim.Optimizer], course: Course, step: int) -> None:
     """Gives the optimisers of `build_optimisers` the learning rates of a step: a function of it, so without state."""
     stage, rate = course.stage_at(step), course.rate(step)

@@ -42,6 +42,8 @@ class DataTable(Frozen):
     def _enough_words(self) -> Self:
         if len(self.words) < 2:
             raise ValueError("a pair takes two words at least")
+        if self.edits and (len(self.words) < 8 or len(self.styles) < 2):
+            raise ValueError("edits take eight words and two styles at least")
         return self
 
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-from mos_cli.errors import InputError
+from mos_cli.errors import InputError, UsageError
 from mos_cli.runtime.bundles import Bundle, write_index
 from mos_cli.towers.autoencoder import Pixels
 from mos_cli.towers.understanding import UnderstandingTower
@@ -61,13 +62,18 @@ def prepare(recipe: TrainRecipe, art: Path, folder: Path) -> Trainer:
         ModelError: the understanding tower or the autoencoder cannot be had.
         UsageError: the recipe cannot be run here.
     """
-    accelerator = start_accelerator(recipe.train, folder)
-    device, plan = accelerator.device, course(recipe)
+    plan = course(recipe)
+    accelerator = start_accelerator(recipe.train, folder, parts_rest=recipe.eyes is not None)
+    device = accelerator.device
+    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     with accelerator.local_main_process_first():
         _, tower = find_understanding(recipe.understanding)
         autoencoder = find_autoencoder(recipe.autoencoder, device)
-    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-    understanding = UnderstandingTower(tower, dtype=dtype, device=str(device))
+        understanding = UnderstandingTower(tower, dtype=dtype, device=str(device))
+        eyes = None if recipe.eyes is None else find_eyes(understanding.layers, device, dtype)
+    seen = () if eyes is None else eyes.widths
+    if tuple(recipe.generation.get("sight_widths", ())) != seen:
+        raise UsageError(f"[generation] sight_widths must be {list(seen)}, the widths of what the recipe's eyes see")
     share = Share(accelerator.process_index, accelerator.num_processes)
     found: dict[str, tuple[Source, ...]] = {}
     sources: dict[Kind, Source] = {}
@@ -76,7 +82,6 @@ def prepare(recipe: TrainRecipe, art: Path, folder: Path) -> Trainer:
         if key not in found:
             found[key] = find_sources(stage.data, art, device)
         sources |= {(stage.name, index == 1): source for index, source in enumerate(found[key])}
-    eyes = None if recipe.eyes is None else find_eyes(understanding.layers, device, dtype)
     batches = Batches(plan, recipe.train, sources, understanding, autoencoder, device, share, eyes)
     return Trainer(recipe, batches, folder, accelerator)
 
@@ -98,7 +103,13 @@ def _captioned_sources(data: CaptionedTable, device: torch.device) -> tuple[Sour
     ):
         if needed and not examples.examples:
             raise InputError(f"{data.path} has no {what}: change [data] edits, now {data.edits:g}")
-    draw, draw_before = (lambda picked, _, which=which: to_device(picked, device, which) for which in (0, 1))
+
+    def draw(picked: list[np.ndarray], _canvas: int) -> torch.Tensor:
+        return to_device(picked, device)
+
+    def draw_before(picked: list[np.ndarray], _canvas: int) -> torch.Tensor:
+        return to_device(picked, device, which=1)
+
     return Source(captioned.pictures.pick, draw), Source(captioned.edits.pick, draw, draw_before)
 
 

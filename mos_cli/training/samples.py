@@ -13,7 +13,7 @@ from torch import Tensor
 from mos_cli.runtime.files import atomic_write
 from mos_cli.runtime.outputs import png
 from mos_cli.runtime.sheet import contact_sheet
-from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, sample
+from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, UNSEEN, Guidance, sample
 from mos_cli.towers.autoencoder import to_image
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.training.loop import Trainer
@@ -30,11 +30,11 @@ def draw_samples(trainer: Trainer) -> None:
     """
     tower = trainer.averaged_tower()
     if trainer.accelerator.is_main_process:
-        precision = torch.autocast(
-            trainer.device.type, torch.bfloat16, enabled=trainer.recipe.train.precision == "bf16"
-        )
-        with torch.no_grad(), precision:
-            drawn = [*_prompts(trainer, tower), *_edits(trainer, tower)]
+        # Drawn in full precision, as they are when training.
+        edits = _pick_edits(trainer)
+        bfloat16 = trainer.recipe.train.precision == "bf16"
+        with torch.no_grad(), torch.autocast(trainer.device.type, torch.bfloat16, enabled=bfloat16):
+            drawn = [*_prompts(trainer, tower), *_edits(trainer, tower, edits)]
         path = trainer.folder / "samples" / f"{trainer.step:06d}.png"
         atomic_write(path, png(contact_sheet(drawn), None), overwrite=True)
     trainer.accelerator.wait_for_everyone()
@@ -47,25 +47,33 @@ def _prompts(trainer: Trainer, tower: GenerationTower) -> list[tuple[Image.Image
     ]
 
 
-def _edits(trainer: Trainer, tower: GenerationTower) -> list[tuple[Image.Image, str]]:
-    stage, drawn = trainer.course.stage_at(trainer.step - 1), []
+def _pick_edits(trainer: Trainer) -> list[tuple[Tensor, str]]:
+    """Pictures to be edited and instructions, the same at every step."""
+    stage, picked = trainer.course.stage_at(trainer.step - 1), []
     for index in range(EDITS if stage.edits else 0):
         source = trainer.batches.sources[stage.name, True]
         assert source.draw_before is not None
         edit, instruction = source.pick(Random(f"sample/{index}"), stage.canvas)
-        before = source.draw_before([edit], stage.canvas)
+        picked.append((source.draw_before([edit], stage.canvas), instruction))
+    return picked
+
+
+def _edits(trainer: Trainer, tower: GenerationTower, edits: list[tuple[Tensor, str]]) -> list[tuple[Image.Image, str]]:
+    drawn = []
+    for index, (before, instruction) in enumerate(edits):
         drawn += [(to_image(before), ""), (_draw(trainer, tower, instruction, before, index), instruction)]
     return drawn
 
 
 def _draw(trainer: Trainer, tower: GenerationTower, prompt: str, before: Tensor | None, seed: int) -> Image.Image:
-    batches, device, defaults = trainer.batches, trainer.device, trainer.recipe.bundle.defaults
-    banks = {}
-    for branch, text in {POSITIVE: prompt, NEGATIVE: ""}.items():
-        banks[branch] = tower.read(batches.understanding.read([text]).states_BTMS.to(device))
-        if before is not None and batches.eyes is not None:
-            references = [batches.autoencoder.encode(before)]
-            banks[branch] = tower.look(banks[branch], batches.eyes.see(before), references)
+    batches, device, bundle = trainer.batches, trainer.device, trainer.recipe.bundle
+    readings = {branch: batches.understanding.read([text]) for branch, text in ((POSITIVE, prompt), (NEGATIVE, ""))}
+    banks = {branch: tower.read(reading.states_BTMS.to(device)) for branch, reading in readings.items()}
+    defaults, image_cfg = bundle.defaults, 1.0
+    if before is not None and bundle.edits is not None and batches.eyes is not None:
+        defaults, image_cfg, blind = bundle.edits, bundle.edits.image_cfg, {UNSEEN: banks[NEGATIVE]}
+        references, sight = tower.remember([batches.autoencoder.encode(before)]), batches.eyes.see(before)
+        banks = {branch: tower.look(bank, sight, references) for branch, bank in banks.items()} | blind
     side = trainer.course.stage_at(trainer.step - 1).canvas // batches.autoencoder.factor
     shape, generator = (1, batches.autoencoder.channels, side, side), torch.Generator().manual_seed(seed)
     z = sample(
@@ -73,7 +81,7 @@ def _draw(trainer: Trainer, tower: GenerationTower, prompt: str, before: Tensor 
         torch.randn(shape, generator=generator).to(device),
         banks,
         steps=defaults.steps,
-        guidance=Guidance(defaults.cfg, defaults.cfg_interval),
+        guidance=Guidance(defaults.cfg, defaults.cfg_interval, image_cfg),
         scheduler=FlowMatchEulerDiscreteScheduler(),
     )
     return to_image(batches.autoencoder.decode(z))

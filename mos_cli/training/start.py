@@ -54,7 +54,7 @@ def enlarged_weights(start: GenerationTower, patch: int) -> dict[str, Tensor]:
     if rest:
         raise ValueError(f"patches of {patch} are no multiple of patches of {start.patch}")
     weights = dict(start.state_dict())
-    for name in ("patches_in.weight", "router.patches_in.weight"):
+    for name in ("patches_in.weight", "under_in.weight", "router.patches_in.weight"):
         if name in weights:
             weights[name] = _enlarged(weights[name], start.patch, factor) / factor**2
     weights["patches_out.weight"] = _enlarged(weights["patches_out.weight"].T, start.patch, factor).T

@@ -97,7 +97,7 @@ def evaluate_edits(
     examiner = EditExaminer(judge, true, entries, side)
     images, befores = [], [to_image(before[None]) for before in examiner.before_B3HW]
     for number, (entry, before) in enumerate(zip(entries, befores, strict=True), start=1):
-        inputs = Inputs((Picture(before),), (None,))
+        inputs = Inputs((Picture(before),))
         edit = describe_edit(inputs, canvas=(side, side), image_cfg=image_cfg, strength=1.0)
         recipe = make_recipe(prompt=entry.instruction, seed=entry.seed, edit=edit, **common)
         images.append(drawn_or_kept(pipeline, recipe, folder / "edits" / f"{entry.id}.png", inputs))
