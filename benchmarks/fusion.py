@@ -1,43 +1,39 @@
 """Ways of joining the two towers, compared at equal parameters, data, steps and seeds, and judged by what is drawn.
 
-    python benchmarks/fusion.py run FOLDER [--seeds 3] [--jobs 2] [--steps N] [--only TEXT] [--art PATH]
+    python benchmarks/fusion.py run FOLDER [--seeds 3] [--steps N] [--only TEXT] [--art PATH] [--recipe PATH]
     python benchmarks/fusion.py table FOLDER
 
-Every run of fusion.toml with one variant's changes is a folder with a result.json; runs that have one are not made
-again. Prompts are SceneBench's, made for the small world's own words.
-
-Shapes: B pictures, T context tokens, H x W a picture's size.
+One process makes all runs, one after another: what the towers read and the scenes are shared by all of them. Every run
+is a folder with a result.json; runs that have one are not made again, and a table can be made at any time.
 """
 
 import json
-import os
 import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
+from functools import cache
+from itertools import chain
 from pathlib import Path
+from random import Random
 from typing import Annotated, Any
 
 import torch
+import torch._dynamo
 import typer
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from fusion_run import Bench, judged, one_run, parameters
+from fusion_world import CATEGORIES, Scenes, World, read_library
 
+from mos_cli.runtime.devices import choose_device
 from mos_cli.runtime.files import atomic_write
-from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, sample
-from mos_cli.towers.generation import GenerationTower
 from mos_cli.training.art.file import data_folder, load_art
-from mos_cli.training.evaluation.bench import CATEGORIES, Entry, make_bench
-from mos_cli.training.evaluation.examine import Examiner, TrueScenes
 from mos_cli.training.evaluation.judge import Judge, judge_folder
-from mos_cli.training.loop import Trainer
 from mos_cli.training.recipe import DataTable, TrainRecipe, load_recipe
-from mos_cli.training.run import prepare
 from mos_cli.training.scenes.vocabulary import load_vocabulary
 
 RECIPE = Path(__file__).with_name("fusion.toml")
-PROMPTS = 60
+HELD_BACK = 512
+"""Scenes of the training kind that the loss is measured on."""
+PROMPTS = 50
 """Prompts per category."""
-BATCH = 60
 
 MINILM: dict[str, Any] = {"understanding": "all-minilm-l6-v2"}
 SMOLLM2: dict[str, Any] = {
@@ -52,6 +48,7 @@ FUSIONS: dict[str, dict[str, Any]] = {
     "layer-aligned": {"generation": {"fusion": "aligned"}},
     "mean of all layers": {"generation": {"fusion": "mean"}},
 }
+SLOW_ROUTER = "MoS, router at a tenth of the rate"
 ROUTERS: dict[str, dict[str, Any]] = {
     "MoS without the latent": {"generation": {"router_inputs": ["tokens", "time"]}},
     "MoS without the timestep": {"generation": {"router_inputs": ["tokens", "latent"]}},
@@ -61,9 +58,12 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "MoS, k = 2, weights not scaled": {"generation": {"top_k": 2, "renormalise": False}},
     "MoS, k = 3, weights not scaled": {"generation": {"top_k": 3, "renormalise": False}},
     "MoS, epsilon = 0": {"train": {"epsilon": 0.0}},
+    SLOW_ROUTER: {},
 }
-VARIANTS = {f"MiniLM: {name}": [MINILM, changes] for name, changes in (FUSIONS | ROUTERS).items()}
-VARIANTS |= {f"SmolLM2: {name}": [SMOLLM2, changes] for name, changes in FUSIONS.items()}
+COMPARED = {f"MiniLM: {name}": [MINILM, changes] for name, changes in FUSIONS.items()}
+COMPARED |= {f"SmolLM2: {name}": [SMOLLM2, changes] for name, changes in FUSIONS.items()}
+TAKEN_APART = {f"MiniLM: {name}": [MINILM, changes] for name, changes in ROUTERS.items()}
+VARIANTS = COMPARED | TAKEN_APART
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -72,125 +72,101 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def run(
     folder: Path,
     seeds: int = 3,
-    jobs: int = 2,
     steps: Annotated[int | None, typer.Option(help="For all runs, instead of the recipe's.")] = None,
     only: Annotated[str, typer.Option(help="Variants with this in their name.")] = "",
+    scenes: Annotated[int, typer.Option(help="Different scenes to train on.")] = 4096,
     art: Path | None = None,
+    recipe: Path = RECIPE,
 ) -> None:
-    """Trains and judges every variant with every seed, `jobs` at a time; seeds go round before variants do."""
-    plan = [(name, seed) for seed in range(seeds) for name in VARIANTS if only in name]
-
-    def start(one: tuple[str, int]) -> None:
-        name, seed = one
+    """Trains and judges every variant with every seed: first the fusions, a seed at a time, then the router's parts."""
+    names = [name for name in VARIANTS if only in name]
+    plan = [(name, seed) for part in (COMPARED, TAKEN_APART) for seed in range(seeds) for name in part if only in name]
+    device = choose_device("auto")
+    _set_up(device)
+    bench = _bench(folder, names, scenes, art or data_folder(), load_recipe(str(recipe)), device)
+    for name, seed in plan:
         target = folder / _slug(name) / str(seed)
         if (target / "result.json").exists():
-            return
-        target.mkdir(parents=True, exist_ok=True)
-        arguments = [name, str(seed), str(target), str(steps or 0), str(art or data_folder())]
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        with (target / "log.txt").open("w") as log:
-            code = subprocess.run(
-                [sys.executable, __file__, "one", *arguments],
-                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-                stdout=log,
-                stderr=log,
-                check=False,
-            ).returncode
-        print(f"{name}, seed {seed}: {'done' if code == 0 else f'failed, see {log.name}'}", flush=True)
-
-    with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(start, plan))
-
-
-@app.command(hidden=True)
-def one(name: str, seed: int, target: Path, steps: int, art: Path) -> None:
-    """One run, from nothing to result.json."""
-    recipe = variant(name, seed, steps)
-    trainer = prepare(recipe, art, target)
-    losses: list[float] = []
-    trainer.run(lambda metrics: losses.append(metrics.loss), lambda _trainer: None)
-    opened = load_art(art)
-    assert isinstance(recipe.data, DataTable)
-    entries = make_bench(load_vocabulary(opened, recipe.data), PROMPTS)
-    examiner = Examiner(Judge(judge_folder()), TrueScenes(opened), entries, recipe.bundle.canvas.native[0])
-    _, passed = examiner.examine(drawn(trainer, entries))
-    result = {
-        "variant": name,
-        "seed": seed,
-        "parameters": parameters(recipe.generation),
-        "steps": recipe.train.steps,
-        "loss": statistics.mean(losses[-100:]),
-        "scores": {
-            category: statistics.mean(
-                float(ok) for ok, entry in zip(passed, entries, strict=True) if entry.category == category
-            )
-            for category in CATEGORIES
-        },
-    }
-    atomic_write(target / "result.json", json.dumps(result, indent=1).encode(), overwrite=True)
+            continue
+        rate = 0.1 if name.endswith(SLOW_ROUTER) else 1.0
+        result = one_run(variant(name, seed, steps, recipe), bench, target, router_rate=rate)
+        text = json.dumps({"variant": name, "seed": seed} | result, indent=1)
+        atomic_write(target / "result.json", text.encode(), overwrite=True)
+        mean = statistics.mean(result["scores"].values())
+        _report(f"{name}, seed {seed}: loss {result['loss']:.4f}, mean score {mean:.3f}, {result['seconds']:.0f} s")
 
 
 @app.command()
 def table(folder: Path) -> None:
     """Prints the comparison as markdown: mean and, in brackets, standard deviation over the seeds."""
-    print(f"| variant | parameters | seeds | loss | {' | '.join(CATEGORIES)} | mean |")
-    print(f"| --- | ---: | ---: | {' | '.join(['---:'] * (len(CATEGORIES) + 2))} |")
+    print(f"| variant | parameters | seeds | loss | loss, unmet | {' | '.join(CATEGORIES)} | mean | found | s a step |")
+    print(f"| --- | {' | '.join(['---:'] * (len(CATEGORIES) + 7))} |")
     for name in VARIANTS:
         results = [json.loads(path.read_text()) for path in sorted((folder / _slug(name)).glob("*/result.json"))]
         if not results:
             continue
-        scores = [[result["scores"][category] for result in results] for category in CATEGORIES]
-        means = [statistics.mean(row) for row in zip(*scores, strict=True)]
         cells = [
             f"{results[0]['parameters'] / 1e6:.2f}M",
             str(len(results)),
-            _spread([result["loss"] for result in results], 4),
-            *(_spread(values, 2) for values in [*scores, means]),
+            *(_spread([result[key] for result in results], 4) for key in ("loss", "loss_unmet")),
+            *(_spread([result["scores"][category] for result in results], 2) for category in CATEGORIES),
+            *(_spread([statistics.mean(result[key].values()) for result in results], 3) for key in ("scores", "found")),
+            f"{statistics.median(result['seconds_per_step'] for result in results):.3f}",
         ]
         print(f"| {name} | {' | '.join(cells)} |")
+    ceiling = json.loads((folder / "ceiling.json").read_text())
+    cells = [*(f"{ceiling[category]:.2f}" for category in CATEGORIES), f"{statistics.mean(ceiling.values()):.3f}"]
+    print(f"| true scenes | | | | | {' | '.join(cells)} | | |")
 
 
-def variant(name: str, seed: int, steps: int) -> TrainRecipe:
+def variant(name: str, seed: int, steps: int | None, path: Path = RECIPE) -> TrainRecipe:
     """The recipe of one run; its feed-forward layers are sized so that all of a tower's variants are equally large."""
-    base: dict[str, Any] = load_recipe(str(RECIPE)).model_dump(exclude_none=True)
+    given = load_recipe(str(path), {"steps": steps} if steps else {})
+    base: dict[str, Any] = given.model_dump(exclude_none=True)
     tower, changes = VARIANTS[name]
-    for change in (tower, changes, {"train": {"seed": seed} | ({"steps": steps} if steps else {})}):
+    for change in (tower, changes, {"train": {"seed": seed}}):
         for key, value in change.items():
             base[key] = base[key] | value if isinstance(value, dict) else value
-    reference = parameters(load_recipe(str(RECIPE)).generation | tower.get("generation", {}))
+    reference = parameters(given.generation | tower.get("generation", {}))
     sizes = base["generation"]
     excess = (parameters(sizes) - reference) / (3 * sizes["width"] * sizes["depth"])
     sizes["hidden"] -= round(excess)
     return TrainRecipe.model_validate(base)
 
 
-def parameters(generation: dict[str, Any]) -> int:
-    """How many a network of this configuration has, router included."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in GenerationTower(**generation).parameters())
+def _bench(folder: Path, names: list[str], scenes: int, art: Path, recipe: TrainRecipe, device: torch.device) -> Bench:
+    """Scenes, prompts and what the towers read of them; writes the judge's ceiling."""
+    assert isinstance(recipe.data, DataTable)
+    world, canvas = World(load_vocabulary(load_art(art), recipe.data)), recipe.bundle.canvas.native[0]
+    train, held_back = world.scenes(scenes, canvas, "train"), world.scenes(HELD_BACK, canvas, "held back")
+    entries, judge = world.prompts(PROMPTS), Judge(judge_folder())
+    prompts, libraries = [entry.prompt for entry in entries], {}
+    true = world.draw([entry.description for entry in entries], canvas, Random(0))
+    if not (folder / "ceiling.json").exists():
+        atomic_write(folder / "ceiling.json", json.dumps(judged(judge, entries, true)["scores"]).encode())
+    for tower in dict.fromkeys(VARIANTS[name][0]["understanding"] for name in names):
+        captions = chain([""], train.captions, held_back.captions, prompts)
+        libraries[tower] = read_library(tower, captions, folder / "states", _report)
+    return Bench(train, held_back, Scenes(prompts, true), entries, libraries, judge, device)
 
 
-@torch.no_grad()
-def drawn(trainer: Trainer, entries: tuple[Entry, ...]) -> torch.Tensor:
-    """Draws every prompt from the noise of its place in the list with the averaged weights, [B, 3, H, W]."""
-    tower, device, recipe = trainer.averaged_tower(), trainer.device, trainer.recipe
-    side, defaults = recipe.bundle.canvas.native[0], recipe.bundle.defaults
-    noise = torch.randn(len(entries), 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
-    guidance, scheduler, pictures = Guidance(defaults.cfg, defaults.cfg_interval), FlowMatchEulerDiscreteScheduler(), []
-    for start in range(0, len(entries), BATCH):
-        prompts = [entry.prompt for entry in entries[start : start + BATCH]]
-        banks = {}
-        for branch, texts in {POSITIVE: prompts, NEGATIVE: [""] * len(prompts)}.items():
-            reading = trainer.batches.understanding.read(texts)
-            banks[branch] = tower.read(reading.states_BTMS.to(device), reading.mask_BT.to(device))
-        part = noise[start : start + BATCH]
-        z = sample(tower, part, banks, steps=defaults.steps, guidance=guidance, scheduler=scheduler)
-        pictures.append(z.clamp(-1, 1).cpu())
-    return torch.cat(pictures)
+def _set_up(device: torch.device) -> None:
+    """For a process that makes many runs: the blocks of all variants stay compiled, beside each other."""
+    torch._dynamo.config.recompile_limit = 64
+    if device.type == "cuda":
+        return
+    # As `mos_cli.training.launch` has it.
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
 
 
+@cache
 def _slug(name: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def _report(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
 
 def _spread(values: list[float], digits: int) -> str:
