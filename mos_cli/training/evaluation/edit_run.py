@@ -20,13 +20,13 @@ from mos_cli.runtime.outputs import png
 from mos_cli.runtime.pictures import Picture
 from mos_cli.runtime.recipe import make_recipe
 from mos_cli.runtime.sheet import contact_sheet
-from mos_cli.runtime.specs import Frozen, Sha256
+from mos_cli.runtime.specs import Frozen
 from mos_cli.towers.autoencoder import to_image
 from mos_cli.training.evaluation.edit_bench import FILE, EditEntry
 from mos_cli.training.evaluation.edit_examine import EditExaminer, Examined
 from mos_cli.training.evaluation.examine import TrueScenes
 from mos_cli.training.evaluation.judge import Judge
-from mos_cli.training.evaluation.results import Score, Seen, overall, score, table
+from mos_cli.training.evaluation.results import Measured, Score, Seen, markdown_table, overall, score, table
 from mos_cli.training.evaluation.run import Advance, drawn_or_kept, square_side, tensor_of
 from mos_cli.training.scenes.edits import EDIT_KINDS
 
@@ -50,19 +50,13 @@ class EditVerdict(Frozen):
     seen: tuple[Seen, ...]
 
 
-class EditEvaluation(Frozen):
-    """All of it. Tables compare where the hashes of judge, bench and art are the same.
+class EditEvaluation(Measured):
+    """All that was found of how a model edits.
 
     `no_op_error` is the mean difference, in levels of 255, of edits that ask for no change.
     """
 
     schema_: Literal["mos-edit-eval/1"] = Field(alias="schema")
-    model: str
-    bundle_hash: Sha256
-    judge_hash: Sha256
-    bench_hash: Sha256
-    art_hash: Sha256
-    settings: dict[str, str | int | float | tuple[float, float]]
     scores: tuple[EditScore, ...]
     no_op_error: float
     verdicts: tuple[EditVerdict, ...]
@@ -146,15 +140,11 @@ def rows(evaluation: EditEvaluation) -> list[tuple[str, ...]]:
 
 def markdown(evaluation: EditEvaluation) -> str:
     """The table with its settings and hashes, as it goes into a card."""
-    lines = [HEADINGS, ("---", *["---:"] * (len(HEADINGS) - 1)), *rows(evaluation)]
-    cells = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    settings = ", ".join(f"{key} {value}" for key, value in evaluation.settings.items())
-    return f"""{cells}
+    return f"""{markdown_table(HEADINGS, rows(evaluation))}
 
 Where nothing was to change: {evaluation.no_op_error:.2f} levels of 255 on average.
 
-{evaluation.model} ({evaluation.bundle_hash[:12]}), {settings}. Judge {evaluation.judge_hash[:12]}, \
-bench {evaluation.bench_hash[:12]}, art {evaluation.art_hash[:12]}.
+{evaluation.origin}
 """
 
 

@@ -53,16 +53,28 @@ class Verdict(Frozen):
     seen: tuple[Seen, ...]
 
 
-class Evaluation(Frozen):
-    """All of it. Tables compare where the hashes of judge, bench and art are the same."""
+class Measured(Frozen):
+    """What was measured, and with what. Tables compare where the hashes of judge, bench and art are the same."""
 
-    schema_: Literal["mos-eval/1"] = Field(alias="schema")
     model: str
     bundle_hash: Sha256
     judge_hash: Sha256
     bench_hash: Sha256
     art_hash: Sha256
     settings: dict[str, str | int | float | tuple[float, float]]
+
+    @property
+    def origin(self) -> str:
+        """The same as a line for people."""
+        settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
+        hashes = f"Judge {self.judge_hash[:12]}, bench {self.bench_hash[:12]}, art {self.art_hash[:12]}."
+        return f"{self.model} ({self.bundle_hash[:12]}), {settings}. {hashes}"
+
+
+class Evaluation(Measured):
+    """All that was found of how a model draws."""
+
+    schema_: Literal["mos-eval/1"] = Field(alias="schema")
     scores: tuple[Score, ...]
     kid: KidScore
     verdicts: tuple[Verdict, ...]
@@ -114,14 +126,16 @@ def table(scores: Sequence[Score]) -> list[tuple[str, ...]]:
 
 def markdown(evaluation: Evaluation) -> str:
     """The table with its settings and hashes, as it goes into a card."""
-    lines = [HEADINGS, ("---", *["---:"] * (len(HEADINGS) - 1)), *table(evaluation.scores)]
-    cells = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    settings = ", ".join(f"{key} {value}" for key, value in evaluation.settings.items())
     kid = evaluation.kid
-    return f"""{cells}
+    return f"""{markdown_table(HEADINGS, table(evaluation.scores))}
 
 KID {kid.mean:.4f} ± {kid.spread:.4f} against true scenes (EfficientNet-Lite0 features, subsets of {kid.subset}).
 
-{evaluation.model} ({evaluation.bundle_hash[:12]}), {settings}. Judge {evaluation.judge_hash[:12]}, \
-bench {evaluation.bench_hash[:12]}, art {evaluation.art_hash[:12]}.
+{evaluation.origin}
 """
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are numbers."""
+    lines = [headings, ("---", *["---:"] * (len(headings) - 1)), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
