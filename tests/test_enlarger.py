@@ -1,14 +1,19 @@
 """The enlarger: pictures twice as large as their latents, better than a smooth enlargement."""
 
 import numpy as np
+import tiny_training
 import torch
 import torch.nn.functional as F
+from conftest import tower_spec
 from PIL import Image, ImageDraw
 from tiny_training import scenes
 
 from mos_cli.towers.autoencoder import Enlarger, Latents, load_autoencoder
+from mos_cli.towers.understanding import UnderstandingTower
+from mos_cli.training import references
 from mos_cli.training.enlarging import CANVAS, train_enlarger
 from mos_cli.training.references import find_autoencoder
+from mos_cli.training.run import export
 
 
 def test_latents_are_the_halved_picture() -> None:
@@ -57,3 +62,13 @@ def test_other_autoencoders_stay_what_they_are(tmp_path) -> None:
     )
     tiny.save_pretrained(tmp_path)
     assert isinstance(load_autoencoder(tmp_path, dtype=torch.float32), Latents)
+
+
+def test_an_exported_bundle_does_not_say_where_its_autoencoder_lay(tmp_path, encoder_folder, monkeypatch) -> None:
+    monkeypatch.setattr(references, "load_tower_spec", lambda _: tower_spec(encoder_folder))
+    trainer = tiny_training.trainer(tiny_training.recipe(), UnderstandingTower(encoder_folder), tmp_path / "run")
+    trainer.batches.autoencoder = references.find_autoencoder("enlarger", torch.device("cpu"))
+    bundle = export(trainer, tmp_path / "bundle")
+    assert bundle is not None
+    assert isinstance(load_autoencoder(bundle.folder / "autoencoder", dtype=torch.float32), Enlarger)
+    assert not [path for path in bundle.folder.rglob("*.json") if "_name_or_path" in path.read_text()]

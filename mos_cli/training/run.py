@@ -95,6 +95,13 @@ def find_sources(data: DataTable | CaptionedTable, art: Path, device: torch.devi
     return Source(ScenePicker(SceneWriter(vocabulary)), draw), edits_of(vocabulary, draw)
 
 
+def _forget_where_it_was(config: Path) -> None:
+    """Takes the path out that diffusers keeps in a config: a bundle speaks of no machine."""
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    fields.pop("_name_or_path", None)
+    config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
 def _captioned_sources(data: CaptionedTable, device: torch.device) -> tuple[Source, ...]:
     captioned = load_captioned(Path(data.path).expanduser())
     for examples, what, needed in (
@@ -141,6 +148,7 @@ def export(trainer: Trainer, folder: Path) -> Bundle | None:
     FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
     if not isinstance(trainer.batches.autoencoder, Pixels):
         trainer.batches.autoencoder.save_pretrained(folder / "autoencoder")
+        _forget_where_it_was(folder / "autoencoder" / "config.json")
     if trainer.batches.eyes is not None:
         trainer.batches.eyes.bfloat16().save_pretrained(folder / "eyes")
     (folder / "recipe.json").write_text(json.dumps(recipe.model_dump(), indent=2) + "\n", encoding="utf-8")
