@@ -8,7 +8,8 @@ import pytest
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
-from mos_cli.runtime.outputs import read_drawing
+from mos_cli.runtime.outputs import png, read_drawing
+from mos_cli.runtime.recipe import EarlierPicture, make_recipe
 
 WORDS = "a red apple"
 
@@ -138,6 +139,32 @@ def test_a_chain_may_be_long_and_go_through_several_models(mos, editor, left_hal
     given = ["--input", photo, "--mask", right_half, "--mask", left_half]
     replayed = mos("replay", b, "--verify", *given)
     assert replayed.stdout.strip() == "exact", replayed.stderr
+
+
+def test_a_made_up_record_cannot_go_in_circles_or_ask_for_too_much(mos, editor, photo, tmp_path) -> None:
+    out = tmp_path / "out.png"
+    assert mos("edit", photo, WORDS, "-s", 1, "-o", out).exit_code == 0
+    image, record = read_drawing(out)
+    edit = record.recipe.edit
+    assert edit is not None
+    source = edit.sources[0].sha256
+    huge = make_recipe(**record.recipe.model_dump(exclude={"edit"}) | {"width": 10**9, "height": 10**9})
+    for recipe, code in ((record.recipe, 3), (huge, 2)):
+        circle = EarlierPicture(sha256=source, recipe=recipe, made=record.made)
+        out.write_bytes(png(image, record.model_copy(update={"earlier": (circle,)})))
+        refused = mos("replay", out, "--verify")
+        assert (refused.exit_code, len(refused.stderr.splitlines())) == (code, 1), refused.stderr
+
+
+def test_a_picture_that_is_used_twice_is_drawn_once(mos, editor, tmp_path) -> None:
+    """Else a chain of forty would take two to the fortieth drawings."""
+    assert mos("generate", WORDS, "-s", 0, "-o", tmp_path / "0.png").exit_code == 0
+    options = ["--steps", "1", "--cfg", "1", "--trace", "off", "-q"]
+    for step in range(40):
+        picture = tmp_path / f"{step}.png"
+        made = mos("edit", picture, WORDS, "-r", picture, "-s", step, "-o", tmp_path / f"{step + 1}.png", *options)
+        assert made.exit_code == 0, made.stderr
+    assert mos("replay", tmp_path / "40.png", "--verify").stdout.strip() == "exact"
 
 
 def test_what_others_changed_has_no_history(mos, editor, tmp_path) -> None:

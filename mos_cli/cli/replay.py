@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from mos_cli.pipeline import MoSPipeline
     from mos_cli.runtime.bundles import Bundle
+    from mos_cli.runtime.inputs import Inputs
     from mos_cli.runtime.recipe import EarlierPicture
 
 CLOSE_PSNR = 40.0
@@ -93,19 +94,19 @@ def replay(
             loaded[key] = load_pipeline(bundle, device=settings.device, precision=precision, report=report)
         return loaded[key]
 
-    def redraw(earlier: "EarlierPicture") -> "Image":
+    def redraw(earlier: "EarlierPicture", inputs: "Inputs | None") -> "Image":
         bundle = find_bundle(earlier.recipe.model)
+        check_size(*earlier.recipe.working_size, bundle.index.canvas)
+        if inputs is not None:
+            edits_of(bundle)
         if bundle.hash != earlier.made.bundle_hash:
             name, prompt = earlier.recipe.model, earlier.recipe.prompt
             raise ModelError(f"{prompt!r} was drawn by another version of {name}: give the picture with --input FILE")
         with cpu_threads(earlier.made.threads):
-            drawing = pipeline_of(bundle, earlier.recipe.precision).draw(
-                earlier.recipe, inputs=finder.inputs_of(earlier.recipe)
-            )
-        return drawing.image
+            return pipeline_of(bundle, earlier.recipe.precision).draw(earlier.recipe, inputs=inputs).image
 
-    finder = Finder(record, given or [], mask or [], redraw)
-    inputs = finder.inputs_of(recipe)
+    finder = Finder(given or [], mask or [], redraw)
+    inputs = finder.inputs_of(recipe, record.earlier)
     finder.check_all_used()
     for note in () if inputs is None else inputs.notes:
         report.event("note", note, note=note)

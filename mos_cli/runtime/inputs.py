@@ -1,7 +1,7 @@
 """The pictures of an edit: read, described in its recipe, and found again when it is replayed."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from mos_cli.runtime.recipe import (
     EarlierPicture,
     EditRecipe,
     MaskRecipe,
-    PictureRecord,
     Recipe,
     SourcePicture,
     pixels_hash,
@@ -69,51 +68,55 @@ def describe_edit(inputs: Inputs, **settings: Any) -> EditRecipe:
         raise UsageError(first_problem(error)) from None
 
 
-@dataclass
+Redraw = Callable[[EarlierPicture, "Inputs | None"], Image.Image]
+"""Makes a picture of ours again, from the inputs it had."""
+
+
 class Finder:
     """Finds what an edit was made from: among files given, or drawn again from the records of our own pictures.
 
     Args:
-        record: of the edit.
         pictures, masks: the files given, in any order; each is known by its pixels.
-        redraw: makes a picture of ours again from its recipe.
     """
 
-    record: PictureRecord
-    pictures: Sequence[Path]
-    masks: Sequence[Path]
-    redraw: Callable[[EarlierPicture], Image.Image]
-    used: set[Path] = field(default_factory=set)
+    def __init__(self, pictures: Sequence[Path], masks: Sequence[Path], redraw: Redraw) -> None:
+        self.given = {path: read_picture(path) for path in pictures}
+        self.masks, self.redraw = masks, redraw
+        self.used: set[Path] = set()
+        self._redrawn: dict[str, Picture] = {}
 
-    def inputs_of(self, recipe: Recipe) -> Inputs | None:
-        """The inputs of a recipe of the chain; None if it is no edit.
+    def inputs_of(self, recipe: Recipe, earlier: tuple[EarlierPicture, ...]) -> Inputs | None:
+        """The inputs of a recipe that goes back to `earlier` pictures; None if it is no edit.
 
         Raises:
             InputError: a picture or a mask is missing.
         """
         if recipe.edit is None:
             return None
-        pictures = tuple(self._picture(source) for source in recipe.edit.sources)
+        pictures = tuple(self._picture(source, earlier) for source in recipe.edit.sources)
         mask = None if recipe.edit.mask is None else self._mask(recipe.edit.mask, pictures[0].image.size)
-        return Inputs(pictures, mask, self.record.earlier)
+        return Inputs(pictures, mask, earlier)
 
     def check_all_used(self) -> None:
         """Raises InputError naming a file that was given and has no part in the chain."""
-        for path in (*self.pictures, *self.masks):
+        for path in (*self.given, *self.masks):
             if path not in self.used:
                 raise InputError(f"{path} is not what this picture was made from: its pixels are others")
 
-    def _picture(self, source: SourcePicture) -> Picture:
-        for path in self.pictures:
-            picture = read_picture(path)
+    def _picture(self, source: SourcePicture, earlier: tuple[EarlierPicture, ...]) -> Picture:
+        for path, picture in self.given.items():
             if pixels_hash(picture.image) == source.sha256:
                 self.used.add(path)
                 return picture
-        for earlier in self.record.earlier:
-            if earlier.sha256 == source.sha256:
-                redrawn = self.redraw(earlier)
-                note = f"{earlier.recipe.prompt!r} did not come out exactly as it was: give the picture with --input"
-                return Picture(redrawn, () if pixels_hash(redrawn) == source.sha256 else (note,))
+        for index, one in enumerate(earlier):
+            if one.sha256 == source.sha256:
+                if source.sha256 not in self._redrawn:
+                    # A picture goes back to those before it alone: a record made up to go in circles comes to an end.
+                    redrawn = self.redraw(one, self.inputs_of(one.recipe, earlier[:index]))
+                    note = f"{one.recipe.prompt!r} did not come out exactly as it was: give the picture with --input"
+                    same = pixels_hash(redrawn) == source.sha256
+                    self._redrawn[source.sha256] = Picture(redrawn, () if same else (note,))
+                return self._redrawn[source.sha256]
         size = f"{source.width}x{source.height}"
         raise InputError(f"a picture ({size}) that this was made from is not in the PNG: give it with --input FILE")
 

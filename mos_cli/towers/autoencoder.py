@@ -96,7 +96,7 @@ Autoencoder = Pixels | Enlarger | Latents
 
 def load_autoencoder(folder: Path, *, dtype: torch.dtype, device: str = "cpu") -> Enlarger | Latents:
     """The autoencoder of a folder in diffusers' format; raises what diffusers does where it is damaged."""
-    if json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"] != Enlarger.__name__:
+    if dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))).get("_class_name") != Enlarger.__name__:
         return Latents(folder, dtype=dtype, device=device)
     enlarger = Enlarger.from_pretrained(str(folder), torch_dtype=dtype, use_safetensors=True)
     return enlarger.eval().requires_grad_(False).to(device)  # type: ignore[arg-type]
