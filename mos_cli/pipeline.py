@@ -7,10 +7,9 @@ Shapes: B = 1 picture, T context tokens, S steps, J generation blocks, K kept la
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -18,22 +17,23 @@ from PIL import Image
 from torch import Tensor
 
 from mos_cli.editing import Laid, finish, lay
-from mos_cli.errors import MemoryLimitError, ModelError
-from mos_cli.routing.trace import Routes, Trace, TraceToken, make_branch
+from mos_cli.errors import MemoryLimitError, ModelError, UsageError
+from mos_cli.routing.given import check_model, choices_hash, given_choices
+from mos_cli.routing.recorder import Recorder
+from mos_cli.routing.rules import BaselineRule, parse_rules
+from mos_cli.routing.steering import Steerer
+from mos_cli.routing.trace import Recording, Routes, Trace, TraceToken, Wanted, make_branch
 from mos_cli.runtime.bundles import Bundle, verify_bundle
 from mos_cli.runtime.devices import device_name, device_threads
 from mos_cli.runtime.inputs import Inputs
 from mos_cli.runtime.recipe import PictureRecord, Recipe, pixels_hash, provenance
-from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, UNSEEN, Guidance, Observer, Step, sample
+from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, UNSEEN, Guidance, Observer, sample, times
 from mos_cli.towers.autoencoder import Autoencoder, Pixels, load_autoencoder, to_image
 from mos_cli.towers.bank import SIGHT, StateBank
 from mos_cli.towers.eyes import Eyes
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.layers import ATTENTION
 from mos_cli.towers.understanding import UnderstandingTower
-
-if TYPE_CHECKING:
-    from mos_cli.towers.router import Route
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -46,6 +46,8 @@ class Drawing:
     record: PictureRecord
     trace: Trace
     routes: dict[str, Routes]
+    previews: tuple[Image.Image, ...] = ()
+    """What the tower expected the picture to be, step by step, where it was wanted."""
 
 
 @dataclass(frozen=True)
@@ -101,35 +103,50 @@ class MoSPipeline:
         # The prompts of a batch share the negative; a picture needs two at a time.
         self._readings = lru_cache(maxsize=4)(self._read_prompt)
 
-    def draw(self, recipe: Recipe, observers: Sequence[Observer] = (), inputs: Inputs | None = None) -> Drawing:
+    def draw(
+        self,
+        recipe: Recipe,
+        observers: Sequence[Observer] = (),
+        inputs: Inputs | None = None,
+        *,
+        wanted: Wanted = Wanted(),
+        route_from: Recording | None = None,
+    ) -> Drawing:
         """Draws one picture. Its noise depends on its own seed alone, made on the CPU whatever the device.
 
         Args:
             inputs: the pictures of an edit, as its recipe describes them; the bundle must be one that edits.
+            wanted: what is recorded beside the routes.
+            route_from: the run that the recipe takes choices from.
 
         Raises:
             InputError: a prompt is longer than the understanding tower reads.
             MemoryLimitError: the device ran out of memory.
         """
         guidance = Guidance(recipe.cfg, recipe.cfg_interval, 1.0 if recipe.edit is None else recipe.edit.image_cfg)
-        recorder, laid = RouteRecorder(), None
+        recorder, laid = Recorder(wanted), None
         readings = {POSITIVE: self._read(recipe.prompt), NEGATIVE: self._read(recipe.negative)}
         try:
             if inputs is not None:
                 assert self.eyes is not None
                 laid = lay(inputs, recipe, self.autoencoder, self.eyes, self.device)
                 readings = self._look(readings, laid) | {UNSEEN: readings[NEGATIVE]}
-            z = sample(
-                self.tower,
-                self._noise(recipe),
-                {branch: reading.bank for branch, reading in readings.items()},
-                steps=recipe.steps,
-                guidance=guidance,
-                scheduler=self.scheduler,
-                observers=[recorder, *observers],
-                origin=None if laid is None else laid.origin,
-            )
+            readings = {branch: readings[branch] for branch in guidance.branches(guidance.interval[0])}
+            steerer = self._steerer(recipe, readings, wanted, route_from)
+            with recorder.watching(self.tower):
+                z = sample(
+                    self.tower,
+                    self._noise(recipe),
+                    {branch: reading.bank for branch, reading in readings.items()},
+                    steps=recipe.steps,
+                    guidance=guidance,
+                    scheduler=self.scheduler,
+                    observers=[recorder, *observers],
+                    origin=None if laid is None else laid.origin,
+                    steer=steerer,
+                )
             image = to_image(self.autoencoder.decode(z))
+            previews = tuple(to_image(self.autoencoder.decode(x_hat)) for x_hat in recorder.x_hats)
             if inputs is not None:
                 image = finish(image, inputs, recipe)
         except (torch.OutOfMemoryError, MemoryError):
@@ -149,7 +166,7 @@ class MoSPipeline:
             earlier=() if inputs is None else inputs.earlier,
         )
         routes = recorder.routes()
-        return Drawing(image, record, self._trace(record, readings, recorder, routes), routes)
+        return Drawing(image, record, self._trace(record, readings, recorder, routes, steerer), routes, previews)
 
     def _noise(self, recipe: Recipe) -> Tensor:
         factor = self.autoencoder.factor
@@ -157,18 +174,46 @@ class MoSPipeline:
         shape = (1, self.autoencoder.channels, height // factor, width // factor)
         return torch.randn(shape, generator=torch.Generator().manual_seed(recipe.seed)).to(self.device)
 
-    def _read(self, prompt: str) -> "PromptReading":
+    def _steerer(
+        self, recipe: Recipe, readings: dict[str, PromptReading], wanted: Wanted, route_from: Recording | None
+    ) -> Steerer:
+        rules, given = parse_rules(recipe.routes or ()), None
+        baseline = any(isinstance(rule, BaselineRule) and rule.name != "shuffle" for rule in rules)
+        if recipe.route_from is not None:
+            if route_from is None or choices_hash(route_from) != recipe.route_from.sha256:
+                raise UsageError(
+                    f"{recipe.prompt!r} takes its routes from another run: name its trace, --route-from FILE"
+                )
+            check_model(route_from, recipe.model, self.bundle_hash)
+            first = 1.0 if recipe.edit is None else recipe.edit.strength
+            asked = times(recipe.steps, self.scheduler, first)
+            given = given_choices(route_from, readings, asked, recipe.route_from.until)
+        if self.tower.router is None and (rules or given):
+            raise UsageError(f"the routes of {recipe.model} are fixed: there is nothing that a rule could steer")
+        if wanted.probabilities and (self.tower.router is None or baseline):
+            raise UsageError("--trace full records what the router thinks of every layer, and no router is asked here")
+        return Steerer(
+            rules,
+            readings,
+            steps=recipe.steps,
+            blocks=self.tower.depth,
+            layers=self.understanding.layers,
+            device=self.device,
+            given=given,
+        )
+
+    def _read(self, prompt: str) -> PromptReading:
         """The understanding tower runs once per prompt, however many pictures are drawn."""
         return self._readings(prompt, torch.get_num_threads())
 
-    def _read_prompt(self, prompt: str, _threads: int) -> "PromptReading":
+    def _read_prompt(self, prompt: str, _threads: int) -> PromptReading:
         """Reads a prompt; the number of threads, by which its states are rounded, tells readings apart."""
         reading = self.understanding.read([prompt])
         with torch.inference_mode():
             tokens = tuple(TraceToken(text=t.text, start=t.start, end=t.end) for t in reading.tokens[0])
             return PromptReading(prompt, self.tower.read(reading.states_BTMS), tokens)
 
-    def _look(self, readings: dict[str, "PromptReading"], laid: Laid) -> dict[str, "PromptReading"]:
+    def _look(self, readings: dict[str, PromptReading], laid: Laid) -> dict[str, PromptReading]:
         """The prompts read in sight of the pictures: image tokens stand behind their words."""
         seen = [
             TraceToken(text=f"picture {number + 1}", start=0, end=0, patch=(number, row, column))
@@ -190,47 +235,29 @@ class MoSPipeline:
     def _trace(
         self,
         record: PictureRecord,
-        readings: dict[str, "PromptReading"],
-        recorder: "RouteRecorder",
+        readings: dict[str, PromptReading],
+        recorder: Recorder,
         routes: dict[str, Routes],
+        steerer: Steerer,
     ) -> Trace:
         layers = self.understanding.layers
         branches = {}
         for name, branch in routes.items():
             reading = readings[name]
-            branches[name] = make_branch(reading.prompt, reading.tokens, recorder.steps[name], branch, layers)
+            steps = recorder.steps[name]
+            summed = make_branch(reading.prompt, reading.tokens, steps, branch, layers)
+            branches[name] = summed.model_copy(
+                update={"steered": steerer.done(name, steps), "changed": recorder.changed(name)}
+            )
         return Trace(
             schema="mos-trace/1",
             recipe=record.recipe,
             made=record.made,
             layers=("embeddings", *(f"layer {index}" for index in range(1, layers))),
             blocks=self.tower.depth,
-            top_k=self.tower.kept_layers,
+            top_k=next(iter(routes.values())).ids_SJTK.shape[-1],
             times=tuple(recorder.times),
             branches=branches,
+            probabilities=recorder.wanted.probabilities or None,
+            regions=recorder.grid,
         )
-
-
-@dataclass
-class RouteRecorder:
-    """An observer that keeps every route where it was made, and copies them all at the end."""
-
-    times: list[float] = field(default_factory=list)
-    steps: dict[str, list[int]] = field(default_factory=dict)
-    kept: dict[str, list["Route"]] = field(default_factory=dict)
-
-    def __call__(self, step: Step) -> None:
-        self.times.append(step.t)
-        for name, route in step.routes.items():
-            self.steps.setdefault(name, []).append(step.index)
-            self.kept.setdefault(name, []).append(route)
-
-    def routes(self) -> dict[str, Routes]:
-        """The decisions of the one picture that was drawn, [S, J, T, K] per branch, in the types they are stored in."""
-        return {
-            name: Routes(
-                torch.stack([route.ids_BTJK[0].transpose(0, 1) for route in kept]).to(torch.uint8).cpu().numpy(),
-                torch.stack([route.weights_BTJK[0].transpose(0, 1) for route in kept]).half().cpu().numpy(),
-            )
-            for name, kept in self.kept.items()
-        }

@@ -28,7 +28,7 @@ def run(tower, *, steps: int, guidance: Guidance = Guidance(1.0), shift: float =
 @given(st.integers(1, 60), st.sampled_from([1.0, 3.0]))
 def test_a_perfect_predictor_lands_on_the_image(steps: int, shift: float) -> None:
     image = torch.rand(1, 3, 8, 8) * 2 - 1
-    landed = run(lambda z, t, bank: (image, ROUTE), steps=steps, shift=shift)
+    landed = run(lambda z, t, bank, steering: (image, ROUTE), steps=steps, shift=shift)
     torch.testing.assert_close(landed, image, atol=2e-6, rtol=0)
 
 
@@ -41,7 +41,7 @@ def test_times_fall_evenly_and_the_shift_is_applied_once() -> None:
 def test_guidance_leads_away_from_the_negative_only_inside_its_interval() -> None:
     asked = []
 
-    def tower(z, t, bank):
+    def tower(z, t, bank, steering):
         asked.append((round(t.item(), 3), bank is BANKS[POSITIVE]))
         return torch.full_like(z, bank.bank_BTMD.item()), ROUTE
 

@@ -17,7 +17,9 @@ from mos_cli.routing.analysis import agreement, dead_layers, step_changes, stron
 from mos_cli.routing.trace import (
     SCHEMA,
     BranchSummary,
+    RegionGrid,
     Routes,
+    Steered,
     Trace,
     TraceArrays,
     TraceBranch,
@@ -28,7 +30,7 @@ from mos_cli.routing.trace import (
     trace_files,
 )
 from mos_cli.runtime.files import write_together
-from mos_cli.runtime.recipe import EditRecipe, MaskRecipe, Provenance, Recipe, SourcePicture, make_recipe
+from mos_cli.runtime.recipe import EditRecipe, MaskRecipe, Provenance, Recipe, RouteSource, SourcePicture, make_recipe
 
 DOC = Path(__file__).parents[1] / "docs" / "trace.md"
 PROMPT, NEGATIVE = "a red apple", "blurry"
@@ -294,7 +296,10 @@ def test_the_documented_example_reads_the_decisions(saved, monkeypatch, capsys):
         TraceToken,
         BranchSummary,
         TraceArrays,
+        Steered,
+        RegionGrid,
         Recipe,
+        RouteSource,
         EditRecipe,
         MaskRecipe,
         SourcePicture,

@@ -1,6 +1,7 @@
 """What `generate` and `edit` make of their options alike: prompts, the fields of a recipe, jobs."""
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,9 +10,11 @@ from mos_cli.cli.drawing import Job, Report
 from mos_cli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
+    from mos_cli.routing.trace import Recording, Wanted
     from mos_cli.runtime.bundles import Bundle
     from mos_cli.runtime.inputs import Inputs
     from mos_cli.runtime.outputs import Naming
+    from mos_cli.runtime.recipe import RouteSource
     from mos_cli.runtime.settings import RunSettings
     from mos_cli.runtime.specs import Defaults
 
@@ -77,6 +80,7 @@ def _lines(data: bytes, source: str) -> list[str]:
 
 def shared_fields(settings: "RunSettings", bundle: "Bundle", defaults: "Defaults") -> dict[str, Any]:
     """The settings all pictures of a run share, but for their size; what nobody set comes from the bundle."""
+    from mos_cli.routing.rules import parse_rules
     from mos_cli.runtime.devices import choose_device, choose_precision
 
     precision = settings.precision
@@ -89,4 +93,42 @@ def shared_fields(settings: "RunSettings", bundle: "Bundle", defaults: "Defaults
         "cfg": defaults.cfg if settings.cfg is None else settings.cfg,
         "cfg_interval": settings.cfg_interval or defaults.cfg_interval,
         "precision": precision,
+        "routes": tuple(map(str, parse_rules(settings.routes))) if settings.routes else None,
     }
+
+
+def what_to_record(trace: str, *, regions: bool, previews: bool) -> "Wanted":
+    """What is recorded beside the routes.
+
+    Raises:
+        UsageError: regions are asked for without the arrays they would be written into.
+    """
+    from mos_cli.routing.trace import Wanted
+
+    if regions and trace not in ("topk", "full"):
+        raise UsageError(f"--regions are written into the trace's arrays, which --trace {trace} leaves out")
+    return Wanted(probabilities=trace == "full", regions=regions, previews=previews)
+
+
+def route_source(
+    route_from: Path | None, until: str | None, bundle: "Bundle"
+) -> "tuple[Recording | None, RouteSource | None]":
+    """The run whose choices are taken over, and what a recipe says of it.
+
+    Raises:
+        UsageError, InputError: it is no run of this model, or the part of the steps is no percentage.
+    """
+    if route_from is None:
+        if until is not None:
+            raise UsageError("--route-until says how far to follow another run: name it with --route-from")
+        return None, None
+    from mos_cli.routing.given import check_model, choices_hash
+    from mos_cli.routing.trace import load_recording
+    from mos_cli.runtime.recipe import RouteSource
+
+    percent = re.fullmatch(r"(\d{1,3}(?:\.\d{1,3})?)%", until or "100%")
+    if percent is None or not 0 < float(percent[1]) <= 100:
+        raise UsageError(f"--route-until {until}: write a share of the steps, such as 40%")
+    recording = load_recording(route_from)
+    check_model(recording, bundle.index.name, bundle.hash)
+    return recording, RouteSource(sha256=choices_hash(recording), until=float(percent[1]) / 100)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from mos_cli.pipeline import Drawing, MoSPipeline
+    from mos_cli.routing.trace import Recording, Wanted
     from mos_cli.runtime.bundles import Bundle
     from mos_cli.runtime.inputs import Inputs
     from mos_cli.runtime.recipe import Recipe
@@ -112,6 +113,8 @@ def draw_jobs(
     trace: str,
     overwrite: bool,
     report: Report,
+    wanted: "Wanted",
+    route_from: "Recording | None" = None,
     sheet: Path | None = None,
     strip: Path | None = None,
 ) -> None:
@@ -139,7 +142,7 @@ def draw_jobs(
 
             try:
                 with report.stage("sampling"):
-                    drawing = pipeline.draw(job.recipe, [observe], job.inputs)
+                    drawing = pipeline.draw(job.recipe, [observe], job.inputs, wanted=wanted, route_from=route_from)
                 with report.stage("writing"):
                     files = write_drawing(drawing, job.path, trace=trace, overwrite=overwrite)
             except MosError as error:
@@ -185,14 +188,16 @@ def _write_extra(kind: str, path: Path, image: "Image", overwrite: bool, report:
 
 
 def write_drawing(drawing: "Drawing", path: Path, *, trace: str, overwrite: bool) -> list[Path]:
-    """Writes the picture and, as far as `trace` says, its trace; all of them or none."""
+    """Writes the picture, its previews and, as far as `trace` says, its trace; all of them or none."""
     from mos_cli.routing.trace import trace_files
     from mos_cli.runtime.files import write_together
-    from mos_cli.runtime.outputs import companions, png
+    from mos_cli.runtime.outputs import animation, companions, png
 
     files = {path: png(drawing.image, drawing.record)}
     if trace != "off":
-        files |= trace_files(drawing.trace, drawing.routes if trace == "topk" else None, path)
+        files |= trace_files(drawing.trace, drawing.routes if trace in ("topk", "full") else None, path)
+    if drawing.previews:
+        files[companions(path).previews] = animation(drawing.previews)
     write_together(files, overwrite)
     for other in companions(path):
         if overwrite and other not in files:

@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from mos_cli.cli.asked import check_sheet, make_jobs, read_prompts, say_what_would_be_drawn, shared_fields
+from mos_cli.cli.asked import (
+    check_sheet,
+    make_jobs,
+    read_prompts,
+    route_source,
+    say_what_would_be_drawn,
+    shared_fields,
+    what_to_record,
+)
 from mos_cli.cli.drawing import Report, draw_jobs, load_pipeline
 from mos_cli.cli.options import (
     Cfg,
@@ -21,7 +29,12 @@ from mos_cli.cli.options import (
     Overwrite,
     Precision,
     Preset,
+    PreviewSteps,
     Quiet,
+    Regions,
+    Route,
+    RouteFrom,
+    RouteUntil,
     Seed,
     Sheet,
     Steps,
@@ -80,6 +93,11 @@ def edit(
     output: Output = None,
     overwrite: Overwrite = False,
     trace: Trace = None,
+    route: Route = None,
+    route_from: RouteFrom = None,
+    route_until: RouteUntil = None,
+    regions: Regions = False,
+    preview_steps: PreviewSteps = False,
     device: Device = None,
     precision: Precision = None,
     strip: Annotated[
@@ -109,10 +127,12 @@ def edit(
         negative=negative,
         output=output,
         trace=trace,
+        routes=route or None,
         device=device,
         precision=precision,
     )
     settings = resolve(flags, preset)
+    wanted = what_to_record(settings.trace, regions=regions, previews=preview_steps)
     if size is not None and max_pixels is not None:
         raise UsageError("--size and --max-pixels exclude each other: choose one")
     if mask is None and (invert_mask or feather):
@@ -152,6 +172,7 @@ def edit(
         mask=used,
         composite=composite or mask is not None,
     )
+    routes, fields["route_from"] = route_source(route_from, route_until, bundle)
     jobs = make_jobs(instructions, names, fields, seed=seed, count=count, inputs=inputs)
     for option, extra in {"--strip": strip, "--sheet": sheet}.items():
         if extra is not None:
@@ -160,4 +181,14 @@ def edit(
         say_what_would_be_drawn(jobs, report)
         return
     pipeline = load_pipeline(bundle, device=settings.device, precision=fields["precision"], report=report)
-    draw_jobs(pipeline, jobs, trace=settings.trace, overwrite=overwrite, report=report, sheet=sheet, strip=strip)
+    draw_jobs(
+        pipeline,
+        jobs,
+        trace=settings.trace,
+        overwrite=overwrite,
+        report=report,
+        wanted=wanted,
+        route_from=routes,
+        sheet=sheet,
+        strip=strip,
+    )

@@ -4,7 +4,15 @@ from typing import Annotated
 
 import typer
 
-from mos_cli.cli.asked import check_sheet, make_jobs, read_prompts, say_what_would_be_drawn, shared_fields
+from mos_cli.cli.asked import (
+    check_sheet,
+    make_jobs,
+    read_prompts,
+    route_source,
+    say_what_would_be_drawn,
+    shared_fields,
+    what_to_record,
+)
 from mos_cli.cli.drawing import Report, draw_jobs, load_pipeline
 from mos_cli.cli.options import (
     Cfg,
@@ -19,7 +27,12 @@ from mos_cli.cli.options import (
     Overwrite,
     Precision,
     Preset,
+    PreviewSteps,
     Quiet,
+    Regions,
+    Route,
+    RouteFrom,
+    RouteUntil,
     Seed,
     Sheet,
     Steps,
@@ -47,6 +60,11 @@ def generate(
     output: Output = None,
     overwrite: Overwrite = False,
     trace: Trace = None,
+    route: Route = None,
+    route_from: RouteFrom = None,
+    route_until: RouteUntil = None,
+    regions: Regions = False,
+    preview_steps: PreviewSteps = False,
     device: Device = None,
     precision: Precision = None,
     sheet: Sheet = None,
@@ -71,10 +89,12 @@ def generate(
         size=size,
         output=output,
         trace=trace,
+        routes=route or None,
         device=device,
         precision=precision,
     )
     settings = resolve(flags, preset)
+    wanted = what_to_record(settings.trace, regions=regions, previews=preview_steps)
     names = naming(settings.output, overwrite=overwrite)
     bundle = find_bundle(settings.model)
     with report.stage("libraries"):
@@ -83,6 +103,7 @@ def generate(
 
     fields["width"], fields["height"] = parse_size(settings.size, bundle.index.canvas)
     check_guidance(fields["cfg"], {"--negative": settings.negative, "--cfg-interval": flags.cfg_interval})
+    routes, fields["route_from"] = route_source(route_from, route_until, bundle)
     jobs = make_jobs(prompts, names, fields, seed=seed, count=count)
     if sheet is not None:
         check_sheet("--sheet", sheet, names)
@@ -90,4 +111,13 @@ def generate(
         say_what_would_be_drawn(jobs, report)
         return
     pipeline = load_pipeline(bundle, device=settings.device, precision=fields["precision"], report=report)
-    draw_jobs(pipeline, jobs, trace=settings.trace, overwrite=overwrite, report=report, sheet=sheet)
+    draw_jobs(
+        pipeline,
+        jobs,
+        trace=settings.trace,
+        overwrite=overwrite,
+        report=report,
+        wanted=wanted,
+        route_from=routes,
+        sheet=sheet,
+    )

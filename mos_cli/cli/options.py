@@ -29,7 +29,7 @@ Trace = Annotated[
     typer.Option(
         envvar="MOS_TRACE",
         metavar="LEVEL",
-        help="Routing trace beside the picture: off, summary, or topk (every decision).",
+        help="Routing trace beside the picture: off, summary, topk (every decision), or full (and all probabilities).",
         show_default="topk",
     ),
 ]
@@ -64,6 +64,28 @@ CfgInterval = Annotated[
 ]
 Negative = Annotated[
     str | None, typer.Option(envvar="MOS_NEGATIVE", metavar="TEXT", help="What guidance leads away from.")
+]
+Route = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="RULE",
+        help="Steer the routes: red=5,6 pins a word to layers, cat!=0-2 bans, dog+=0.5@4 leans, last and others stand "
+        "for every word; repeatable, see docs/routing.md.",
+    ),
+]
+RouteFrom = Annotated[
+    Path | None,
+    typer.Option(metavar="TRACE", help="Let every word read the layers that it read in another run, weights anew."),
+]
+RouteUntil = Annotated[
+    str | None,
+    typer.Option(metavar="PERCENT", help="Take them for the first steps only.", show_default="100%"),
+]
+Regions = Annotated[
+    bool, typer.Option("--regions", help="Also record which parts of the picture attended to which word.")
+]
+PreviewSteps = Annotated[
+    bool, typer.Option("--preview-steps", help="Also write what the picture looked like at every step (WebP).")
 ]
 Precision = Annotated[
     str | None,

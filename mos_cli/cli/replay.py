@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mos_cli.cli.asked import what_to_record
 from mos_cli.cli.drawing import Job, Report, draw_jobs, load_pipeline
-from mos_cli.cli.options import Device, Json, Output, Overwrite, Quiet, Trace, Verbose
+from mos_cli.cli.options import Device, Json, Output, Overwrite, PreviewSteps, Quiet, Regions, Trace, Verbose
 from mos_cli.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -39,9 +40,14 @@ def replay(
     mask: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="A mask that an edit was made with; repeatable.")
     ] = None,
+    route_from: Annotated[
+        Path | None, typer.Option(metavar="TRACE", help="The run that the picture took its routes from.")
+    ] = None,
     output: Output = None,
     overwrite: Overwrite = False,
     trace: Trace = None,
+    regions: Regions = False,
+    preview_steps: PreviewSteps = False,
     device: Device = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -52,6 +58,7 @@ def replay(
     With --verify the exit code is 0 for exact and close, 1 for different. What an edit was made from is drawn again
     too, if mos made it; other pictures are to be given with --input.
     """
+    from mos_cli.routing.trace import load_recording
     from mos_cli.runtime.bundles import edits_of, find_bundle
     from mos_cli.runtime.devices import cpu_threads
     from mos_cli.runtime.inputs import Finder
@@ -60,7 +67,10 @@ def replay(
     from mos_cli.runtime.settings import check_size, make_settings, resolve
 
     report = Report(json=json, quiet=quiet, verbose=verbose)
-    sources = [context.get_parameter_source(name) for name in ("output", "trace", "changes", "overwrite")]
+    sources = [
+        context.get_parameter_source(name)
+        for name in ("output", "trace", "changes", "overwrite", "regions", "preview_steps")
+    ]
     if verify and any(source is not None and source.name == "COMMANDLINE" for source in sources):
         raise UsageError("--verify draws what the picture holds and writes nothing: drop the other options")
     image, record = read_drawing(picture)
@@ -85,6 +95,14 @@ def replay(
     check_guidance(recipe.cfg, guidances, image_cfg)
     settings = resolve(make_settings(output=output, trace=trace, device=device), None)
     check_size(*recipe.working_size, bundle.index.canvas)
+    wanted = what_to_record(settings.trace, regions=regions, previews=preview_steps)
+    if (route_from is None) != (recipe.route_from is None):
+        raise UsageError(
+            f"{picture} takes its routes from no other run: drop --route-from"
+            if route_from
+            else f"{picture} takes its routes from another run: name its trace with --route-from FILE"
+        )
+    routes = None if route_from is None else load_recording(route_from)
     path = None if verify else naming(settings.output, overwrite=overwrite).path(recipe)
     loaded: dict[tuple[str, str], MoSPipeline] = {}
 
@@ -115,10 +133,18 @@ def replay(
     with cpu_threads(record.made.threads):
         if path is not None:
             job = Job(recipe, path, inputs)
-            draw_jobs(pipeline, [job], trace=settings.trace, overwrite=overwrite, report=report)
+            draw_jobs(
+                pipeline,
+                [job],
+                trace=settings.trace,
+                overwrite=overwrite,
+                report=report,
+                wanted=wanted,
+                route_from=routes,
+            )
             return
         with report.stage("sampling"):
-            drawn = pipeline.draw(recipe, inputs=inputs).image
+            drawn = pipeline.draw(recipe, inputs=inputs, route_from=routes).image
     report.times()
     psnr = _psnr(image, drawn)
     if psnr == float("inf"):

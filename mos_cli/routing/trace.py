@@ -1,6 +1,6 @@
 """The routing trace: which layers every token read, at every step, in every block; saved beside the picture.
 
-Shapes: S steps, J generation blocks, T context tokens, K kept layers, M understanding layers.
+Shapes: S steps, J generation blocks, T context tokens, K kept layers, M understanding layers, N patches.
 """
 
 import hashlib
@@ -26,14 +26,31 @@ Share = Annotated[float, Field(ge=0, le=1 + 1e-3)]
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What is recorded beside the routes themselves, all of it only on request.
+
+    probabilities: the router's, of every layer. regions: how the patches' attention falls on the words. previews: what
+    the tower expects the picture to be, at every step.
+    """
+
+    probabilities: bool = False
+    regions: bool = False
+    previews: bool = False
+
+
+@dataclass(frozen=True)
 class Routes:
     """The decisions of one guidance branch: layers kept (best first) and their mixing weights, both [S, J, T, K].
 
-    S counts the steps at which the branch was computed, which an interval for guidance makes fewer.
+    S counts the steps at which the branch was computed, which an interval for guidance makes fewer. On request also the
+    router's probabilities of all layers, before any rule, and the regions: the share of its attention that a patch
+    gives to each context token, mean over heads and steps.
     """
 
     ids_SJTK: np.ndarray
     weights_SJTK: np.ndarray
+    probabilities_SJTM: np.ndarray | None = None
+    regions_JTN: np.ndarray | None = None
 
 
 class TraceToken(Frozen):
@@ -61,13 +78,34 @@ class BranchSummary(Frozen):
     entropy_S: tuple[Share, ...]
 
 
+class Steered(Frozen):
+    """What a rule did in a branch: the tokens it spoke of and the number of decisions it governed there."""
+
+    rule: str
+    tokens: tuple[NonNegativeInt, ...]
+    decisions: NonNegativeInt
+
+
 class TraceBranch(Frozen):
-    """One guidance branch: its prompt, its tokens, and the numbers of the steps at which it was computed."""
+    """One guidance branch: its prompt, its tokens, and the numbers of the steps at which it was computed.
+
+    Where rules steered it, also what each of them did, and the number of decisions in which the kept layers are others
+    than the router's own choice at that step.
+    """
 
     prompt: str
     tokens: tuple[TraceToken, ...]
     steps: tuple[NonNegativeInt, ...]
     summary: BranchSummary
+    steered: tuple[Steered, ...] | None = None
+    changed: NonNegativeInt | None = None
+
+
+class RegionGrid(Frozen):
+    """The grid of patches that regions are recorded on, row by row."""
+
+    rows: int = Field(ge=1)
+    columns: int = Field(ge=1)
 
 
 class TraceArrays(Frozen):
@@ -78,7 +116,10 @@ class TraceArrays(Frozen):
 
 
 class Trace(Frozen):
-    """The readable head of a trace. `arrays` is missing where only the summary was asked for."""
+    """The readable head of a trace. `arrays` is missing where only the summary was asked for.
+
+    `probabilities` and `regions` say that the arrays hold them too.
+    """
 
     schema_id: Literal["mos-trace/1"] = Field(SCHEMA, alias="schema")
     recipe: Recipe
@@ -88,6 +129,8 @@ class Trace(Frozen):
     top_k: int = Field(ge=1)
     times: tuple[float, ...]
     branches: dict[str, TraceBranch]
+    probabilities: Literal[True] | None = None
+    regions: RegionGrid | None = None
     arrays: TraceArrays | None = None
 
     @model_validator(mode="after")
@@ -117,18 +160,20 @@ def trace_files(trace: Trace, routes: Mapping[str, Routes] | None, picture: Path
     """The files of a trace beside `picture`, to be written: its head and, if `routes` are given, the arrays."""
     from safetensors.numpy import save
 
-    head_path, arrays_path = companions(picture)
-    arrays = {}
+    beside, arrays = companions(picture), {}
     if routes is not None:
-        tensors = {}
-        for name, branch in routes.items():
-            tensors[f"{name}.ids"] = np.ascontiguousarray(branch.ids_SJTK, dtype=np.uint8)
-            tensors[f"{name}.weights"] = np.ascontiguousarray(branch.weights_SJTK, dtype=np.float16)
-        data = save(tensors, metadata={"schema": SCHEMA})
-        pointer = TraceArrays(file=arrays_path.name, sha256=hashlib.sha256(data).hexdigest())
+        data = save(
+            {
+                f"{name}.{array.name}": np.ascontiguousarray(getattr(branch, array.field), dtype=array.dtype)
+                for name, branch in routes.items()
+                for array in _arrays(trace, name)
+            },
+            metadata={"schema": SCHEMA},
+        )
+        pointer = TraceArrays(file=beside.arrays.name, sha256=hashlib.sha256(data).hexdigest())
         trace = trace.model_copy(update={"arrays": pointer})
-        arrays[arrays_path] = data
-    return {head_path: (trace.model_dump_json(indent=1, exclude_none=True) + "\n").encode(), **arrays}
+        arrays[beside.arrays] = data
+    return {beside.head: (trace.model_dump_json(indent=1, exclude_none=True) + "\n").encode(), **arrays}
 
 
 def load_trace(path: Path) -> Trace:
@@ -137,7 +182,7 @@ def load_trace(path: Path) -> Trace:
     Raises:
         InputError: there is no such trace, or it is damaged or of another version.
     """
-    path, _ = companions(path)
+    path = companions(path).head
     try:
         data = json.loads(path.read_bytes())
     except OSError as error:
@@ -168,20 +213,64 @@ def load_routes(trace: Trace, path: Path) -> dict[str, Routes]:
     try:
         data = arrays_path.read_bytes()
         tensors = load(data)
-        routes = {name: Routes(tensors[f"{name}.ids"], tensors[f"{name}.weights"]) for name in trace.branches}
+        found = {name: {a: tensors[f"{name}.{a.name}"] for a in _arrays(trace, name)} for name in trace.branches}
     except OSError as error:
         raise InputError(f"cannot read {arrays_path}: {error.strerror}") from None
     except (SafetensorError, KeyError):
         raise InputError(f"{arrays_path} is damaged") from None
-    expected = {
-        name: (len(branch.steps), trace.blocks, len(branch.tokens), trace.top_k)
-        for name, branch in trace.branches.items()
-    }
-    fits = all(
-        (array.shape, array.dtype) == (expected[name], dtype)
-        for name, branch in routes.items()
-        for array, dtype in ((branch.ids_SJTK, np.uint8), (branch.weights_SJTK, np.float16))
-    )
+    fits = all((v.shape, v.dtype) == (a.shape, a.dtype) for arrays in found.values() for a, v in arrays.items())
     if hashlib.sha256(data).hexdigest() != trace.arrays.sha256 or not fits:
         raise InputError(f"{arrays_path} does not belong to {path.name}")
-    return routes
+    return {name: Routes(**{a.field: value for a, value in arrays.items()}) for name, arrays in found.items()}
+
+
+@dataclass(frozen=True)
+class Recording:
+    """All that was recorded of a picture. `routes` is None for a summary; picture and previews where they are there.
+
+    `previews` is an animated WebP, a frame for what the tower expected the picture to be at each step.
+    """
+
+    path: Path
+    trace: Trace
+    routes: dict[str, Routes] | None
+    picture: Path | None
+    previews: Path | None
+
+
+def load_recording(path: Path) -> Recording:
+    """Reads a trace with its arrays and what lies beside it, given its .json or the picture.
+
+    Raises:
+        InputError: there is no such trace, or a part of it is damaged.
+    """
+    trace, beside = load_trace(path), companions(path)
+    routes = None if trace.arrays is None else load_routes(trace, path)
+    picture, previews = (other if other.is_file() else None for other in (path.with_suffix(".png"), beside.previews))
+    return Recording(path, trace, routes, picture, previews)
+
+
+@dataclass(frozen=True)
+class _Array:
+    """An array of a branch: its name in the file, the field of `Routes` that holds it, its shape and type."""
+
+    name: str
+    field: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def _arrays(trace: Trace, name: str) -> list[_Array]:
+    """What the file holds of a branch."""
+    branch, f16 = trace.branches[name], np.dtype(np.float16)
+    decisions = (len(branch.steps), trace.blocks, len(branch.tokens))
+    arrays = [
+        _Array("ids", "ids_SJTK", (*decisions, trace.top_k), np.dtype(np.uint8)),
+        _Array("weights", "weights_SJTK", (*decisions, trace.top_k), f16),
+    ]
+    if trace.probabilities:
+        arrays.append(_Array("probabilities", "probabilities_SJTM", (*decisions, len(trace.layers)), f16))
+    if trace.regions is not None:
+        patches = trace.regions.rows * trace.regions.columns
+        arrays.append(_Array("regions", "regions_JTN", (trace.blocks, len(branch.tokens), patches), f16))
+    return arrays

@@ -4,7 +4,7 @@ import re
 from datetime import date
 from pathlib import Path
 from string import Formatter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import ValidationError
 
@@ -14,10 +14,15 @@ from mos_cli.runtime.recipe import PictureRecord, Recipe
 from mos_cli.runtime.specs import first_problem
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from PIL.Image import Image
 
 FIELDS = ("date", "number", "prompt", "seed", "model")
 ARRAYS_SUFFIX = ".routing.safetensors"
+PREVIEWS_SUFFIX = ".steps.webp"
+PREVIEW = 128
+"""Largest side of a preview of a step, in pixels."""
 IN_FOLDER = "{number}_{prompt}_s{seed}.png"
 
 
@@ -82,9 +87,17 @@ class Naming:
         return self._numbers[key]
 
 
-def companions(path: Path) -> tuple[Path, Path]:
-    """The files a trace puts beside a picture: its readable head and its arrays."""
-    return path.with_suffix(".json"), path.with_suffix(ARRAYS_SUFFIX)
+class Companions(NamedTuple):
+    """The files a trace puts beside a picture: its readable head, its arrays, and what was seen at every step."""
+
+    head: Path
+    arrays: Path
+    previews: Path
+
+
+def companions(path: Path) -> Companions:
+    """What lies beside a picture, or beside the head of its trace."""
+    return Companions(*(path.with_suffix(suffix) for suffix in (".json", ARRAYS_SUFFIX, PREVIEWS_SUFFIX)))
 
 
 def naming(output: str, *, overwrite: bool = False) -> Naming:
@@ -110,6 +123,22 @@ def png(image: "Image", record: PictureRecord | None) -> bytes:
         info.add_itxt("parameters", record.parameters())
         info.add_itxt("mos", record.to_json())
     image.save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
+
+
+def animation(frames: "Sequence[Image]") -> bytes:
+    """The pictures one after the other as an animated WebP, each at most PREVIEW pixels wide and high."""
+    from io import BytesIO
+
+    from PIL import Image
+
+    small = [frame.convert("RGB") for frame in frames]
+    for frame in small:
+        frame.thumbnail((PREVIEW, PREVIEW), Image.Resampling.LANCZOS)
+    file = BytesIO()
+    # Frames that are alike would be merged, and no longer one for every step.
+    options = {"duration": 120, "loop": 0, "quality": 85, "minimize_size": False, "kmin": 1, "kmax": 1}
+    small[0].save(file, format="WEBP", save_all=True, append_images=small[1:], **options)
     return file.getvalue()
 
 

@@ -55,8 +55,18 @@ class EditRecipe(Frozen):
     composite: bool = False
 
 
+class RouteSource(Frozen):
+    """The run whose choices of layers are taken over: their sha256, and for what part of the steps."""
+
+    sha256: Sha256
+    until: float = Field(default=1.0, gt=0, le=1)
+
+
 class Recipe(Frozen):
-    """What decides a picture. Sizes are in pixels; `model` is the bundle's name, or its hub id."""
+    """What decides a picture. Sizes are in pixels; `model` is the bundle's name, or its hub id.
+
+    `routes` are the rules that steer the routes, as they are written; `route_from` is the run they are taken from.
+    """
 
     prompt: str = Field(min_length=1)
     negative: str = ""
@@ -68,6 +78,8 @@ class Recipe(Frozen):
     width: int = Field(ge=1)
     height: int = Field(ge=1)
     precision: Literal["bf16", "fp32"]
+    routes: tuple[str, ...] | None = Field(default=None, min_length=1)
+    route_from: RouteSource | None = None
     edit: EditRecipe | None = None
 
     @property

@@ -13,7 +13,7 @@ from mos_cli.errors import InputError, UsageError
 from mos_cli.runtime.folders import presets_folder
 from mos_cli.runtime.specs import Canvas, Interval, first_problem
 
-TraceLevel = Literal["off", "summary", "topk"]
+TraceLevel = Literal["off", "summary", "topk", "full"]
 
 
 class Settings(BaseModel):
@@ -30,6 +30,7 @@ class Settings(BaseModel):
     precision: Literal["auto", "bf16", "fp32"] | None = None
     device: str | None = None
     trace: TraceLevel | None = None
+    routes: tuple[str, ...] | None = Field(default=None, min_length=1)
     output: str | None = None
 
     def over(self, other: "Settings") -> "Settings":

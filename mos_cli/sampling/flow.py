@@ -21,10 +21,14 @@ def velocity(z_t: Tensor, x_hat: Tensor, t: Tensor | float) -> Tensor:
     return (z_t - x_hat) / t
 
 
-def velocity_loss(x_hat_BCHW: Tensor, z0_BCHW: Tensor, t_B: Tensor) -> Tensor:
-    """Mean squared error of the velocity, written for x-prediction: || x_hat - z_0 ||^2 / max(t, 0.1)^2."""
+def velocity_loss(x_hat_BCHW: Tensor, z0_BCHW: Tensor, t_B: Tensor, importance_B1HW: Tensor | float = 1.0) -> Tensor:
+    """Mean squared error of the velocity, written for x-prediction: || x_hat - z_0 ||^2 / max(t, 0.1)^2.
+
+    `importance_B1HW` says how much a place counts.
+    """
     weight_B = t_B.clamp_min(LOSS_T_MIN).square().reciprocal()
-    return (weight_B * (x_hat_BCHW.float() - z0_BCHW).square().mean(dim=(1, 2, 3))).mean()
+    error_BCHW = importance_B1HW * (x_hat_BCHW.float() - z0_BCHW).square()
+    return (weight_B * error_BCHW.mean(dim=(1, 2, 3))).mean()
 
 
 def logit_normal(count: int, mean: float, std: float, generator: torch.Generator) -> Tensor:

@@ -15,13 +15,15 @@ from torch import Tensor
 
 from mos_cli.sampling.flow import noised, velocity
 from mos_cli.towers.bank import StateBank
-from mos_cli.towers.router import Route
+from mos_cli.towers.router import Route, Steering
 
 
 class Predictor(Protocol):
     """What the sampler needs of a generation tower: (z_t, t, bank) -> (clean latent, route)."""
 
-    def __call__(self, z_BCHW: Tensor, t_B: Tensor, bank: StateBank) -> tuple[Tensor, Route]: ...
+    def __call__(
+        self, z_BCHW: Tensor, t_B: Tensor, bank: StateBank, *, steering: Steering | Route | None
+    ) -> tuple[Tensor, Route]: ...
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Step:
 
 
 Observer = Callable[[Step], None]
+Steer = Callable[[str, int], Steering | Route | None]
+"""What rules say of a branch at a step: (branch, number of the step) -> steering."""
 
 POSITIVE, NEGATIVE, UNSEEN = "positive", "negative", "unseen"
 
@@ -103,6 +107,7 @@ def sample(
     scheduler: FlowMatchEulerDiscreteScheduler,
     observers: Sequence[Observer] = (),
     origin: Origin | None = None,
+    steer: Steer = lambda branch, step: None,
 ) -> Tensor:
     """Integrates from noise (t = 1) to a latent (t = 0).
 
@@ -111,6 +116,7 @@ def sample(
         banks: the state banks of the branches that guidance asks for.
         observers: called after every step, in order; an exception raised by one ends the run.
         origin: what the picture is drawn over; without it, it comes from noise alone.
+        steer: what rules say; without it the router decides.
     """
     asked = times(steps, scheduler, 1.0 if origin is None else origin.strength)
     z = noise_BCHW
@@ -120,7 +126,7 @@ def sample(
         t_B = torch.full((z.shape[0],), t, device=z.device)
         x_hats, routes = {}, {}
         for branch in guidance.branches(t):
-            x_hats[branch], routes[branch] = tower(z, t_B, banks[branch])
+            x_hats[branch], routes[branch] = tower(z, t_B, banks[branch], steering=steer(branch, index))
         x_hat = guidance.guided(x_hats)
         if origin is not None and origin.mask_11HW is not None:
             x_hat = torch.lerp(origin.z0_BCHW, x_hat, origin.mask_11HW)

@@ -27,7 +27,7 @@ from mos_cli.towers.layers import (
     unpatchify,
     word_positions,
 )
-from mos_cli.towers.router import Route, Router, choose_route, fixed_route
+from mos_cli.towers.router import Route, Router, Steering, choose_route, fixed_route
 
 Fusion = Literal["routed", "last", "aligned", "mean"]
 RouterInput = Literal["tokens", "latent", "time"]
@@ -210,6 +210,7 @@ class GenerationTower(ModelMixin, ConfigMixin):
         bank: StateBank,
         *,
         epsilon: float = 0.0,
+        steering: Steering | Route | None = None,
     ) -> tuple[Tensor, Route]:
         """Predicts the clean latent from the noised one; the route is chosen anew at every call.
 
@@ -217,6 +218,7 @@ class GenerationTower(ModelMixin, ConfigMixin):
             z_BCHW: noised latent z_t; H and W are multiples of the patch.
             t_B: times in [0, 1], 1 = noise.
             epsilon: probability of exploring a random route (training only).
+            steering: rules for the router's choice, or a route to take instead of it.
         """
         patch, size = self.patch, (z_BCHW.shape[-2], z_BCHW.shape[-1])
         patches = patchify(z_BCHW, patch).to(self.patches_in.weight.dtype)
@@ -224,7 +226,7 @@ class GenerationTower(ModelMixin, ConfigMixin):
         seen_V3 = sight_positions(
             0 if bank.references is None else bank.references.count, size[0] / patch, size[1] / patch
         )
-        route = self._route(patches, t_B, seen_V3, grid_N3, bank, epsilon)
+        route = self._route(patches, t_B, seen_V3, grid_N3, bank, epsilon, steering)
 
         x = self.patches_in(patches)
         if bank.references is not None:
@@ -257,13 +259,18 @@ class GenerationTower(ModelMixin, ConfigMixin):
         grid_N3: Tensor,
         bank: StateBank,
         epsilon: float,
+        steering: Steering | Route | None,
     ) -> Route:
         """The route of this step, [B, T, J, K]: the router's choice, or the fixed one where there is no router."""
-        if self.router is None:
+        if isinstance(steering, Route):
+            route = steering
+        elif self.router is None:
             route = fixed_route(self.fusion, self.states_shape[0], self.depth, patches_BNP.device)
         else:
             logits_BTMJ = self.router(bank.router_BTR, patches_BNP, t_B, seen_V3, grid_N3, bank.mask_BT)
-            route = choose_route(logits_BTMJ, self.top_k, renormalise=self.renormalise, epsilon=epsilon)
+            route = choose_route(
+                logits_BTMJ, self.top_k, renormalise=self.renormalise, epsilon=epsilon, steering=steering
+            )
         return route.shared_by(*bank.bank_BTMD.shape[:2])
 
 

@@ -104,13 +104,18 @@ class Attention(nn.Module):
         mask_BL: Tensor | None = None,
     ) -> Tensor:
         """Attends from x to [context; x]. `positions` and mask cover the keys; context_kv is [B, T, 2 D]."""
+        return self.to_out(_attend(*self._qkv(x_BLD, positions, context_kv), mask_BL))
+
+    def shares(self, x_BLD: Tensor, positions: Rotary, context_kv: Tensor | None = None) -> Tensor:
+        """How much each query of `forward` attends to each key, [B, L, keys], mean over heads."""
+        return _shares(*self._qkv(x_BLD, positions, context_kv)[:2])
+
+    def _qkv(self, x_BLD: Tensor, positions: Rotary, context_kv: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = _heads(self.to_qkv(x_BLD), 3, self.heads)
         if context_kv is not None:
             context_k, context_v = _heads(context_kv, 2, self.heads)
             k, v = torch.cat([context_k, k], dim=1), torch.cat([context_v, v], dim=1)
-        q = positions[-q.shape[1] :].rotate(self.norm_q(q))
-        k = positions.rotate(self.norm_k(k))
-        return self.to_out(_attend(q, k, v, mask_BL))
+        return positions[-q.shape[1] :].rotate(self.norm_q(q)), positions.rotate(self.norm_k(k)), v
 
     def keys_values(self, x_BLD: Tensor) -> Tensor:
         """What others attend to in x, as a `context_kv` [B, L, 2 D]."""
@@ -131,11 +136,17 @@ class CrossAttention(nn.Module):
 
     def forward(self, x_BND: Tensor, context_BTD: Tensor, positions: Rotary, mask_BL: Tensor | None = None) -> Tensor:
         """Attends from x to the context. `positions` and mask cover [context; x]."""
+        return self.to_out(_attend(*self._qkv(x_BND, context_BTD, positions), mask_BL))
+
+    def shares(self, x_BND: Tensor, context_BTD: Tensor, positions: Rotary) -> Tensor:
+        """How much each query of `forward` attends to each token, [B, N, T], mean over heads."""
+        return _shares(*self._qkv(x_BND, context_BTD, positions)[:2])
+
+    def _qkv(self, x_BND: Tensor, context_BTD: Tensor, positions: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         (q,) = _heads(self.to_q(x_BND), 1, self.heads)
         k, v = _heads(self.to_kv(context_BTD), 2, self.heads)
         q = positions[k.shape[1] :].rotate(self.norm_q(q))
-        k = positions[: k.shape[1]].rotate(self.norm_k(k))
-        return self.to_out(_attend(q, k, v, mask_BL))
+        return q, positions[: k.shape[1]].rotate(self.norm_k(k)), v
 
 
 def _heads(x: Tensor, parts: int, heads: int) -> list[Tensor]:
@@ -148,6 +159,15 @@ def _attend(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHE: Tensor, mask_BL: Tensor | No
     mask = None if mask_BL is None else mask_BL[:, None, None, : k_BLHE.shape[1]]
     # Named, so that no setting of the environment puts another backend in its place unseen.
     return dispatch_attention_fn(q_BLHE, k_BLHE, v_BLHE, attn_mask=mask, backend=ATTENTION).flatten(-2)
+
+
+def _shares(q_BLHE: Tensor, k_BLHE: Tensor) -> Tensor:
+    """The softmax of the attention [B, queries, keys], mean over heads; one head at a time, for it is large."""
+    scale, heads = q_BLHE.shape[-1] ** -0.5, q_BLHE.shape[2]
+    shares = (
+        (q @ k.mT * scale).float().softmax(dim=-1) for q, k in zip(q_BLHE.unbind(2), k_BLHE.unbind(2), strict=True)
+    )
+    return sum(shares, torch.zeros(())) / heads
 
 
 class SwiGLU(nn.Module):

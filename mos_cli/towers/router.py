@@ -25,15 +25,42 @@ from mos_cli.towers.layers import (
 
 @dataclass(frozen=True)
 class Route:
-    """One routing decision: layers kept (best first) and their mixing weights, both [B, T, J, K]."""
+    """One routing decision: layers kept (best first) and their mixing weights, both [B, T, J, K].
+
+    Where rules steered it, `changed_BTJ` says which decisions keep other layers than the router would have.
+    """
 
     ids_BTJK: Tensor
     weights_BTJK: Tensor
+    changed_BTJ: Tensor | None = None
 
     def shared_by(self, batch: int, tokens: int) -> "Route":
         """The route of every token, where B or T are 1 because prompts or tokens share a decision."""
+        if self.ids_BTJK.shape[:2] == (batch, tokens):
+            return self
         shape = (batch, tokens, -1, -1)
         return Route(self.ids_BTJK.expand(shape), self.weights_BTJK.expand(shape))
+
+
+@dataclass(frozen=True)
+class Steering:
+    """What rules change in the router's choices of one step.
+
+    Args:
+        allowed_TJM: the layers that may be kept, at least one in every column; their weights are the router's own.
+        bias_TJM: added to the logits.
+        order_JM: per block, the layer whose logit each layer takes.
+    """
+
+    allowed_TJM: Tensor
+    bias_TJM: Tensor | None = None
+    order_JM: Tensor | None = None
+
+    def logits(self, logits_BTJM: Tensor) -> Tensor:
+        """The logits that the choice goes by."""
+        if self.order_JM is not None:
+            logits_BTJM = logits_BTJM.gather(-1, self.order_JM.expand_as(logits_BTJM))
+        return logits_BTJM if self.bias_TJM is None else logits_BTJM + self.bias_TJM
 
 
 def choose_route(
@@ -42,35 +69,59 @@ def choose_route(
     *,
     renormalise: bool,
     epsilon: float = 0.0,
+    steering: Steering | None = None,
 ) -> Route:
     """The one place where a route is chosen: column-wise softmax over the layers, then the top k of each column.
 
     With probability `epsilon` (training only) a token's column takes k random layers instead, weighted by the same
-    probabilities. `renormalise` scales the kept weights of a column to sum to 1.
+    probabilities. `renormalise` scales the kept weights of a column to sum to 1. Where `steering` allows fewer than k
+    layers, the best of them is repeated with a weight of 0.
     """
-    logits_BTJM = logits_BTMJ.float().transpose(2, 3)
+    logits_BTJM = own_BTJM = logits_BTMJ.float().transpose(2, 3)
+    if steering is not None:
+        own_BTJM = own_BTJM.expand(-1, steering.allowed_TJM.shape[0], -1, -1)
+        logits_BTJM = steering.logits(own_BTJM)
     scores = logits_BTJM
     if epsilon > 0:
         explores = torch.rand(scores.shape[:3], device=scores.device) < epsilon
         scores = torch.where(explores[..., None], torch.rand_like(scores), scores)
-    ids = scores.topk(top_k, dim=-1).indices
+    if steering is not None:
+        scores = scores.masked_fill(~steering.allowed_TJM, float("-inf"))
+    best, ids = scores.topk(top_k, dim=-1)
     if renormalise:
         # The softmax over the kept layers alone is their softmax over all, scaled to sum to 1, without a 0 / 0.
-        return Route(ids, logits_BTJM.gather(-1, ids).softmax(dim=-1))
-    return Route(ids, logits_BTJM.softmax(dim=-1).gather(-1, ids))
+        kept = logits_BTJM.gather(-1, ids)
+        if steering is not None:
+            kept = kept.masked_fill(best.isneginf(), float("-inf"))
+        weights = kept.softmax(dim=-1)
+    else:
+        weights = logits_BTJM.softmax(dim=-1).gather(-1, ids)
+    if steering is None:
+        return Route(ids, weights)
+    ids = torch.where(best.isneginf(), ids[..., :1], ids)
+    own = own_BTJM.topk(top_k, dim=-1).indices
+    changed = (ids.sort(dim=-1).values != own.sort(dim=-1).values).any(dim=-1)
+    return Route(ids, weights.masked_fill(best.isneginf(), 0.0), changed)
 
 
 def fixed_route(fusion: str, layers: int, blocks: int, device: torch.device) -> Route:
-    """The route of a fusion that is not learned, [1, 1, J, K]: all kept layers weigh the same.
+    """The route of a fusion that is not learned, [1, 1, J, K].
 
     "last": every block reads the last layer. "aligned": block j reads layer round(j * M / J). "mean": all of them.
     """
-    ids_JK = {
-        "last": [[layers - 1]] * blocks,
-        "aligned": [[min(round(block * layers / blocks), layers - 1)] for block in range(blocks)],
-        "mean": [list(range(layers))] * blocks,
-    }[fusion]
-    ids = torch.tensor(ids_JK, device=device)[None, None]
+    return even_route(
+        {
+            "last": [[layers - 1]] * blocks,
+            "aligned": [[min(round(block * layers / blocks), layers - 1)] for block in range(blocks)],
+            "mean": [list(range(layers))] * blocks,
+        }[fusion],
+        device,
+    )
+
+
+def even_route(layers_JK: Sequence[Sequence[int]], device: torch.device) -> Route:
+    """The route [1, 1, J, K] by which every token reads these layers, all of them with the same weight."""
+    ids = torch.tensor(layers_JK, device=device)[None, None]
     return Route(ids, torch.full(ids.shape, 1 / ids.shape[-1], device=device))
 
 

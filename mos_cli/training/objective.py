@@ -14,6 +14,9 @@ from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.router import Route
 from mos_cli.training.batches import Batch
 
+CHANGE = 0.1
+"""A latent's value differs by more than this where an edit changes it."""
+
 
 class Objective(nn.Module):
     """Batch in; out come the loss and how the routes use the layers, [J, M], each block's shares summing to 1.
@@ -59,13 +62,24 @@ class Objective(nn.Module):
         references_BCHW: Tensor | None,
         sight_BVMZ: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        bank = self.tower.read(states_BTMS, mask_BT)
+        bank, importance = self.tower.read(states_BTMS, mask_BT), 1.0
         if references_BCHW is not None and sight_BVMZ is not None:
             bank = self.tower.look(bank, sight_BVMZ, self.tower.remember([references_BCHW]))
             assert bank.mask_BT is not None
-            mask_BT = bank.mask_BT
+            mask_BT, importance = bank.mask_BT, importance_of_change(z0_BCHW, references_BCHW)
         x_hat, route = self.tower(z_BCHW, t_B, bank, epsilon=self.epsilon)
-        return velocity_loss(x_hat, z0_BCHW, t_B), layer_use(route, mask_BT, states_BTMS.shape[2])
+        return velocity_loss(x_hat, z0_BCHW, t_B, importance), layer_use(route, mask_BT, states_BTMS.shape[2])
+
+
+def importance_of_change(z0_BCHW: Tensor, before_BCHW: Tensor) -> Tensor:
+    """How much each place of an edit counts, [B, 1, H, W]: 1 where nothing changes, more where little else does.
+
+    The smaller the part that changes, the less the mean error says about it: it counts 1 + log2(whole / part), as
+    UniWorld-V1 weighs edits (arXiv 2506.03147).
+    """
+    changed_B1HW = ((z0_BCHW - before_BCHW).abs().amax(dim=1, keepdim=True) > CHANGE).float()
+    part_B111 = changed_B1HW.mean(dim=(1, 2, 3), keepdim=True)
+    return 1 - changed_B1HW * part_B111.clamp_min(1e-6).log2()
 
 
 def layer_use(route: Route, mask_BT: Tensor, layers: int) -> Tensor:

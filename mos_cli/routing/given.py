@@ -1,0 +1,79 @@
+"""The choices of another run, to draw with: which layers each token reads is taken over, the weights are not.
+
+Shapes: S steps, J generation blocks, T context tokens, K kept layers.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+
+from mos_cli.errors import InputError
+from mos_cli.routing.alignment import Reading, partners
+from mos_cli.routing.trace import Recording
+
+
+@dataclass(frozen=True)
+class Given:
+    """The layers another run kept in one branch, [S, J, T, K], and how its steps and tokens match those of this run.
+
+    `steps` maps a step of this run, as far as the choices are given, to an index of S; `tokens_T` holds for each token
+    of this run the number it has in the other, or -1.
+    """
+
+    ids_SJTK: np.ndarray
+    steps: Mapping[int, int]
+    tokens_T: tuple[int, ...]
+
+
+def choices_hash(recording: Recording) -> str:
+    """The sha256 of all that `given_choices` takes from a recording: its prompts, tokens, times and choices.
+
+    Raises:
+        InputError: it is a summary.
+    """
+    if recording.routes is None:
+        raise InputError(f"{recording.path} holds a summary only: its routes cannot be taken over")
+    trace, digest = recording.trace, hashlib.sha256()
+    for name, branch in trace.branches.items():
+        read = [branch.prompt, [token.model_dump() for token in branch.tokens], branch.steps, trace.times]
+        digest.update(json.dumps([name, read]).encode())
+        digest.update(np.ascontiguousarray(recording.routes[name].ids_SJTK).tobytes())
+    return digest.hexdigest()
+
+
+def check_model(recording: Recording, model: str, bundle_hash: str) -> None:
+    """Raises InputError if the recording was made by another model: its layers would mean something else."""
+    trace = recording.trace
+    if trace.made.bundle_hash != bundle_hash:
+        theirs = f"{trace.recipe.model} ({trace.made.bundle_hash[:10]})"
+        raise InputError(
+            f"the routes of {recording.path} are those of {theirs}, which mean nothing to {model} ({bundle_hash[:10]})"
+        )
+
+
+def given_choices(
+    recording: Recording, readings: Mapping[str, Reading], times: Sequence[float], until: float
+) -> dict[str, Given]:
+    """The choices for each branch that both runs have, at the first part `until` (0 to 1) of this run's steps.
+
+    Words are aligned by their text and occurrence, and a step takes the choices of the other's nearest in time.
+
+    Raises:
+        InputError: the recording is a summary, or has no word in common with what is to be drawn.
+    """
+    if recording.routes is None:
+        raise InputError(f"{recording.path} holds a summary only: its routes cannot be taken over")
+    given = {}
+    for name, reading in readings.items():
+        if (branch := recording.trace.branches.get(name)) is None:
+            continue
+        theirs = np.array([recording.trace.times[step] for step in branch.steps])
+        steps = {step: int(np.abs(theirs - t).argmin()) for step, t in enumerate(times[: ceil(until * len(times))])}
+        given[name] = Given(recording.routes[name].ids_SJTK, steps, partners(reading, branch))
+    if not any(number >= 0 for branch in given.values() for number in branch.tokens_T):
+        raise InputError(f"the prompts of {recording.path} have no word in common with this one")
+    return given

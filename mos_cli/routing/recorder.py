@@ -1,0 +1,121 @@
+"""What is recorded while a picture is drawn. It is kept where it was computed, and copied once, at the end.
+
+Shapes: S steps, J generation blocks, T context tokens, K kept layers, M understanding layers, N patches, R patches of
+the references, L queries of an attention.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mos_cli.routing.trace import RegionGrid, Routes, Wanted
+from mos_cli.sampling.sampler import Step
+from mos_cli.towers.generation import GenerationTower
+from mos_cli.towers.router import Route
+
+
+@dataclass
+class Recorder:
+    """An observer of the sampler that keeps every route, and what else is wanted of a step."""
+
+    wanted: Wanted
+    times: list[float] = field(default_factory=list)
+    steps: dict[str, list[int]] = field(default_factory=dict)
+    x_hats: list[Tensor] = field(default_factory=list)
+    grid: RegionGrid | None = None
+    _routes: dict[str, list[Route]] = field(default_factory=dict)
+    _probabilities: dict[str, list[Tensor]] = field(default_factory=dict)
+    _regions: dict[str, Tensor] = field(default_factory=dict)
+    _passes: list["_Pass"] = field(default_factory=list)
+
+    def __call__(self, step: Step) -> None:
+        self.times.append(step.t)
+        if self.wanted.previews:
+            self.x_hats.append(step.x_hat_BCHW)
+        for name, route in step.routes.items():
+            self.steps.setdefault(name, []).append(step.index)
+            self._routes.setdefault(name, []).append(route)
+        # The tower was asked for the branches in this order.
+        for name, seen in zip(step.routes, self._passes, strict=False):
+            if seen.probabilities:
+                self._probabilities.setdefault(name, []).extend(seen.probabilities)
+            if seen.shares:
+                shares_JTN = torch.stack(seen.shares)
+                self._regions[name] = self._regions.get(name, torch.zeros_like(shares_JTN)) + shares_JTN
+        self._passes.clear()
+
+    @contextmanager
+    def watching(self, tower: GenerationTower) -> Iterator[None]:
+        """Looks into the tower while it draws, as far as it is wanted: nothing else pays for it."""
+        handles = []
+        if self.wanted.probabilities or self.wanted.regions:
+            handles.append(tower.register_forward_pre_hook(self._begin_pass))
+        if self.wanted.probabilities and tower.router is not None:
+            handles.append(tower.router.register_forward_hook(self._see_logits))
+        if self.wanted.regions:
+            for block in tower.blocks:
+                attention: Any = block.cross if hasattr(block, "cross") else block.attention
+                handles.append(attention.register_forward_pre_hook(self._see_attention))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def routes(self) -> dict[str, Routes]:
+        """The decisions of the one picture that was drawn, [S, J, T, K] per branch, in the types they are stored in."""
+        routes = {}
+        for name, kept in self._routes.items():
+            tokens = kept[0].ids_BTJK.shape[1]
+            probabilities, regions = self._probabilities.get(name), self._regions.get(name)
+            if probabilities is not None:
+                # A decision that all tokens of a prompt share is written for each of them.
+                probabilities = torch.stack(probabilities).expand(-1, -1, tokens, -1).cpu().numpy()
+            routes[name] = Routes(
+                torch.stack([route.ids_BTJK[0].transpose(0, 1) for route in kept]).to(torch.uint8).cpu().numpy(),
+                torch.stack([route.weights_BTJK[0].transpose(0, 1) for route in kept]).half().cpu().numpy(),
+                probabilities,
+                None if regions is None else (regions / len(kept)).half().cpu().numpy(),
+            )
+        return routes
+
+    def changed(self, name: str) -> int | None:
+        """The number of a branch's decisions that rules turned from the router's own; None where nothing steered it."""
+        changed = [route.changed_BTJ for route in self._routes[name] if route.changed_BTJ is not None]
+        return int(torch.stack([each.sum() for each in changed]).sum()) if changed else None
+
+    def _begin_pass(self, tower: nn.Module, inputs: tuple[Any, ...]) -> None:
+        z_BCHW, _, bank = inputs
+        rows, columns = (side // tower.patch for side in z_BCHW.shape[-2:])
+        self.grid = RegionGrid(rows=rows, columns=columns) if self.wanted.regions else None
+        self._passes.append(_Pass(rows * columns, bank.bank_BTMD.shape[1]))
+
+    def _see_logits(self, router: nn.Module, inputs: tuple[Any, ...], logits_BTMJ: Tensor) -> None:
+        probabilities_JTM = logits_BTMJ[0].float().softmax(dim=1).permute(2, 0, 1)
+        self._passes[-1].probabilities.append(probabilities_JTM.half())
+
+    def _see_attention(self, attention: Any, inputs: tuple[Any, ...]) -> None:
+        self._passes[-1].see(attention.shares(*inputs[:3])[0])
+
+
+@dataclass
+class _Pass:
+    """One call of the tower: the numbers of its patches and context tokens, and what was seen."""
+
+    patches: int
+    tokens: int
+    probabilities: list[Tensor] = field(default_factory=list)
+    shares: list[Tensor] = field(default_factory=list)
+
+    def see(self, shares_LK: Tensor) -> None:
+        """Keeps of a block's attention, queries by keys, what the patches give to the context.
+
+        The keys are [references; context; patches], or the context alone where it is attended to apart.
+        """
+        keys = shares_LK.shape[1]
+        first = 0 if keys == self.tokens else keys - self.patches - self.tokens
+        self.shares.append(shares_LK[-self.patches :, first : first + self.tokens].T)

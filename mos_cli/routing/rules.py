@@ -1,0 +1,202 @@
+"""Rules that steer routes: what they say, how they are written, and which tokens of a prompt they speak of.
+
+    red=5,6           pin: the word reads these layers and no others
+    cat!=0-2          ban: it reads none of these
+    dog+=0.5@4        bias: the router's logit for layer 4 grows by 0.5 (-= takes away)
+    ... blocks 0-3 steps 0-7      only there; without, everywhere
+
+    *                 every token          red#2     the second "red" of the prompt
+    "red apple"       both words           [CLS]     a special token       "picture 1"   a picture that is edited
+
+    last, uniform, fixed:2,5          baselines: the last layer, all layers or these, alike, for every token
+    shuffle:7                         the router's choices with the layers exchanged at random, block by block
+
+All numbers count from 0, ranges include both ends, capitals do not matter.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mos_cli.errors import UsageError
+from mos_cli.routing.analysis import Spanned, split_words
+
+Baseline = Literal["last", "uniform", "fixed", "shuffle"]
+Operator = Literal["=", "!=", "+="]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule for the tokens of a word. `nth` (from 1) tells its occurrences apart; without it all are meant.
+
+    `amount` is what "+=" adds to the logits. Without `blocks` or `steps` it holds in all of them.
+    """
+
+    target: str
+    operator: Operator
+    layers: tuple[int, ...]
+    nth: int | None = None
+    amount: float = 0.0
+    blocks: tuple[int, ...] | None = None
+    steps: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        plain = re.fullmatch(r'\*|[^\s"#=!+*-]+(-[^\s"#=!+*-]+)*', self.target)
+        word = self.target if plain else f'"{self.target}"'
+        occurrence = "" if self.nth is None else f"#{self.nth}"
+        operator, amount = self.operator, ""
+        if operator == "+=":
+            operator, amount = "+=" if self.amount >= 0 else "-=", f"{abs(self.amount):g}@"
+        ranges = [("blocks", self.blocks), ("steps", self.steps)]
+        where = "".join(f" {name} {_written(numbers)}" for name, numbers in ranges if numbers is not None)
+        return f"{word}{occurrence}{operator}{amount}{_written(self.layers)}{where}"
+
+
+@dataclass(frozen=True)
+class BaselineRule:
+    """Routes for every token that tell what the router's are worth: `layers` of "fixed", `seed` of "shuffle"."""
+
+    name: Baseline
+    layers: tuple[int, ...] = ()
+    seed: int = 0
+
+    def __str__(self) -> str:
+        value = {"fixed": f":{_written(self.layers)}", "shuffle": f":{self.seed}"}.get(self.name, "")
+        return f"{self.name}{value}"
+
+
+AnyRule = Rule | BaselineRule
+
+
+def parse_rules(texts: Sequence[str]) -> tuple[AnyRule, ...]:
+    """Reads the rules of a run.
+
+    Raises:
+        UsageError: one cannot be read, or a baseline stands beside other rules, which it would leave without effect.
+    """
+    rules = tuple(map(parse_rule, texts))
+    for rule in rules:
+        if isinstance(rule, BaselineRule) and len(rules) > 1:
+            raise UsageError(f"the route rule {rule} is for every token: it cannot stand beside others")
+    return rules
+
+
+def parse_rule(text: str) -> AnyRule:
+    """Reads one rule; `str` of it prints it back.
+
+    Raises:
+        UsageError: it cannot be read; the message points at the place.
+    """
+    return _Reader(text).rule()
+
+
+def tokens_of(rule: Rule, prompt: str, tokens: Sequence[Spanned]) -> tuple[int, ...]:
+    """The numbers of the tokens that a rule speaks of, by the characters they stand for; empty if there are none."""
+    if rule.target == "*":
+        return tuple(range(len(tokens)))
+    named: dict[tuple[int, int], list[int]] = {}
+    for match in re.finditer(rf"(?<!\w){re.escape(rule.target)}(?!\w)", prompt, re.IGNORECASE):
+        held = [n for n, token in enumerate(tokens) if max(token.start, match.start()) < min(token.end, match.end())]
+        named[match.span()] = held
+    groups = list(named.values())
+    if not groups:
+        others = [word for word in split_words(prompt, tokens) if tokens[word.tokens[0]].end == 0]
+        groups = [list(word.tokens) for word in others if word.text.casefold() == rule.target.casefold()]
+    if rule.nth is not None:
+        groups = groups[rule.nth - 1 : rule.nth]
+    return tuple(sorted({number for group in groups for number in group}))
+
+
+def no_such_word(rule: Rule, prompt: str, tokens: Sequence[Spanned]) -> UsageError:
+    """What to say where a rule speaks of nothing in a prompt."""
+    there = ", ".join(dict.fromkeys(word.text for word in split_words(prompt, tokens)))
+    return UsageError(f"the route rule {rule} finds nothing in this prompt: its words are {there}")
+
+
+class _Reader:
+    """Reads a rule from left to right, so that it can point at the first thing that is wrong."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.at = text, 0
+
+    def rule(self) -> AnyRule:
+        self._take(r"\s*")
+        rule = self._baseline() or self._word()
+        self._take(r"\s*")
+        if self.at < len(self.text):
+            raise self._wrong("the rule ends" if isinstance(rule, BaselineRule) else "'blocks', 'steps' or the end")
+        return rule
+
+    def _baseline(self) -> BaselineRule | None:
+        if self._take(r"(last|uniform)(?=\s*$)"):
+            return BaselineRule("last" if self.text.strip() == "last" else "uniform")
+        if self._take("fixed:"):
+            return BaselineRule("fixed", layers=self._numbers("a layer"))
+        if self._take("shuffle:"):
+            return BaselineRule("shuffle", seed=int(self._need(r"\d{1,9}", "a seed (a whole number)")))
+        return None
+
+    def _word(self) -> Rule:
+        if self._take('"'):
+            target = self._need(r'[^"]+(?=")', "a word").strip()
+            self._take('"')
+        else:
+            target = self._need(r'\*|[^\s"#=!+*][^\s"#=!+]*?(?=#|\s*(=|!=|\+=|-=))', "a word, then =, !=, += or -=")
+        nth = int(self._need(r"[1-9]\d{0,3}", "a number from 1")) if self._take("#") else None
+        operator = self._need(r"\s*(=|!=|\+=|-=)\s*", "=, !=, += or -=").strip()
+        amount = 0.0
+        if operator in ("+=", "-="):
+            amount = float(self._need(r"\d{1,4}(\.\d{1,6})?|\.\d{1,6}", "a number to add"))
+            self._need(r"\s*@\s*", "@ and a layer")
+        layers, ranges = self._numbers("a layer"), {}
+        while name := self._take(r"\s+(blocks|steps)\s+"):
+            if name.strip() in ranges:
+                raise self._wrong(f"{name.strip()} only once")
+            ranges[name.strip()] = self._numbers("a number")
+        if operator == "-=":
+            operator, amount = "+=", -amount
+        return Rule(target, operator, layers, nth, amount, **ranges)  # type: ignore[arg-type]
+
+    def _numbers(self, kind: str) -> tuple[int, ...]:
+        """A list such as 0-2,5."""
+        numbers: set[int] = set()
+        while True:
+            first = int(self._need(r"\d{1,4}", f"{kind} (a whole number)"))
+            last = int(self._need(r"\d{1,4}", "the end of the range")) if self._take("-") else first
+            if last < first:
+                raise self._wrong(f"a range that rises, not {first}-{last},")
+            numbers |= set(range(first, last + 1))
+            if not self._take(r"\s*,\s*"):
+                return tuple(sorted(numbers))
+
+    def _take(self, pattern: str) -> str | None:
+        match = re.compile(pattern, re.IGNORECASE).match(self.text, self.at)
+        if match is None:
+            return None
+        self.at = match.end()
+        return match[0]
+
+    def _need(self, pattern: str, wanted: str) -> str:
+        taken = self._take(pattern)
+        if taken is None:
+            raise self._wrong(wanted)
+        return taken
+
+    def _wrong(self, wanted: str) -> UsageError:
+        rest = self.text[self.at :]
+        place = f'before "{rest}"' if rest else "at its end"
+        return UsageError(
+            f'the route rule "{self.text}" is not understood at character {self.at + 1}: expected {wanted} {place}'
+        )
+
+
+def _written(numbers: Sequence[int]) -> str:
+    """The numbers as 0-2,5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

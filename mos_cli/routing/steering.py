@@ -1,0 +1,140 @@
+"""From rules to steering: what they mean for the tokens, steps and blocks of one run.
+
+Shapes: T context tokens, J generation blocks, M understanding layers, K kept layers, S steps.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mos_cli.errors import UsageError
+from mos_cli.routing.alignment import Reading
+from mos_cli.routing.given import Given
+from mos_cli.routing.rules import AnyRule, BaselineRule, Rule, no_such_word, tokens_of
+from mos_cli.routing.trace import Steered
+from mos_cli.towers.router import Route, Steering, even_route
+
+
+class Steerer:
+    """All rules of a run. Made before its first step, it costs the steps nothing.
+
+    Args:
+        readings: what each branch reads. A rule holds in every branch that has its word.
+        steps, blocks, layers: the run's and the model's; rules may not name others.
+        given: the choices of another run, by branch; rules may only narrow them.
+
+    Raises:
+        UsageError: a rule speaks of a word, a layer, a block or a step that there is not, or leaves no layer to read.
+    """
+
+    def __init__(
+        self,
+        rules: Sequence[AnyRule],
+        readings: Mapping[str, Reading],
+        *,
+        steps: int,
+        blocks: int,
+        layers: int,
+        device: torch.device,
+        given: Mapping[str, Given] | None = None,
+    ) -> None:
+        self.readings, self.steps, self.blocks, self.layers = readings, steps, blocks, layers
+        self.device, self.given = device, given or {}
+        self.rules = tuple(rule for rule in rules if isinstance(rule, Rule))
+        self.baseline = next((rule for rule in rules if isinstance(rule, BaselineRule)), None)
+        for rule in rules:
+            self._check(rule)
+        self._spoken = {
+            name: {rule: tokens_of(rule, reading.prompt, reading.tokens) for rule in self.rules}
+            for name, reading in readings.items()
+        }
+        for rule in self.rules:
+            if not any(spoken[rule] for spoken in self._spoken.values()):
+                first = next(iter(readings.values()))
+                raise no_such_word(rule, first.prompt, first.tokens)
+        # Rules hold over ranges of steps: most steps share their steering with others.
+        self._made = lru_cache(maxsize=None)(self._make)
+        for name in readings:
+            for step in range(steps):
+                self(name, step)
+
+    def __call__(self, branch: str, step: int) -> Steering | Route | None:
+        """What the tower is told for a branch at a step."""
+        active = tuple(rule for rule in self.rules if rule.steps is None or step in rule.steps)
+        given = branch in self.given and step in self.given[branch].steps
+        return self._made(branch, active, step if given else None)
+
+    def done(self, branch: str, steps: Sequence[int]) -> tuple[Steered, ...] | None:
+        """What each rule governed in a branch that was computed at these steps; None without rules."""
+        if self.baseline is not None:
+            tokens = tuple(range(len(self.readings[branch].tokens)))
+            return (Steered(rule=str(self.baseline), tokens=tokens, decisions=len(tokens) * self.blocks * len(steps)),)
+        done = []
+        for rule, tokens in self._spoken[branch].items():
+            times = len(steps) if rule.steps is None else len(set(rule.steps) & set(steps))
+            blocks = self.blocks if rule.blocks is None else len(rule.blocks)
+            done.append(Steered(rule=str(rule), tokens=tokens, decisions=len(tokens) * times * blocks))
+        return tuple(done) or None
+
+    def _check(self, rule: AnyRule) -> None:
+        asked = {"layers": (rule.layers, self.layers)}
+        if isinstance(rule, Rule):
+            asked |= {"blocks": (rule.blocks or (), self.blocks), "steps": (rule.steps or (), self.steps)}
+        for kind, (numbers, count) in asked.items():
+            if numbers and max(numbers) >= count:
+                raise UsageError(f"the route rule {rule} names {kind} that are not there: they are 0 to {count - 1}")
+
+    def _make(self, branch: str, active: tuple[Rule, ...], step: int | None) -> Steering | Route | None:
+        if self.baseline is not None:
+            return self._baseline(branch, self.baseline)
+        if not active and step is None:
+            return None
+        shape = (len(self.readings[branch].tokens), self.blocks, self.layers)
+        allowed_TJM, bias_TJM = torch.ones(shape, dtype=torch.bool), torch.zeros(shape)
+        if step is not None:
+            allowed_TJM &= self._given(branch, step)
+        for rule in active:
+            named_TJM = self._named(branch, rule, shape)
+            if rule.operator == "+=":
+                bias_TJM += rule.amount * named_TJM
+            elif rule.operator == "!=":
+                allowed_TJM &= ~named_TJM
+            else:
+                allowed_TJM &= named_TJM | ~named_TJM.any(dim=2, keepdim=True)
+        if not allowed_TJM.any(dim=2).all():
+            token = int((~allowed_TJM.any(dim=2)).nonzero()[0, 0])
+            text = self.readings[branch].tokens[token].text
+            raise UsageError(
+                f"the route rules leave {text!r} no layer to read: drop one of {', '.join(map(str, active))}"
+            )
+        biased = any(rule.operator == "+=" for rule in active)
+        return Steering(allowed_TJM.to(self.device), bias_TJM.to(self.device) if biased else None)
+
+    def _named(self, branch: str, rule: Rule, shape: tuple[int, ...]) -> Tensor:
+        """Where a rule speaks: its tokens in its blocks and layers, [T, J, M]."""
+        named_TJM = torch.zeros(shape, dtype=torch.bool)
+        blocks = range(self.blocks) if rule.blocks is None else rule.blocks
+        tokens = self._spoken[branch][rule]
+        named_TJM[np.ix_(tokens, tuple(blocks), rule.layers)] = True
+        return named_TJM
+
+    def _given(self, branch: str, step: int) -> Tensor:
+        """The layers that the other run kept at a step; all of them for tokens it did not have."""
+        given = self.given[branch]
+        tokens_T = torch.tensor(given.tokens_T)
+        ids_JTK = torch.from_numpy(given.ids_SJTK[given.steps[step]].astype(np.int64))
+        ids_TJK = ids_JTK.transpose(0, 1)[tokens_T.clamp_min(0)]
+        kept_TJM = torch.zeros(*ids_TJK.shape[:2], self.layers, dtype=torch.bool).scatter(2, ids_TJK, True)
+        return kept_TJM | (tokens_T < 0)[:, None, None]
+
+    def _baseline(self, branch: str, rule: BaselineRule) -> Steering | Route:
+        if rule.name == "shuffle":
+            random = torch.Generator().manual_seed(rule.seed)
+            order = torch.stack([torch.randperm(self.layers, generator=random) for _ in range(self.blocks)])
+            allowed = torch.ones(len(self.readings[branch].tokens), self.blocks, self.layers, dtype=torch.bool)
+            return Steering(allowed.to(self.device), order_JM=order.to(self.device))
+        kept = {"last": (self.layers - 1,), "uniform": tuple(range(self.layers)), "fixed": rule.layers}[rule.name]
+        return even_route([kept] * self.blocks, self.device)
