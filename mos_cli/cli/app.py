@@ -17,6 +17,7 @@ from mos_cli.cli.inspect_routing import inspect_routing
 from mos_cli.cli.models import models_app
 from mos_cli.cli.presets import presets_app
 from mos_cli.cli.replay import replay
+from mos_cli.cli.routing import routing_app
 from mos_cli.cli.train import train, train_enlarger, train_judge
 from mos_cli.errors import INTERRUPTED, InputError, MosError
 
@@ -67,6 +68,7 @@ def mos(
 app.command()(generate)
 app.command()(edit)
 app.command("inspect-routing")(inspect_routing)
+app.add_typer(routing_app)
 app.command()(replay)
 app.add_typer(models_app)
 app.add_typer(presets_app)

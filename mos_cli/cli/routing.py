@@ -1,0 +1,256 @@
+"""`mos routing`: two runs compared, and what each layer does for a word."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mos_cli.cli import console
+from mos_cli.cli.drawing import Report, load_pipeline
+from mos_cli.cli.interrupt import gentle_interrupt
+from mos_cli.cli.options import Device, Json, Overwrite, Quiet, Verbose
+from mos_cli.errors import InputError, ModelError, UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from mos_cli.ablation import Ablated
+    from mos_cli.pipeline import Drawing
+    from mos_cli.routing.diff import Difference, Tally
+    from mos_cli.routing.rules import Rule
+    from mos_cli.routing.trace import Trace
+    from mos_cli.runtime.inputs import Inputs
+    from mos_cli.runtime.recipe import EarlierPicture, Recipe
+    from mos_cli.sampling.sampler import Observer, Step
+
+routing_app = typer.Typer(
+    name="routing", help="Compare routes, and take layers away from a word.", no_args_is_help=True
+)
+
+Run = Annotated[Path, typer.Argument(help="A trace (.json), or the picture beside it.", dir_okay=False)]
+
+
+@routing_app.command()
+def diff(
+    a: Run,
+    b: Run,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Compare the choices of two runs, word by word: what agrees, what was a near-tie, what really changed.
+
+    Works between any two runs of models with the same layers and blocks: other seeds, other prompts (words are aligned
+    by their text), other numbers of steps (those nearest in time are compared). Between a quantised model and its full
+    precision, with the same prompt and seed, it measures fidelity: near-ties are what rounding may flip, real changes
+    are what the quantisation costs. Record both with --trace full to tell the two apart for certain.
+    """
+    from mos_cli.routing.diff import compare
+    from mos_cli.routing.trace import load_routes, load_trace
+
+    heads = {path: load_trace(path) for path in (a, b)}
+    routes = {path: load_routes(head, path) for path, head in heads.items()}
+    difference = compare(heads[a], routes[a], heads[b], routes[b])
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(_as_dict(difference, heads[a], heads[b]), ensure_ascii=False))
+        return
+    from mos_cli.routing.views.difference import DifferenceView, headline
+
+    console.out.print(headline(difference), soft_wrap=True, markup=False)
+    if not difference.identical:
+        console.out.print()
+        console.out.print(DifferenceView(difference, heads[a], heads[b]))
+
+
+def _as_dict(difference: "Difference", a: "Trace", b: "Trace") -> dict[str, Any]:
+    from mos_cli.routing.diff import NEAR
+
+    return {
+        "a": a.recipe.model_dump(mode="json", exclude_none=True),
+        "b": b.recipe.model_dump(mode="json", exclude_none=True),
+        "identical": difference.identical,
+        "near_tie": NEAR,
+        "exact": difference.exact,
+        **_counts(difference.tally),
+        "branches": {
+            name: {
+                "steps": branch.steps,
+                "apart": branch.apart,
+                "only_a": branch.only_a,
+                "only_b": branch.only_b,
+                **_counts(branch.tally),
+                "words": [
+                    {"word": word.text, "nth": word.nth, "special": word.special, **_counts(word.tally)}
+                    for word in branch.words
+                ],
+            }
+            for name, branch in difference.branches.items()
+        },
+    }
+
+
+def _counts(tally: "Tally") -> dict[str, Any]:
+    return {
+        "choices": tally.choices,
+        "overlap": round(tally.agree / tally.choices, 6),
+        "near_ties": tally.near_ties,
+        "changes": tally.changes,
+        "distance": round(tally.distance, 6),
+        "first": tally.first,
+    }
+
+
+@routing_app.command()
+def ablate(
+    picture: Annotated[Path, typer.Argument(help="A PNG made by mos.", dir_okay=False)],
+    word: Annotated[str, typer.Option("--word", "-w", help='The word, as in rules: cat, "red apple", cat#2, *.')],
+    block: Annotated[str | None, typer.Option(metavar="A-B", help="Only in these blocks.", show_default="all")] = None,
+    step: Annotated[str | None, typer.Option(metavar="A-B", help="Only at these steps.", show_default="all")] = None,
+    given: Annotated[
+        list[Path] | None,
+        typer.Option("--input", "-i", metavar="FILE", help="A picture that was edited; repeatable."),
+    ] = None,
+    mask: Annotated[Path | None, typer.Option(metavar="FILE", help="The mask that an edit was made with.")] = None,
+    route_from: Annotated[
+        Path | None, typer.Option(metavar="TRACE", help="The run that the picture took its routes from.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="PNG", help="The strip of pictures.", show_default="beside the picture"),
+    ] = None,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show what each layer does for a word: ban one layer at a time, and draw again with the same seed.
+
+    The layers are ranked by how much the picture changes. A strip shows the picture as it is, then without each layer.
+    """
+    from mos_cli.routing.trace import load_recording
+    from mos_cli.runtime.bundles import edits_of, find_bundle
+    from mos_cli.runtime.devices import cpu_threads
+    from mos_cli.runtime.inputs import Finder
+    from mos_cli.runtime.outputs import read_drawing
+    from mos_cli.runtime.recipe import pixels_hash
+    from mos_cli.runtime.settings import check_size, make_settings, resolve
+
+    report = Report(json=json, quiet=quiet, verbose=verbose)
+    rule = _ban(word, block, step)
+    image, record = read_drawing(picture)
+    recipe, bundle = record.recipe, find_bundle(record.recipe.model)
+    if bundle.hash != record.made.bundle_hash:
+        raise ModelError(
+            f"{picture} was made by another version of {recipe.model}: "
+            f"draw it anew with `mos replay --set model={recipe.model}` first"
+        )
+    check_size(*recipe.working_size, bundle.index.canvas)
+    if recipe.edit is not None:
+        edits_of(bundle)
+    elif given or mask:
+        raise UsageError(f"{picture} is no edit: drop --input and --mask")
+    if (route_from is None) != (recipe.route_from is None):
+        other, advice = ("no other run", "drop") if route_from else ("another run", "name its trace with")
+        raise UsageError(f"{picture} takes its routes from {other}: {advice} --route-from")
+    routes = None if route_from is None else load_recording(route_from)
+    settings = resolve(make_settings(device=device), None)
+    strip = _strip_path(picture, word, output, overwrite)
+    finder = Finder(given or [], [] if mask is None else [mask], _give_it)
+    inputs = finder.inputs_of(recipe, record.earlier)
+    finder.check_all_used()
+    pipeline = load_pipeline(bundle, device=settings.device, precision=recipe.precision, report=report)
+
+    from mos_cli.ablation import ablate as ablate_layers
+    from mos_cli.ablation import check_rule
+    from mos_cli.runtime.files import atomic_write
+    from mos_cli.runtime.outputs import png
+    from mos_cli.runtime.sheet import contact_sheet
+
+    with report.progress() as bars, gentle_interrupt() as check_interrupt, cpu_threads(record.made.threads):
+
+        def draw(recipe: "Recipe", *observers: "Observer") -> "Drawing":
+            with report.stage("sampling"):
+                return pipeline.draw(recipe, observers, inputs, route_from=routes)
+
+        def draw_with_bar(recipe: "Recipe") -> "Drawing":
+            task = bars.add_task(recipe.routes[-1] if recipe.routes else "as it is", total=recipe.steps, unit="steps")
+
+            def observe(step: "Step") -> None:
+                bars.update(task, completed=step.index + 1)
+                check_interrupt()
+
+            try:
+                return draw(recipe, observe)
+            finally:
+                bars.remove_task(task)
+
+        check_rule(recipe, rule, draw)
+        before = draw_with_bar(recipe)
+        ablated = list(ablate_layers(before, rule, lambda recipe: draw_with_bar(recipe).image))
+    exact = pixels_hash(before.image) == pixels_hash(image)
+    note = None if exact else "the picture was drawn again here for comparison, and is not exactly the one in the file"
+    report.event("original", note, exact=exact)
+    _report(ablated, before.trace.layers, report)
+    pictures = [(before.image, "as it is"), *((one.image, _caption(one)) for one in ablated)]
+    atomic_write(strip, png(contact_sheet(pictures), None), overwrite)
+    report.event("strip", str(strip), file=str(strip))
+    report.times()
+
+
+def _ban(word: str, block: str | None, step: str | None) -> "Rule":
+    """The rule that keeps layer 0 from the word; the layer is to be replaced."""
+    from mos_cli.routing.rules import Rule, parse_rule
+
+    quoted = f'"{word}"' if " " in word and '"' not in word else word
+    ranges = (("blocks", block), ("steps", step))
+    rule = parse_rule(f"{quoted}!=0" + "".join(f" {name} {numbers}" for name, numbers in ranges if numbers is not None))
+    assert isinstance(rule, Rule)
+    return rule
+
+
+def _strip_path(picture: Path, word: str, output: Path | None, overwrite: bool) -> Path:
+    """Where the strip goes: where it is asked for, else beside the picture under a name that is free."""
+    from itertools import count
+
+    from mos_cli.runtime.files import check_writable, refuse_existing
+    from mos_cli.runtime.outputs import slug
+
+    if output is None:
+        names = (f"{picture.stem}_ablate-{slug(word)}{f'-{n}' if n > 1 else ''}.png" for n in count(1))
+        output = next(path for path in map(picture.with_name, names) if not path.exists())
+    elif output.suffix.lower() != ".png" or output == picture:
+        raise UsageError(f"--output {output}: name a .png of its own")
+    check_writable(output.parent)
+    refuse_existing(output, overwrite)
+    return output
+
+
+def _give_it(earlier: "EarlierPicture", inputs: "Inputs | None") -> "Image":
+    raise InputError(f"{earlier.recipe.prompt!r}, which this was made from, is needed here: give it with --input FILE")
+
+
+def _caption(one: "Ablated") -> str:
+    return f"layer {one.layer}: " + ("never read" if one.read == 0 else f"{one.change:.1f} levels")
+
+
+def _report(ablated: "list[Ablated]", names: tuple[str, ...], report: Report) -> None:
+    """The layers, the one that changes most first; those never read last."""
+    from math import isfinite
+
+    ranked = sorted(ablated, key=lambda one: (one.read == 0, -one.change))
+    width = max(map(len, names))
+    if not report.json:
+        report.event("head", f"layer  {'':{width}}    read  change  PSNR dB   (change: mean of 0-255 levels)")
+    for one in ranked:
+        psnr = f"{one.psnr:7.1f}" if isfinite(one.psnr) else "   same"
+        change = f"{one.change:6.2f}  {psnr}" if one.read else "never read"
+        report.event(
+            "layer",
+            f"{one.layer:5}  {names[one.layer]:{width}}  {one.read:6.1%}  {change}",
+            layer=one.layer,
+            name=names[one.layer],
+            read=round(one.read, 6),
+            change=round(one.change, 4),
+            psnr=round(one.psnr, 2) if isfinite(one.psnr) else None,
+        )

@@ -1,0 +1,253 @@
+"""Two runs compared, choice by choice: what agrees, what was a near-tie, what really changed.
+
+A decision is what one token does in one block at one step; a choice is one of the layers it reads. A choice that the
+other run does not make is a flip: one layer stands for another, the strongest for the strongest.
+
+A flip is a near-tie if the two layers lie within NEAR of each other in both runs: if the router gave them almost the
+same, measured in the decision's own weight (what its kept layers share, 1). Otherwise it is a real change. What a layer
+that was not kept would have weighed is known where all probabilities were recorded. Where they were not, it lies
+between nothing and the weight of the layer it stands for, so that the gap is at most that weight: near-ties found this
+way are certain, and there may be more of them. Where a rule or another run decided, even that is unknown, and a flip
+counts as real.
+
+Shapes: S steps and T tokens compared, J generation blocks, K kept layers, M understanding layers, F flips at most = K.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mos_cli.errors import InputError
+from mos_cli.routing.alignment import keyed_words, nearest_steps
+from mos_cli.routing.trace import Routes, Trace, TraceBranch
+
+NEAR = 0.1
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How much of something agrees.
+
+    `distance` is the total variation of the weights over the layers, mean over decisions: 0 = equal, 1 = no layer
+    shared. `first` is the first step, by its number in the first run, at which a choice differs.
+    """
+
+    choices: int
+    near_ties: int
+    changes: int
+    distance: float
+    first: int | None
+
+    @property
+    def agree(self) -> int:
+        return self.choices - self.near_ties - self.changes
+
+
+@dataclass(frozen=True)
+class WordDifference:
+    """A word that both prompts have; `nth` (from 1) tells its occurrences apart."""
+
+    text: str
+    nth: int
+    special: bool
+    tally: Tally
+
+    @property
+    def label(self) -> str:
+        return self.text if self.nth == 1 else f"{self.text}#{self.nth}"
+
+
+@dataclass(frozen=True)
+class BranchDifference:
+    """A guidance branch that both runs have.
+
+    `steps` are the steps compared, by their numbers in both runs, and `apart` is how far the times of such a pair lie
+    from each other at most. `only_a` and `only_b` are the words that one prompt alone has.
+    """
+
+    words: tuple[WordDifference, ...]
+    tally: Tally
+    steps: tuple[tuple[int, int], ...]
+    apart: float
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two runs compared. `exact` says that every near-tie is known as such; otherwise there may be more of them."""
+
+    branches: dict[str, BranchDifference]
+    tally: Tally
+    identical: bool
+    exact: bool
+
+
+def compare(a: Trace, routes_a: Mapping[str, Routes], b: Trace, routes_b: Mapping[str, Routes]) -> Difference:
+    """Compares the branches that two runs have both.
+
+    Words are aligned by their text and occurrence, special tokens by their name, image tokens by their place, and steps
+    by their times: each pair is nearest to each other.
+
+    Raises:
+        InputError: the models have other layers or blocks, or the prompts no word in common.
+    """
+    for what, count_a, count_b in (
+        ("understanding layers", len(a.layers), len(b.layers)),
+        ("generation blocks", a.blocks, b.blocks),
+    ):
+        if count_a != count_b:
+            raise InputError(
+                f"these runs cannot be compared: {a.recipe.model} has {count_a} {what}, {b.recipe.model} has {count_b}"
+            )
+    branches, parts = {}, []
+    for name in (name for name in a.branches if name in b.branches):
+        compared = _compare_branch(a, a.branches[name], routes_a[name], b, b.branches[name], routes_b[name])
+        if compared is not None:
+            branches[name], part = compared
+            parts.append(part)
+    if not parts:
+        raise InputError("these runs cannot be compared: their prompts have no word in common")
+    identical = (a.times, a.branches.keys()) == (b.times, b.branches.keys()) and all(
+        branch.tokens == b.branches[name].tokens and _equal(routes_a[name], routes_b[name])
+        for name, branch in a.branches.items()
+    )
+    exact = all(routes[name].probabilities_SJTM is not None for routes in (routes_a, routes_b) for name in branches)
+    return Difference(branches, _tally(parts), identical, exact)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Per decision [S, J, T]: choices compared, flips of both kinds, distance of the weights; and A's step numbers."""
+
+    steps: tuple[int, ...]
+    choices_SJT: np.ndarray
+    near_SJT: np.ndarray
+    real_SJT: np.ndarray
+    distance_SJT: np.ndarray
+
+    def of(self, columns: Sequence[int]) -> "_Counts":
+        cut = (self.choices_SJT, self.near_SJT, self.real_SJT, self.distance_SJT)
+        return _Counts(self.steps, *(counts[:, :, columns] for counts in cut))
+
+
+def _tally(parts: Sequence[_Counts]) -> Tally:
+    differs = [
+        step
+        for part in parts
+        for step, flips in zip(part.steps, (part.near_SJT + part.real_SJT).sum(axis=(1, 2)), strict=True)
+        if flips
+    ]
+    return Tally(
+        choices=sum(int(part.choices_SJT.sum()) for part in parts),
+        near_ties=sum(int(part.near_SJT.sum()) for part in parts),
+        changes=sum(int(part.real_SJT.sum()) for part in parts),
+        distance=float(np.concatenate([part.distance_SJT.ravel() for part in parts]).mean()),
+        first=min(differs, default=None),
+    )
+
+
+def _compare_branch(
+    a: Trace, branch_a: TraceBranch, routes_a: Routes, b: Trace, branch_b: TraceBranch, routes_b: Routes
+) -> tuple[BranchDifference, _Counts] | None:
+    """None if the prompts have no word in common."""
+    words_a, words_b = keyed_words(branch_a), keyed_words(branch_b)
+    shared = {key: [piece for piece in words_a[key] if piece in words_b[key]] for key in words_a if key in words_b}
+    shared = {key: pieces for key, pieces in shared.items() if pieces}
+    if not shared:
+        return None
+    tokens = [(words_a[key][piece], words_b[key][piece]) for key, pieces in shared.items() for piece in pieces]
+    times_a, times_b = ([trace.times[n] for n in side.steps] for trace, side in ((a, branch_a), (b, branch_b)))
+    steps = nearest_steps(times_a, times_b)
+    side_a = _cut(routes_a, _ruled(a, branch_a), [i for i, _ in steps], [i for i, _ in tokens])
+    side_b = _cut(routes_b, _ruled(b, branch_b), [i for _, i in steps], [i for _, i in tokens])
+    pairs = tuple((branch_a.steps[i], branch_b.steps[j]) for i, j in steps)
+    counts = _count(side_a, side_b, tuple(step for step, _ in pairs))
+    words, first = [], 0
+    for key, pieces in shared.items():
+        columns = range(first, first + len(pieces))
+        words.append(WordDifference(key.text, key.nth, key.kind == "special", _tally([counts.of(columns)])))
+        first += len(pieces)
+    return BranchDifference(
+        words=tuple(words),
+        tally=_tally([counts]),
+        steps=pairs,
+        apart=max(abs(times_a[i] - times_b[j]) for i, j in steps),
+        only_a=tuple(key.text for key in words_a if key not in shared),
+        only_b=tuple(key.text for key in words_b if key not in shared),
+    ), counts
+
+
+@dataclass(frozen=True)
+class _Side:
+    """The decisions of one run that are compared; weights as shares of the decision, 0 where no layer is read."""
+
+    ids_SJTK: np.ndarray
+    weights_SJTK: np.ndarray
+    probabilities_SJTM: np.ndarray | None
+    ruled_T: np.ndarray
+
+    def padded(self, kept: int) -> "_Side":
+        """With as many places for layers as the other run has."""
+        more = [(0, 0)] * 3 + [(0, kept - self.ids_SJTK.shape[-1])]
+        return _Side(
+            np.pad(self.ids_SJTK, more), np.pad(self.weights_SJTK, more), self.probabilities_SJTM, self.ruled_T
+        )
+
+
+def _ruled(trace: Trace, branch: TraceBranch) -> set[int]:
+    """The tokens whose layers were not the router's own choice, or need not have been."""
+    if trace.recipe.route_from is not None:
+        return set(range(len(branch.tokens)))
+    return {number for steered in branch.steered or () for number in steered.tokens}
+
+
+def _cut(routes: Routes, ruled: set[int], steps: list[int], tokens: list[int]) -> _Side:
+    def cut(array: np.ndarray) -> np.ndarray:
+        return array[steps][:, :, tokens]
+
+    weights = cut(routes.weights_SJTK).astype(np.float32)
+    weights /= weights.sum(axis=-1, keepdims=True)
+    probabilities = None if routes.probabilities_SJTM is None else cut(routes.probabilities_SJTM).astype(np.float32)
+    return _Side(cut(routes.ids_SJTK), weights, probabilities, np.isin(tokens, list(ruled)))
+
+
+def _count(a: _Side, b: _Side, steps: tuple[int, ...]) -> _Counts:
+    kept = max(a.ids_SJTK.shape[-1], b.ids_SJTK.shape[-1])
+    a, b = a.padded(kept), b.padded(kept)
+    reads_a, reads_b = a.weights_SJTK > 0, b.weights_SJTK > 0
+    same = (a.ids_SJTK[..., :, None] == b.ids_SJTK[..., None, :]) & reads_a[..., :, None] & reads_b[..., None, :]
+    lost, gained = reads_a & ~same.any(axis=-1), reads_b & ~same.any(axis=-2)
+    in_b = (same * b.weights_SJTK[..., None, :]).sum(axis=-1)
+    distance = np.abs(a.weights_SJTK - in_b).sum(axis=-1) + (b.weights_SJTK * gained).sum(axis=-1)
+
+    # Both stand in order of strength: the strongest that went is exchanged for the strongest that came.
+    went, came = np.argsort(~lost, axis=-1, kind="stable"), np.argsort(~gained, axis=-1, kind="stable")
+    lost_F, gained_F = np.take_along_axis(lost, went, -1), np.take_along_axis(gained, came, -1)
+    ids_a, ids_b = np.take_along_axis(a.ids_SJTK, went, -1), np.take_along_axis(b.ids_SJTK, came, -1)
+    near_F = lost_F & gained_F & _close(a, went, ids_a, ids_b) & _close(b, came, ids_b, ids_a)
+    return _Counts(
+        steps=steps,
+        choices_SJT=np.maximum(reads_a.sum(axis=-1), reads_b.sum(axis=-1)),
+        near_SJT=near_F.sum(axis=-1),
+        real_SJT=((lost_F | gained_F) & ~near_F).sum(axis=-1),
+        distance_SJT=distance / 2,
+    )
+
+
+def _close(side: _Side, places_SJTF: np.ndarray, own_SJTF: np.ndarray, other_SJTF: np.ndarray) -> np.ndarray:
+    """Whether the layers read in these places lie within NEAR of those the other run reads in their stead."""
+    if side.probabilities_SJTM is None:
+        weights = np.take_along_axis(side.weights_SJTK, places_SJTF, -1)
+        return (weights <= NEAR) & ~side.ruled_T[:, None]
+    own, other, kept = (
+        np.take_along_axis(side.probabilities_SJTM, ids.astype(np.intp), -1)
+        for ids in (own_SJTF, other_SJTF, side.ids_SJTK)
+    )
+    whole = (kept * (side.weights_SJTK > 0)).sum(axis=-1, keepdims=True)
+    return np.abs(own - other) <= NEAR * whole
+
+
+def _equal(a: Routes, b: Routes) -> bool:
+    return np.array_equal(a.ids_SJTK, b.ids_SJTK) and np.array_equal(a.weights_SJTK, b.weights_SJTK)
