@@ -1,4 +1,4 @@
-"""What each layer does for a word: the word may not read it, and the picture is drawn again, all else the same.
+"""What each layer does for a word: the word may not read it, or nothing else, and all else stays as it was.
 
 Shapes: S steps, J generation blocks, T tokens, K kept layers, M understanding layers.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ablated:
-    """A picture drawn without one layer for a word, and what became of it.
+    """A picture drawn without one layer for a word, or with that layer alone, and what became of it.
 
     `read` is the share of the word's decisions that kept the layer before. `change` is the mean absolute difference to
     the picture before, in 8-bit levels (0 to 255), and `psnr` the same in dB, infinite where nothing changed.
@@ -41,7 +41,7 @@ class _BegunError(Exception):
 
 
 def check_rule(recipe: "Recipe", rule: Rule, draw: "Callable[[Recipe, Observer], object]") -> None:
-    """Finds out whether a recipe can be drawn with a ban, by beginning to: rules are checked before the first step.
+    """Finds out whether a recipe can be drawn with a rule, by beginning to: rules are checked before the first step.
 
     Raises:
         UsageError: the prompt has no such word, the model no such blocks, the run no such steps, or other rules forbid.
@@ -51,22 +51,23 @@ def check_rule(recipe: "Recipe", rule: Rule, draw: "Callable[[Recipe, Observer],
         raise _BegunError
 
     with suppress(_BegunError):
-        draw(without(recipe, rule, rule.layers[0]), stop)
+        draw(with_layer(recipe, rule, rule.layers[0]), stop)
 
 
 def ablate(before: "Drawing", rule: Rule, draw: "Callable[[Recipe], Image]") -> Iterator[Ablated]:
-    """Bans one layer after the other, in their order.
+    """Bans one layer after the other, in their order, or pins the word to one after the other.
 
     A layer that the word never read is not drawn without: the router keeps what it kept, so that nothing can change.
 
     Args:
         before: the picture as it is, with its routes.
-        rule: a ban; whose layers they are counts for nothing.
+        rule: a ban or a pin; which layers it names counts for nothing.
         draw: draws a recipe, everything beside the recipe as it was for `before`.
     """
     recipe, shares_M = before.record.recipe, shares_read(before.trace, before.routes, rule)
     for layer, share in enumerate(shares_M):
-        image = before.image if share == 0 else draw(without(recipe, rule, layer))
+        same = share == 0 and rule.operator == "!="
+        image = before.image if same else draw(with_layer(recipe, rule, layer))
         change, psnr = difference(before.image, image)
         yield Ablated(layer, share, image, change, psnr)
 
@@ -87,10 +88,9 @@ def shares_read(trace: "Trace", routes: "dict[str, Routes]", rule: Rule) -> list
     return (kept_M / max(decisions, 1)).tolist()
 
 
-def without(recipe: "Recipe", rule: Rule, layer: int) -> "Recipe":
-    """The recipe with a ban of one layer beside the rules it has."""
-    ban = str(replace(rule, layers=(layer,)))
-    return recipe.model_copy(update={"routes": (*(recipe.routes or ()), ban)})
+def with_layer(recipe: "Recipe", rule: Rule, layer: int) -> "Recipe":
+    """The recipe with the rule, made to speak of one layer, beside the rules it has."""
+    return recipe.model_copy(update={"routes": (*(recipe.routes or ()), str(replace(rule, layers=(layer,))))})
 
 
 def difference(before: "Image", after: "Image") -> tuple[float, float]:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from mos_cli.ablation import ablate, difference, shares_read, without
+from mos_cli.ablation import ablate, difference, shares_read, with_layer
 from mos_cli.cli.app import app
 from mos_cli.pipeline import Drawing, MoSPipeline
 from mos_cli.routing.rules import Rule, parse_rule
@@ -85,7 +85,7 @@ def test_a_layer_never_read_changes_nothing_when_it_is_banned(pipeline, renormal
     before, rule = partly_read(pipeline)
     shares = shares_read(before.trace, before.routes, rule)
     for layer, share in enumerate(shares):
-        after = pipeline.draw(without(before.record.recipe, rule, layer))
+        after = pipeline.draw(with_layer(before.record.recipe, rule, layer))
         assert (after.image.tobytes() == before.image.tobytes()) == (share == 0), layer
 
 
@@ -204,3 +204,19 @@ def test_a_picture_is_not_written_over(picture):
     assert run(picture, "-w", "dog", "-o", picture)[0] == 2
     assert run(picture, "-w", "dog", "-o", picture.with_suffix(".JSON.png"))[0] == 3
     assert run(picture, "-w", "dog", "-o", picture.with_suffix(".JSON.png"), "--overwrite")[0] == 0
+
+
+def test_one_layer_alone_equals_a_pin(pipeline):
+    before = pipeline.draw(recipe_of())
+    drawn = ablate(before, rule_of("dog=0"), lambda recipe: pipeline.draw(recipe).image)
+    for one in drawn:
+        pinned = pipeline.draw(recipe_of(routes=(f"dog={one.layer}",))).image
+        assert one.image.tobytes() == pinned.tobytes()
+
+
+def test_only_draws_every_layer_even_those_never_read(picture):
+    layers = [event for event in events(picture, "--word", "dog", "--only") if event["event"] == "layer"]
+    changes = [layer["change"] for layer in layers]
+    assert len(layers) == LAYERS
+    assert changes == sorted(changes, reverse=True)
+    assert min(changes) > 0

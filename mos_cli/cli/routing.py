@@ -106,6 +106,9 @@ def ablate(
     word: Annotated[str, typer.Option("--word", "-w", help='The word, as in rules: cat, "red apple", cat#2, *.')],
     block: Annotated[str | None, typer.Option(metavar="A-B", help="Only in these blocks.", show_default="all")] = None,
     step: Annotated[str | None, typer.Option(metavar="A-B", help="Only at these steps.", show_default="all")] = None,
+    only: Annotated[
+        bool, typer.Option("--only", help="Let the word read one layer at a time, instead of all but one.")
+    ] = False,
     given: Annotated[
         list[Path] | None,
         typer.Option("--input", "-i", metavar="FILE", help="A picture that was edited; repeatable."),
@@ -126,7 +129,8 @@ def ablate(
 ) -> None:
     """Show what each layer does for a word: ban one layer at a time, and draw again with the same seed.
 
-    The layers are ranked by how much the picture changes. A strip shows the picture as it is, then without each layer.
+    The layers are ranked by how much the picture changes. A strip shows the picture as it is, then without each layer,
+    or with --only from each layer alone.
     """
     from mos_cli.routing.trace import load_recording
     from mos_cli.runtime.bundles import edits_of, find_bundle
@@ -137,7 +141,7 @@ def ablate(
     from mos_cli.runtime.settings import check_size, make_settings, resolve
 
     report = Report(json=json, quiet=quiet, verbose=verbose)
-    rule = _ban(word, block, step)
+    rule = _rule(word, block, step, only=only)
     image, record = read_drawing(picture)
     recipe, bundle = record.recipe, find_bundle(record.recipe.model)
     if bundle.hash != record.made.bundle_hash:
@@ -191,20 +195,23 @@ def ablate(
     exact = pixels_hash(before.image) == pixels_hash(image)
     note = None if exact else "the picture was drawn again here for comparison, and is not exactly the one in the file"
     report.event("original", note, exact=exact)
-    _report(ablated, before.trace.layers, report)
-    pictures = [(before.image, "as it is"), *((one.image, _caption(one)) for one in ablated)]
+    _report(ablated, before.trace.layers, report, only)
+    pictures = [(before.image, "as it is"), *((one.image, _caption(one, only)) for one in ablated)]
     atomic_write(strip, png(contact_sheet(pictures), None), overwrite)
     report.event("strip", str(strip), file=str(strip))
     report.times()
 
 
-def _ban(word: str, block: str | None, step: str | None) -> "Rule":
-    """The rule that keeps layer 0 from the word; the layer is to be replaced."""
+def _rule(word: str, block: str | None, step: str | None, *, only: bool) -> "Rule":
+    """The rule that keeps layer 0 from the word, or all others; the layer is to be replaced."""
     from mos_cli.routing.rules import Rule, parse_rule
 
     quoted = f'"{word}"' if " " in word and '"' not in word else word
     ranges = (("blocks", block), ("steps", step))
-    rule = parse_rule(f"{quoted}!=0" + "".join(f" {name} {numbers}" for name, numbers in ranges if numbers is not None))
+    operator = "=" if only else "!="
+    rule = parse_rule(
+        f"{quoted}{operator}0" + "".join(f" {name} {numbers}" for name, numbers in ranges if numbers is not None)
+    )
     assert isinstance(rule, Rule)
     return rule
 
@@ -230,21 +237,22 @@ def _give_it(earlier: "EarlierPicture", inputs: "Inputs | None") -> "Image":
     raise InputError(f"{earlier.recipe.prompt!r}, which this was made from, is needed here: give it with --input FILE")
 
 
-def _caption(one: "Ablated") -> str:
-    return f"layer {one.layer}: " + ("never read" if one.read == 0 else f"{one.change:.1f} levels")
+def _caption(one: "Ablated", only: bool) -> str:
+    changed = f"{one.change:.1f} levels" if one.read or only else "never read"
+    return f"{'only' if only else 'without'} layer {one.layer}: {changed}"
 
 
-def _report(ablated: "list[Ablated]", names: tuple[str, ...], report: Report) -> None:
-    """The layers, the one that changes most first; those never read last."""
+def _report(ablated: "list[Ablated]", names: tuple[str, ...], report: Report, only: bool) -> None:
+    """The layers, the one that changes most first; those that it makes no sense to ban, for they are not read, last."""
     from math import isfinite
 
-    ranked = sorted(ablated, key=lambda one: (one.read == 0, -one.change))
+    ranked = sorted(ablated, key=lambda one: (one.read == 0 and not only, -one.change))
     width = max(map(len, names))
     if not report.json:
         report.event("head", f"layer  {'':{width}}    read  change  PSNR dB   (change: mean of 0-255 levels)")
     for one in ranked:
         psnr = f"{one.psnr:7.1f}" if isfinite(one.psnr) else "   same"
-        change = f"{one.change:6.2f}  {psnr}" if one.read else "never read"
+        change = f"{one.change:6.2f}  {psnr}" if one.read or only else "never read"
         report.event(
             "layer",
             f"{one.layer:5}  {names[one.layer]:{width}}  {one.read:6.1%}  {change}",
