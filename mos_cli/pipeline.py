@@ -28,11 +28,11 @@ from mos_cli.runtime.devices import device_name, device_threads
 from mos_cli.runtime.inputs import Inputs
 from mos_cli.runtime.recipe import PictureRecord, Recipe, pixels_hash, provenance
 from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, UNSEEN, Guidance, Observer, sample, times
+from mos_cli.towers.attention import Asked, choose_attention
 from mos_cli.towers.autoencoder import Autoencoder, Pixels, load_autoencoder, to_image
 from mos_cli.towers.bank import SIGHT, StateBank
 from mos_cli.towers.eyes import Eyes
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.towers.layers import ATTENTION
 from mos_cli.towers.understanding import UnderstandingTower
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -65,12 +65,22 @@ class MoSPipeline:
     Args:
         bundle: where the weights are; every file is checked against its hash.
         understanding: folder of the understanding tower, as `fetch_tower` returns it.
+        attention: what computes it; see `choose_attention`.
 
     Raises:
         ModelError: the bundle is damaged, or its parts do not fit together.
+        DeviceError: what is to compute the attention cannot do so here.
     """
 
-    def __init__(self, bundle: Bundle, understanding: Path, *, device: torch.device, precision: str) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        understanding: Path,
+        *,
+        device: torch.device,
+        precision: str,
+        attention: Asked = "auto",
+    ) -> None:
         verify_bundle(bundle)
         dtype = DTYPES[precision]
         self.bundle_hash, self.device = bundle.hash, device
@@ -92,6 +102,7 @@ class MoSPipeline:
         except (OSError, ValueError, RuntimeError, TypeError) as error:
             raise ModelError(f"the bundle in {bundle.folder} cannot be loaded: {error}") from None
         self.tower.eval().requires_grad_(False).to(device)  # type: ignore[arg-type]
+        self.attention = choose_attention(self.tower, attention)
         if self.tower.sight_widths != (() if self.eyes is None else self.eyes.widths):
             raise ModelError(f"the eyes of {bundle.index.name} do not fit its generation tower")
         handed = (self.understanding.layers, self.understanding.width)
@@ -156,7 +167,7 @@ class MoSPipeline:
                 f"out of memory at {width}x{height} on {self.device}: take a smaller {option}"
             ) from None
         made = provenance(
-            self.bundle_hash, device_name(self.device), ATTENTION.value, threads=device_threads(self.device)
+            self.bundle_hash, device_name(self.device), self.attention, threads=device_threads(self.device)
         )
         record = PictureRecord(
             schema="mos-picture/1",

@@ -10,12 +10,11 @@ from test_towers import B, J, M, S, T, inputs, small_tower
 from torch import Tensor
 
 from mos_cli.runtime.bundles import find_bundle
+from mos_cli.towers.attention import Attention, CrossAttention
 from mos_cli.towers.blocks import GenerationBlock
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.layers import (
     EPS,
-    Attention,
-    CrossAttention,
     Rotary,
     grid_positions,
     patchify,

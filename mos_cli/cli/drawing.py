@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mos_cli.runtime.bundles import Bundle
     from mos_cli.runtime.inputs import Inputs
     from mos_cli.runtime.recipe import Recipe
+    from mos_cli.runtime.settings import RunSettings
     from mos_cli.sampling.sampler import Step
 
 
@@ -90,7 +91,7 @@ class Report:
         )
 
 
-def load_pipeline(bundle: "Bundle", *, device: str, precision: str, report: Report) -> "MoSPipeline":
+def load_pipeline(bundle: "Bundle", settings: "RunSettings", *, precision: str, report: Report) -> "MoSPipeline":
     """Imports the libraries and loads a bundle; an understanding tower that is not here yet is fetched."""
     from mos_cli.cli.fetching import fetch_with_progress
 
@@ -103,7 +104,13 @@ def load_pipeline(bundle: "Bundle", *, device: str, precision: str, report: Repo
         from mos_cli.pipeline import MoSPipeline
         from mos_cli.runtime.devices import choose_device
     with report.stage("weights"):
-        return MoSPipeline(bundle, understanding, device=choose_device(device), precision=precision)
+        return MoSPipeline(
+            bundle,
+            understanding,
+            device=choose_device(settings.device),
+            precision=precision,
+            attention=settings.attention,
+        )
 
 
 def draw_jobs(

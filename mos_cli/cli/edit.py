@@ -17,6 +17,7 @@ from mos_cli.cli.asked import (
 )
 from mos_cli.cli.drawing import Report, draw_jobs, load_pipeline
 from mos_cli.cli.options import (
+    Attention,
     Cfg,
     CfgInterval,
     Count,
@@ -100,6 +101,7 @@ def edit(
     preview_steps: PreviewSteps = False,
     device: Device = None,
     precision: Precision = None,
+    attention: Attention = None,
     strip: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Also write before, after and their difference side by side.")
     ] = None,
@@ -130,6 +132,7 @@ def edit(
         routes=route or None,
         device=device,
         precision=precision,
+        attention=attention,
     )
     settings = resolve(flags, preset)
     wanted = what_to_record(settings.trace, regions=regions, previews=preview_steps)
@@ -180,7 +183,7 @@ def edit(
     if dry_run:
         say_what_would_be_drawn(jobs, report)
         return
-    pipeline = load_pipeline(bundle, device=settings.device, precision=fields["precision"], report=report)
+    pipeline = load_pipeline(bundle, settings, precision=fields["precision"], report=report)
     draw_jobs(
         pipeline,
         jobs,

@@ -15,6 +15,7 @@ from mos_cli.cli.asked import (
 )
 from mos_cli.cli.drawing import Report, draw_jobs, load_pipeline
 from mos_cli.cli.options import (
+    Attention,
     Cfg,
     CfgInterval,
     Count,
@@ -67,6 +68,7 @@ def generate(
     preview_steps: PreviewSteps = False,
     device: Device = None,
     precision: Precision = None,
+    attention: Attention = None,
     sheet: Sheet = None,
     dry_run: DryRun = False,
     json: Json = False,
@@ -92,6 +94,7 @@ def generate(
         routes=route or None,
         device=device,
         precision=precision,
+        attention=attention,
     )
     settings = resolve(flags, preset)
     wanted = what_to_record(settings.trace, regions=regions, previews=preview_steps)
@@ -110,7 +113,7 @@ def generate(
     if dry_run:
         say_what_would_be_drawn(jobs, report)
         return
-    pipeline = load_pipeline(bundle, device=settings.device, precision=fields["precision"], report=report)
+    pipeline = load_pipeline(bundle, settings, precision=fields["precision"], report=report)
     draw_jobs(
         pipeline,
         jobs,

@@ -13,6 +13,15 @@ Device = Annotated[
     str | None,
     typer.Option(envvar="MOS_DEVICE", help="auto, cpu or cuda.", show_default="auto", metavar="DEVICE"),
 ]
+Attention = Annotated[
+    str | None,
+    typer.Option(
+        envvar="MOS_ATTENTION",
+        metavar="NAME",
+        help="What computes attention: xformers, sdpa (PyTorch's), or auto: xformers where it can.",
+        show_default="auto",
+    ),
+]
 Output = Annotated[
     str | None,
     typer.Option(

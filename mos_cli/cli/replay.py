@@ -7,7 +7,7 @@ import typer
 
 from mos_cli.cli.asked import what_to_record
 from mos_cli.cli.drawing import Job, Report, draw_jobs, load_pipeline
-from mos_cli.cli.options import Device, Json, Output, Overwrite, PreviewSteps, Quiet, Regions, Trace, Verbose
+from mos_cli.cli.options import Attention, Device, Json, Output, Overwrite, PreviewSteps, Quiet, Regions, Trace, Verbose
 from mos_cli.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def replay(
     regions: Regions = False,
     preview_steps: PreviewSteps = False,
     device: Device = None,
+    attention: Attention = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -93,7 +94,7 @@ def replay(
         image_cfg = recipe.edit.image_cfg
     guidances = {f"--set {key}": changed.get(key) for key in ("negative", "cfg_interval")}
     check_guidance(recipe.cfg, guidances, image_cfg)
-    settings = resolve(make_settings(output=output, trace=trace, device=device), None)
+    settings = resolve(make_settings(output=output, trace=trace, device=device, attention=attention), None)
     check_size(*recipe.working_size, bundle.index.canvas)
     wanted = what_to_record(settings.trace, regions=regions, previews=preview_steps)
     if (route_from is None) != (recipe.route_from is None):
@@ -109,7 +110,7 @@ def replay(
     def pipeline_of(bundle: "Bundle", precision: str) -> "MoSPipeline":
         key = (bundle.hash, precision)
         if key not in loaded:
-            loaded[key] = load_pipeline(bundle, device=settings.device, precision=precision, report=report)
+            loaded[key] = load_pipeline(bundle, settings, precision=precision, report=report)
         return loaded[key]
 
     def redraw(earlier: "EarlierPicture", inputs: "Inputs | None") -> "Image":

@@ -8,7 +8,7 @@ import typer
 from mos_cli.cli import console
 from mos_cli.cli.drawing import Report, load_pipeline
 from mos_cli.cli.interrupt import gentle_interrupt
-from mos_cli.cli.options import Device, Json, Overwrite, Quiet, Verbose
+from mos_cli.cli.options import Attention, Device, Json, Overwrite, Quiet, Verbose
 from mos_cli.errors import InputError, ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ def ablate(
     ] = None,
     overwrite: Overwrite = False,
     device: Device = None,
+    attention: Attention = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -158,12 +159,12 @@ def ablate(
         other, advice = ("no other run", "drop") if route_from else ("another run", "name its trace with")
         raise UsageError(f"{picture} takes its routes from {other}: {advice} --route-from")
     routes = None if route_from is None else load_recording(route_from)
-    settings = resolve(make_settings(device=device), None)
+    settings = resolve(make_settings(device=device, attention=attention), None)
     strip = _strip_path(picture, word, output, overwrite)
     finder = Finder(given or [], [] if mask is None else [mask], _give_it)
     inputs = finder.inputs_of(recipe, record.earlier)
     finder.check_all_used()
-    pipeline = load_pipeline(bundle, device=settings.device, precision=recipe.precision, report=report)
+    pipeline = load_pipeline(bundle, settings, precision=recipe.precision, report=report)
 
     from mos_cli.ablation import ablate as ablate_layers
     from mos_cli.ablation import check_rule

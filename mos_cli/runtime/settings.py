@@ -29,6 +29,7 @@ class Settings(BaseModel):
     size: str | None = None
     precision: Literal["auto", "bf16", "fp32"] | None = None
     device: str | None = None
+    attention: Literal["auto", "xformers", "sdpa"] | None = None
     trace: TraceLevel | None = None
     routes: tuple[str, ...] | None = Field(default=None, min_length=1)
     output: str | None = None
@@ -45,6 +46,7 @@ class RunSettings(Settings):
     negative: str = ""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     device: str = "auto"
+    attention: Literal["auto", "xformers", "sdpa"] = "auto"
     trace: TraceLevel = "topk"
     output: str = "outputs/{date}/{number}_{prompt}_s{seed}.png"
 

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mos_cli.towers.layers import EPS, Attention, CrossAttention, Rotary, SwiGLU, normed
+from mos_cli.towers.attention import Attention, CrossAttention
+from mos_cli.towers.layers import EPS, Rotary, SwiGLU, normed
 
 Context = Literal["kv", "tokens", "joint", "cross"]
 Reading = Literal["kv", "tokens", "carried", "cross"]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.embeddings import (
     TimestepEmbedding,
     Timesteps,
@@ -17,8 +16,6 @@ from diffusers.models.embeddings import (
 from torch import Tensor, nn
 
 EPS = 1e-6
-ATTENTION = AttentionBackendName.NATIVE
-"""PyTorch's own scaled dot product attention."""
 
 
 @dataclass(frozen=True)
@@ -78,96 +75,6 @@ class TimeEmbedding(nn.Module):
     def forward(self, t_B: Tensor) -> Tensor:
         # The sinusoid's frequencies are made for 1,000 steps.
         return self.mlp(self.sinusoid(t_B * 1000).to(self.mlp.linear_1.weight.dtype))
-
-
-class Attention(nn.Module):
-    """Self-attention with QK-norm and rotary positions; keys and values of a context may stand in front.
-
-    Attention is unmasked unless a batch holds padded contexts (training), where mask_BL tells the keys to attend to.
-    """
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        assert width % heads == 0
-        assert (width // heads) % 16 == 0, "three rotary axes need heads of a multiple of 16"
-        self.heads = heads
-        self.to_qkv = nn.Linear(width, 3 * width, bias=False)
-        self.to_out = nn.Linear(width, width, bias=False)
-        self.norm_q = nn.RMSNorm(width // heads, eps=EPS)
-        self.norm_k = nn.RMSNorm(width // heads, eps=EPS)
-
-    def forward(
-        self,
-        x_BLD: Tensor,
-        positions: Rotary,
-        context_kv: Tensor | None = None,
-        mask_BL: Tensor | None = None,
-    ) -> Tensor:
-        """Attends from x to [context; x]. `positions` and mask cover the keys; context_kv is [B, T, 2 D]."""
-        return self.to_out(_attend(*self._qkv(x_BLD, positions, context_kv), mask_BL))
-
-    def shares(self, x_BLD: Tensor, positions: Rotary, context_kv: Tensor | None = None) -> Tensor:
-        """How much each query of `forward` attends to each key, [B, L, keys], mean over heads."""
-        return _shares(*self._qkv(x_BLD, positions, context_kv)[:2])
-
-    def _qkv(self, x_BLD: Tensor, positions: Rotary, context_kv: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = _heads(self.to_qkv(x_BLD), 3, self.heads)
-        if context_kv is not None:
-            context_k, context_v = _heads(context_kv, 2, self.heads)
-            k, v = torch.cat([context_k, k], dim=1), torch.cat([context_v, v], dim=1)
-        return positions[-q.shape[1] :].rotate(self.norm_q(q)), positions.rotate(self.norm_k(k)), v
-
-    def keys_values(self, x_BLD: Tensor) -> Tensor:
-        """What others attend to in x, as a `context_kv` [B, L, 2 D]."""
-        return F.linear(x_BLD, self.to_qkv.weight[x_BLD.shape[-1] :])
-
-
-class CrossAttention(nn.Module):
-    """Attention from x to a context alone, with a softmax of its own; the rest as in `Attention`."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_kv = nn.Linear(width, 2 * width, bias=False)
-        self.to_out = nn.Linear(width, width, bias=False)
-        self.norm_q = nn.RMSNorm(width // heads, eps=EPS)
-        self.norm_k = nn.RMSNorm(width // heads, eps=EPS)
-
-    def forward(self, x_BND: Tensor, context_BTD: Tensor, positions: Rotary, mask_BL: Tensor | None = None) -> Tensor:
-        """Attends from x to the context. `positions` and mask cover [context; x]."""
-        return self.to_out(_attend(*self._qkv(x_BND, context_BTD, positions), mask_BL))
-
-    def shares(self, x_BND: Tensor, context_BTD: Tensor, positions: Rotary) -> Tensor:
-        """How much each query of `forward` attends to each token, [B, N, T], mean over heads."""
-        return _shares(*self._qkv(x_BND, context_BTD, positions)[:2])
-
-    def _qkv(self, x_BND: Tensor, context_BTD: Tensor, positions: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-        (q,) = _heads(self.to_q(x_BND), 1, self.heads)
-        k, v = _heads(self.to_kv(context_BTD), 2, self.heads)
-        q = positions[k.shape[1] :].rotate(self.norm_q(q))
-        return q, positions[: k.shape[1]].rotate(self.norm_k(k)), v
-
-
-def _heads(x: Tensor, parts: int, heads: int) -> list[Tensor]:
-    """[B, L, parts * D] -> `parts` of [B, L, H, E]."""
-    return [part.unflatten(-1, (heads, -1)) for part in x.chunk(parts, dim=-1)]
-
-
-def _attend(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHE: Tensor, mask_BL: Tensor | None) -> Tensor:
-    """[B, L, D]. The mask's first entries are those of the keys."""
-    mask = None if mask_BL is None else mask_BL[:, None, None, : k_BLHE.shape[1]]
-    # Named, so that no setting of the environment puts another backend in its place unseen.
-    return dispatch_attention_fn(q_BLHE, k_BLHE, v_BLHE, attn_mask=mask, backend=ATTENTION).flatten(-2)
-
-
-def _shares(q_BLHE: Tensor, k_BLHE: Tensor) -> Tensor:
-    """The softmax of the attention [B, queries, keys], mean over heads; one head at a time, for it is large."""
-    scale, heads = q_BLHE.shape[-1] ** -0.5, q_BLHE.shape[2]
-    shares = (
-        (q @ k.mT * scale).float().softmax(dim=-1) for q, k in zip(q_BLHE.unbind(2), k_BLHE.unbind(2), strict=True)
-    )
-    return sum(shares, torch.zeros(())) / heads
 
 
 class SwiGLU(nn.Module):

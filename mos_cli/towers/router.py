@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mos_cli.towers.attention import Attention
 from mos_cli.towers.layers import (
     EPS,
-    Attention,
     Rotary,
     SwiGLU,
     TimeEmbedding,

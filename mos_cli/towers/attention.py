@@ -1,0 +1,151 @@
+"""Attention of the router and the generation tower, and the operator that computes it.
+
+Shapes: B batch, L sequence, T context tokens, N patches, D width, H heads, E width of a head.
+"""
+
+from functools import lru_cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from torch import Tensor, nn
+
+from mos_cli.errors import DeviceError
+from mos_cli.towers.layers import EPS, Rotary
+
+Asked = Literal["auto", "xformers", "sdpa"]
+SDPA, XFORMERS = AttentionBackendName.NATIVE, AttentionBackendName.XFORMERS
+"""PyTorch's own scaled dot product attention, and the memory-efficient one of xformers."""
+
+
+def choose_attention(model: nn.Module, asked: Asked) -> str:
+    """Sets what computes the attention of a network that lies where it will run; returns the name of what does.
+
+    "auto" is xformers where it has an operator for a layer's device, type and width of a head, else sdpa.
+
+    Raises:
+        DeviceError: xformers is asked for, and has no operator for one of the layers.
+    """
+    used = {}
+    for layer in model.modules():
+        if not isinstance(layer, Attention | CrossAttention):
+            continue
+        weight = layer.norm_q.weight
+        takes = asked != "sdpa" and xformers_takes(weight.device, weight.dtype, weight.shape[0])
+        if asked == "xformers" and not takes:
+            raise DeviceError(
+                f"xformers has no operator for {weight.dtype} heads of {weight.shape[0]} on {weight.device.type}: "
+                "use --attention auto or sdpa"
+            )
+        layer.backend = XFORMERS if takes else SDPA
+        used[layer.backend.value] = True
+    return ", ".join(used)
+
+
+@lru_cache
+def xformers_takes(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
+    """Whether xformers computes attention there, found by asking it to; its own tables of support are not public."""
+    if device.type != "cuda":
+        return False
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        probe = torch.zeros(1, 8, 1, head_width, device=device, dtype=dtype)
+        memory_efficient_attention(probe, probe, probe)
+    except (ImportError, NotImplementedError, ValueError, RuntimeError):
+        return False
+    return True
+
+
+class Attention(nn.Module):
+    """Self-attention with QK-norm and rotary positions; keys and values of a context may stand in front.
+
+    Attention is unmasked unless a batch holds padded contexts (training), where mask_BL tells the keys to attend to.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        assert width % heads == 0
+        assert (width // heads) % 16 == 0, "three rotary axes need heads of a multiple of 16"
+        self.heads, self.backend = heads, SDPA
+        self.to_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.to_out = nn.Linear(width, width, bias=False)
+        self.norm_q = nn.RMSNorm(width // heads, eps=EPS)
+        self.norm_k = nn.RMSNorm(width // heads, eps=EPS)
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        positions: Rotary,
+        context_kv: Tensor | None = None,
+        mask_BL: Tensor | None = None,
+    ) -> Tensor:
+        """Attends from x to [context; x]. `positions` and mask cover the keys; context_kv is [B, T, 2 D]."""
+        return self.to_out(_attend(*self._qkv(x_BLD, positions, context_kv), mask_BL, self.backend))
+
+    def shares(self, x_BLD: Tensor, positions: Rotary, context_kv: Tensor | None = None) -> Tensor:
+        """How much each query of `forward` attends to each key, [B, L, keys], mean over heads."""
+        return _shares(*self._qkv(x_BLD, positions, context_kv)[:2])
+
+    def _qkv(self, x_BLD: Tensor, positions: Rotary, context_kv: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = _heads(self.to_qkv(x_BLD), 3, self.heads)
+        if context_kv is not None:
+            context_k, context_v = _heads(context_kv, 2, self.heads)
+            k, v = torch.cat([context_k, k], dim=1), torch.cat([context_v, v], dim=1)
+        return positions[-q.shape[1] :].rotate(self.norm_q(q)), positions.rotate(self.norm_k(k)), v
+
+    def keys_values(self, x_BLD: Tensor) -> Tensor:
+        """What others attend to in x, as a `context_kv` [B, L, 2 D]."""
+        return F.linear(x_BLD, self.to_qkv.weight[x_BLD.shape[-1] :])
+
+
+class CrossAttention(nn.Module):
+    """Attention from x to a context alone, with a softmax of its own; the rest as in `Attention`."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.backend = heads, SDPA
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_kv = nn.Linear(width, 2 * width, bias=False)
+        self.to_out = nn.Linear(width, width, bias=False)
+        self.norm_q = nn.RMSNorm(width // heads, eps=EPS)
+        self.norm_k = nn.RMSNorm(width // heads, eps=EPS)
+
+    def forward(self, x_BND: Tensor, context_BTD: Tensor, positions: Rotary, mask_BL: Tensor | None = None) -> Tensor:
+        """Attends from x to the context. `positions` and mask cover [context; x]."""
+        return self.to_out(_attend(*self._qkv(x_BND, context_BTD, positions), mask_BL, self.backend))
+
+    def shares(self, x_BND: Tensor, context_BTD: Tensor, positions: Rotary) -> Tensor:
+        """How much each query of `forward` attends to each token, [B, N, T], mean over heads."""
+        return _shares(*self._qkv(x_BND, context_BTD, positions)[:2])
+
+    def _qkv(self, x_BND: Tensor, context_BTD: Tensor, positions: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        (q,) = _heads(self.to_q(x_BND), 1, self.heads)
+        k, v = _heads(self.to_kv(context_BTD), 2, self.heads)
+        q = positions[k.shape[1] :].rotate(self.norm_q(q))
+        return q, positions[: k.shape[1]].rotate(self.norm_k(k)), v
+
+
+def _heads(x: Tensor, parts: int, heads: int) -> list[Tensor]:
+    """[B, L, parts * D] -> `parts` of [B, L, H, E]."""
+    return [part.unflatten(-1, (heads, -1)) for part in x.chunk(parts, dim=-1)]
+
+
+def _attend(
+    q_BLHE: Tensor, k_BLHE: Tensor, v_BLHE: Tensor, mask_BL: Tensor | None, backend: AttentionBackendName
+) -> Tensor:
+    """[B, L, D]. The mask's first entries are those of the keys; xformers would misread it, and is not asked then."""
+    mask = None if mask_BL is None else mask_BL[:, None, None, : k_BLHE.shape[1]]
+    # Named, so that no setting of the environment puts another backend in its place unseen.
+    backend = backend if mask is None else SDPA
+    return dispatch_attention_fn(q_BLHE, k_BLHE, v_BLHE, attn_mask=mask, backend=backend).flatten(-2)
+
+
+def _shares(q_BLHE: Tensor, k_BLHE: Tensor) -> Tensor:
+    """The softmax of the attention [B, queries, keys], mean over heads; one head at a time, for it is large."""
+    scale, heads = q_BLHE.shape[-1] ** -0.5, q_BLHE.shape[2]
+    shares = (
+        (q @ k.mT * scale).float().softmax(dim=-1) for q, k in zip(q_BLHE.unbind(2), k_BLHE.unbind(2), strict=True)
+    )
+    return sum(shares, torch.zeros(())) / heads
