@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ from mos_cli.cli.app import MosGroup
 from mos_cli.cli.inspect_routing import inspect_routing
 from mos_cli.errors import UsageError
 from mos_cli.routing.analysis import Word, find_words, split_words, step_changes, word_layers
-from mos_cli.routing.trace import TraceToken, trace_files
+from mos_cli.routing.section import cut
+from mos_cli.routing.trace import Recording, Routes, Trace, TraceToken, trace_files
 from mos_cli.routing.views.terminal import RoutesView
 from mos_cli.runtime.files import write_together
 
@@ -42,6 +44,11 @@ def trace_path(tmp_path) -> Path:
 @pytest.fixture(autouse=True)
 def _plain_console(monkeypatch):
     monkeypatch.setattr(console, "out", Console(width=80, color_system=None, highlight=False))
+
+
+def view_of(trace: Trace, routes: dict[str, Routes] | None, asked: Sequence[str] = ()) -> RoutesView:
+    section = cut(Recording(Path("x.json"), trace, routes, None, None), "positive")
+    return RoutesView(section, find_words(section.words, asked) if asked else ())
 
 
 def mos(*arguments: object) -> tuple[int, str, str]:
@@ -70,8 +77,10 @@ def test_the_view_shows_words_layers_entropy_strongest_and_dead(trace_path):
             line.split() for line in lines
         ]
     strongest = facts["strongest"][0]
-    assert f"strongest {strongest['layer']} ({strongest['share']:.0%})" in out
-    assert ["dead", str(DEAD)] in [line.split() for line in lines]
+    assert f"strongest {strongest['layer']} ({strongest['share']:.0%})" in " ".join(out.split())
+    assert ["never", "used", str(DEAD)] in [line.split() for line in lines]
+    shared = [f"{100 * share:.0f}" for share in facts["agreement"]["negative"]]
+    assert ["negative", *shared] in [line.split() for line in lines]
 
 
 def test_json_says_what_the_trace_says(trace_path):
@@ -166,10 +175,9 @@ def test_it_fits_any_width_without_colour(width, encoding):
     """31 layers and 50 steps are cut to fit; where the terminal knows only ASCII, so does the view."""
     prompt = LONG if encoding == "utf-8" else "a red apple"
     trace, routes = make_trace(prompt=prompt, layers=31, blocks=40, steps=50)
-    branch = trace.branches["positive"]
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding=encoding)
-    view = RoutesView(trace, "positive", split_words(prompt, branch.tokens), step_changes(routes["positive"].ids_SJTK))
+    view = view_of(trace, routes, asked=prompt.split())
     Console(file=stream, width=width).print(view)
     stream.flush()
     text = raw.getvalue().decode(encoding)
@@ -180,15 +188,22 @@ def test_it_fits_any_width_without_colour(width, encoding):
     steps = [int(step) for step in next(line for line in lines if line.startswith("step ")).split()[1:]]
     assert (steps[0], steps[-1]) == (0, 49)
     assert set(np.diff(steps)) <= {49 // (len(steps) - 1), 49 // (len(steps) - 1) + 1}
-    headers = [line.split()[1:] for line in lines if line.lstrip().startswith("block ")]
-    assert [int(layer) for header in headers for layer in header] == list(range(31))
+    headers = [line.split() for line in lines]
+    for heading, label, count in (
+        ("words x layers", "layer", 31),
+        ("blocks x", "block", 31),
+        ("branches x", "block", 40),
+    ):
+        first = next(place for place, line in enumerate(lines) if line.startswith(heading))
+        last = next((place for place in range(first, len(lines)) if not lines[place]), len(lines))
+        shown = [int(number) for header in headers[first:last] if header[:1] == [label] for number in header[1:]]
+        assert shown == list(range(count))
     if encoding == "utf-8":
         assert "[bold]x[/bold]" in text
 
 
 def test_colour_changes_no_character(trace_path):
-    trace, _ = make_trace()
-    view = RoutesView(trace, "positive", split_words("a red apple", trace.branches["positive"].tokens), None)
+    view = view_of(*make_trace())
     texts = []
     for colour in (None, "truecolor"):
         target = Console(width=80, color_system=colour, force_terminal=True, legacy_windows=False, _environ={})
@@ -198,6 +213,17 @@ def test_colour_changes_no_character(trace_path):
     assert "\x1b[" in texts[1]
     assert "\x1b[" not in texts[0]
     assert re.sub(r"\x1b\[[0-9;]*m", "", texts[1]) == texts[0]
+
+
+def test_a_long_prompt_is_cut_and_says_so():
+    trace, routes = make_trace(prompt=" ".join(f"word{number}" for number in range(70)))
+    target = Console(width=80)
+    with target.capture() as capture:
+        target.print(view_of(trace, routes))
+    text = capture.get()
+    assert "word59 " in text
+    assert "word60 " not in text
+    assert "and 12 words more" in text
 
 
 def test_nothing_heavy_is_imported(trace_path):

@@ -1,83 +1,124 @@
 """`mos inspect-routing`: which layer each word read, step by step."""
 
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mos_cli.cli import console
+from mos_cli.cli.options import Overwrite
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from mos_cli.routing.analysis import Word
-    from mos_cli.routing.trace import Trace
+    from mos_cli.routing.trace import Recording
 
 
 def inspect_routing(
     trace: Annotated[Path, typer.Argument(help="A trace (.json), or the picture beside it.", dir_okay=False)],
-    branch: Annotated[str, typer.Option(help="The guidance branch to show: positive or negative.")] = "positive",
+    branch: Annotated[
+        str | None,
+        typer.Option(help="The guidance branch to show.", show_default="positive; --export writes all", metavar="NAME"),
+    ] = None,
     word: Annotated[list[str] | None, typer.Option("--word", "-w", help="Show only this word; repeatable.")] = None,
+    step: Annotated[
+        str | None, typer.Option("--step", metavar="A:B", help="Only these steps, both included; also A, A: or :B.")
+    ] = None,
+    block: Annotated[
+        str | None, typer.Option("--block", metavar="A:B", help="Only these blocks, both included; also A, A: or :B.")
+    ] = None,
+    patch: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROW,COLUMN", help="Show which words this patch of the picture read; repeatable."),
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write every decision as a table: .parquet or .csv.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a figure of the routes: .png, .pdf or .svg.")
+    ] = None,
+    regions: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a figure of which patches read which word: .png or .pdf."),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report for the browser.")] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="TRACE", help="A second trace, beside the first in the report.")
+    ] = None,
+    overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show the routes that drew a picture: which layers of the language model its words read, and when."""
-    from mos_cli.errors import UsageError
-    from mos_cli.routing.analysis import find_words, split_words, step_changes
-    from mos_cli.routing.trace import load_routes, load_trace
+    """Show the routes that drew a picture: which layers of the language model its words read, and when.
 
-    head = load_trace(trace)
-    if branch not in head.branches:
-        raise UsageError(f"the trace has no {branch!r} branch: it has {', '.join(head.branches)}")
-    words = split_words(head.branches[branch].prompt, head.branches[branch].tokens)
-    if word:
-        words = find_words(words, word)
-    changes = step_changes(load_routes(head, trace)[branch].ids_SJTK) if head.arrays else None
+    What --export, --plot, --regions and --html write is printed as a path, instead of the tables.
+    """
+    from mos_cli.errors import UsageError
+    from mos_cli.routing.analysis import find_words, matching_words
+    from mos_cli.routing.regions import patch_origins
+    from mos_cli.routing.section import cut, cut_all
+    from mos_cli.routing.trace import load_recording
+
+    if compare is not None and html is None:
+        raise UsageError("--compare is for the report: add --html FILE, or see `mos routing diff`")
+    narrowed = [name for name, value in {"branch": branch, "word": word, "step": step, "block": block}.items() if value]
+    if html is not None and narrowed and not (export or plot or regions or patch or as_json):
+        raise UsageError(f"--{narrowed[0]} has no effect on --html: the report holds the whole trace")
+    if step is not None and (regions or patch):
+        raise UsageError("regions are recorded as a mean over all steps: leave --step out")
+
+    recording = load_recording(trace)
+    section = cut(recording, branch or "positive", step, block)
+    asked = find_words(section.words, word) if word else ()
+    origins = {place: patch_origins(section, place) for place in map(_parse_patch, patch or ())}
+    if export is not None:
+        from mos_cli.routing.export import export_decisions
+
+        sections = [section] if branch else cut_all(recording, section.name, step, block)
+        export_decisions([(s, matching_words(s.words, word) if word else s.words) for s in sections], export, overwrite)
+    if plot is not None:
+        from mos_cli.routing.views.figures import save_routes_figure
+
+        save_routes_figure(cut_all(recording, section.name, step, block), asked or section.words, plot, overwrite)
+    if regions is not None:
+        from mos_cli.routing.views.figures import save_regions_figure
+
+        save_regions_figure(section, asked or section.words, regions, overwrite)
+    if html is not None:
+        _write_report(recording, compare, html, overwrite)
+
+    written = [str(path) for path in (export, plot, regions, html) if path is not None]
     if as_json:
         import json
 
-        typer.echo(json.dumps(_as_dict(head, branch, words, changes), ensure_ascii=False))
+        from mos_cli.routing.views.facts import patch_facts, section_facts
+
+        facts = section_facts(section, asked)
+        facts |= {"patches": [patch_facts(place, found) for place, found in origins.items()], "written": written}
+        typer.echo(json.dumps(facts, ensure_ascii=False))
         return
-    from mos_cli.routing.views.terminal import RoutesView
+    from mos_cli.routing.views.terminal import PatchView, RoutesView
 
-    console.out.print(RoutesView(head, branch, words, changes))
+    for path in written:
+        typer.echo(path)
+    for place, found in origins.items():
+        console.out.print(PatchView(section, place, found, asked))
+    if not written and not origins:
+        console.out.print(RoutesView(section, asked))
 
 
-def _as_dict(trace: "Trace", name: str, words: "Sequence[Word]", changes: "Sequence[float] | None") -> dict[str, Any]:
-    from mos_cli.routing.analysis import agreement, dead_layers, strongest_layers, word_layers
+def _write_report(recording: "Recording", compare: Path | None, path: Path, overwrite: bool) -> None:
+    from mos_cli.routing.trace import load_recording
+    from mos_cli.routing.views.html import html_report
+    from mos_cli.runtime.files import atomic_write, refuse_existing
 
-    branch, recipe = trace.branches[name], trace.recipe
-    summary = branch.summary
-    return {
-        "overview": {
-            "prompt": branch.prompt,
-            "branch": name,
-            "branches": list(trace.branches),
-            "model": recipe.model,
-            "seed": recipe.seed,
-            "steps": recipe.steps,
-            "layers": list(trace.layers),
-            "blocks": trace.blocks,
-            "top_k": trace.top_k,
-        },
-        "steps": list(branch.steps),
-        "times": [trace.times[step] for step in branch.steps],
-        "words": [
-            {
-                "word": word.text,
-                "special": word.special,
-                "tokens": list(word.tokens),
-                "mean_layer": word_layers(word, summary.mean_layer_ST),
-            }
-            for word in words
-        ],
-        "layer_use": summary.layer_use_JM,
-        "entropy": summary.entropy_S,
-        "strongest": [{"layer": layer, "share": share} for layer, share in strongest_layers(summary.layer_use_JM)],
-        "dead": dead_layers(summary.layer_use_JM),
-        "changes": changes,
-        "agreement": {
-            other: agreement(summary.layer_use_JM, trace.branches[other].summary.layer_use_JM)
-            for other in trace.branches
-            if other != name
-        },
-    }
+    refuse_existing(path, overwrite)
+    second = None if compare is None else load_recording(compare)
+    atomic_write(path, html_report(recording, second).encode(), overwrite)
+
+
+def _parse_patch(text: str) -> tuple[int, int]:
+    from mos_cli.errors import UsageError
+
+    match = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", text)
+    if match is None:
+        raise UsageError(f"--patch {text!r} is no patch: write ROW,COLUMN, both counted from 0")
+    return int(match[1]), int(match[2])

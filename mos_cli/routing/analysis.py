@@ -94,18 +94,23 @@ def find_words(words: Sequence[Word], wanted: Iterable[str]) -> tuple[Word, ...]
     Raises:
         UsageError: one of them is not in the prompt.
     """
-    names = [{word.text.casefold(), _bare(word.text)} for word in words]
-    found = set()
+    found = {}
     for text in wanted:
-        hits = {number for number, name in enumerate(names) if text.casefold() in name}
+        hits = matching_words(words, [text])
         if not hits:
             there = ", ".join(dict.fromkeys(word.text for word in words))
             raise UsageError(f"{text!r} is not a word of this prompt: its words are {there}")
-        found |= hits
-    return tuple(words[number] for number in sorted(found))
+        found |= dict.fromkeys(hits)
+    return tuple(word for word in words if word in found)
 
 
-def word_layers(word: Word, mean_layer_ST: Sequence[Sequence[float]]) -> tuple[float, ...]:
+def matching_words(words: Sequence[Word], wanted: Iterable[str]) -> tuple[Word, ...]:
+    """The words of those asked for that are there, matched as `find_words` does."""
+    texts = {text.casefold() for text in wanted}
+    return tuple(word for word in words if texts & {word.text.casefold(), _bare(word.text)})
+
+
+def word_layers(word: Word, mean_layer_ST: Sequence[Sequence[float]] | np.ndarray) -> tuple[float, ...]:
     """The layer a word reads on average over its tokens, per step."""
     means_S = np.asarray(mean_layer_ST)[:, list(word.tokens)].mean(axis=1)
     return tuple(means_S.round(DIGITS).tolist())

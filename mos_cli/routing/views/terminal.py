@@ -1,4 +1,4 @@
-"""The routes of one branch as tables for a terminal: numbers that need no colour, on colours that help.
+"""A section of the routes as tables for a terminal.
 
 Shapes: S steps, J generation blocks, T context tokens, M understanding layers.
 """
@@ -6,141 +6,193 @@ Shapes: S steps, J generation blocks, T context tokens, M understanding layers.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from rich.color import Color
+import numpy as np
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from mos_cli.routing.analysis import (
-    Word,
-    agreement,
-    dead_layers,
-    strongest_layers,
-    word_layers,
+from mos_cli.routing.analysis import Word, dead_layers, strongest_layers, word_layers
+from mos_cli.routing.regions import Origin
+from mos_cli.routing.section import Section, layer_use, readers
+from mos_cli.routing.views.tables import (
+    CELL,
+    WORD_WIDTH,
+    facts_table,
+    heading,
+    number_tables,
+    plain_table,
+    shaded,
+    share_cells,
 )
-from mos_cli.routing.trace import Trace, TraceBranch
 
-CELL = 5
-WORD_WIDTH = 18
+MOST_WORDS, MOST_NAMED = 60, 12
 BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "_.,-=+*#"
-# Viridis, coarsely: its brightness grows evenly, so that the order survives a poor display.
-SCALE = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 
 @dataclass(frozen=True)
 class RoutesView:
-    """A branch of a trace, as wide as the console: overview, words x steps, entropy, blocks x layers.
+    """A section of a trace, as wide as the console: overview, rules, words x steps, words x layers, entropy, blocks.
 
     Args:
-        name: the branch, a key of `trace.branches`.
-        words: the words of its prompt to show.
-        changes: what `step_changes` says of the branch; None where the trace is a summary.
+        asked: the words to show, with the layers of each; without, all words of the prompt.
     """
 
-    trace: Trace
-    name: str
-    words: Sequence[Word]
-    changes: Sequence[float] | None
+    section: Section
+    asked: Sequence[Word] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        branch, last = self.trace.branches[self.name], len(self.trace.layers) - 1
-        yield self._overview(branch)
-        yield _heading(f"words x steps: the layer read on average, 0 to {last}")
-        yield self._words(branch, options.max_width)
-        yield _heading("entropy: how evenly the layers share the weight, 0 = one layer, 1 = all alike")
-        yield self._entropy(branch, options.max_width, ASCII_BARS if options.ascii_only else BARS)
-        yield _heading("blocks x layers: percent of a block's weight; '-' = none at all")
-        yield from _layer_use(branch.summary.layer_use_JM, options.max_width)
+        section, width, last = self.section, options.max_width, len(self.section.layers) - 1
+        yield self._overview()
+        recipe = section.recording.trace.recipe
+        if recipe.routes or recipe.route_from:
+            yield heading("rules: what was asked, and the decisions each governed")
+            yield self._rules()
+        yield heading(f"words x steps: the layer read on average, 0 to {last}")
+        yield from self._words(width)
+        told = readers(section, self.asked) if section.routes is not None else ()
+        if told:
+            yield heading("words x layers: percent of a word's weight; '-' = none at all")
+            yield from self._reading(told, width)
+        yield heading("entropy: how evenly the layers share the weight, 0 = one layer, 1 = all alike")
+        yield self._entropy(width, ASCII_BARS if options.ascii_only else BARS)
+        yield heading("blocks x layers: percent of a block's weight; '-' = none at all")
+        yield from self._blocks(width)
+        if section.agreement:
+            yield heading("branches x blocks: percent of the weight that goes to the same layers in both")
+            yield from self._agreement(width)
 
-    def _overview(self, branch: TraceBranch) -> Table:
-        trace, recipe, use_JM = self.trace, self.trace.recipe, branch.summary.layer_use_JM
-        others = {name: other for name, other in trace.branches.items() if name != self.name}
-        lines = {
-            "prompt": " ".join(branch.prompt.split()) or "(empty)",
-            "branch": self.name + "".join(f", beside {name}" for name in others),
-            "model": recipe.model,
-            "seed": str(recipe.seed),
-            "steps": f"{len(branch.steps)} of {recipe.steps}",
-            "routes": f"{len(trace.layers)} layers x {trace.blocks} blocks, top {trace.top_k}",
-            "layers": f"0 = {trace.layers[0]} ... {len(trace.layers) - 1} = {trace.layers[-1]}",
+    def _overview(self) -> Table:
+        section, trace, use_JM = self.section, self.section.recording.trace, self.section.summary.layer_use_JM
+        acted, times = section.branch.steps, section.times
+        steps = f"{len(acted)} of {trace.recipe.steps}"
+        if not section.whole:
+            steps = f"{section.steps[0]} to {section.steps[-1]} (t {times[0]:.2f} to {times[-1]:.2f}), out of {steps}"
+        facts = {
+            "prompt": " ".join(section.branch.prompt.split()) or "(empty)",
+            "branch": section.name + "".join(f", beside {name}" for name in trace.branches if name != section.name),
+            "model": trace.recipe.model,
+            "seed": str(trace.recipe.seed),
+            "steps": steps,
+            "routes": f"{len(section.layers)} layers x {trace.blocks} blocks, top {trace.top_k}",
+            "layers": f"0 = {section.layers[0]} ... {len(section.layers) - 1} = {section.layers[-1]}",
             "strongest": ", ".join(f"{layer} ({share:.0%})" for layer, share in strongest_layers(use_JM)),
-            "dead": ", ".join(map(str, dead_layers(use_JM))) or "none",
+            "never used": ", ".join(map(str, dead_layers(use_JM))) or "none",
         }
-        if self.changes:
-            mean = sum(self.changes) / len(self.changes)
-            lines["changes"] = f"{mean:.0%} of the kept layers are new at a step, on average"
-        for name, other in others.items():
-            shared = agreement(use_JM, other.summary.layer_use_JM)
-            mean = sum(shared) / len(shared)
-            lines["agreement"] = f"{mean:.0%} of the weight goes to the same layers as in {name}"
-        table = _table()
-        table.add_column(style="dim", no_wrap=True)
+        if not section.whole:
+            facts["blocks"] = f"{section.blocks[0]} to {section.blocks[-1]}, out of {trace.blocks}"
+        if section.changes:
+            mean = sum(section.changes) / len(section.changes)
+            facts["changes"] = f"{mean:.0%} of the kept layers are new at a step, on average"
+        if section.agreement:
+            means = [f"{sum(shared) / len(shared):.0%} with {name}" for name, shared in section.agreement.items()]
+            facts["agreement"] = f"{', '.join(means)}: the weight that goes to the same layers"
+        return facts_table(facts)
+
+    def _rules(self) -> Table:
+        branch, trace = self.section.branch, self.section.recording.trace
+        table = plain_table()
         table.add_column(overflow="fold")
-        for heading, text in lines.items():
-            table.add_row(heading, Text(text))
+        table.add_column(overflow="fold")
+        done = {steered.rule: steered for steered in branch.steered or ()}
+        for rule in trace.recipe.routes or ():
+            if rule in done and done[rule].tokens:
+                texts = [branch.tokens[number].text for number in done[rule].tokens]
+                spoken = " ".join(texts) if len(texts) <= MOST_NAMED else f"{len(texts)} tokens"
+                table.add_row(Text(rule), Text(f"{done[rule].decisions} decisions: {spoken}"))
+            else:
+                table.add_row(Text(rule), "speaks of nothing in this branch")
+        if trace.recipe.route_from is not None:
+            source = trace.recipe.route_from
+            taken = f"its choices at the first {source.until:.0%} of the steps (sha256 {source.sha256[:12]})"
+            table.add_row("another run", taken)
+        if branch.changed is not None:
+            whole = len(branch.steps) * trace.blocks * len(branch.tokens)
+            share = f"{branch.changed} of {whole} decisions ({branch.changed / whole:.1%})"
+            table.add_row("together", f"{share} keep others than the router chose")
         return table
 
-    def _words(self, branch: TraceBranch, width: int) -> Table:
-        last = len(self.trace.layers) - 1
-        table, columns = _steps_table(self.trace, branch, width)
-        for word in self.words:
-            layers_S = word_layers(word, branch.summary.mean_layer_ST)
-            cells = [_shaded(f"{layers_S[column]:.1f}", layers_S[column] / last) for column in columns]
+    def _words(self, width: int) -> Iterable[Table | Text]:
+        section, last = self.section, len(self.section.layers) - 1
+        words = self.asked or section.words
+        table, columns = _steps_table(section, width)
+        mean_layer_ST = np.array(section.summary.mean_layer_ST)
+        for word in words[:MOST_WORDS]:
+            layers_S = word_layers(word, mean_layer_ST)
+            cells = [shaded(f"{layers_S[column]:.1f}", layers_S[column] / last) for column in columns]
             table.add_row(Text(word.text, style="dim" if word.special else ""), *cells)
-        return table
+        yield table
+        if len(words) > MOST_WORDS:
+            yield Text(f"and {len(words) - MOST_WORDS} words more: --word shows one, --export all of them", style="dim")
 
-    def _entropy(self, branch: TraceBranch, width: int, bars: str) -> Table:
-        table, columns = _steps_table(self.trace, branch, width)
-        values = [branch.summary.entropy_S[column] for column in columns]
+    def _reading(self, words: Sequence[Word], width: int) -> Iterable[Table]:
+        section = self.section
+        assert section.routes is not None
+        use = [layer_use(section.routes, word.tokens, len(section.layers)).tolist() for word in words]
+        most = max(map(max, use))
+        rows = [(Text(word.text), share_cells(use_M, most)) for word, use_M in zip(words, use, strict=True)]
+        yield from number_tables("layer", range(len(section.layers)), rows, width, WORD_WIDTH)
+
+    def _entropy(self, width: int, bars: str) -> Table:
+        table, columns = _steps_table(self.section, width)
+        values = [self.section.summary.entropy_S[column] for column in columns]
         table.add_row("entropy", *(f"{value:.2f}" for value in values))
         heights = (bars[min(int(value * len(bars)), len(bars) - 1)] for value in values)
         table.add_row("", *(height * (CELL - 1) for height in heights))
         return table
 
+    def _blocks(self, width: int) -> Iterable[Table]:
+        use_JM = self.section.summary.layer_use_JM
+        most = max(map(max, use_JM))
+        blocks = (Text(str(block), justify="right") for block in self.section.blocks)
+        rows = [(block, share_cells(use_M, most)) for block, use_M in zip(blocks, use_JM, strict=True)]
+        yield from number_tables("block", range(len(self.section.layers)), rows, width, len("block"))
 
-def _steps_table(trace: Trace, branch: TraceBranch, width: int) -> tuple[Table, list[int]]:
-    """An empty table of steps, as many as fit, evenly chosen; and which of the branch's steps they are."""
-    count = min(len(branch.steps), max(2, (width - WORD_WIDTH - 1) // CELL))
-    columns = [round(i * (len(branch.steps) - 1) / max(1, count - 1)) for i in range(count)]
-    table = _table(show_header=True)
+    def _agreement(self, width: int) -> Iterable[Table]:
+        shared = self.section.agreement
+        rows = [(Text(name), share_cells(shared_J, 1)) for name, shared_J in shared.items()]
+        yield from number_tables("block", self.section.blocks, rows, width, max(map(len, shared)))
+
+
+@dataclass(frozen=True)
+class PatchView:
+    """Where a patch of the picture came from: words by attention, each with its layer; special tokens dim below.
+
+    Args:
+        patch: its row and column.
+        origins: what `patch_origins` says of it.
+        asked: the words to show; without, all of them.
+    """
+
+    section: Section
+    patch: tuple[int, int]
+    origins: Sequence[Origin]
+    asked: Sequence[Word] = ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        first, layers = self.origins[0], self.section.layers
+        place = f"patch ({self.patch[0]}, {self.patch[1]})"
+        yield heading(f"{place} came most from {first.word.text} through layer {first.layer} ({layers[first.layer]})")
+        table = plain_table(show_header=True)
+        table.add_column("word", min_width=WORD_WIDTH, max_width=WORD_WIDTH, overflow="fold")
+        for name in ("attention %", "of words %", "layer", "through it %"):
+            table.add_column(name, justify="right", no_wrap=True)
+        shown = [origin for origin in self.origins if not self.asked or origin.word in self.asked]
+        for origin in shown[:MOST_WORDS]:
+            of_words = "special" if origin.of_words is None else f"{100 * origin.of_words:.1f}"
+            numbers = (f"{100 * origin.attention:.2f}", of_words, str(origin.layer), f"{100 * origin.part:.0f}")
+            table.add_row(Text(origin.word.text), *numbers, style="dim" if origin.word.special else "")
+        yield table
+        if len(shown) > MOST_WORDS:
+            yield Text(f"and {len(shown) - MOST_WORDS} more: --word shows one, --json all of them", style="dim")
+
+
+def _steps_table(section: Section, width: int) -> tuple[Table, list[int]]:
+    """An empty table of steps, as many as fit, evenly chosen; and which of the section's steps they are."""
+    count = min(len(section.steps), max(2, (width - WORD_WIDTH - 1) // CELL))
+    columns = [round(i * (len(section.steps) - 1) / max(1, count - 1)) for i in range(count)]
+    table = plain_table(show_header=True)
     table.add_column("step", min_width=WORD_WIDTH, max_width=WORD_WIDTH, overflow="fold")
     for column in columns:
-        table.add_column(str(branch.steps[column]), justify="right", no_wrap=True, min_width=CELL - 1)
-    table.add_row("t", *(f"{trace.times[branch.steps[column]]:.2f}" for column in columns), style="dim")
+        table.add_column(str(section.steps[column]), justify="right", no_wrap=True, min_width=CELL - 1)
+    table.add_row("t", *(f"{section.times[column]:.2f}" for column in columns), style="dim")
     return table, columns
-
-
-def _layer_use(layer_use_JM: Sequence[Sequence[float]], width: int) -> Iterable[Table]:
-    """Blocks x layers, in as many tables as the layers need to fit."""
-    layers = len(layer_use_JM[0])
-    most = max(map(max, layer_use_JM))
-    fit = max(1, (width - len("block") - 1) // CELL)
-    for first in range(0, layers, fit):
-        shown = range(first, min(first + fit, layers))
-        table = _table(show_header=True)
-        table.add_column("block", justify="right", no_wrap=True)
-        for layer in shown:
-            table.add_column(str(layer), justify="right", no_wrap=True, min_width=CELL - 1)
-        for block, use_M in enumerate(layer_use_JM):
-            cells = [_shaded(f"{100 * use_M[m]:.0f}", use_M[m] / most) if use_M[m] else Text("-") for m in shown]
-            table.add_row(str(block), *cells)
-        yield table
-
-
-def _table(show_header: bool = False) -> Table:
-    return Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_header=show_header, header_style="dim")
-
-
-def _heading(text: str) -> Text:
-    return Text(f"\n{text}", style="bold")
-
-
-def _shaded(text: str, fraction: float) -> Text:
-    """A number on a background from dark (0) to bright (1), in the ink that is read best on it."""
-    place = fraction * (len(SCALE) - 1)
-    below = min(int(place), len(SCALE) - 2)
-    colours = zip(SCALE[below], SCALE[below + 1], strict=True)
-    red, green, blue = (low + (place - below) * (high - low) for low, high in colours)
-    ink = "#000000" if fraction > 0.4 else "#ffffff"
-    return Text(text.rjust(CELL - 1), style=Style(color=ink, bgcolor=Color.from_rgb(red, green, blue)))

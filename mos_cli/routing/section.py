@@ -1,0 +1,161 @@
+"""A section of a recording: what one branch's routes say, over all steps and blocks or over a range of them.
+
+Shapes: S steps, J generation blocks, T context tokens, K kept layers, M understanding layers.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mos_cli.errors import InputError, UsageError
+from mos_cli.routing.analysis import Word, agreement, split_words, step_changes, summarise
+from mos_cli.routing.trace import BranchSummary, Recording, Routes, TraceBranch
+
+
+@dataclass(frozen=True)
+class Section:
+    """One branch over some of its steps and blocks.
+
+    `steps` and `blocks` are the numbers of those it covers, both ascending. `summary` sums up exactly these. `routes`
+    holds their decisions, and `changes` what `step_changes` says of them; both are None where the trace is a summary.
+    `agreement` compares with each other branch, per block, see `analysis.agreement`. `whole` says that no range was
+    asked for.
+    """
+
+    recording: Recording
+    name: str
+    steps: tuple[int, ...]
+    blocks: range
+    summary: BranchSummary
+    routes: Routes | None
+    changes: tuple[float, ...] | None
+    agreement: dict[str, tuple[float, ...]]
+    whole: bool
+
+    @property
+    def branch(self) -> TraceBranch:
+        return self.recording.trace.branches[self.name]
+
+    @property
+    def decisions(self) -> Routes:
+        """The routes; raises InputError where the trace is a summary."""
+        if self.routes is None:
+            raise _summary_only(self.recording)
+        return self.routes
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names of the understanding tower's layers."""
+        return self.recording.trace.layers
+
+    @property
+    def times(self) -> list[float]:
+        """The time t of each step: 1 is pure noise, 0 the picture."""
+        return [self.recording.trace.times[step] for step in self.steps]
+
+    @property
+    def words(self) -> tuple[Word, ...]:
+        """The words of the branch's prompt, its pictures, and its special tokens; see `split_words`."""
+        return split_words(self.branch.prompt, self.branch.tokens)
+
+
+def cut(recording: Recording, name: str, steps: str | None = None, blocks: str | None = None) -> Section:
+    """The section of branch `name` in the given ranges, see `parse_range`; None stands for all of them.
+
+    Raises:
+        UsageError: there is no such branch, a range is wrong, or the branch was not computed at any of the steps.
+        InputError: a range is given, and the trace holds a summary only.
+    """
+    trace = recording.trace
+    if name not in trace.branches:
+        raise UsageError(f"the trace has no {name!r} branch: it has {', '.join(trace.branches)}")
+    step_range = parse_range("--step", steps, len(trace.times))
+    block_range = parse_range("--block", blocks, trace.blocks)
+    summaries = {other: branch.summary for other, branch in trace.branches.items()}
+    whole = steps is None and blocks is None
+    routes, acted = recording.routes, trace.branches[name].steps
+    if not whole:
+        if routes is None:
+            raise _summary_only(recording)
+        acted = tuple(step for step in acted if step in step_range)
+        if not acted:
+            there = trace.branches[name].steps
+            raise UsageError(f"the {name} branch was not computed at step {steps}: it has {there[0]} to {there[-1]}")
+        routes = {
+            other: _cut(held, trace.branches[other].steps, step_range, block_range) for other, held in routes.items()
+        }
+        summaries = {
+            other: BranchSummary(**summarise(held.ids_SJTK, held.weights_SJTK, len(trace.layers)))
+            for other, held in routes.items()
+            if len(held.ids_SJTK)
+        }
+    use_JM = summaries[name].layer_use_JM
+    return Section(
+        recording=recording,
+        name=name,
+        steps=acted,
+        blocks=block_range,
+        summary=summaries[name],
+        routes=None if routes is None else routes[name],
+        changes=None if routes is None else step_changes(routes[name].ids_SJTK),
+        agreement={other: agreement(use_JM, held.layer_use_JM) for other, held in summaries.items() if other != name},
+        whole=whole,
+    )
+
+
+def cut_all(recording: Recording, name: str, steps: str | None = None, blocks: str | None = None) -> list[Section]:
+    """The section of branch `name` first, then those of the other branches that were computed in these ranges."""
+    first = cut(recording, name, steps, blocks)
+    return [first, *(cut(recording, other, steps, blocks) for other in first.agreement)]
+
+
+def parse_range(option: str, text: str | None, count: int) -> range:
+    """The numbers that A:B, A, A: or :B stands for, both ends included; None stands for all `count` of them.
+
+    Raises:
+        UsageError: it is no such range, or goes beyond the numbers there are.
+    """
+    if text is None:
+        return range(count)
+    match = re.fullmatch(r"\s*(\d*)\s*(:?)\s*(\d*)\s*", text)
+    if match is None or not (match[1] or match[3]) or (match[3] and not match[2]):
+        raise UsageError(f"{option} {text!r} is no range: write A:B (both included), A, A: or :B")
+    first = int(match[1] or 0)
+    last = int(match[3]) if match[3] else count - 1 if match[2] else first
+    if match[3] and last < first:
+        raise UsageError(f"{option} {text} ends before it begins")
+    if not first <= last < count:
+        raise UsageError(f"{option} {text} is out of range: there are {option.strip('-')}s 0 to {count - 1}")
+    return range(first, last + 1)
+
+
+def layer_use(routes: Routes, tokens: Sequence[int], layers: int) -> np.ndarray:
+    """The share of their mixing weight that `tokens` gave to each layer, over all steps and blocks, [M]; sums to 1."""
+    ids_SJTK, weights_SJTK = routes.ids_SJTK[:, :, list(tokens)], routes.weights_SJTK[:, :, list(tokens)]
+    use_M = np.bincount(ids_SJTK.ravel(), weights_SJTK.ravel().astype(np.float64), minlength=layers)
+    return use_M / use_M.sum()
+
+
+def readers(section: Section, asked: Sequence[Word]) -> tuple[Word, ...]:
+    """Whose layers to tell apart: the instruction and each picture of an edit, then the words asked for."""
+    pictures = tuple(word for word in section.words if section.branch.tokens[word.tokens[0]].patch is not None)
+    told = [word for word in section.words if not word.special and word not in pictures]
+    instruction = Word("instruction", tuple(token for word in told for token in word.tokens))
+    edit = (instruction, *pictures) if pictures and told else pictures
+    return (*edit, *(word for word in asked if word not in edit))
+
+
+def _cut(held: Routes, numbers: Sequence[int], steps: range, blocks: range) -> Routes:
+    rows, span = [index for index, number in enumerate(numbers) if number in steps], slice(blocks.start, blocks.stop)
+    return Routes(
+        held.ids_SJTK[rows, span],
+        held.weights_SJTK[rows, span],
+        None if held.probabilities_SJTM is None else held.probabilities_SJTM[rows, span],
+        None if held.regions_JTN is None else held.regions_JTN[span],
+    )
+
+
+def _summary_only(recording: Recording) -> InputError:
+    return InputError(f"{recording.path} holds a summary only: draw with --trace topk to record every decision")

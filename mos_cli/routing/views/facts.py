@@ -1,0 +1,81 @@
+"""A section of the routes as plain values, for programs.
+
+Shapes: S steps, J generation blocks, T context tokens, M understanding layers.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mos_cli.routing.analysis import DIGITS, Word, dead_layers, strongest_layers, word_layers
+from mos_cli.routing.regions import Origin
+from mos_cli.routing.section import Section, layer_use, readers
+
+
+def section_facts(section: Section, asked: Sequence[Word] = ()) -> dict[str, Any]:
+    """What `RoutesView` shows, as one JSON object; null where a summary cannot tell."""
+    trace, summary, routes = section.recording.trace, section.summary, section.routes
+    recipe, branch, mean_layer_ST = trace.recipe, section.branch, np.array(summary.mean_layer_ST)
+    return {
+        "overview": {
+            "prompt": branch.prompt,
+            "branch": section.name,
+            "branches": list(trace.branches),
+            "model": recipe.model,
+            "seed": recipe.seed,
+            "steps": recipe.steps,
+            "layers": list(trace.layers),
+            "blocks": trace.blocks,
+            "top_k": trace.top_k,
+        },
+        "steps": list(section.steps),
+        "times": section.times,
+        "blocks": list(section.blocks),
+        "words": [
+            {
+                "word": word.text,
+                "special": word.special,
+                "tokens": list(word.tokens),
+                "mean_layer": word_layers(word, mean_layer_ST),
+            }
+            for word in asked or section.words
+        ],
+        "readers": None
+        if routes is None
+        else [
+            {"reader": word.text, "layer_use": layer_use(routes, word.tokens, len(trace.layers)).round(DIGITS).tolist()}
+            for word in readers(section, asked)
+        ],
+        "layer_use": summary.layer_use_JM,
+        "entropy": summary.entropy_S,
+        "strongest": [{"layer": layer, "share": share} for layer, share in strongest_layers(summary.layer_use_JM)],
+        "dead": dead_layers(summary.layer_use_JM),
+        "changes": section.changes,
+        "agreement": section.agreement,
+        "rules": {
+            "asked": list(recipe.routes or ()),
+            "route_from": None if recipe.route_from is None else recipe.route_from.model_dump(),
+            "done": [steered.model_dump() for steered in branch.steered or ()],
+            "changed": branch.changed,
+        },
+    }
+
+
+def patch_facts(patch: tuple[int, int], origins: Sequence[Origin]) -> dict[str, Any]:
+    """What `PatchView` shows."""
+    return {
+        "patch": list(patch),
+        "origins": [
+            {
+                "word": origin.word.text,
+                "special": origin.word.special,
+                "tokens": list(origin.word.tokens),
+                "attention": round(origin.attention, 6),
+                "of_words": None if origin.of_words is None else round(origin.of_words, DIGITS),
+                "layer": origin.layer,
+                "part": round(origin.part, DIGITS),
+            }
+            for origin in origins
+        ],
+    }
