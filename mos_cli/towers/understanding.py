@@ -3,54 +3,86 @@
 Shapes: B batch, T context tokens, M layers (embedding output included), S width of a state.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tokenizers import Encoding
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, BatchEncoding, PreTrainedModel
 
 from mos_cli.errors import InputError, ModelError
+
+SAFELY = {"local_files_only": True, "trust_remote_code": False}
+Picture = Image.Image | Tensor
+"""A picture to be shown: of Pillow, or [3, H, W] in -1..1."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """A context token and the characters of the prompt it stands for (an empty span for special tokens)."""
+    """A context token and the characters of the prompt it stands for (an empty span for special tokens).
+
+    An image token stands for a cell of a picture instead: `patch` is (picture, row, column), all counted from 0.
+    """
 
     text: str
     start: int
     end: int
+    patch: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Sight:
+    """A picture as the tower sees it: a grid of image tokens, row by row, from token `first` of its prompt on."""
+
+    first: int
+    rows: int
+    columns: int
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the tower understood of a batch of prompts: states_BTMS, mask_BT (True = a real token), and its tokens."""
+    """What the tower understood of a batch of prompts: states_BTMS, mask_BT (True = a real token), and its tokens.
+
+    What the tower was given is a prompt behind `leads` characters that stand for the pictures shown with it; `sights`
+    says where among the tokens those are.
+    """
 
     states_BTMS: Tensor
     mask_BT: Tensor
     prompts: tuple[str, ...]
     encodings: list[Encoding]
+    leads: tuple[int, ...]
+    sights: tuple[tuple[Sight, ...], ...]
 
     @cached_property
     def tokens(self) -> tuple[tuple[Token, ...], ...]:
         """The tokens of every prompt, without padding. Made when asked for: training never does."""
-        return tuple(
-            tuple(
-                Token(text, *span) if prompt else Token(text, 0, 0)
-                for text, span, real in zip(encoding.tokens, encoding.offsets, encoding.attention_mask, strict=True)
-                if real
-            )
-            for prompt, encoding in zip(self.prompts, self.encodings, strict=True)
-        )
+        every = zip(self.prompts, self.encodings, self.leads, self.sights, strict=True)
+        return tuple(tuple(_tokens(*each)) for each in every)
+
+
+def _tokens(prompt: str, encoding: Encoding, lead: int, sights: tuple[Sight, ...]) -> list[Token]:
+    real = sum(encoding.attention_mask)
+    tokens = [
+        Token(text, start - lead, end - lead) if prompt and start >= lead else Token(text, 0, 0)
+        for text, (start, end) in zip(encoding.tokens[:real], encoding.offsets[:real], strict=True)
+    ]
+    for picture, sight in enumerate(sights):
+        for cell in range(sight.rows * sight.columns):
+            index = sight.first + cell
+            tokens[index] = Token(tokens[index].text, 0, 0, (picture, *divmod(cell, sight.columns)))
+    return tokens
 
 
 class UnderstandingTower:
     """An encoder or decoder that transformers' AutoModel loads, run once per prompt; its layers are a module list.
 
-    The states are the embedding output and the raw output of every layer: for decoders transformers reports the last
-    state after the final norm, so the last layer is hooked.
+    The states are what enters each layer, the embedding output first, and what leaves the last: before the final norm
+    of a decoder, which transformers would report in its place.
 
     Args:
         folder: the model in transformers' format, with a fast tokenizer and safetensors weights.
@@ -60,18 +92,22 @@ class UnderstandingTower:
     """
 
     def __init__(self, folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
-        safely = {"local_files_only": True, "trust_remote_code": False}
+        self.folder = folder
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, **safely)
-            self.model = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True, **safely)
-            self._last_layer = _layers(self.model)[-1]
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, **SAFELY)
+            self.model = self._load(dtype)
+            self._layers = _layers(self.model)
         except (OSError, ValueError, KeyError, StopIteration) as error:
             raise ModelError(f"{folder} is not an understanding tower that can be read: {error}") from None
-        self.model.eval().requires_grad_(False).to(device)
+        self.model.eval().requires_grad_(False).to(device)  # type: ignore[arg-type]
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         # Decoders without a start token make nothing of an empty prompt; one end token stands for "no words".
         self._no_words = "" if self.tokenizer("")["input_ids"] else self.tokenizer.eos_token
+
+    def _load(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model whose layers are read."""
+        return AutoModel.from_pretrained(self.folder, dtype=dtype, use_safetensors=True, **SAFELY)
 
     @property
     def layers(self) -> int:
@@ -88,37 +124,58 @@ class UnderstandingTower:
         return min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
 
     @torch.no_grad()
-    def read(self, prompts: list[str]) -> Reading:
+    def read(self, prompts: list[str], pictures: Sequence[Sequence[Picture]] = ()) -> Reading:
         """Reads a batch of prompts in one pass; padding is masked, so a prompt's states do not depend on the others.
 
+        Args:
+            pictures: those shown with each prompt, for a tower that sees.
+
         Raises:
-            InputError: a prompt is longer than the tower can read.
+            InputError: a prompt is longer than the tower can read, or it cannot be shown a picture.
         """
+        if any(pictures):
+            raise InputError("the understanding tower reads words alone: it cannot be shown a picture")
+        batch = self._tokenized([""] * len(prompts), prompts)
+        ids_BT, mask_BT = (batch[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
+        states_BTMS = self._states(lambda: self.model(input_ids=ids_BT, attention_mask=mask_BT))
+        unseen = tuple(() for _ in prompts)
+        return Reading(states_BTMS, mask_BT.bool(), tuple(prompts), batch.encodings, (0,) * len(prompts), unseen)  # type: ignore[arg-type]
+
+    def _tokenized(self, leads: list[str], prompts: list[str]) -> BatchEncoding:
+        """Each prompt behind what leads it, padded at its end."""
         batch = self.tokenizer(
-            [prompt or self._no_words for prompt in prompts],
+            [lead + (prompt or self._no_words) for lead, prompt in zip(leads, prompts, strict=True)],
             return_tensors="pt",
             padding=True,
             padding_side="right",
             verbose=False,
         )
-        if batch["input_ids"].shape[1] > self.max_tokens:
+        if (tokens := batch["input_ids"].shape[1]) > self.max_tokens:
+            pictures = ", its pictures included" if any(leads) else ""
             raise InputError(
-                f"the prompt has {batch['input_ids'].shape[1]} tokens, the model reads {self.max_tokens}: shorten it"
+                f"the prompt has {tokens} tokens{pictures}, the model reads {self.max_tokens}: shorten it"
+                + (", or show fewer or smaller pictures" if pictures else "")
             )
-        ids_BT = batch["input_ids"].to(self.model.device)
-        mask_BT = batch["attention_mask"].to(self.model.device)
-        raw_last: list[Tensor] = []
+        return batch
 
-        def keep(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            raw_last.append(output if isinstance(output, Tensor) else output[0])
+    def _states(self, run: Callable[[], object]) -> Tensor:
+        """What enters each layer while `run` runs the model, and what leaves the last: [B, T, M, S]."""
+        states: list[Tensor] = []
 
-        hook = self._last_layer.register_forward_hook(keep)
+        def enter(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            states.append(inputs[0])
+
+        def leave(_layer: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            states.append(output if isinstance(output, Tensor) else output[0])
+
+        hooks = [layer.register_forward_pre_hook(enter) for layer in self._layers]
+        hooks.append(self._layers[-1].register_forward_hook(leave))
         try:
-            hidden = self.model(input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=True).hidden_states
+            run()
         finally:
-            hook.remove()
-        states_BTMS = torch.stack([*hidden[:-1], raw_last[0]], dim=2)
-        return Reading(states_BTMS, mask_BT.bool(), tuple(prompts), batch.encodings)
+            for hook in hooks:
+                hook.remove()
+        return torch.stack(states, dim=2)
 
 
 def _layers(model: nn.Module) -> nn.ModuleList:

@@ -1,0 +1,268 @@
+"""Towers that see: states of words and pictures held against a plain walk through the layers."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import vlm_towers
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, LlavaConfig
+
+from mos_cli.errors import InputError, ModelError
+from mos_cli.towers.seeing import SeeingTower, load_understanding
+from mos_cli.towers.understanding import UnderstandingTower
+
+KINDS = ("qwen3_vl", "internvl", "perception_lm")
+LEADS = {"qwen3_vl": vlm_towers.QWEN[:3], "internvl": vlm_towers.INTERN, "perception_lm": ("", "<|image|>", "")}
+TEXT = "paint the red apple green"
+EXACT: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: getattr(vlm_towers, kind)(tmp_path_factory.mktemp(kind)) for kind in KINDS}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def tower(folders: dict[str, Path], kind: str) -> SeeingTower:
+    tower = load_understanding(folders[kind])
+    assert isinstance(tower, SeeingTower)
+    return tower
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    noise = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(noise.to(torch.uint8).numpy())
+
+
+def levels(image: Image.Image) -> Tensor:
+    """[3, H, W] in -1..1."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+
+
+def test_words_alone_are_read_as_by_the_language_part_alone(tower: SeeingTower, folders, kind: str) -> None:
+    reading = tower.read([TEXT])
+    language = AutoModelForImageTextToText.from_pretrained(folders[kind]).eval().model.language_model
+    ids = tower.tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        out = language(ids, output_hidden_states=True)
+        normed = language.norm(reading.states_BTMS[:, :, -1])
+    assert reading.states_BTMS.shape[2:] == (tower.layers, tower.width) == (5, 64)
+    torch.testing.assert_close(reading.states_BTMS[:, :, :-1], torch.stack(out.hidden_states[:-1], dim=2), **EXACT)
+    # The last state is what enters the final norm, not what leaves it.
+    torch.testing.assert_close(normed, out.last_hidden_state, **EXACT)
+    assert not torch.allclose(reading.states_BTMS[:, :, -1], out.last_hidden_state, atol=1e-2)
+
+
+@pytest.mark.parametrize("sizes", [[(128, 128)], [(256, 64)], [(64, 128), (256, 64)]])
+@torch.no_grad()
+def test_entry_i_is_what_enters_layer_i(tower: SeeingTower, folders, kind: str, sizes) -> None:
+    pictures = [picture(*size, seed=seed) for seed, size in enumerate(sizes)]
+    reading = tower.read([TEXT], [pictures])
+    slow, normed = slow_states(tower, folders[kind], kind, pictures)
+    torch.testing.assert_close(reading.states_BTMS[0], slow, **EXACT)
+    # The walk itself ends where the whole model ends.
+    torch.testing.assert_close(tower.model.get_submodule("norm")(slow[:, -1]), normed, **EXACT)
+
+
+def slow_states(tower: SeeingTower, folder: Path, kind: str, pictures: list[Image.Image]) -> tuple[Tensor, Tensor]:
+    """A prompt walked through the model layer by layer: what enters each, and where the model's own run ends."""
+    whole = AutoModelForImageTextToText.from_pretrained(folder).eval().model
+    language, image_id = whole.language_model, whole.config.image_token_id
+    if kind == "perception_lm":
+        shown = {"pixel_values": torch.stack([levels(each.resize((56, 56), 3))[None] for each in pictures])}
+    else:
+        processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        one = {"crop_to_patches": False} if kind == "internvl" else {}
+        processed = processor(images=pictures, return_tensors="pt", **one)
+        shown = {name: processed[name] for name in ("pixel_values", "image_grid_thw") if name in processed}
+    seen = whole.get_image_features(**shown)
+    features = list(seen.pooler_output)
+    deepstack = [torch.cat(each) for each in getattr(seen, "deepstack_features", [])]
+    columns = [4] * len(pictures)
+    if kind == "qwen3_vl":
+        assert len(deepstack) == 3
+        columns = [grid[2] // 2 for grid in shown["image_grid_thw"].tolist()]
+    opening, image, closing = LEADS[kind]
+    lead = "".join(opening + image * len(feature) + closing for feature in features)
+    ids = tower.tokenizer(lead + TEXT, return_tensors="pt")["input_ids"]
+    is_image = ids[0] == image_id
+
+    position, left, positions = 0, list(zip(features, columns, strict=True)), []
+    while len(positions) < len(is_image):
+        if kind != "qwen3_vl" or not is_image[len(positions)]:
+            positions.append((position,) * 3)
+            position += 1
+            continue
+        feature, wide = left.pop(0)
+        cells = [divmod(cell, wide) for cell in range(len(feature))]
+        positions += [(position, position + row, position + column) for row, column in cells]
+        position += max(wide, len(feature) // wide)
+    positions_3BT = torch.tensor(positions).T[:, None]
+
+    x = language.embed_tokens(ids)
+    x[0, is_image] = torch.cat(features)
+    rotations = language.rotary_emb(x, positions_3BT if kind == "qwen3_vl" else positions_3BT[0])
+    states = [x[0]]
+    for index, layer in enumerate(language.layers):
+        x = layer(x, attention_mask=None, position_embeddings=rotations).clone()
+        if index < len(deepstack):
+            x[0, is_image] += deepstack[index]
+        states.append(x[0])
+    types = {"mm_token_type_ids": is_image[None].int()} if kind == "qwen3_vl" else {}
+    return torch.stack(states, dim=1), whole(input_ids=ids, **shown, **types).last_hidden_state[0]
+
+
+def test_image_tokens_are_the_cells_of_their_picture(tower: SeeingTower, kind: str) -> None:
+    square, wide = picture(128, 128), picture(256, 64)
+    square_grid, wide_grid = (4, 4), (2, 8) if kind == "qwen3_vl" else (4, 4)
+    reading = tower.read([TEXT, TEXT, "", TEXT], [[square], [wide], [square, wide], []])
+    grids = [[square_grid], [wide_grid], [square_grid, wide_grid], []]
+    for tokens, expected, sights in zip(reading.tokens, grids, reading.sights, strict=True):
+        assert [token.patch for token in tokens if token.patch] == [
+            (number, row, column)
+            for number, (rows, columns) in enumerate(expected)
+            for row in range(rows)
+            for column in range(columns)
+        ]
+        assert [(sight.rows, sight.columns) for sight in sights] == expected
+        assert all(tokens[sight.first].patch == (number, 0, 0) for number, sight in enumerate(sights))
+    # The words behind the pictures are those of the prompt, and stand for its characters.
+    words = [[(token.text, token.start, token.end) for token in tokens if token.end] for tokens in reading.tokens]
+    assert words[0] == words[1] == words[3]
+    assert words[2] == []
+    assert "".join(TEXT[start:end] for _, start, end in words[0]) == TEXT
+    assert reading.mask_BT.sum(1).tolist() == [len(tokens) for tokens in reading.tokens]
+
+
+@pytest.mark.parametrize("cell", [(0, 0), (1, 3), (3, 1)])
+def test_a_token_shows_what_is_in_its_cell(tower: SeeingTower, cell: tuple[int, int]) -> None:
+    before = Image.new("RGB", (128, 128), "grey")
+    after = before.copy()
+    left, top = cell[1] * 32, cell[0] * 32
+    ImageDraw.Draw(after).rectangle((left, top, left + 31, top + 31), "red")
+    one, other = (tower.read([TEXT], [[each]]).states_BTMS[0, :, 0] for each in (before, after))
+    changed = int((one - other).square().sum(-1).argmax())
+    assert tower.read([TEXT], [[after]]).tokens[0][changed].patch == (0, *cell)
+
+
+def test_neither_padding_nor_another_prompt_shows(tower: SeeingTower) -> None:
+    shown = [[picture(256, 64)], [], [picture(64, 64), picture(96, 128)]]
+    prompts = ["remove the dog on the left", TEXT, "a cat"]
+    together = tower.read(prompts, shown)
+    for index, (prompt, pictures) in enumerate(zip(prompts, shown, strict=True)):
+        alone = tower.read([prompt], [pictures])
+        assert alone.mask_BT.all()
+        states = together.states_BTMS[index][together.mask_BT[index]]
+        torch.testing.assert_close(states, alone.states_BTMS[0], **EXACT)
+        assert together.tokens[index] == alone.tokens[0]
+
+
+def test_words_depend_on_the_picture_they_stand_behind(tower: SeeingTower) -> None:
+    readings = [tower.read([TEXT], [[picture(128, 128, seed)]]).states_BTMS[0, -3:] for seed in (1, 2)]
+    assert (readings[0][:, 0] == readings[1][:, 0]).all()
+    assert (readings[0][:, -1] - readings[1][:, -1]).abs().max() > 1e-2
+
+
+def test_a_picture_may_be_a_tensor(tower: SeeingTower) -> None:
+    image = picture(64, 96)
+    states = [tower.read([TEXT], [[shown]]).states_BTMS for shown in (image, levels(image))]
+    assert torch.equal(*states)
+
+
+def copied(folder: Path, copy: Path, *, without: str) -> Path:
+    """A copy of a tower that lacks a file, or else the weights with such names."""
+    copy.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        if path.name != without:
+            (copy / path.name).write_bytes(path.read_bytes())
+    weights = load_file(copy / "model.safetensors")
+    save_file({n: w for n, w in weights.items() if without not in n}, copy / "model.safetensors", {"format": "pt"})
+    return copy
+
+
+def test_vision_is_loaded_when_the_first_picture_is_shown(folders, kind: str, tmp_path: Path) -> None:
+    whole = load_understanding(folders[kind])
+    vision = "visual" if kind == "qwen3_vl" else "vision_tower"
+    blind = load_understanding(copied(folders[kind], tmp_path, without=vision))
+    assert isinstance(whole, SeeingTower)
+    # Words are read without any of it, also where pictures could be given but are not.
+    words = whole.read([TEXT]).states_BTMS
+    assert torch.equal(blind.read([TEXT], [[]]).states_BTMS, words)
+    assert not whole.vision_loaded
+    with pytest.raises(ModelError, match=r"the vision part of .* cannot be loaded: .* weights are missing"):
+        blind.read([TEXT], [[picture(64, 64)]])
+    whole.read([TEXT], [[picture(64, 64)]])
+    assert whole.vision_loaded
+    assert torch.equal(whole.read([TEXT]).states_BTMS, words)
+
+
+def test_a_language_part_that_is_not_whole_is_an_error(folders, kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="weights are missing"):
+        load_understanding(copied(folders[kind], tmp_path, without="layers.2."))
+
+
+def test_a_tower_that_does_not_say_how_to_prepare_pictures_is_an_error(folders, kind: str, tmp_path: Path) -> None:
+    tower = load_understanding(copied(folders[kind], tmp_path, without="preprocessor_config.json"))
+    with pytest.raises(ModelError, match="does not say how pictures are prepared"):
+        tower.read([TEXT], [[picture(64, 64)]])
+
+
+def test_half_precision_goes_into_both_parts(folders, kind: str) -> None:
+    tower = load_understanding(folders[kind], dtype=torch.bfloat16)
+    exact = load_understanding(folders[kind]).read([TEXT], [[picture(64, 64)]]).states_BTMS
+    states = tower.read([TEXT], [[picture(64, 64)]]).states_BTMS
+    assert states.dtype == torch.bfloat16
+    assert (states - exact).square().mean().sqrt() < 0.05 * exact.square().mean().sqrt()
+
+
+def test_what_cannot_be_shown_is_said_in_one_line(tower: SeeingTower, kind: str) -> None:
+    image = picture(128, 128)
+    mark = LEADS[kind][1]
+    for prompt, pictures, said in [
+        ("apple " * 500, [image], "the model reads 400: shorten it, or show fewer"),
+        ("dog", [image] * 30, "its pictures included, the model reads 400"),
+        (f"a {mark} dog", [image], "leave it out"),
+        ("apple " * 500, [], "the model reads 400: shorten it$"),
+    ]:
+        with pytest.raises(InputError, match=said) as error:
+            tower.read([prompt], [pictures])
+        assert "\n" not in str(error.value)
+
+
+def test_a_picture_of_an_impossible_shape_is_refused(folders) -> None:
+    with pytest.raises(InputError, match="a picture cannot be shown") as error:
+        load_understanding(folders["qwen3_vl"]).read([TEXT], [[picture(500, 2)]])
+    assert "\n" not in str(error.value)
+
+
+def test_a_tower_of_words_cannot_be_shown_a_picture(encoder_folder: Path, decoder_folder: Path) -> None:
+    for folder in (encoder_folder, decoder_folder):
+        tower = load_understanding(folder)
+        assert type(tower) is UnderstandingTower
+        with pytest.raises(InputError, match="cannot be shown a picture"):
+            tower.read(["a dog"], [[picture(64, 64)]])
+
+
+def test_timm_is_asked_for_where_it_is_needed(tmp_path: Path) -> None:
+    tower = load_understanding(vlm_towers.perception_lm(tmp_path, timm=True))
+    assert tower.read([TEXT]).states_BTMS.isfinite().all()
+    with pytest.raises(ModelError, match="sees through timm, which is not installed: pip install timm"):
+        tower.read([TEXT], [[picture(64, 64)]])
+
+
+def test_other_models_that_see_are_refused_by_name(tmp_path: Path) -> None:
+    LlavaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="holds a llava: of models that see, only qwen3_vl, internvl, perception_lm"):
+        load_understanding(tmp_path)
+    with pytest.raises(ModelError, match="is not an understanding tower that can be read"):
+        load_understanding(tmp_path / "nothing")
