@@ -111,7 +111,7 @@ def main() -> None:
     rates: list[dict[str, float]] = []
     for number in range(pictures + 1):
         # A picture drawn alone reads both of its prompts.
-        pipeline._readings.cache_clear()
+        pipeline.reader.forget()
         recipe = recipe_of(bundle, precision, number)
         drawn.append(watch.time(lambda recipe=recipe: pipeline.draw(recipe)))
         rates.append({name: matmul_rate(dtype, watch) for name, dtype in DTYPES.items()})

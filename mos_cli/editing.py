@@ -1,6 +1,6 @@
 """The pixels of an edit: onto the model's canvas, and back to where they came from.
 
-Shapes: B = 1 picture, V image tokens, M layers, Z widest state of an image token, C channels, H x W the latent's size.
+Shapes: B = 1 picture, C channels, H x W the latent's size.
 """
 
 from dataclasses import dataclass
@@ -17,33 +17,32 @@ from mos_cli.runtime.pictures import Fit
 from mos_cli.runtime.recipe import Recipe
 from mos_cli.sampling.sampler import Origin
 from mos_cli.towers.autoencoder import Autoencoder
-from mos_cli.towers.eyes import Eyes
 
 
 @dataclass(frozen=True)
 class Laid:
     """Inputs on the canvas: what the towers need of them."""
 
-    sight_BVMZ: Tensor
+    pictures: tuple[Tensor, ...]
+    """The pictures themselves, each [B, 3, height, width] in -1..1."""
     references: tuple[Tensor, ...]
     """Clean latents, each [B, C, H, W]."""
     origin: Origin
 
 
-def lay(inputs: Inputs, recipe: Recipe, autoencoder: Autoencoder, eyes: Eyes, device: torch.device) -> Laid:
-    """Lays every picture on the recipe's canvas, encodes it and looks at it."""
+def lay(inputs: Inputs, recipe: Recipe, autoencoder: Autoencoder, device: torch.device) -> Laid:
+    """Lays every picture on the recipe's canvas, and encodes it."""
     assert recipe.edit is not None
     canvas = recipe.edit.canvas
-    pictures = [
+    pictures = tuple(
         _tensor(Fit(picture.image.size, canvas).forward(picture.rgb)).to(device) * 2 - 1 for picture in inputs.pictures
-    ]
+    )
     references = tuple(autoencoder.encode(picture) for picture in pictures)
     mask = None
     if inputs.mask is not None:
         whole = _tensor(Fit(inputs.mask.size, canvas).forward(inputs.mask)).to(device)
         mask = F.adaptive_max_pool2d(whole, references[0].shape[-2:])
-    sight = torch.cat([eyes.see(picture) for picture in pictures], dim=1)
-    return Laid(sight, references, Origin(references[0], recipe.edit.strength, mask))
+    return Laid(pictures, references, Origin(references[0], recipe.edit.strength, mask))
 
 
 def finish(drawn: Image.Image, inputs: Inputs, recipe: Recipe) -> Image.Image:

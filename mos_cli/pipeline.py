@@ -8,7 +8,6 @@ Shapes: B = 1 picture, T context tokens, S steps, J generation blocks, K kept la
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -16,13 +15,14 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from PIL import Image
 from torch import Tensor
 
-from mos_cli.editing import Laid, finish, lay
+from mos_cli.editing import finish, lay
 from mos_cli.errors import MemoryLimitError, ModelError, UsageError
+from mos_cli.reading import PromptReading, Reader
 from mos_cli.routing.given import check_model, choices_hash, given_choices
 from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.rules import BaselineRule, parse_rules
 from mos_cli.routing.steering import Steerer
-from mos_cli.routing.trace import Recording, Routes, Trace, TraceToken, Wanted, make_branch
+from mos_cli.routing.trace import Recording, Routes, Trace, Wanted, make_branch
 from mos_cli.runtime.bundles import Bundle, verify_bundle
 from mos_cli.runtime.devices import device_name, device_threads
 from mos_cli.runtime.inputs import Inputs
@@ -30,10 +30,9 @@ from mos_cli.runtime.recipe import PictureRecord, Recipe, pixels_hash, provenanc
 from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, UNSEEN, Guidance, Observer, sample, times
 from mos_cli.towers.attention import Asked, choose_attention
 from mos_cli.towers.autoencoder import Autoencoder, Pixels, load_autoencoder, to_image
-from mos_cli.towers.bank import SIGHT, StateBank
 from mos_cli.towers.eyes import Eyes
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.towers.understanding import UnderstandingTower
+from mos_cli.towers.seeing import load_understanding
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -48,15 +47,6 @@ class Drawing:
     routes: dict[str, Routes]
     previews: tuple[Image.Image, ...] = ()
     """What the tower expected the picture to be, step by step, where it was wanted."""
-
-
-@dataclass(frozen=True)
-class PromptReading:
-    """A prompt, its state bank and its tokens."""
-
-    prompt: str
-    bank: StateBank
-    tokens: tuple[TraceToken, ...]
 
 
 class MoSPipeline:
@@ -85,7 +75,7 @@ class MoSPipeline:
         dtype = DTYPES[precision]
         self.bundle_hash, self.device = bundle.hash, device
         # The states are few and computed once: full precision costs nothing that can be felt.
-        self.understanding = UnderstandingTower(understanding, dtype=torch.float32, device=str(device))
+        self.understanding = load_understanding(understanding, dtype=torch.float32, device=str(device))
         self.autoencoder: Autoencoder = Pixels()
         self.eyes: Eyes | None = None
         try:
@@ -97,22 +87,13 @@ class MoSPipeline:
             )
             if (bundle.folder / "autoencoder").is_dir():
                 self.autoencoder = load_autoencoder(bundle.folder / "autoencoder", dtype=dtype, device=str(device))
-            if bundle.index.edits is not None:
+            if bundle.index.edits is not None and not self.tower.sees:
                 self.eyes = Eyes.from_pretrained(bundle.folder / "eyes", torch_dtype=torch.float32).to(device)  # type: ignore[arg-type]
         except (OSError, ValueError, RuntimeError, TypeError) as error:
             raise ModelError(f"the bundle in {bundle.folder} cannot be loaded: {error}") from None
         self.tower.eval().requires_grad_(False).to(device)  # type: ignore[arg-type]
         self.attention = choose_attention(self.tower, attention)
-        if self.tower.sight_widths != (() if self.eyes is None else self.eyes.widths):
-            raise ModelError(f"the eyes of {bundle.index.name} do not fit its generation tower")
-        handed = (self.understanding.layers, self.understanding.width)
-        if handed != self.tower.states_shape:
-            raise ModelError(
-                f"{bundle.index.name} expects {self.tower.states_shape} layers and values of a state, "
-                f"its understanding tower hands over {handed}"
-            )
-        # The prompts of a batch share the negative; a picture needs two at a time.
-        self._readings = lru_cache(maxsize=4)(self._read_prompt)
+        self.reader = Reader(self.understanding, self.eyes, self.tower, bundle.index.name)
 
     def draw(
         self,
@@ -136,12 +117,11 @@ class MoSPipeline:
         """
         guidance = Guidance(recipe.cfg, recipe.cfg_interval, 1.0 if recipe.edit is None else recipe.edit.image_cfg)
         recorder, laid = Recorder(wanted), None
-        readings = {POSITIVE: self._read(recipe.prompt), NEGATIVE: self._read(recipe.negative)}
+        readings = {POSITIVE: self.reader.read(recipe.prompt), NEGATIVE: self.reader.read(recipe.negative)}
         try:
             if inputs is not None:
-                assert self.eyes is not None
-                laid = lay(inputs, recipe, self.autoencoder, self.eyes, self.device)
-                readings = self._look(readings, laid) | {UNSEEN: readings[NEGATIVE]}
+                laid = lay(inputs, recipe, self.autoencoder, self.device)
+                readings = self.reader.look(readings, laid.pictures, laid.references) | {UNSEEN: readings[NEGATIVE]}
             readings = {branch: readings[branch] for branch in guidance.branches(guidance.interval[0])}
             steerer = self._steerer(recipe, readings, wanted, route_from)
             with recorder.watching(self.tower):
@@ -212,36 +192,6 @@ class MoSPipeline:
             device=self.device,
             given=given,
         )
-
-    def _read(self, prompt: str) -> PromptReading:
-        """The understanding tower runs once per prompt, however many pictures are drawn."""
-        return self._readings(prompt, torch.get_num_threads())
-
-    def _read_prompt(self, prompt: str, _threads: int) -> PromptReading:
-        """Reads a prompt; the number of threads, by which its states are rounded, tells readings apart."""
-        reading = self.understanding.read([prompt])
-        with torch.inference_mode():
-            tokens = tuple(TraceToken(text=t.text, start=t.start, end=t.end) for t in reading.tokens[0])
-            return PromptReading(prompt, self.tower.read(reading.states_BTMS), tokens)
-
-    def _look(self, readings: dict[str, PromptReading], laid: Laid) -> dict[str, PromptReading]:
-        """The prompts read in sight of the pictures: image tokens stand behind their words."""
-        seen = [
-            TraceToken(text=f"picture {number + 1}", start=0, end=0, patch=(number, row, column))
-            for number in range(len(laid.references))
-            for row in range(SIGHT)
-            for column in range(SIGHT)
-        ]
-        with torch.inference_mode():
-            references = self.tower.remember(laid.references)
-            banks = {
-                branch: self.tower.look(reading.bank, laid.sight_BVMZ, references)
-                for branch, reading in readings.items()
-            }
-        return {
-            branch: PromptReading(reading.prompt, banks[branch], (*reading.tokens, *seen))
-            for branch, reading in readings.items()
-        }
 
     def _trace(
         self,

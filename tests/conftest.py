@@ -22,7 +22,6 @@ from mos_cli.training.art.file import SCHEMA, Art, load_art
 from mos_cli.training.evaluation.bench import bench_data
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "an", "red", "green", "apple", "dog", "cat", "##s"]
-TOWER_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
 def _tokenizer(folder: Path, *, marks: bool) -> None:
@@ -39,14 +38,14 @@ def _tokenizer(folder: Path, *, marks: bool) -> None:
 
 
 def tower_spec(folder: Path) -> TowerSpec:
-    """Describes the small encoder in `folder`, which is also where it comes from."""
+    """Describes the small tower in `folder`, which is also where it comes from."""
     return TowerSpec(
         schema="mos-tower/1",
         name="tiny-encoder",
         license="Apache-2.0",
         description="random",
         format="safetensors",
-        files={name: sha256_of(folder / name) for name in TOWER_FILES},
+        files={path.name: sha256_of(path) for path in sorted(folder.iterdir())},
         size=1,
         sources=(FolderSource(kind="folder", path=str(folder)),),
     )
@@ -94,12 +93,13 @@ def awake(tower: GenerationTower) -> GenerationTower:
 def write_bundle(folder: Path, encoder: Path, **seeing: Any) -> Bundle:
     """A bundle named as its folder that draws random 32 px pictures; what it sees with is the caller's to give."""
     sizes = {"width": 32, "depth": 3, "heads": 2, "hidden": 48, "router_width": 32, "router_heads": 2}
-    widths = {"sight_widths": seeing["eyes"].widths} if seeing else {}
-    tower = GenerationTower(**sizes, **widths, states_layers=4, states_width=32)
+    eyes, states = seeing.get("eyes"), seeing.get("states", (4, 32))
+    sight = {"sight_widths": eyes.widths} if eyes else {"sees": "edits" in seeing}
+    tower = GenerationTower(**sizes, **sight, states_layers=states[0], states_width=states[1])
     awake(tower).save_pretrained(folder / "generation")
     FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
-    if seeing:
-        seeing["eyes"].save_pretrained(folder / "eyes")
+    if eyes:
+        eyes.save_pretrained(folder / "eyes")
     return write_index(
         folder,
         name=folder.name,

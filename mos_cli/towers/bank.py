@@ -4,6 +4,7 @@ Shapes: B batch, T context tokens, V of them image tokens, R patches of the refe
 J generation blocks, K kept layers. In router_BTR, R is the width of the router.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,18 +14,20 @@ from mos_cli.towers.layers import grid_positions
 from mos_cli.towers.router import Route
 
 SIGHT = 4
-"""Image tokens of a picture, along each side."""
+"""Image tokens of a picture along each side, where they are made by eyes apart from the understanding tower."""
+Grid = tuple[int, int]
+"""Rows and columns of the image tokens of a picture."""
 
 
 @dataclass(frozen=True)
 class References:
-    """The pictures to draw from, `count` of them.
+    """The pictures to draw from, with the grids of their image tokens.
 
     kv holds what every block remembers of them, keys and values [B, R, 2 D], and positions_R3 where that stands. The
     first is the picture that is edited: under_BND is to be laid under the noised patches, each under its own.
     """
 
-    count: int
+    grids: tuple[Grid, ...]
     kv: tuple[Tensor, ...]
     positions_R3: Tensor
     under_BND: Tensor
@@ -36,7 +39,7 @@ class StateBank:
 
     bank_BTMD holds every layer at the generation tower's width, router_BTR the router's view of the tokens (None where
     there is no router). mask_BT (True = a real token) is None where nothing is padded, which is always so when drawing.
-    Where there are references, the last of the tokens are image tokens, SIGHT x SIGHT for each of them.
+    Where there are references, the last of the tokens are their image tokens, grid by grid.
     """
 
     bank_BTMD: Tensor
@@ -51,8 +54,10 @@ class StateBank:
         return (weights_BTK[..., None].to(rows_BTKD.dtype) * rows_BTKD).sum(dim=2)
 
 
-def sight_positions(pictures: int, rows: float, columns: float) -> Tensor:
+def sight_positions(grids: Sequence[Grid], rows: float, columns: float) -> Tensor:
     """Where the image tokens of the references stand on a canvas of rows x columns patches, [V, 3]."""
-    spacing = (rows / SIGHT, columns / SIGHT)
-    cells = [grid_positions(SIGHT, SIGHT, order=-order, spacing=spacing) for order in range(1, pictures + 1)]
+    cells = [
+        grid_positions(*grid, order=-order, spacing=(rows / grid[0], columns / grid[1]))
+        for order, grid in enumerate(grids, 1)
+    ]
     return torch.cat([torch.zeros(0, 3), *cells])

@@ -14,7 +14,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from mos_cli.towers.bank import References, StateBank, sight_positions
+from mos_cli.towers.bank import SIGHT, Grid, References, StateBank, sight_positions
 from mos_cli.towers.blocks import Context, GenerationBlock, reading
 from mos_cli.towers.layers import (
     EPS,
@@ -41,7 +41,9 @@ class GenerationTower(ModelMixin, ConfigMixin):
         channels, patch: the latent's channels and the side of a patch in latent pixels.
         width, depth, heads, hidden: sizes of the transformer; `hidden` is SwiGLU's inner width.
         states_layers, states_width: what the understanding tower hands over (M, S).
-        sight_widths: the widths of an image token's M states; without them the tower draws from words alone.
+        sight_widths: the widths of the M states of an image token made by eyes apart from the understanding tower.
+        sees: the understanding tower sees by itself, its image tokens have states like those of words. With neither
+            the tower draws from words alone.
         fusion: which layers a block reads: "routed" as the router decides for every token and step, else as
             `fixed_route` says, without a router: its settings then mean nothing.
         context: how a block reads them: "kv" as keys and values of its attention, beside the patches' own; "tokens" as
@@ -71,6 +73,7 @@ class GenerationTower(ModelMixin, ConfigMixin):
         states_layers: int = 7,
         states_width: int = 384,
         sight_widths: Sequence[int] = (),
+        sees: bool = False,
         fusion: Fusion = "routed",
         context: Context = "kv",
         router_inputs: Sequence[RouterInput] = ("tokens", "latent", "time"),
@@ -94,11 +97,13 @@ class GenerationTower(ModelMixin, ConfigMixin):
         patch_values = channels * patch * patch
         if len(sight_widths) not in (0, states_layers):
             raise ValueError(f"sight_widths must name {states_layers} widths, one for every layer, or none")
-        self.sight_widths = tuple(sight_widths)
+        if sight_widths and sees:
+            raise ValueError("sight_widths are those of eyes apart, sees is for a tower that has its own")
+        self.sight_widths, self.sees = tuple(sight_widths), sees
         self.sight_in = nn.ModuleList(nn.Linear(width_in, width, bias=False) for width_in in sight_widths)
         self.states_in = nn.Linear(states_width, width, bias=False)
         self.patches_in = nn.Linear(patch_values, width)
-        self.under_in = nn.Linear(patch_values, width, bias=False) if sight_widths else None
+        self.under_in = nn.Linear(patch_values, width, bias=False) if sight_widths or sees else None
         self.time_in = TimeEmbedding(width)
         self.modulation = nn.Linear(width, 6 * width)
         self.blocks = nn.ModuleList(
@@ -173,10 +178,11 @@ class GenerationTower(ModelMixin, ConfigMixin):
     def _normed_states(self, states: Tensor) -> Tensor:
         return F.rms_norm(states.float(), states.shape[-1:], eps=EPS).to(self.states_in.weight.dtype)
 
-    def remember(self, references: Sequence[Tensor]) -> References:
+    def remember(self, references: Sequence[Tensor], grids: Sequence[Grid] | None = None) -> References:
         """What the blocks keep of pictures, from their clean latents, each [B, C, H, W], the one that is edited first.
 
         Each passes the blocks alone, at time 0: a clean picture is what the tower ends with. Words have no part in it.
+        `grids` are those of their image tokens, SIGHT x SIGHT if they are made by eyes apart.
         """
         memories, positions = [], []
         patches = [patchify(z_BCHW, self.patch).to(self.patches_in.weight.dtype) for z_BCHW in references]
@@ -193,7 +199,8 @@ class GenerationTower(ModelMixin, ConfigMixin):
             positions.append(grid_R3)
         assert self.under_in is not None
         kv = tuple(torch.cat(parts, dim=1) for parts in zip(*memories, strict=True))
-        return References(len(references), kv, torch.cat(positions), self.under_in(patches[0]))
+        grids = tuple(grids or [(SIGHT, SIGHT)] * len(references))
+        return References(grids, kv, torch.cat(positions), self.under_in(patches[0]))
 
     def _grid(self, z_BCHW: Tensor, *, order: int = 0) -> Tensor:
         return grid_positions(z_BCHW.shape[-2] // self.patch, z_BCHW.shape[-1] // self.patch, order=order)
@@ -223,9 +230,8 @@ class GenerationTower(ModelMixin, ConfigMixin):
         patch, size = self.patch, (z_BCHW.shape[-2], z_BCHW.shape[-1])
         patches = patchify(z_BCHW, patch).to(self.patches_in.weight.dtype)
         tokens, grid_N3 = bank.bank_BTMD.shape[1], self._grid(z_BCHW)
-        seen_V3 = sight_positions(
-            0 if bank.references is None else bank.references.count, size[0] / patch, size[1] / patch
-        )
+        grids = () if bank.references is None else bank.references.grids
+        seen_V3 = sight_positions(grids, size[0] / patch, size[1] / patch)
         route = self._route(patches, t_B, seen_V3, grid_N3, bank, epsilon, steering)
 
         x = self.patches_in(patches)

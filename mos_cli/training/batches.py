@@ -8,7 +8,7 @@ image token, C channels, H x W the latent's size.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from random import Random
 from typing import Any
@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader
 from mos_cli.errors import InputError, MosError, UsageError
 from mos_cli.sampling.flow import logit_normal, noised
 from mos_cli.towers.autoencoder import Autoencoder
+from mos_cli.towers.bank import SIGHT, Grid
 from mos_cli.towers.eyes import Eyes
-from mos_cli.towers.understanding import Reading, UnderstandingTower
+from mos_cli.towers.understanding import Picture, Reading, UnderstandingTower
 from mos_cli.training.recipe import TrainTable
 from mos_cli.training.stages import Course
 
@@ -31,7 +32,8 @@ from mos_cli.training.stages import Course
 class Batch:
     """Clean and noised latents, their times, and what the understanding tower read of the captions.
 
-    Where a step edits, also the clean latents of the pictures that are edited, and what the eyes see of them.
+    Where a step edits, also the clean latents of the pictures that are edited and, if the understanding tower has eyes
+    apart, what these see of them; a tower that sees has the states of its image tokens, on `grid`, behind the words'.
     """
 
     z0_BCHW: Tensor
@@ -41,6 +43,7 @@ class Batch:
     mask_BT: Tensor
     references_BCHW: Tensor | None = None
     sight_BVMZ: Tensor | None = None
+    grid: Grid = (SIGHT, SIGHT)
 
 
 Kind = tuple[str, bool]
@@ -176,7 +179,7 @@ class Batches:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(side)
             for field in fields(batch):
-                if (tensor := getattr(batch, field.name)) is not None:
+                if isinstance(tensor := getattr(batch, field.name), Tensor):
                     tensor.record_stream(current)
             yield batch
 
@@ -194,22 +197,50 @@ class Batches:
         z0 = self.autoencoder.encode(source.draw(picked.pictures, stage.canvas))
         # Noise for the whole batch costs an accelerator less than a generator for each picture.
         z1 = torch.randn(stage.batch, *z0.shape[1:], generator=noise, device=self.device)[part]
-        reading = self._read(picked.captions)
-        room = self.train.context_tokens - reading.mask_BT.shape[1]
-        states = F.pad(reading.states_BTMS, (0, 0, 0, 0, 0, room))
-        references = sight = None
-        if source.draw_before is not None and self.eyes is not None:
-            before = source.draw_before(picked.pictures, stage.canvas)
-            references, sight = self.autoencoder.encode(before), self.eyes.see(before)
-        return Batch(z0, noised(z0, z1, t), t, states, F.pad(reading.mask_BT, (0, room)), references, sight)
+        noisy = noised(z0, z1, t)
+        if source.draw_before is None:
+            return Batch(z0, noisy, t, *self._read(picked.captions))
+        before = source.draw_before(picked.pictures, stage.canvas)
+        references = self.autoencoder.encode(before)
+        if self.eyes is not None:
+            return Batch(z0, noisy, t, *self._read(picked.captions), references, self.eyes.see(before))
+        states, mask, grid = self._read_in_sight(picked.captions, before)
+        return Batch(z0, noisy, t, states, mask, references, grid=grid)
 
-    def _read(self, captions: list[str]) -> Reading:
+    def _read_in_sight(self, captions: list[str], before_B3HW: Tensor) -> tuple[Tensor, Tensor, Grid]:
+        """States and mask of captions read in sight of a picture each, and the grid of their image tokens.
+
+        The image tokens, as many and in the same place for all, come behind the words, which are padded.
+        """
+        reading = self._checked(captions, [[picture] for picture in before_B3HW])
+        (sight,) = reading.sights[0]
+        seen = slice(sight.first, sight.first + sight.rows * sight.columns)
+
+        def words_first(part: Tensor) -> Tensor:
+            words = torch.cat([part[:, : seen.start], part[:, seen.stop :]], dim=1)
+            return torch.cat([self._padded(words), part[:, seen]], dim=1)
+
+        return words_first(reading.states_BTMS), words_first(reading.mask_BT), (sight.rows, sight.columns)
+
+    def _read(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """States and mask of captions, padded."""
+        reading = self._checked(captions)
+        return self._padded(reading.states_BTMS), self._padded(reading.mask_BT)
+
+    def _padded(self, words: Tensor) -> Tensor:
+        """Words [B, T, ...] with room for as many as the recipe says."""
+        return F.pad(words, (0, 0) * (words.ndim - 2) + (0, self.train.context_tokens - words.shape[1]))
+
+    def _checked(self, captions: list[str], pictures: Sequence[Sequence[Picture]] = ()) -> Reading:
+        """Raises UsageError if a caption does not fit into `context_tokens`, or is longer than the tower reads."""
         try:
-            reading = self.understanding.read(captions)
+            reading = self.understanding.read(captions, pictures)
         except InputError:
             reading = None
-        if reading is not None and reading.mask_BT.shape[1] <= self.train.context_tokens:
-            return reading
+        if reading is not None:
+            seen = sum(sight.rows * sight.columns for sight in reading.sights[0])
+            if reading.mask_BT.shape[1] - seen <= self.train.context_tokens:
+                return reading
         tokens = [len(ids) for ids in self.understanding.tokenizer(captions, verbose=False)["input_ids"]]  # type: ignore[index]
         longest = captions[tokens.index(max(tokens))]
         raise UsageError(

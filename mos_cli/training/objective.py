@@ -4,12 +4,14 @@ Shapes: B batch, T context tokens, V image tokens, M understanding layers, S wid
 image token, J generation blocks, K kept layers, C channels, H x W the latent's size.
 """
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mos_cli.sampling.flow import velocity_loss
+from mos_cli.towers.bank import Grid
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.router import Route
 from mos_cli.training.batches import Batch
@@ -50,6 +52,7 @@ class Objective(nn.Module):
             batch.mask_BT,
             batch.references_BCHW,
             batch.sight_BVMZ,
+            batch.grid,
         )
 
     def _plain(
@@ -61,10 +64,15 @@ class Objective(nn.Module):
         mask_BT: Tensor,
         references_BCHW: Tensor | None,
         sight_BVMZ: Tensor | None,
+        grid: Grid,
     ) -> tuple[Tensor, Tensor]:
         bank, importance = self.tower.read(states_BTMS, mask_BT), 1.0
-        if references_BCHW is not None and sight_BVMZ is not None:
-            bank = self.tower.look(bank, sight_BVMZ, self.tower.remember([references_BCHW]))
+        if references_BCHW is not None:
+            references = self.tower.remember([references_BCHW], [grid])
+            if sight_BVMZ is None:
+                bank = replace(bank, references=references)
+            else:
+                bank = self.tower.look(bank, sight_BVMZ, references)
             assert bank.mask_BT is not None
             mask_BT, importance = bank.mask_BT, importance_of_change(z0_BCHW, references_BCHW)
         x_hat, route = self.tower(z_BCHW, t_B, bank, epsilon=self.epsilon)

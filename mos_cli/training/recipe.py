@@ -129,8 +129,10 @@ class TrainRecipe(Frozen):
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
         edits = [data for data in (self.data, *(stage.data for stage in self.stages)) if data and data.edits]
-        if edits and self.eyes is None:
-            raise ValueError('steps that edit need [eyes]: eyes = "efficientnet-lite0"')
+        if edits and self.eyes is None and not self.generation.get("sees"):
+            raise ValueError(
+                'steps that edit need eyes = "efficientnet-lite0", or a tower that sees: [generation] sees'
+            )
         if bool(edits) != (self.bundle.edits is not None):
             raise ValueError("[bundle] edits, the settings to edit with, go with [data] edits, the steps that edit")
         if bool(self.stages) == (self.train.steps is not None):

@@ -16,7 +16,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from mos_cli.errors import InputError, UsageError
 from mos_cli.runtime.bundles import Bundle, write_index
 from mos_cli.towers.autoencoder import Pixels
-from mos_cli.towers.understanding import UnderstandingTower
+from mos_cli.towers.seeing import SeeingTower, load_understanding
 from mos_cli.training.art.file import load_art
 from mos_cli.training.batches import Batches, Draw, Kind, Share, Source
 from mos_cli.training.captioned import load_captioned, to_device
@@ -63,17 +63,21 @@ def prepare(recipe: TrainRecipe, art: Path, folder: Path) -> Trainer:
         UsageError: the recipe cannot be run here.
     """
     plan = course(recipe)
-    accelerator = start_accelerator(recipe.train, folder, parts_rest=recipe.eyes is not None)
+    accelerator = start_accelerator(recipe.train, folder, parts_rest=recipe.bundle.edits is not None)
     device = accelerator.device
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     with accelerator.local_main_process_first():
         _, tower = find_understanding(recipe.understanding)
         autoencoder = find_autoencoder(recipe.autoencoder, device)
-        understanding = UnderstandingTower(tower, dtype=dtype, device=str(device))
+        understanding = load_understanding(tower, dtype=dtype, device=str(device))
         eyes = None if recipe.eyes is None else find_eyes(understanding.layers, device, dtype)
     seen = () if eyes is None else eyes.widths
     if tuple(recipe.generation.get("sight_widths", ())) != seen:
         raise UsageError(f"[generation] sight_widths must be {list(seen)}, the widths of what the recipe's eyes see")
+    if recipe.generation.get("sees") and not isinstance(understanding, SeeingTower):
+        raise UsageError(
+            f"[generation] sees = true needs a tower that sees pictures: {recipe.understanding} only reads"
+        )
     share = Share(accelerator.process_index, accelerator.num_processes)
     found: dict[str, tuple[Source, ...]] = {}
     sources: dict[Kind, Source] = {}

@@ -10,6 +10,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from PIL import Image
 from torch import Tensor
 
+from mos_cli.reading import Reader
 from mos_cli.runtime.files import atomic_write
 from mos_cli.runtime.outputs import png
 from mos_cli.runtime.sheet import contact_sheet
@@ -67,19 +68,18 @@ def _edits(trainer: Trainer, tower: GenerationTower, edits: list[tuple[Tensor, s
 
 def _draw(trainer: Trainer, tower: GenerationTower, prompt: str, before: Tensor | None, seed: int) -> Image.Image:
     batches, device, bundle = trainer.batches, trainer.device, trainer.recipe.bundle
-    readings = {branch: batches.understanding.read([text]) for branch, text in ((POSITIVE, prompt), (NEGATIVE, ""))}
-    banks = {branch: tower.read(reading.states_BTMS.to(device)) for branch, reading in readings.items()}
+    reader = Reader(batches.understanding, batches.eyes, tower, bundle.name)
+    readings = {branch: reader.read(text) for branch, text in ((POSITIVE, prompt), (NEGATIVE, ""))}
     defaults, image_cfg = bundle.defaults, 1.0
-    if before is not None and bundle.edits is not None and batches.eyes is not None:
-        defaults, image_cfg, blind = bundle.edits, bundle.edits.image_cfg, {UNSEEN: banks[NEGATIVE]}
-        references, sight = tower.remember([batches.autoencoder.encode(before)]), batches.eyes.see(before)
-        banks = {branch: tower.look(bank, sight, references) for branch, bank in banks.items()} | blind
+    if before is not None and bundle.edits is not None:
+        defaults, image_cfg, blind = bundle.edits, bundle.edits.image_cfg, {UNSEEN: readings[NEGATIVE]}
+        readings = reader.look(readings, (before,), (batches.autoencoder.encode(before),)) | blind
     side = trainer.course.stage_at(trainer.step - 1).canvas // batches.autoencoder.factor
     shape, generator = (1, batches.autoencoder.channels, side, side), torch.Generator().manual_seed(seed)
     z = sample(
         tower,
         torch.randn(shape, generator=generator).to(device),
-        banks,
+        {branch: reading.bank for branch, reading in readings.items()},
         steps=defaults.steps,
         guidance=Guidance(defaults.cfg, defaults.cfg_interval, image_cfg),
         scheduler=FlowMatchEulerDiscreteScheduler(),
