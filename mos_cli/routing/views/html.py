@@ -1,0 +1,185 @@
+"""The routes of one picture, or of two side by side, as a single HTML page that needs no network.
+
+Shapes: S steps, J generation blocks, T context tokens, K kept layers, M understanding layers, W words, N patches.
+"""
+
+import base64
+import json
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from io import BytesIO
+from math import ceil, sqrt
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+
+from mos_cli.errors import InputError
+from mos_cli.routing.analysis import Word, split_words
+from mos_cli.routing.diff import compare
+from mos_cli.routing.trace import Recording, Routes, Trace, TraceBranch, TraceToken
+from mos_cli.routing.views.difference import headline
+
+PARTS = Path(__file__).with_name("report")
+SCRIPTS = ("routes.js", "charts.js", "page.js", "pictures.js", "story.js", "grid.js", "keys.js")
+
+
+def html_report(first: Recording, second: Recording | None = None) -> str:
+    """The page: everything is in it, pictures and numbers too, and it may not load anything (it says so itself).
+
+    With `second`, both are shown side by side, with the choices in which they differ.
+
+    Raises:
+        InputError: a recording holds a summary only, or the two cannot be compared.
+    """
+    recordings = [first] if second is None else [first, second]
+    # In JSON a "<" may be written as an escape, so that no prompt can end the element that holds it.
+    data = json.dumps(report_data(recordings), separators=(",", ":")).replace("<", "\\u003c")
+    script = "\n".join(_part(name) for name in SCRIPTS)
+    return Template(_part("page.html")).substitute(style=_part("page.css"), script=script, data=data)
+
+
+def report_data(recordings: Sequence[Recording]) -> dict[str, Any]:
+    """What the page shows of one or two recordings, as plain values; arrays are packed as `pack` does.
+
+    `rows` has the words of a branch by its name: `tokens` are the word's in each of the recordings, None where it is
+    not in the prompt. A word is the same in both if its text and its occurrence are.
+
+    Raises:
+        InputError: a recording holds a summary only, or the two cannot be compared.
+    """
+    decisions = [_decisions(recording) for recording in recordings]
+    traces = [recording.trace for recording in recordings]
+    agreement = None
+    if len(recordings) > 1:
+        agreement = headline(compare(traces[0], decisions[0], traces[1], decisions[1]))
+    names = dict.fromkeys(name for trace in traces for name in trace.branches)
+    rows = {name: _rows([trace.branches.get(name) for trace in traces]) for name in names}
+    return {
+        "rows": rows,
+        "agreement": agreement,
+        "traces": [
+            _trace(
+                recording,
+                routes,
+                {name: [row["tokens"][index] for row in rows[name]] for name in recording.trace.branches},
+            )
+            for index, (recording, routes) in enumerate(zip(recordings, decisions, strict=True))
+        ],
+    }
+
+
+def pack(array: np.ndarray) -> str:
+    """An array of bytes, compressed by zlib, in base64."""
+    assert array.dtype == np.uint8
+    return base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes(), 9)).decode()
+
+
+def _decisions(recording: Recording) -> dict[str, Routes]:
+    if recording.routes is None:
+        raise InputError(f"{recording.path} holds a summary only: draw with --trace topk to record every decision")
+    return recording.routes
+
+
+def _trace(
+    recording: Recording, routes: dict[str, Routes], rows: dict[str, list[Sequence[int] | None]]
+) -> dict[str, Any]:
+    trace = recording.trace
+    fields = {"prompt", "model", "seed", "steps", "cfg", "cfg_interval", "width", "height", "precision"}
+    return {
+        "recipe": trace.recipe.model_dump(include=fields),
+        "edit": trace.recipe.edit is not None,
+        "rules": trace.recipe.routes or (),
+        "layers": trace.layers,
+        "blocks": trace.blocks,
+        "times": trace.times,
+        "branches": {name: _branch(trace, name, routes[name], rows[name]) for name in trace.branches},
+        "picture": None if recording.picture is None else _uri("png", recording.picture.read_bytes()),
+        "previews": None if recording.previews is None else _sprite(recording.previews),
+    }
+
+
+def _branch(trace: Trace, name: str, routes: Routes, rows: list[Sequence[int] | None]) -> dict[str, Any]:
+    branch = trace.branches[name]
+    # Steps last: from one to the next little changes, which is what compression feeds on.
+    ids_JTKS, weights_JTKS = (array.transpose(1, 2, 3, 0) for array in (routes.ids_SJTK, routes.weights_SJTK))
+    return {
+        "prompt": branch.prompt,
+        "steps": branch.steps,
+        "tokens": [_name(token) for token in branch.tokens],
+        "kept": routes.ids_SJTK.shape[3],
+        "ids": pack(ids_JTKS),
+        "weights": pack(_bytes(weights_JTKS.astype(np.float32))),
+        "regions": None if trace.regions is None else _regions(trace, routes, rows),
+        "steered": [done.model_dump() for done in branch.steered or ()],
+        "changed": branch.changed,
+    }
+
+
+def _name(token: TraceToken) -> str:
+    return token.text if token.patch is None else "row {1}, column {2}".format(*token.patch)
+
+
+def _regions(trace: Trace, routes: Routes, rows: list[Sequence[int] | None]) -> dict[str, Any]:
+    """Attention of every patch to every row's word, [W, N], each row as a part of its largest value (`peaks`)."""
+    assert trace.regions is not None
+    assert routes.regions_JTN is not None
+    regions_TN = routes.regions_JTN.mean(axis=0, dtype=np.float32)
+    words_WN = np.stack([regions_TN[list(tokens or ())].sum(axis=0) for tokens in rows])
+    peaks_W = words_WN.max(axis=1)
+    parts_WN = words_WN / np.maximum(peaks_W, np.finfo(np.float32).tiny)[:, None]
+    grid = trace.regions
+    return {"rows": grid.rows, "columns": grid.columns, "peaks": peaks_W.tolist(), "parts": pack(_bytes(parts_WN))}
+
+
+def _rows(branches: Sequence[TraceBranch | None]) -> list[dict[str, Any]]:
+    """The words of a branch in all traces: first those of the prompts, then pictures, then special tokens."""
+    rows: dict[tuple[int, str, int], list[tuple[int, ...] | None]] = {}
+    for index, branch in enumerate(branches):
+        if branch is None:
+            continue
+        seen: Counter[tuple[int, str]] = Counter()
+        for word in split_words(branch.prompt, branch.tokens):
+            kind = _kind(word, branch), word.text
+            seen[kind] += 1
+            rows.setdefault((*kind, seen[kind]), [None] * len(branches))[index] = word.tokens
+    kinds = ("word", "picture", "special")
+    ordered = sorted(rows.items(), key=lambda row: row[0][0])
+    return [{"text": text, "nth": nth, "kind": kinds[kind], "tokens": held} for (kind, text, nth), held in ordered]
+
+
+def _kind(word: Word, branch: TraceBranch) -> int:
+    if word.special:
+        return 2
+    return 0 if branch.tokens[word.tokens[0]].patch is None else 1
+
+
+def _sprite(path: Path) -> dict[str, Any]:
+    """The frames of an animation side by side in one picture, row by row."""
+    from PIL import Image, ImageSequence
+
+    with Image.open(path, formats=["WEBP"]) as animation:
+        frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(animation)]
+    width, height = frames[0].size
+    columns = ceil(sqrt(len(frames)))
+    rows = ceil(len(frames) / columns)
+    sheet, file = Image.new("RGB", (columns * width, rows * height)), BytesIO()
+    for number, frame in enumerate(frames):
+        sheet.paste(frame, (number % columns * width, number // columns * height))
+    sheet.save(file, format="WEBP", quality=88)
+    return {"sheet": _uri("webp", file.getvalue()), "columns": columns, "rows": rows, "count": len(frames)}
+
+
+def _bytes(parts: np.ndarray) -> np.ndarray:
+    """Parts of a whole as bytes: 0 is none of it, 255 all."""
+    return np.rint(255 * parts).clip(0, 255).astype(np.uint8)
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _part(name: str) -> str:
+    return (PARTS / name).read_text(encoding="utf-8")

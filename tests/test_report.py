@@ -1,0 +1,110 @@
+"""The report's data: one file that is whole, true to the trace, and safe."""
+
+import base64
+import json
+import re
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from recordings import HOSTILE, record
+
+from mos_cli.errors import InputError
+from mos_cli.routing.views.html import PARTS, SCRIPTS, html_report, report_data
+
+
+def unpacked(text: str) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.uint8)
+
+
+def embedded(page: str) -> dict[str, Any]:
+    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert match
+    return json.loads(match[1])
+
+
+def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
+    page = html_report(record(tmp_path, previews=True))
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'" in page
+    assert not re.search(r"<link|<iframe|@import|src=[\"']?(?!data:)\w|fetch\(|XMLHttpRequest", page)
+    assert set(re.findall(r"https?://[^\s\"'`]+", page)) == {"http://www.w3.org/2000/svg"}
+
+
+def test_a_hostile_prompt_stays_text(tmp_path: Path) -> None:
+    page = html_report(record(tmp_path, f"{HOSTILE} $data <!-- cat"))
+    assert page.count("<script") == page.count("</script") == 2
+    assert "<img src=x" not in page
+    assert embedded(page)["traces"][0]["recipe"]["prompt"] == f"{HOSTILE} $data <!-- cat"
+
+
+def test_no_script_of_the_page_makes_markup_of_text() -> None:
+    for name in SCRIPTS:
+        assert not re.search(
+            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", (PARTS / name).read_text()
+        )
+
+
+def test_every_decision_is_in_the_page(tmp_path: Path) -> None:
+    recording = record(tmp_path)
+    assert recording.routes is not None
+    branches = embedded(html_report(recording))["traces"][0]["branches"]
+    for name, routes in recording.routes.items():
+        steps, blocks, tokens, kept = routes.ids_SJTK.shape
+        shape = (blocks, tokens, kept, steps)
+        ids, weights = (
+            unpacked(branches[name][key]).reshape(shape).transpose(3, 0, 1, 2) for key in ("ids", "weights")
+        )
+        np.testing.assert_array_equal(ids, routes.ids_SJTK)
+        np.testing.assert_allclose(weights / 255, routes.weights_SJTK, atol=0.5 / 255 + 1e-6)
+
+
+def test_regions_are_summed_over_a_words_tokens_and_averaged_over_blocks(tmp_path: Path) -> None:
+    recording = record(tmp_path)
+    assert recording.routes is not None
+    data = report_data([recording])
+    regions = data["traces"][0]["branches"]["positive"]["regions"]
+    parts = unpacked(regions["parts"]).reshape(-1, 16)
+    held = recording.routes["positive"].regions_JTN
+    assert held is not None
+    for row, part, peak in zip(data["rows"]["positive"], parts, regions["peaks"], strict=True):
+        wanted = held.astype(np.float64).mean(axis=0)[list(row["tokens"][0])].sum(axis=0)
+        np.testing.assert_allclose(peak * part / 255, wanted, atol=peak / 255)
+
+
+def test_words_of_two_traces_are_paired_by_text_and_occurrence(tmp_path: Path) -> None:
+    first, second = record(tmp_path, "a cat and a dog"), record(tmp_path, "a dog and a big cat", seed=1)
+    rows = report_data([first, second])["rows"]["positive"]
+    found = {(row["text"], row["nth"], row["kind"]): row["tokens"] for row in rows}
+    assert found[("a", 2, "word")] == [(4,), (4,)]
+    assert found[("cat", 1, "word")] == [(2,), (6,)]
+    assert found[("big", 1, "word")] == [None, (5,)]
+    assert found[("[SEP]", 1, "special")] == [(6,), (7,)]
+    assert [row["kind"] for row in rows] == ["word"] * 6 + ["special"] * 2
+
+
+def test_previews_become_one_picture_with_a_frame_a_step(tmp_path: Path) -> None:
+    film = report_data([record(tmp_path, previews=True)])["traces"][0]["previews"]
+    assert (film["count"], film["columns"], film["rows"]) == (6, 3, 2)
+    (tmp_path / "sheet.webp").write_bytes(base64.b64decode(film["sheet"].split(",")[1]))
+    with Image.open(tmp_path / "sheet.webp") as sheet:
+        assert sheet.size == (3 * 64, 2 * 32)
+        reds = [sheet.convert("RGB").getpixel((32 + 64 * (n % 3), 16 + 32 * (n // 3))) for n in range(6)]
+    assert all(abs(red[0] - 40 * step) < 12 for step, red in enumerate(reds) if isinstance(red, tuple))
+
+
+def test_what_cannot_be_shown_is_refused(tmp_path: Path) -> None:
+    whole = record(tmp_path)
+    with pytest.raises(InputError, match="summary only: draw with --trace topk"):
+        html_report(replace(whole, routes=None))
+    with pytest.raises(InputError, match="cannot be compared"):
+        html_report(whole, record(tmp_path, seed=1, layers=7))
+
+
+def test_a_large_trace_makes_a_page_of_a_few_megabytes(tmp_path: Path) -> None:
+    words = " ".join(f"word{n}" for n in range(510))
+    page = html_report(record(tmp_path, words, layers=24, blocks=40, steps=28))
+    assert len(page) < 5e6
