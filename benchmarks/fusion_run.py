@@ -146,7 +146,8 @@ def _batch(
 ) -> Batch:
     t = logit_normal(len(rows), recipe.train.time_mean, recipe.train.time_std, chance)
     z = noised(z0, torch.randn(z0.shape, generator=chance), t)
-    return Batch(*(part.to(device) for part in (z0, z, t, library.states_NTMS[rows], library.mask_NT[rows])))
+    states, mask = library.states_NTMS[rows], library.mask_NT[rows]
+    return Batch(z0.to(device), z.to(device), t.to(device), states.to(device), mask.to(device))
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ def main() -> None:
     judge, true = Judge(judge_folder()), TrueScenes(load_art(asked.art or data_folder()))
     common = shared_fields(settings, bundle, defaults)
     common["width"], common["height"] = bundle.index.canvas.native
-    pipeline = load_pipeline(bundle, settings, precision=common["precision"], report=Report())
+    pipeline = load_pipeline(bundle, settings, Report(), precision=common["precision"], quant=None)
     entries = read_edit_bench(asked.limit)
     print(f"{bundle.ref} ({bundle.hash[:10]}), {len(entries)} edits, {common['steps']} steps\n")
     print("| cfg | image cfg | success (error) | nothing changed | dB outside | no-op error, levels |")

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from mos_cli.editing import finish, lay
-from mos_cli.errors import MemoryLimitError, ModelError, UsageError
+from mos_cli.errors import MemoryLimitError, ModelError, MosError, UsageError
 from mos_cli.reading import PromptReading, Reader
 from mos_cli.routing.given import check_model, choices_hash, given_choices
 from mos_cli.routing.recorder import Recorder
@@ -26,15 +26,18 @@ from mos_cli.routing.trace import Recording, Routes, Trace, Wanted, make_branch
 from mos_cli.runtime.bundles import Bundle, verify_bundle
 from mos_cli.runtime.devices import device_name, device_threads
 from mos_cli.runtime.inputs import Inputs
+from mos_cli.runtime.quantising import Method
 from mos_cli.runtime.recipe import PictureRecord, Recipe, pixels_hash, provenance
 from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, UNSEEN, Guidance, Observer, sample, times
 from mos_cli.towers.attention import Asked, choose_attention
 from mos_cli.towers.autoencoder import Autoencoder, Pixels, load_autoencoder, to_image
 from mos_cli.towers.eyes import Eyes
-from mos_cli.towers.generation import GenerationTower
+from mos_cli.towers.quantised import load_generation
 from mos_cli.towers.seeing import load_understanding
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+LARGE = 2_000_000_000
+"""Bytes of an understanding tower as downloaded, above which it reads in bf16, as it was trained."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class MoSPipeline:
         bundle: where the weights are; every file is checked against its hash.
         understanding: folder of the understanding tower, as `fetch_tower` returns it.
         attention: what computes it; see `choose_attention`.
+        quant: how the weights of understanding and generation tower are quantised while they are loaded.
 
     Raises:
         ModelError: the bundle is damaged, or its parts do not fit together.
@@ -70,18 +74,19 @@ class MoSPipeline:
         device: torch.device,
         precision: str,
         attention: Asked = "auto",
+        quant: tuple[Method | None, Method | None] = (None, None),
     ) -> None:
         verify_bundle(bundle)
         dtype = DTYPES[precision]
         self.bundle_hash, self.device = bundle.hash, device
-        # The states are few and computed once: full precision costs nothing that can be felt.
-        self.understanding = load_understanding(understanding, dtype=torch.float32, device=str(device))
+        # The states are few and computed once: full precision costs nothing that can be felt, but in large towers.
+        large = bundle.index.understanding.size > LARGE or quant[0] is not None
+        reads = torch.bfloat16 if large else torch.float32
+        self.understanding = load_understanding(understanding, dtype=reads, device=str(device), quant=quant[0])
         self.autoencoder: Autoencoder = Pixels()
         self.eyes: Eyes | None = None
         try:
-            self.tower = GenerationTower.from_pretrained(
-                bundle.folder / "generation", torch_dtype=dtype, use_safetensors=True
-            )
+            self.tower = load_generation(bundle.folder / "generation", quant[1], device=device, dtype=dtype)
             self.scheduler: FlowMatchEulerDiscreteScheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(  # type: ignore[assignment]
                 bundle.folder / "scheduler"
             )
@@ -89,9 +94,10 @@ class MoSPipeline:
                 self.autoencoder = load_autoencoder(bundle.folder / "autoencoder", dtype=dtype, device=str(device))
             if bundle.index.edits is not None and not self.tower.sees:
                 self.eyes = Eyes.from_pretrained(bundle.folder / "eyes", torch_dtype=torch.float32).to(device)  # type: ignore[arg-type]
+        except MosError:
+            raise
         except (OSError, ValueError, RuntimeError, TypeError) as error:
             raise ModelError(f"the bundle in {bundle.folder} cannot be loaded: {error}") from None
-        self.tower.eval().requires_grad_(False).to(device)  # type: ignore[arg-type]
         self.attention = choose_attention(self.tower, attention)
         self.reader = Reader(self.understanding, self.eyes, self.tower, bundle.index.name)
 

@@ -15,6 +15,7 @@ from mos_cli.cli.eval import evaluate
 from mos_cli.cli.generate import generate
 from mos_cli.cli.inspect_routing import inspect_routing
 from mos_cli.cli.models import models_app
+from mos_cli.cli.plan import plan
 from mos_cli.cli.presets import presets_app
 from mos_cli.cli.replay import replay
 from mos_cli.cli.routing import routing_app
@@ -70,6 +71,7 @@ app.command()(edit)
 app.command("inspect-routing")(inspect_routing)
 app.add_typer(routing_app)
 app.command()(replay)
+app.command()(plan)
 app.add_typer(models_app)
 app.add_typer(presets_app)
 app.command()(doctor)

@@ -82,6 +82,7 @@ def shared_fields(settings: "RunSettings", bundle: "Bundle", defaults: "Defaults
     """The settings all pictures of a run share, but for their size; what nobody set comes from the bundle."""
     from mos_cli.routing.rules import parse_rules
     from mos_cli.runtime.devices import choose_device, choose_precision
+    from mos_cli.runtime.fitting import parse_quant
 
     precision = settings.precision
     if precision == "auto":
@@ -93,6 +94,7 @@ def shared_fields(settings: "RunSettings", bundle: "Bundle", defaults: "Defaults
         "cfg": defaults.cfg if settings.cfg is None else settings.cfg,
         "cfg_interval": settings.cfg_interval or defaults.cfg_interval,
         "precision": precision,
+        "quant": None if settings.quant == "none" else ",".join(parse_quant(settings.quant)),
         "routes": tuple(map(str, parse_rules(settings.routes))) if settings.routes else None,
     }
 

@@ -91,7 +91,9 @@ class Report:
         )
 
 
-def load_pipeline(bundle: "Bundle", settings: "RunSettings", *, precision: str, report: Report) -> "MoSPipeline":
+def load_pipeline(
+    bundle: "Bundle", settings: "RunSettings", report: Report, *, precision: str, quant: str | None
+) -> "MoSPipeline":
     """Imports the libraries and loads a bundle; an understanding tower that is not here yet is fetched."""
     from mos_cli.cli.fetching import fetch_with_progress
 
@@ -103,6 +105,7 @@ def load_pipeline(bundle: "Bundle", settings: "RunSettings", *, precision: str, 
         quieten()
         from mos_cli.pipeline import MoSPipeline
         from mos_cli.runtime.devices import choose_device
+        from mos_cli.runtime.fitting import methods
     with report.stage("weights"):
         return MoSPipeline(
             bundle,
@@ -110,6 +113,7 @@ def load_pipeline(bundle: "Bundle", settings: "RunSettings", *, precision: str, 
             device=choose_device(settings.device),
             precision=precision,
             attention=settings.attention,
+            quant=methods(quant),
         )
 
 

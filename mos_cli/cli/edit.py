@@ -31,6 +31,7 @@ from mos_cli.cli.options import (
     Precision,
     Preset,
     PreviewSteps,
+    Quant,
     Quiet,
     Regions,
     Route,
@@ -101,6 +102,7 @@ def edit(
     preview_steps: PreviewSteps = False,
     device: Device = None,
     precision: Precision = None,
+    quant: Quant = None,
     attention: Attention = None,
     strip: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Also write before, after and their difference side by side.")
@@ -132,6 +134,7 @@ def edit(
         routes=route or None,
         device=device,
         precision=precision,
+        quant=quant,
         attention=attention,
     )
     settings = resolve(flags, preset)
@@ -183,7 +186,7 @@ def edit(
     if dry_run:
         say_what_would_be_drawn(jobs, report)
         return
-    pipeline = load_pipeline(bundle, settings, precision=fields["precision"], report=report)
+    pipeline = load_pipeline(bundle, settings, report, precision=fields["precision"], quant=fields["quant"])
     draw_jobs(
         pipeline,
         jobs,

@@ -71,7 +71,7 @@ def evaluate(
     from mos_cli.training.evaluation.judge import Judge, judge_folder
 
     judging, true = Judge(judge or judge_folder()), TrueScenes(load_art(art or data_folder()))
-    pipeline = load_pipeline(bundle, settings, precision=common["precision"], report=Report())
+    pipeline = load_pipeline(bundle, settings, Report(), precision=common["precision"], quant=common["quant"])
     folder = output or Path("outputs") / f"eval-{bundle.index.name}"
     if editing is None:
         _evaluate_scenes(pipeline, judging, true, folder, common, limit)

@@ -29,6 +29,7 @@ from mos_cli.cli.options import (
     Precision,
     Preset,
     PreviewSteps,
+    Quant,
     Quiet,
     Regions,
     Route,
@@ -68,6 +69,7 @@ def generate(
     preview_steps: PreviewSteps = False,
     device: Device = None,
     precision: Precision = None,
+    quant: Quant = None,
     attention: Attention = None,
     sheet: Sheet = None,
     dry_run: DryRun = False,
@@ -94,6 +96,7 @@ def generate(
         routes=route or None,
         device=device,
         precision=precision,
+        quant=quant,
         attention=attention,
     )
     settings = resolve(flags, preset)
@@ -113,7 +116,7 @@ def generate(
     if dry_run:
         say_what_would_be_drawn(jobs, report)
         return
-    pipeline = load_pipeline(bundle, settings, precision=fields["precision"], report=report)
+    pipeline = load_pipeline(bundle, settings, report, precision=fields["precision"], quant=fields["quant"])
     draw_jobs(
         pipeline,
         jobs,

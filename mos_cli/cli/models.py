@@ -7,6 +7,8 @@ import typer
 
 from mos_cli.cli import console
 from mos_cli.cli.fetching import fetch_with_progress, size_text
+from mos_cli.cli.init import init
+from mos_cli.cli.quantize import quantize
 
 if TYPE_CHECKING:
     from mos_cli.runtime.bundles import Bundle
@@ -158,3 +160,7 @@ def _print_card(bundle: "Bundle") -> None:
 def _print_ok(name: str, files: Iterable[str]) -> None:
     for file in files:
         console.out.print(f"[green]ok[/] {name}/{file}", soft_wrap=True)
+
+
+models_app.command("quantize")(quantize)
+models_app.command("init")(init)

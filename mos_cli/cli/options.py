@@ -100,6 +100,15 @@ Precision = Annotated[
     str | None,
     typer.Option(envvar="MOS_PRECISION", help="auto, bf16 or fp32.", show_default="auto", metavar="PRECISION"),
 ]
+Quant = Annotated[
+    str | None,
+    typer.Option(
+        envvar="MOS_QUANT",
+        metavar="KIND",
+        help="Quantise on load: int8 or nf4; nf4,none for the understanding and the generation tower apart.",
+        show_default="none",
+    ),
+]
 Sheet = Annotated[
     Path | None, typer.Option(metavar="PNG", help="Also write one sheet of all pictures with their prompts.")
 ]

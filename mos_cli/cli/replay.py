@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mos_cli.pipeline import MoSPipeline
     from mos_cli.runtime.bundles import Bundle
     from mos_cli.runtime.inputs import Inputs
-    from mos_cli.runtime.recipe import EarlierPicture
+    from mos_cli.runtime.recipe import EarlierPicture, Recipe
 
 CLOSE_PSNR = 40.0
 """Decibels above which two pictures look the same; bf16 against fp32 lies beyond it, another seed far below."""
@@ -105,12 +105,12 @@ def replay(
         )
     routes = None if route_from is None else load_recording(route_from)
     path = None if verify else naming(settings.output, overwrite=overwrite).path(recipe)
-    loaded: dict[tuple[str, str], MoSPipeline] = {}
+    loaded: dict[tuple[str | None, ...], MoSPipeline] = {}
 
-    def pipeline_of(bundle: "Bundle", precision: str) -> "MoSPipeline":
-        key = (bundle.hash, precision)
+    def pipeline_of(bundle: "Bundle", recipe: "Recipe") -> "MoSPipeline":
+        key = (bundle.hash, recipe.precision, recipe.quant)
         if key not in loaded:
-            loaded[key] = load_pipeline(bundle, settings, precision=precision, report=report)
+            loaded[key] = load_pipeline(bundle, settings, report, precision=recipe.precision, quant=recipe.quant)
         return loaded[key]
 
     def redraw(earlier: "EarlierPicture", inputs: "Inputs | None") -> "Image":
@@ -122,14 +122,14 @@ def replay(
             name, prompt = earlier.recipe.model, earlier.recipe.prompt
             raise ModelError(f"{prompt!r} was drawn by another version of {name}: give the picture with --input FILE")
         with cpu_threads(earlier.made.threads):
-            return pipeline_of(bundle, earlier.recipe.precision).draw(earlier.recipe, inputs=inputs).image
+            return pipeline_of(bundle, earlier.recipe).draw(earlier.recipe, inputs=inputs).image
 
     finder = Finder(given or [], mask or [], redraw)
     inputs = finder.inputs_of(recipe, record.earlier)
     finder.check_all_used()
     for note in () if inputs is None else inputs.notes:
         report.event("note", note, note=note)
-    pipeline = pipeline_of(bundle, recipe.precision)
+    pipeline = pipeline_of(bundle, recipe)
     # Another number of threads would round differently: the picture would only come out close.
     with cpu_threads(record.made.threads):
         if path is not None:

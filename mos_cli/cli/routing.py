@@ -164,7 +164,7 @@ def ablate(
     finder = Finder(given or [], [] if mask is None else [mask], _give_it)
     inputs = finder.inputs_of(recipe, record.earlier)
     finder.check_all_used()
-    pipeline = load_pipeline(bundle, settings, precision=recipe.precision, report=report)
+    pipeline = load_pipeline(bundle, settings, report, precision=recipe.precision, quant=recipe.quant)
 
     from mos_cli.ablation import ablate as ablate_layers
     from mos_cli.ablation import check_rule

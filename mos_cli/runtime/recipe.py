@@ -65,6 +65,7 @@ class RouteSource(Frozen):
 class Recipe(Frozen):
     """What decides a picture. Sizes are in pixels; `model` is the bundle's name, or its hub id.
 
+    `quant` says how the towers were quantised on load, where they were: "nf4" or, for each of the two, "nf4,none".
     `routes` are the rules that steer the routes, as they are written; `route_from` is the run they are taken from.
     """
 
@@ -78,6 +79,7 @@ class Recipe(Frozen):
     width: int = Field(ge=1)
     height: int = Field(ge=1)
     precision: Literal["bf16", "fp32"]
+    quant: str | None = None
     routes: tuple[str, ...] | None = Field(default=None, min_length=1)
     route_from: RouteSource | None = None
     edit: EditRecipe | None = None

@@ -28,6 +28,7 @@ class Settings(BaseModel):
     negative: str | None = None
     size: str | None = None
     precision: Literal["auto", "bf16", "fp32"] | None = None
+    quant: str | None = None
     device: str | None = None
     attention: Literal["auto", "xformers", "sdpa"] | None = None
     trace: TraceLevel | None = None
@@ -45,6 +46,7 @@ class RunSettings(Settings):
     model: str = "emoji"
     negative: str = ""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    quant: str = "none"
     device: str = "auto"
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     trace: TraceLevel = "topk"

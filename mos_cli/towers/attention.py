@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor, nn
 
@@ -97,7 +96,8 @@ class Attention(nn.Module):
 
     def keys_values(self, x_BLD: Tensor) -> Tensor:
         """What others attend to in x, as a `context_kv` [B, L, 2 D]."""
-        return F.linear(x_BLD, self.to_qkv.weight[x_BLD.shape[-1] :])
+        # The queries are computed in vain: the weight of a quantised layer cannot be cut.
+        return self.to_qkv(x_BLD)[..., x_BLD.shape[-1] :]
 
 
 class CrossAttention(nn.Module):

@@ -31,6 +31,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.utils.import_utils import is_timm_available
 
 from mos_cli.errors import InputError, ModelError
+from mos_cli.runtime.quantising import Method
 from mos_cli.towers.autoencoder import to_image
 from mos_cli.towers.understanding import SAFELY, Picture, Reading, Sight, UnderstandingTower
 
@@ -46,7 +47,9 @@ Grid = tuple[int, int]
 """Rows and columns of the image tokens of a picture."""
 
 
-def load_understanding(folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> UnderstandingTower:
+def load_understanding(
+    folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", quant: Method | None = None
+) -> UnderstandingTower:
     """The understanding tower in a folder, one that sees if its model does.
 
     Raises:
@@ -57,11 +60,11 @@ def load_understanding(folder: Path, *, dtype: torch.dtype = torch.float32, devi
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder} is not an understanding tower that can be read: {error}") from None
     if config.model_type in MARKS:
-        return SeeingTower(folder, dtype=dtype, device=device)
+        return SeeingTower(folder, dtype=dtype, device=device, quant=quant)
     if hasattr(config, "vision_config"):
         known = ", ".join(MARKS)
         raise ModelError(f"{folder} holds a {config.model_type}: of models that see, only {known} can be read")
-    return UnderstandingTower(folder, dtype=dtype, device=device)
+    return UnderstandingTower(folder, dtype=dtype, device=device, quant=quant)
 
 
 class SeeingTower(UnderstandingTower):
@@ -69,7 +72,7 @@ class SeeingTower(UnderstandingTower):
 
     def _load(self, dtype: torch.dtype) -> PreTrainedModel:
         self.config = AutoConfig.from_pretrained(self.folder, **SAFELY)
-        return _loaded(AutoModel, self.folder, self.config.text_config, dtype, key_mapping=LANGUAGE)
+        return _loaded(AutoModel, self.folder, self.config.text_config, dtype, key_mapping=LANGUAGE, **self._placed)
 
     @property
     def vision_loaded(self) -> bool:
@@ -177,16 +180,14 @@ class SeeingTower(UnderstandingTower):
         return GotOcr2ImageProcessorPil(size={"height": side, "width": side}, **kept)
 
 
-def _loaded(
-    kind: Any, folder: Path, config: PreTrainedConfig, dtype: torch.dtype, key_mapping: dict[str, str] | None = None
-) -> Any:
+def _loaded(kind: Any, folder: Path, config: PreTrainedConfig, dtype: torch.dtype, **how: Any) -> Any:
     """A part of a checkpoint as a model of its own; raises ValueError if weights of it are not there."""
     model, found = kind.from_pretrained(
         folder,
         config=config,
         dtype=dtype,
         use_safetensors=True,
-        key_mapping=key_mapping,
+        **how,
         output_loading_info=True,
         **SAFELY,
     )

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, BatchEncoding, PreTrainedModel
 
 from mos_cli.errors import InputError, ModelError
+from mos_cli.runtime.quantising import Method
+from mos_cli.towers.quantised import understanding_config
 
 SAFELY = {"local_files_only": True, "trust_remote_code": False}
 Picture = Image.Image | Tensor
@@ -86,20 +88,34 @@ class UnderstandingTower:
 
     Args:
         folder: the model in transformers' format, with a fast tokenizer and safetensors weights.
+        quant: how its weights are quantised while they are loaded.
 
     Raises:
         ModelError: the folder does not hold such a model; one that brings code of its own is not run.
     """
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+    def __init__(
+        self, folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", quant: Method | None = None
+    ) -> None:
         self.folder = folder
+        # Quantised layers are made on the device, and cannot be moved to it.
+        self._placed = (
+            {}
+            if quant is None
+            else {
+                "quantization_config": understanding_config(folder, quant),
+                "device_map": {"": device},
+            }
+        )
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, **SAFELY)
             self.model = self._load(dtype)
             self._layers = _layers(self.model)
         except (OSError, ValueError, KeyError, StopIteration) as error:
             raise ModelError(f"{folder} is not an understanding tower that can be read: {error}") from None
-        self.model.eval().requires_grad_(False).to(device)  # type: ignore[arg-type]
+        self.model.eval().requires_grad_(False)
+        if quant is None:
+            self.model.to(device)  # type: ignore[arg-type]
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         # Decoders without a start token make nothing of an empty prompt; one end token stands for "no words".
@@ -107,7 +123,7 @@ class UnderstandingTower:
 
     def _load(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model whose layers are read."""
-        return AutoModel.from_pretrained(self.folder, dtype=dtype, use_safetensors=True, **SAFELY)
+        return AutoModel.from_pretrained(self.folder, dtype=dtype, use_safetensors=True, **self._placed, **SAFELY)
 
     @property
     def layers(self) -> int:

@@ -1,0 +1,145 @@
+"""Scenes for the comparison of eyes: what a small encoder learns from, and what probes are asked about.
+
+Scenes to learn from never show combinations that are held out (`mos_cli.training.scenes.description`), nor, for the
+encoder, one word in thirteen: what states know of these they know from elsewhere.
+
+Shapes: B pictures, H x W their size, O objects of a scene, V image tokens (cells), Q words.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import combinations
+from random import Random
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mos_cli.towers.bank import SIGHT
+from mos_cli.towers.eyes import SIDE
+from mos_cli.training.scenes.compositor import Compositor
+from mos_cli.training.scenes.description import Description, Thing, held_out, held_out_style
+from mos_cli.training.scenes.grounds import Ground
+from mos_cli.training.scenes.layout import Scene, lay_out
+from mos_cli.training.scenes.vocabulary import COLOURS, Vocabulary
+from mos_cli.training.scenes.writer import SceneWriter, choose_ground
+
+Kind = Literal["probe", "met", "new"]
+"""What probes learn from, and what they are tested on: other scenes of that kind, and held-out combinations."""
+UNMET_EVERY = 13
+"""Of so many words the first is never shown to the encoder that is trained."""
+DARK = Ground((0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Pictures in bytes and the truth about their cells and their things.
+
+    Attributes:
+        things_BV: what covers most of a cell: 0 the ground, else 1 + the number of the word.
+        paints_BV: number of its paint; -1 where it is the ground or not painted.
+        hands_BV: number of its style; -1 where it is the ground.
+        present_BQ: 1 for the words that are in the picture, else 0.
+    """
+
+    pictures_B3HW: Tensor
+    things_BV: Tensor
+    paints_BV: Tensor
+    hands_BV: Tensor
+    present_BQ: Tensor
+
+
+class World:
+    """Scenes made of a vocabulary; the same questions always give the same ones."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary, self._compositor = vocabulary, Compositor(vocabulary.sprites_VHW4)
+        alpha = F.adaptive_avg_pool2d(vocabulary.sprites_VHW4[..., 3].float(), SIDE // 4).byte()
+        white, nothing = alpha[..., None].expand(-1, -1, -1, 4), torch.zeros_like(alpha)
+        black = torch.stack([nothing, nothing, nothing, alpha], -1)
+        self._silhouettes = Compositor(torch.cat([white, black]))
+
+    def lesson(self, count: int) -> tuple[Tensor, list[str]]:
+        """Pictures in bytes [B, 3, H, W] and their captions, without the words that stay unmet."""
+        words = {word: known for at, (word, known) in enumerate(self.vocabulary.words.items()) if at % UNMET_EVERY}
+        writer, random = SceneWriter(replace(self.vocabulary, words=words)), Random("eyes/lesson")
+        written = [writer.write(random) for _ in range(count)]
+        return self._drawn([scene for scene, _ in written]), [caption for _, caption in written]
+
+    def sheet(self, kind: Kind, count: int) -> Sheet:
+        """Scenes of one kind, with the truth about them."""
+        random, writer = Random(f"eyes/{kind}"), SceneWriter(self.vocabulary)
+        scenes = [self._strange(random) if kind == "new" else writer.write(random)[0] for _ in range(count)]
+        truth = [self.truth(scenes[at : at + 64]) for at in range(0, count, 64)]
+        return Sheet(self._drawn(scenes), *(torch.cat(part) for part in zip(*truth, strict=True)))
+
+    def truth(self, scenes: list[Scene]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """things_BV, paints_BV, hands_BV and present_BQ of a `Sheet`."""
+        most = max(len(scene.objects) for scene in scenes)
+        shares_BOV = torch.stack([self._seen(scenes, index) for index in range(most)], 1)
+        ground_B1V = 1 - shares_BOV.sum(1, keepdim=True)
+        winner_BV = torch.cat([ground_B1V, shares_BOV], 1).argmax(1)
+        things, paints, hands = (torch.full((len(scenes), most + 1), -1) for _ in range(3))
+        present_BQ, styles = torch.zeros(len(scenes), len(self.vocabulary.words)), len(self.vocabulary.styles)
+        for row, scene in enumerate(scenes):
+            for at, placed in enumerate(scene.objects, start=1):
+                word, hands[row, at] = divmod(placed.picture, styles)
+                things[row, at] = word + 1
+                present_BQ[row, word] = 1
+                paints[row, at] = self._paints[placed.tint] if placed.tint else -1
+        things[:, 0] = 0
+        things, paints, hands = (known.gather(1, winner_BV) for known in (things, paints, hands))
+        return things, paints, hands, present_BQ
+
+    def _seen(self, scenes: list[Scene], index: int) -> Tensor:
+        """The share of every cell in which object `index` is seen, [B, V]: it is white, and all else is black."""
+        rows = len(self.vocabulary.sprites_VHW4)
+        staged = []
+        for scene in scenes:
+            objects = [
+                replace(placed, picture=placed.picture + rows * (at > 0), tint=None)
+                for at, placed in enumerate(scene.objects[index:])
+            ]
+            staged.append(Scene(tuple(objects), DARK))
+        drawn_B3HW = self._silhouettes.draw(staged, SIDE // 4)
+        return F.adaptive_avg_pool2d((drawn_B3HW[:, 0] + 1) / 2, SIGHT).flatten(1)
+
+    def _drawn(self, scenes: list[Scene]) -> Tensor:
+        pictures = torch.empty(len(scenes), 3, SIDE, SIDE, dtype=torch.uint8)
+        for at in range(0, len(scenes), 64):
+            drawn = self._compositor.draw(scenes[at : at + 64], SIDE)
+            pictures[at : at + 64] = ((drawn + 1) * 127.5).round().byte()
+        return pictures
+
+    def _strange(self, random: Random) -> Scene:
+        """Two words that never meet in training, or a word in a hand it never has there; painted as often as there."""
+        relation = None
+        if random.random() < 0.5:
+            words: tuple[str, ...] = random.choice(self._strangers)
+            style = random.choice([s for s in self.vocabulary.styles if not any(held_out_style(w, s) for w in words)])
+            relation = random.choice((None, "left", "right", "above", "below"))
+        else:
+            word, style = random.choice(self._styled)
+            words = (word,)
+        things = tuple(self._thing(word, random) for word in words)
+        ground = choose_ground({thing.colour for thing in things}, random)
+        description = Description(things=things, relation=relation, style=style, ground=ground)
+        return lay_out(description, self.vocabulary, random)
+
+    def _thing(self, word: str, random: Random) -> Thing:
+        paintable = self.vocabulary.words[word].names_for(counted=False, painted=True)
+        painted = random.random() < 0.3 and paintable
+        return Thing(word=word, colour=random.choice(list(COLOURS)) if painted else None)
+
+    @cached_property
+    def _strangers(self) -> list[tuple[str, str]]:
+        return [pair for pair in combinations(self.vocabulary.words, 2) if held_out(*pair)]
+
+    @cached_property
+    def _styled(self) -> list[tuple[str, str]]:
+        return [(w, s) for w in self.vocabulary.words for s in self.vocabulary.styles if held_out_style(w, s)]
+
+    @cached_property
+    def _paints(self) -> dict[tuple[float, float, float], int]:
+        return {paint: number for number, (paint, _) in enumerate(COLOURS.values())}

@@ -1,0 +1,47 @@
+"""`mos models quantize`: a model whose generation tower is quantised, written once instead of at every start."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mos_cli.cli import console
+from mos_cli.cli.fetching import size_text
+
+if TYPE_CHECKING:
+    from mos_cli.towers.quantised import Report
+
+
+def quantize(
+    name: Annotated[str, typer.Argument(help="A model: name, folder or hub id.")],
+    quant: Annotated[str, typer.Option(metavar="METHOD", help="nf4 (4 bits) or int8 (8 bits).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to; its name is the new model's.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")] = False,
+) -> None:
+    """Write a model again with its generation tower quantised; everything else stays as it is."""
+    from mos_cli.errors import ModelError, MosError, UsageError
+    from mos_cli.runtime.bundles import find_bundle
+    from mos_cli.runtime.quantising import METHODS, write_quantised_bundle
+    from mos_cli.runtime.quiet import quieten
+
+    if quant not in METHODS:
+        raise UsageError(f"--quant cannot be {quant!r}: choose from {', '.join(METHODS)}")
+    bundle = find_bundle(name)
+    quieten()
+    from mos_cli.towers.quantised import quantise_generation
+
+    reports: list[Report] = []
+
+    def write_tower(source: Path, folder: Path) -> None:
+        try:
+            reports.append(quantise_generation(source, folder, quant))
+        except MosError:
+            raise
+        except (OSError, ValueError, TypeError) as error:
+            raise ModelError(f"the generation tower in {source} cannot be loaded: {error}") from None
+
+    written = write_quantised_bundle(bundle, out, quant, write_tower, overwrite=overwrite)
+    (report,) = reports
+    sizes = f"{size_text(report.bytes_before)} -> {size_text(report.bytes_after)}"
+    console.out.print(f"{written.folder}", markup=False, soft_wrap=True)
+    console.out.print(f"{len(report.quantised)} layers in {quant}, {len(report.kept)} kept, {sizes}", markup=False)

@@ -1,0 +1,199 @@
+"""Blueprints: models without weights, as numbers; and the same numbers of bundles that have theirs. Imports no torch.
+
+A blueprint is `models/<name>/blueprint.json`. `mos models init` makes a bundle with random weights of it.
+"""
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from mos_cli.errors import ModelError, UsageError
+from mos_cli.runtime.bundles import INDEX, Bundle, bundle_folders, find_bundle, unknown_name
+from mos_cli.runtime.folders import models_folder
+from mos_cli.runtime.quantising import Quantisation
+from mos_cli.runtime.shapes import (
+    AutoencoderShape,
+    GenerationShape,
+    Header,
+    UnderstandingShape,
+    read_config,
+    read_generation,
+)
+from mos_cli.runtime.sources import tower_folder
+from mos_cli.runtime.specs import Canvas, Defaults, Frozen, PlainName, TowerSpec, read_json
+
+BLUEPRINT = "blueprint.json"
+_SEES = {"visual", "vision_tower", "multi_modal_projector"}
+
+
+class Blueprint(Frozen):
+    """The content of `blueprint.json`.
+
+    Args:
+        why: what the numbers were chosen for, in sentences.
+        generation: the generation tower's config, without what the understanding tower decides.
+        understanding: the understanding towers it can be built for, by name; the first is the default.
+    """
+
+    schema_: Literal["mos-blueprint/1"] = Field(alias="schema")
+    name: PlainName
+    description: str
+    license: str
+    why: tuple[str, ...]
+    canvas: Canvas
+    defaults: Defaults
+    generation: dict[str, Any]
+    autoencoder: AutoencoderShape
+    understanding: dict[PlainName, UnderstandingShape] = Field(min_length=1)
+
+    def tower(self, name: str | None) -> tuple[str, UnderstandingShape]:
+        """An understanding tower by name, or the default; raises UsageError."""
+        name = name or next(iter(self.understanding))
+        if name not in self.understanding:
+            raise UsageError(f"{self.name} has no understanding tower {name!r}: take {', '.join(self.understanding)}")
+        return name, self.understanding[name]
+
+    def shape(self, tower: UnderstandingShape) -> GenerationShape:
+        """The generation tower for an understanding tower."""
+        layers, width = tower.states
+        return GenerationShape(**self.generation, states_layers=layers, states_width=width)
+
+
+@dataclass(frozen=True)
+class Network:
+    """All networks of a model as numbers, with what they are asked to draw.
+
+    Args:
+        ref: what finds the model.
+        eyes: parameters of the eyes; 0 where there are none.
+        references: pictures that it draws from, at most, counted as large as the canvas.
+        method: how the generation tower's weights are quantised already, if they are.
+        weightless: a blueprint; `mos models init` gives it weights.
+    """
+
+    ref: str
+    generation: GenerationShape
+    understanding_name: str
+    understanding: UnderstandingShape
+    autoencoder: AutoencoderShape | None
+    eyes: int
+    references: int
+    canvas: Canvas
+    defaults: Defaults
+    method: Literal["nf4", "int8"] | None
+    weightless: bool
+
+
+def list_blueprints() -> dict[str, Path]:
+    """The blueprints that come with mos, by name: their files."""
+    return {path.parent.name: path for path in sorted(models_folder().glob(f"*/{BLUEPRINT}"))}
+
+
+def find_blueprint(ref: str) -> Blueprint:
+    """A blueprint by name, or that of a folder or .json file; raises ModelError."""
+    known = list_blueprints()
+    if ref in known:
+        return read_json(Blueprint, known[ref])
+    path = Path(ref).expanduser()
+    if path.suffix == ".json":
+        return read_json(Blueprint, path)
+    if (path / BLUEPRINT).is_file():
+        return read_json(Blueprint, path / BLUEPRINT)
+    raise unknown_name("blueprint", ref, known)
+
+
+def find_network(ref: str, understanding: str | None = None) -> Network:
+    """The numbers of a bundle (name, folder or hub id) or a blueprint (name, folder or file), read from configs alone.
+
+    Args:
+        understanding: one of a blueprint's understanding towers; a bundle has its own.
+
+    Raises:
+        ModelError: there is no such model, it is damaged, or its understanding tower is not pulled.
+        UsageError: the understanding tower cannot be chosen.
+    """
+    bundles, blueprints = bundle_folders(), list_blueprints()
+    path = Path(ref).expanduser()
+    weightless = path.suffix == ".json" or ((path / BLUEPRINT).is_file() and not (path / INDEX).is_file())
+    if ref not in bundles and (ref in blueprints or weightless):
+        return _network_of_blueprint(ref, find_blueprint(ref), understanding)
+    if "/" not in ref and not path.is_dir() and ref not in bundles:
+        raise unknown_name("model", ref, [*bundles, *blueprints])
+    if understanding is not None:
+        raise UsageError(f"--understanding chooses among the towers of a blueprint; {ref} has its own")
+    return _network_of_bundle(ref, find_bundle(ref))
+
+
+def _network_of_blueprint(ref: str, blueprint: Blueprint, understanding: str | None) -> Network:
+    name, tower = blueprint.tower(understanding)
+    return Network(
+        ref=ref,
+        generation=blueprint.shape(tower),
+        understanding_name=name,
+        understanding=tower,
+        autoencoder=blueprint.autoencoder,
+        eyes=0,
+        references=0,
+        canvas=blueprint.canvas,
+        defaults=blueprint.defaults,
+        method=None,
+        weightless=True,
+    )
+
+
+def _network_of_bundle(ref: str, bundle: Bundle) -> Network:
+    folder, index = bundle.folder, bundle.index
+    autoencoder = None
+    if (folder / "autoencoder").is_dir():
+        parameters = _parameters(Header.of(folder / "autoencoder"))
+        autoencoder = AutoencoderShape(parameters=parameters, config=read_config(folder / "autoencoder"))
+    edits = index.edits is not None
+    quantised = Header.of(folder / "generation").notes.get("mos_quantisation")
+    return Network(
+        ref=ref,
+        generation=read_generation(folder / "generation"),
+        understanding_name=index.understanding.name,
+        understanding=_pulled(index.understanding),
+        autoencoder=autoencoder,
+        eyes=_parameters(Header.of(folder / "eyes")) if (folder / "eyes").is_dir() else 0,
+        references=int(edits),
+        canvas=index.canvas,
+        defaults=index.defaults,
+        method=None if quantised is None else Quantisation.model_validate_json(quantised).method,
+        weightless=False,
+    )
+
+
+def _pulled(spec: TowerSpec) -> UnderstandingShape:
+    """The numbers of an understanding tower, from its config and the headers of its weights."""
+    folder = tower_folder(spec)
+    if not folder.is_dir():
+        raise ModelError(f"the size of {spec.name} is known once it is here: run mos models pull {spec.name}")
+    config = read_config(folder)
+    text = config.get("text_config", config)
+    linear = other = vision = 0
+    for name, shape in Header.of(folder).shapes.items():
+        size = prod(shape)
+        if _SEES & set(name.split(".")):
+            vision += size
+        elif "lm_head" in name:
+            continue
+        elif len(shape) == 2 and "embed" not in name:
+            linear += size
+        else:
+            other += size
+    return UnderstandingShape(
+        layers=text["num_hidden_layers"],
+        width=text["hidden_size"],
+        hidden=text["intermediate_size"],
+        linear=linear,
+        other=other,
+        vision=vision,
+    )
+
+
+def _parameters(header: Header) -> int:
+    return sum(prod(shape) for shape in header.shapes.values())

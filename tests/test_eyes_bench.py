@@ -1,0 +1,112 @@
+"""The comparison of eyes: the truth about cells, what is kept from the small encoder, and that all of it runs.
+
+Shapes: V image tokens.
+"""
+
+import json
+import re
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import eyes
+from eyes_pupil import Encoder
+from eyes_world import UNMET_EVERY, World
+
+from mos_cli.runtime.bundles import Bundle
+from mos_cli.towers.bank import SIGHT
+from mos_cli.towers.eyes import Eyes
+from mos_cli.training.scenes.description import DEFAULT_STYLE, held_out, held_out_style
+from mos_cli.training.scenes.grounds import WHITE
+from mos_cli.training.scenes.layout import Placed, Scene
+from mos_cli.training.scenes.vocabulary import COLOURS, Vocabulary, Word
+
+STYLES = (DEFAULT_STYLE, "noto")
+WORDS = 40
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    """Things are opaque squares, so that their boxes are the truth."""
+    words = {
+        f"thing{row}": Word((f"thing{row}",), {style: 2 * row + at for at, style in enumerate(STYLES)})
+        for row in range(WORDS)
+    }
+    sprites = torch.randint(0, 256, (2 * WORDS, 1, 1, 4), generator=torch.Generator().manual_seed(0))
+    sprites[..., 3] = 255
+    return World(Vocabulary(words, STYLES, sprites.byte().expand(-1, 16, 16, -1).contiguous()))
+
+
+def test_a_cell_shows_what_covers_most_of_it_and_is_not_hidden(world: World) -> None:
+    red = COLOURS["red"][0]
+    scene = Scene((Placed(2, 0.25, 0.5, 0.5), Placed(7, 0.25, 0.375, 0.25, red)), WHITE)
+    things_BV, paints_BV, hands_BV, present_BQ = world.truth([scene, Scene((), WHITE)])
+    # The box behind is cells of the left half, rows 1 and 2; that in front is the upper half of it, in the middle.
+    assert things_BV[0].view(SIGHT, SIGHT).tolist() == [[0, 0, 0, 0], [2, 2, 0, 0], [2, 2, 0, 0], [0, 0, 0, 0]]
+    front = Scene((Placed(2, 0.25, 0.5, 0.5), Placed(7, 0.125, 0.375, 0.25, red)), WHITE)
+    things_BV, paints_BV, hands_BV, present_BQ = world.truth([front, Scene((), WHITE)])
+    assert things_BV[0].view(SIGHT, SIGHT).tolist() == [[0, 0, 0, 0], [4, 2, 0, 0], [2, 2, 0, 0], [0, 0, 0, 0]]
+    assert paints_BV[0, 4:6].tolist() == [list(COLOURS).index("red"), -1]
+    assert hands_BV[0, 3:6].tolist() == [-1, 1, 0]
+    assert present_BQ[0].nonzero().flatten().tolist() == [1, 3]
+    assert not things_BV[1].any()
+    assert not present_BQ[1].any()
+
+
+def test_the_encoder_never_meets_what_it_is_asked_about(world: World) -> None:
+    for caption in world.lesson(300)[1]:
+        rows = {int(number) for number in re.findall(r"thing(\d+)", caption)}
+        assert all(row % UNMET_EVERY for row in rows)
+        assert not any(held_out(f"thing{a}", f"thing{b}") for a, b in combinations(rows, 2))
+
+
+def test_new_scenes_show_held_out_combinations_alone(world: World) -> None:
+    sheet = world.sheet("new", 40)
+    for things_V, hands_V, present_Q in zip(sheet.things_BV, sheet.hands_BV, sheet.present_BQ, strict=True):
+        words = [f"thing{row}" for row in present_Q.nonzero().flatten()]
+        if len(words) == 2:
+            assert held_out(*words)
+        else:
+            assert held_out_style(words[0], STYLES[int(hands_V[things_V > 0][0])])
+
+
+def test_both_pairs_of_eyes_give_tokens_of_one_shape() -> None:
+    pictures = torch.rand(2, 3, 128, 128) * 2 - 1
+    for each in (Eyes(), Encoder().eval()):
+        seen = each.see(pictures)
+        assert seen.shape == (2, SIGHT**2, 7, max(each.widths))
+        assert not seen[:, :, 0, each.widths[0] :].any()
+    assert 0.8e6 < sum(weight.numel() for weight in Encoder().parameters()) < 1.2e6
+
+
+def test_a_probe_reads_what_is_there_and_no_more() -> None:
+    features, classes = torch.randn(900, 6) * torch.logspace(-3, 3, 6), torch.arange(900) % 2
+    features[:, 0] += 0.01 * classes
+    right = eyes.fitted(features[:600], classes[:600], 2, 200)(features[600:]).argmax(1) == classes[600:]
+    assert right.float().mean() > 0.95
+    blind = eyes.fitted(features[:600, 1:], classes[:600], 2, 200)(features[600:, 1:]).argmax(1) == classes[600:]
+    assert blind.float().mean() < 0.6
+
+
+def test_trains_and_probes(
+    world: World,
+    editor: Bundle,
+    encoder_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(eyes, "make_world", lambda _art: world)
+    monkeypatch.setattr(eyes, "find_understanding", lambda _name: (None, encoder_folder))
+    monkeypatch.setattr(eyes, "find_bundle", lambda _name: editor)
+    eyes.train(tmp_path, tmp_path, steps=4, scenes=16)
+    kept = json.loads((tmp_path / "training.json").read_text())
+    assert [entry["step"] for entry in kept] == [0, 1, 2, 4]
+    eyes.probe(tmp_path, tmp_path, scenes=24, steps=2)
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert sum(line.startswith(("| (a) ", "| (b) ")) for line in table) == 5 + 4 + 7 + 2

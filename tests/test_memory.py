@@ -1,0 +1,173 @@
+"""What is counted of memory is what real networks take: measured on the CPU, tensor by tensor."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaModel
+
+from mos_cli.runtime import memory
+from mos_cli.runtime.blueprints import Network, find_network
+from mos_cli.runtime.memory import Setting, weights
+from mos_cli.runtime.shapes import AutoencoderShape, GenerationShape, UnderstandingShape
+from mos_cli.towers.autoencoder import Enlarger
+from mos_cli.towers.generation import GenerationTower
+
+DTYPES = {4: torch.float32, 2: torch.bfloat16}
+
+
+def peak(run: Callable[[], object]) -> int:
+    """The most bytes that tensors made within `run` took at once."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    live = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()  # type: ignore[attr-defined]
+        most = max(most, live)
+    return most
+
+
+def network(generation: GenerationShape, **changes: Any) -> Network:
+    """Numbers of a model with this generation tower; the rest is that of mos-s."""
+    return replace(find_network("mos-s"), generation=generation, **changes)
+
+
+SIZES: dict[str, Any] = {
+    "channels": 32,
+    "patch": 1,
+    "depth": 3,
+    "router_width": 128,
+    "states_layers": 5,
+    "states_width": 64,
+}
+
+
+@pytest.mark.parametrize("each", [2, 4])
+@pytest.mark.parametrize(
+    ("shape", "tokens", "side"),
+    [
+        ({"width": 256, "heads": 2, "hidden": 704}, 20, 24),
+        ({"width": 512, "heads": 4, "hidden": 1024}, 128, 16),
+        ({"width": 256, "heads": 2, "hidden": 704, "context": "tokens"}, 64, 20),
+        ({"width": 256, "heads": 2, "hidden": 704, "router_width": 512}, 64, 20),
+    ],
+)
+def test_a_pass_takes_what_is_counted(shape: dict[str, Any], tokens: int, side: int, each: int) -> None:
+    config = {**SIZES, **shape}
+    tower = GenerationTower(**config).to(DTYPES[each]).eval().requires_grad_(False)  # type: ignore[arg-type]
+    z, t = torch.randn(1, 32, side, side), torch.tensor([0.5])
+    with torch.inference_mode():
+        bank = tower.read(torch.randn(1, tokens, 5, 64))
+        tower(z, t, bank)
+        measured = peak(lambda: tower(z, t, bank))
+    counted = memory.drawing_activations(network(GenerationShape(**config)), "none", tokens, side**2, 1, each)
+    assert counted == pytest.approx(measured, rel=0.1)
+
+
+def test_references_are_counted() -> None:
+    config = {**SIZES, "width": 256, "heads": 2, "hidden": 704, "sight_widths": (16,) * 5}
+    tower = GenerationTower(**config).to(torch.bfloat16).eval().requires_grad_(False)  # type: ignore[arg-type]
+    z, t = torch.randn(1, 32, 20, 20), torch.tensor([0.5])
+    with torch.inference_mode():
+        references = tower.remember([z])
+        bank = tower.look(tower.read(torch.randn(1, 4, 5, 64)), torch.randn(1, 16, 5, 16), references)
+        tower(z, t, bank)
+        measured = peak(lambda: tower(z, t, bank))
+    numbers = network(GenerationShape(**config), references=1)
+    assert memory.drawing_activations(numbers, "none", 20, 400, 1, 2) == pytest.approx(measured, rel=0.1)
+    kept = sum(kv.nbytes for kv in references.kv) + references.under_BND.nbytes
+    assert memory._references(numbers, 400) == {"references": kept}
+
+
+def test_projecting_takes_what_is_counted() -> None:
+    layers, width, tokens = 9, 256, memory.TOKENS
+    shape = GenerationShape(**{**SIZES, "states_layers": layers, "states_width": width}, width=128, heads=1, hidden=64)
+    tower = GenerationTower(**shape.model_dump()).to(torch.bfloat16).eval().requires_grad_(False)  # type: ignore[arg-type]
+    for parameters, dtype in ((10**6, torch.float32), (10**10, torch.bfloat16)):
+        reader = UnderstandingShape(layers=layers - 1, width=width, hidden=64, linear=parameters, other=0, vision=0)
+        numbers = network(shape, understanding=reader)
+        states = torch.randn(1, tokens, layers, width, dtype=dtype)
+        with torch.inference_mode():
+            measured = peak(lambda: tower.read(states))  # noqa: B023
+        assert memory._projecting(numbers) == pytest.approx(measured, rel=0.1)
+
+
+def test_reading_takes_what_is_counted() -> None:
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
+    model = LlamaModel(LlamaConfig(vocab_size=50, num_attention_heads=2, num_key_value_heads=1, **sizes))
+    model = model.eval().requires_grad_(False)
+    ids = torch.zeros(1, memory.TOKENS, dtype=torch.long)
+
+    def read() -> object:
+        hidden = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+        return torch.stack(hidden, dim=2)
+
+    with torch.inference_mode():
+        read()
+        measured = peak(read)
+    reader = UnderstandingShape(layers=6, width=256, hidden=768, linear=10**6, other=0, vision=0)
+    numbers = network(GenerationShape(), understanding=reader)
+    counted = memory._states(numbers) // 2 + memory._reading(numbers, Setting("none", "none", "none", False))
+    assert counted == pytest.approx(measured, rel=0.1)
+
+
+def autoencoder(kind: str) -> tuple[Any, AutoencoderShape, int]:
+    """A small autoencoder, its numbers and its factor."""
+    if kind == "Enlarger":
+        made: Any = Enlarger(width=48)
+    elif kind == "AutoencoderDC":
+        sizes, blocks = (32, 64, 128, 128, 256, 256), ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3
+        made = AutoencoderDC(
+            encoder_block_types=blocks,  # type: ignore[arg-type]
+            decoder_block_types=blocks,  # type: ignore[arg-type]
+            encoder_block_out_channels=sizes,
+            decoder_block_out_channels=sizes,
+            encoder_layers_per_block=(1,) * 6,
+            decoder_layers_per_block=(2,) * 6,
+            upsample_block_type="interpolate",
+            downsample_block_type="Conv",
+        )
+    else:
+        sizes = (32, 64, 64)
+        made = AutoencoderKL(
+            block_out_channels=sizes,  # type: ignore[arg-type]
+            down_block_types=("DownEncoderBlock2D",) * 3,  # type: ignore[arg-type]
+            up_block_types=("UpDecoderBlock2D",) * 3,  # type: ignore[arg-type]
+            norm_num_groups=16,
+        )
+    config = {"_class_name": kind, **made.config}
+    shape = AutoencoderShape(parameters=made.num_parameters(), config=config)
+    return made.eval().requires_grad_(False), shape, shape.factor
+
+
+@pytest.mark.parametrize("each", [2, 4])
+@pytest.mark.parametrize("kind", ["Enlarger", "AutoencoderDC", "AutoencoderKL"])
+def test_decoding_takes_what_is_counted(kind: str, each: int) -> None:
+    model, shape, factor = autoencoder(kind)
+    model = model.to(DTYPES[each])
+    width, height = 128, 192
+    z = torch.randn(1, model.config.get("latent_channels", 3), height // factor, width // factor, dtype=DTYPES[each])
+    with torch.inference_mode():
+        model.decode(z)
+        measured = peak(lambda: model.decode(z))
+    counted = memory.decoding_activations(network(GenerationShape(), autoencoder=shape), (width, height), each)
+    assert counted == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_quantised_weights_are_counted_as_they_are_kept(method: Any) -> None:
+    from mos_cli.runtime.quantising import Quantisation
+    from mos_cli.towers.quantised import GENERATION_KEPT, survey
+
+    numbers = find_network("mos-s")
+    with torch.device("meta"):
+        tower = GenerationTower(**numbers.generation.model_dump())
+    real = survey(tower, Quantisation(method=method, kept=GENERATION_KEPT), torch.bfloat16).bytes_after
+    made = weights(numbers, Setting("none", method, "none", False))
+    assert made.blocks + made.rest == pytest.approx(real, rel=0.001)
