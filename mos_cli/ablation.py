@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mos_cli.errors import UsageError
 from mos_cli.routing.rules import Rule, tokens_of
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class Ablated:
 
     `read` is the share of the word's decisions that kept the layer before. `change` is the mean absolute difference to
     the picture before, in 8-bit levels (0 to 255), and `psnr` the same in dB, infinite where nothing changed.
+    `refused` says why it could not be drawn: the rules it was drawn with leave the word no layer.
     """
 
     layer: int
@@ -34,6 +36,7 @@ class Ablated:
     image: "Image"
     change: float
     psnr: float
+    refused: str | None = None
 
 
 class _BegunError(Exception):
@@ -51,7 +54,8 @@ def check_rule(recipe: "Recipe", rule: Rule, draw: "Callable[[Recipe, Observer],
         raise _BegunError
 
     with suppress(_BegunError):
-        draw(with_layer(recipe, rule, rule.layers[0]), stop)
+        # Adding nothing clashes with no other rule.
+        draw(with_layer(recipe, replace(rule, operator="+=", amount=0.0), 0), stop)
 
 
 def ablate(before: "Drawing", rule: Rule, draw: "Callable[[Recipe], Image]") -> Iterator[Ablated]:
@@ -67,7 +71,11 @@ def ablate(before: "Drawing", rule: Rule, draw: "Callable[[Recipe], Image]") -> 
     recipe, shares_M = before.record.recipe, shares_read(before.trace, before.routes, rule)
     for layer, share in enumerate(shares_M):
         same = share == 0 and rule.operator == "!="
-        image = before.image if same else draw(with_layer(recipe, rule, layer))
+        try:
+            image = before.image if same else draw(with_layer(recipe, rule, layer))
+        except UsageError as error:
+            yield Ablated(layer, share, before.image, 0.0, float("inf"), str(error))
+            continue
         change, psnr = difference(before.image, image)
         yield Ablated(layer, share, image, change, psnr)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mos_cli.editing import finish, lay
 from mos_cli.errors import MemoryLimitError, ModelError, MosError, UsageError
+from mos_cli.placement import Places, VisitingTower, card
 from mos_cli.reading import PromptReading, Reader
 from mos_cli.routing.given import check_model, choices_hash, given_choices
 from mos_cli.routing.recorder import Recorder
@@ -26,11 +27,13 @@ from mos_cli.routing.trace import Recording, Routes, Trace, Wanted, make_branch
 from mos_cli.runtime.bundles import Bundle, verify_bundle
 from mos_cli.runtime.devices import device_name, device_threads
 from mos_cli.runtime.inputs import Inputs
+from mos_cli.runtime.memory import Offload, Setting
 from mos_cli.runtime.quantising import Method
 from mos_cli.runtime.recipe import PictureRecord, Recipe, pixels_hash, provenance
+from mos_cli.runtime.settings import smaller
 from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, UNSEEN, Guidance, Observer, sample, times
 from mos_cli.towers.attention import Asked, choose_attention
-from mos_cli.towers.autoencoder import Autoencoder, Pixels, load_autoencoder, to_image
+from mos_cli.towers.autoencoder import Autoencoder, Latents, Pixels, load_autoencoder, to_image
 from mos_cli.towers.eyes import Eyes
 from mos_cli.towers.quantised import load_generation
 from mos_cli.towers.seeing import load_understanding
@@ -60,9 +63,12 @@ class MoSPipeline:
         understanding: folder of the understanding tower, as `fetch_tower` returns it.
         attention: what computes it; see `choose_attention`.
         quant: how the weights of understanding and generation tower are quantised while they are loaded.
+        offload: what lies in main memory while it is not needed; see `Setting`. It changes no picture.
+        tiled: the autoencoder decodes tile by tile.
 
     Raises:
         ModelError: the bundle is damaged, or its parts do not fit together.
+        MemoryLimitError: the device has too little memory for them.
         DeviceError: what is to compute the attention cannot do so here.
     """
 
@@ -75,31 +81,68 @@ class MoSPipeline:
         precision: str,
         attention: Asked = "auto",
         quant: tuple[Method | None, Method | None] = (None, None),
+        offload: Offload = "none",
+        tiled: bool = False,
     ) -> None:
         verify_bundle(bundle)
-        dtype = DTYPES[precision]
-        self.bundle_hash, self.device = bundle.hash, device
+        self.bundle, self.bundle_hash, self.device = bundle, bundle.hash, device
+        self.setting = Setting(quant[0] or "none", quant[1] or "none", offload, tiled)
+        self.places = Places(device, offload)
+        try:
+            self._load(understanding, DTYPES[precision], quant, attention)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise self._out_of_memory(bundle.index.canvas.native, "take a smaller model") from None
+        self.reader = Reader(self.understanding, self.eyes, self.tower, bundle.index.name)
+        self._visitor = VisitingTower(self.understanding, self.places)
+        self.reader.understanding = self._visitor  # type: ignore[assignment]
+
+    def _load(
+        self, understanding: Path, dtype: torch.dtype, quant: tuple[Method | None, Method | None], attention: Asked
+    ) -> None:
+        """Loads one part after the other; each leaves the device before the next comes, if it is to."""
+        bundle, device = self.bundle, self.device
         # The states are few and computed once: full precision costs nothing that can be felt, but in large towers.
         large = bundle.index.understanding.size > LARGE or quant[0] is not None
         reads = torch.bfloat16 if large else torch.float32
         self.understanding = load_understanding(understanding, dtype=reads, device=str(device), quant=quant[0])
+        self.places.add_reader(self.understanding)
         self.autoencoder: Autoencoder = Pixels()
         self.eyes: Eyes | None = None
         try:
-            self.tower = load_generation(bundle.folder / "generation", quant[1], device=device, dtype=dtype)
+            self.tower = load_generation(
+                bundle.folder / "generation", quant[1], device=self.places.loading, dtype=dtype
+            )
+            with self.places.glimpsed(self.tower):
+                self.attention = choose_attention(self.tower, attention)
+            self.places.add_tower(self.tower)
             self.scheduler: FlowMatchEulerDiscreteScheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(  # type: ignore[assignment]
                 bundle.folder / "scheduler"
             )
             if (bundle.folder / "autoencoder").is_dir():
                 self.autoencoder = load_autoencoder(bundle.folder / "autoencoder", dtype=dtype, device=str(device))
+                if self.setting.tiled and isinstance(self.autoencoder, Latents):
+                    self.autoencoder.model.enable_tiling()
+                self.places.add_other(self.autoencoder)
             if bundle.index.edits is not None and not self.tower.sees:
                 self.eyes = Eyes.from_pretrained(bundle.folder / "eyes", torch_dtype=torch.float32).to(device)  # type: ignore[arg-type]
-        except MosError:
+                self.places.add_other(self.eyes)
+        except (MosError, torch.OutOfMemoryError):
             raise
         except (OSError, ValueError, RuntimeError, TypeError) as error:
             raise ModelError(f"the bundle in {bundle.folder} cannot be loaded: {error}") from None
-        self.attention = choose_attention(self.tower, attention)
-        self.reader = Reader(self.understanding, self.eyes, self.tower, bundle.index.name)
+
+    def read_ahead(self, recipes: Sequence[Recipe]) -> None:
+        """Reads the prompts of a run at once where the understanding tower would have to come back for each.
+
+        Raises:
+            MemoryLimitError: the device ran out of memory.
+        """
+        if self.setting.offload == "none":
+            return
+        try:
+            self._visitor.read_ahead([prompt for recipe in recipes for prompt in (recipe.prompt, recipe.negative)])
+        except (torch.OutOfMemoryError, MemoryError):
+            raise self._out_of_memory(recipes[0].working_size, "shorten the prompts") from None
 
     def draw(
         self,
@@ -123,13 +166,15 @@ class MoSPipeline:
         """
         guidance = Guidance(recipe.cfg, recipe.cfg_interval, 1.0 if recipe.edit is None else recipe.edit.image_cfg)
         recorder, laid = Recorder(wanted), None
-        readings = {POSITIVE: self.reader.read(recipe.prompt), NEGATIVE: self.reader.read(recipe.negative)}
         try:
+            readings = {POSITIVE: self.reader.read(recipe.prompt), NEGATIVE: self.reader.read(recipe.negative)}
             if inputs is not None:
-                laid = lay(inputs, recipe, self.autoencoder, self.device)
-                readings = self.reader.look(readings, laid.pictures, laid.references) | {UNSEEN: readings[NEGATIVE]}
+                with self.places.beside():
+                    laid = lay(inputs, recipe, self.autoencoder, self.device)
+                    seen = self.reader.look(readings, laid.pictures, laid.references)
+                readings = seen | {UNSEEN: readings[NEGATIVE]}
             readings = {branch: readings[branch] for branch in guidance.branches(guidance.interval[0])}
-            steerer = self._steerer(recipe, readings, wanted, route_from)
+            steerer = self._steerer(recipe, guidance, readings, wanted, route_from)
             with recorder.watching(self.tower):
                 z = sample(
                     self.tower,
@@ -142,16 +187,14 @@ class MoSPipeline:
                     origin=None if laid is None else laid.origin,
                     steer=steerer,
                 )
-            image = to_image(self.autoencoder.decode(z))
-            previews = tuple(to_image(self.autoencoder.decode(x_hat)) for x_hat in recorder.x_hats)
+            with self.places.beside():
+                image = to_image(self.autoencoder.decode(z))
+                previews = tuple(to_image(self.autoencoder.decode(x_hat)) for x_hat in recorder.x_hats)
             if inputs is not None:
                 image = finish(image, inputs, recipe)
         except (torch.OutOfMemoryError, MemoryError):
-            width, height = recipe.working_size
             option = "--size" if inputs is None else "--max-pixels"
-            raise MemoryLimitError(
-                f"out of memory at {width}x{height} on {self.device}: take a smaller {option}"
-            ) from None
+            raise self._out_of_memory(recipe.working_size, f"take a smaller {option}") from None
         made = provenance(
             self.bundle_hash, device_name(self.device), self.attention, threads=device_threads(self.device)
         )
@@ -165,6 +208,17 @@ class MoSPipeline:
         routes = recorder.routes()
         return Drawing(image, record, self._trace(record, readings, recorder, routes, steerer), routes, previews)
 
+    def _out_of_memory(self, size: tuple[int, int], otherwise: str) -> MemoryLimitError:
+        """What to do where memory ran out: the setting that should fit, if there is one, or something else."""
+        room = card(self.device) if self.device.type == "cuda" else None
+        found = smaller(self.bundle.ref, size, self.setting, room)
+        advice = otherwise
+        if found is not None:
+            # Tiles follow from the memory alone.
+            limit = f"--max-vram {room:.4g} " if room else ""
+            advice = f"{limit}{found.options} should fit, or {otherwise}"
+        return MemoryLimitError(f"out of memory at {size[0]}x{size[1]} on {self.device}: {advice}")
+
     def _noise(self, recipe: Recipe) -> Tensor:
         factor = self.autoencoder.factor
         width, height = recipe.working_size
@@ -172,18 +226,23 @@ class MoSPipeline:
         return torch.randn(shape, generator=torch.Generator().manual_seed(recipe.seed)).to(self.device)
 
     def _steerer(
-        self, recipe: Recipe, readings: dict[str, PromptReading], wanted: Wanted, route_from: Recording | None
+        self,
+        recipe: Recipe,
+        guidance: Guidance,
+        readings: dict[str, PromptReading],
+        wanted: Wanted,
+        route_from: Recording | None,
     ) -> Steerer:
         rules, given = parse_rules(recipe.routes or ()), None
+        asked = times(recipe.steps, self.scheduler, 1.0 if recipe.edit is None else recipe.edit.strength)
+        computed = {name: [step for step, t in enumerate(asked) if name in guidance.branches(t)] for name in readings}
         baseline = any(isinstance(rule, BaselineRule) and rule.name != "shuffle" for rule in rules)
         if recipe.route_from is not None:
-            if route_from is None or choices_hash(route_from) != recipe.route_from.sha256:
-                raise UsageError(
-                    f"{recipe.prompt!r} takes its routes from another run: name its trace, --route-from FILE"
-                )
+            if route_from is None:
+                raise UsageError(f"{recipe.prompt!r} takes its routes from another run: name it with --route-from FILE")
+            if choices_hash(route_from) != recipe.route_from.sha256:
+                raise UsageError(f"{route_from.path} is not the run that {recipe.prompt!r} takes its routes from")
             check_model(route_from, recipe.model, self.bundle_hash)
-            first = 1.0 if recipe.edit is None else recipe.edit.strength
-            asked = times(recipe.steps, self.scheduler, first)
             given = given_choices(route_from, readings, asked, recipe.route_from.until)
         if self.tower.router is None and (rules or given):
             raise UsageError(f"the routes of {recipe.model} are fixed: there is nothing that a rule could steer")
@@ -192,6 +251,7 @@ class MoSPipeline:
         return Steerer(
             rules,
             readings,
+            computed,
             steps=recipe.steps,
             blocks=self.tower.depth,
             layers=self.understanding.layers,
@@ -211,10 +271,9 @@ class MoSPipeline:
         branches = {}
         for name, branch in routes.items():
             reading = readings[name]
-            steps = recorder.steps[name]
-            summed = make_branch(reading.prompt, reading.tokens, steps, branch, layers)
+            summed = make_branch(reading.prompt, reading.tokens, recorder.steps[name], branch, layers)
             branches[name] = summed.model_copy(
-                update={"steered": steerer.done(name, steps), "changed": recorder.changed(name)}
+                update={"steered": steerer.done(name), "changed": recorder.changed(name)}
             )
         return Trace(
             schema="mos-trace/1",

@@ -150,7 +150,7 @@ def test_the_strip_shows_the_picture_and_every_layer_and_takes_a_free_name(pictu
 
 
 def test_blocks_and_steps_restrict_the_ban(picture):
-    layers = [event for event in events(picture, "-w", "dog", "--block", "1-2", "--step", "0") if "layer" in event]
+    layers = [event for event in events(picture, "-w", "dog", "--block", "1:2", "--step", "0") if "layer" in event]
     recording = load_recording(picture)
     assert recording.routes is not None
     column = [token.text for token in recording.trace.branches["positive"].tokens].index("dog")
@@ -183,9 +183,9 @@ def test_routes_of_another_run_are_needed_too(mos, picture, tmp_path):
     ("arguments", "code", "message"),
     [
         (["-w", "cat"], 2, "finds nothing in this prompt: its words are a, red, dog, [CLS], [SEP]"),
-        (["-w", "dog", "--block", "0-9"], 2, "names blocks that are not there: they are 0 to 2"),
+        (["-w", "dog", "--block", "0:9"], 2, "names blocks that are not there: they are 0 to 2"),
         (["-w", "dog", "--step", "3"], 2, "names steps that are not there: they are 0 to 2"),
-        (["-w", "dog", "--step", "x"], 2, "is not understood"),
+        (["-w", "dog", "--step", "x"], 2, "write A:B"),
         (["-w", "dog", "-o", "strip.jpg"], 2, "name a .png of its own"),
         (["-w", "dog", "--input", "photo.png"], 2, "is no edit"),
     ],
@@ -220,3 +220,16 @@ def test_only_draws_every_layer_even_those_never_read(picture):
     assert len(layers) == LAYERS
     assert changes == sorted(changes, reverse=True)
     assert min(changes) > 0
+
+
+def test_a_layer_that_the_rules_of_the_picture_leave_alone_is_said_and_the_others_are_drawn(mos, bundle, tmp_path):
+    path = tmp_path / "pinned.png"
+    assert mos("generate", "a red dog", "-s", 3, "-o", path, "--route", "dog=1-2").exit_code == 0
+    layers = {event["layer"]: event for event in events(path, "-w", "dog", "--only") if event["event"] == "layer"}
+    assert len(layers) == LAYERS
+    assert {layer for layer, event in layers.items() if event["refused"] is not None} == {0, 3}
+    other = tmp_path / "last.png"
+    assert mos("generate", "a red dog", "-o", other, "--route", "last").exit_code == 0
+    code, _, err = run(other, "-w", "dog")
+    assert code == 2
+    assert "drawn by the route rule last" in err

@@ -41,6 +41,11 @@ def test_the_help_texts_in_the_documents_are_those_of_the_program() -> None:
     assert block == commands_table()
 
 
+def test_no_document_is_unfinished() -> None:
+    for page in [README, *ROOT.glob("docs/*.md"), *ROOT.glob("models/*/card.md")]:
+        assert not re.findall(r"{{|@@", page.read_text(encoding="utf-8")), page
+
+
 def test_links_between_documents_lead_somewhere() -> None:
     for page in [README, *ROOT.glob("docs/*.md")]:
         for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):

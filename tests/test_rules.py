@@ -1,19 +1,36 @@
 """Routing rules as people write them: read, printed back, matched to tokens, and refused where the mistake is."""
 
 import re
+import unicodedata
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mos_cli.errors import UsageError
-from mos_cli.routing.rules import BaselineRule, Rule, parse_rule, parse_rules, tokens_of
+from mos_cli.routing.rules import BaselineRule, Rule, parse_rule, parse_rules, parse_target, tokens_of
 from mos_cli.routing.trace import TraceToken
 
 NUMBERS = st.lists(st.integers(0, 60), min_size=1, max_size=6, unique=True).map(lambda n: tuple(sorted(n)))
-AMOUNTS = st.integers(-9999, 9999).map(lambda n: n / 100)
+AMOUNTS = st.integers(-(10**9), 10**9).map(lambda n: n / 10**6)
 TARGETS = st.one_of(
-    st.sampled_from(["*", "red", "t-shirt", "[CLS]", "red apple", "a=b", "picture 1", "naïve", "-", "last"]),
+    st.sampled_from(
+        [
+            "*",
+            "red",
+            "t-shirt",
+            "[CLS]",
+            "red apple",
+            "a=b",
+            "picture 1",
+            "naïve",
+            "-",
+            "last",
+            "fixed:",
+            "fixed:2",
+            "Shuffle:7",
+        ]
+    ),
     st.from_regex(r"[^\s\"]([^\"\n\r]{0,10}[^\s\"])?", fullmatch=True).filter(lambda text: text == text.strip()),
 )
 
@@ -38,10 +55,10 @@ def test_a_rule_prints_itself_back(rule: Rule) -> None:
 
 
 @pytest.mark.parametrize("text", ["last", "uniform", "fixed:0,2-4", "shuffle:7"])
-def test_a_baseline_prints_itself_back(text: str) -> None:
-    rule = parse_rule(text)
-    assert isinstance(rule, BaselineRule)
-    assert str(rule) == text
+def test_a_baseline_prints_itself_back_whatever_its_case(text: str) -> None:
+    for rule in map(parse_rule, (text, text.upper())):
+        assert isinstance(rule, BaselineRule)
+        assert str(rule) == text
 
 
 @pytest.mark.parametrize(
@@ -54,6 +71,8 @@ def test_a_baseline_prints_itself_back(text: str) -> None:
         ('"red apple"#2=3 steps 0-2 blocks 7', Rule("red apple", "=", (3,), nth=2, steps=(0, 1, 2), blocks=(7,))),
         (" * = 1 ", Rule("*", "=", (1,))),
         ("LAST=1", Rule("LAST", "=", (1,))),
+        ("red=5 Blocks 3 STEPS 1", Rule("red", "=", (5,), blocks=(3,), steps=(1,))),
+        ("cat+=0.00001@4", Rule("cat", "+=", (4,), amount=0.00001)),
     ],
 )
 def test_what_rules_mean(text: str, rule: Rule) -> None:
@@ -101,7 +120,7 @@ def test_a_baseline_stands_alone() -> None:
         parse_rules(["last", "cat=1"])
 
 
-PROMPT = "A red apple, a red-brown cat; Red."
+PROMPT = "A red  apple, a red-brown cat; Red."
 
 
 def read(prompt: str) -> tuple[TraceToken, ...]:
@@ -129,6 +148,8 @@ def read(prompt: str) -> tuple[TraceToken, ...]:
         ("[cls]=1", ["[CLS]"]),
         ('"picture 1"=1', ["picture 1"]),
         ("dog=1", []),
+        (",=1", [","]),
+        (".=1", ["."]),
     ],
 )
 def test_words_are_found_by_the_characters_they_stand_for(rule: str, texts: list[str]) -> None:
@@ -141,3 +162,33 @@ def test_the_star_means_every_token() -> None:
     tokens, parsed = read(PROMPT), parse_rule("*=1")
     assert isinstance(parsed, Rule)
     assert tokens_of(parsed, PROMPT, tokens) == tuple(range(len(tokens)))
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_an_accent_is_found_however_it_is_written(form: str) -> None:
+    prompt = unicodedata.normalize(form, "un café rouge")
+    for other in ("NFC", "NFD"):
+        parsed = parse_rule(unicodedata.normalize(other, "café=1"))
+        assert isinstance(parsed, Rule)
+        assert tokens_of(parsed, prompt, read(prompt))
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("cat", ("cat", None)),
+        ("cat#2", ("cat", 2)),
+        ('"red apple"', ("red apple", None)),
+        ("red apple", ("red apple", None)),
+        ('"a=b"#3', ("a=b", 3)),
+        ("*", ("*", None)),
+    ],
+)
+def test_a_target_is_read_as_in_rules(text: str, target: tuple[str, int | None]) -> None:
+    assert parse_target(text) == target
+
+
+@pytest.mark.parametrize("text", ["", " ", '""', "#2", "cat#0"])
+def test_what_is_no_target_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="write cat"):
+        parse_target(text)

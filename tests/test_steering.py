@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mos_cli.errors import UsageError
+from mos_cli.routing.given import given_choices
 from mos_cli.routing.rules import parse_rules
 from mos_cli.routing.steering import Steerer
-from mos_cli.routing.trace import Recording, TraceBranch, TraceToken, load_recording
+from mos_cli.routing.trace import Recording, Routes, Trace, TraceBranch, TraceToken, load_recording
 from mos_cli.runtime.outputs import read_drawing
 from mos_cli.towers.router import Route, Steering, choose_route
 
@@ -34,7 +35,8 @@ def steer(*rules: str, step: int = 0) -> Steering | Route | None:
 
 def steerer(*rules: str) -> Steerer:
     sizes = {"steps": STEPS, "blocks": BLOCKS, "layers": LAYERS}
-    return Steerer(parse_rules(rules), {"positive": Reading()}, **sizes, device=torch.device("cpu"))
+    computed = {"positive": range(STEPS)}
+    return Steerer(parse_rules(rules), {"positive": Reading()}, computed, **sizes, device=torch.device("cpu"))
 
 
 def logits(seed: int = 0) -> torch.Tensor:
@@ -89,9 +91,9 @@ def test_ranges_say_where_a_rule_holds() -> None:
     assert whole("positive", 1) is whole("positive", 2)
     route, free = choose(1, whole("positive", 1)), choose(1, None)
     assert route.ids_BTJK[0, APPLE].tolist() == [[1, 1], free.ids_BTJK[0, APPLE, 1].tolist(), [1, 1]]
-    first, second = whole.done("positive", [0, 1, 2]) or ()
+    first, second = whole.done("positive") or ()
     assert (first.tokens, first.decisions) == ((APPLE,), 4)
-    assert (second.tokens, second.decisions) == ((2,), 0)
+    assert (second.tokens, second.decisions) == ((2,), 3)
 
 
 def test_baselines_ask_no_router() -> None:
@@ -230,7 +232,7 @@ def test_routes_that_cannot_be_taken_over_are_refused(mos, bundle, editor, tmp_p
     assert "name its trace with --route-from" in refused("replay", tmp_path / "taken.png", "--verify")
     other = ("--route-from", tmp_path / "taken.png")
     drawn(mos, tmp_path / "dog.png", prompt="a dog")
-    assert "name its trace" in refused(
+    assert "is not the run" in refused(
         "replay", tmp_path / "taken.png", "--verify", "--route-from", tmp_path / "dog.png"
     )
     assert "drop --route-from" in refused("replay", tmp_path / "first.png", "--verify", *other)
@@ -320,3 +322,49 @@ def test_an_edit_records_regions_of_words_and_pictures(mos, editor, tmp_path) ->
     assert recording.routes["positive"].regions_JTN.shape == (3, len(tokens), 16)
     assert read_drawing(tmp_path / "b.png")[1].recipe.routes == ('"picture 1"=1-2',)
     assert mos("replay", tmp_path / "b.png", "--verify").stdout.strip() == "exact"
+
+
+def test_what_would_have_no_effect_is_refused(mos, bundle, tmp_path) -> None:
+    drawn(mos, tmp_path / "first.png")
+    drawn(mos, tmp_path / "all.png", "--route", "uniform")
+
+    def refused(*options: object, prompt: str = PROMPT) -> str:
+        result = mos("generate", prompt, "-s", 5, "-o", tmp_path / "x.png", *options)
+        assert result.exit_code in (2, 3), result.output
+        return result.stderr
+
+    assert "drop it" in refused("--route-from", tmp_path / "first.png", "--route", "shuffle:3")
+    assert "kept every layer" in refused("--route-from", tmp_path / "all.png")
+    assert "no word in common" in refused("--route-from", tmp_path / "first.png", prompt="green dog")
+    guided = ("--negative", "dog", "--cfg-interval", "0,0.5", "--route", "dog=1 steps 0")
+    assert "has no effect" in refused(*guided)
+    assert "such as 40%" in refused("--route-from", tmp_path / "first.png", "--route-until", "")
+
+
+@pytest.mark.parametrize("steps", [25, 50, 100])
+def test_a_share_of_the_steps_is_rounded_up_and_never_too_far(steps: int) -> None:
+    branch = TraceBranch.model_construct(prompt=PROMPT, tokens=TOKENS, steps=(0,))
+    ids = np.zeros((1, BLOCKS, len(TOKENS), 2), np.uint8)
+    trace = Trace.model_construct(layers=("a", "b", "c"), top_k=2, times=(1.0,), branches={"positive": branch})
+    recording = Recording(Path("x"), trace, {"positive": Routes(ids, ids)}, None, None)
+    for percent in range(1, 101):
+        given = given_choices(recording, {"positive": Reading()}, [1.0] * steps, percent / 100)
+        assert len(given["positive"].steps) == -(-percent * steps // 100)
+
+
+def test_replacing_a_picture_takes_its_trace_along_but_nothing_else(mos, bundle, tmp_path) -> None:
+    (tmp_path / "package.json").write_text("mine")
+    assert mos("generate", PROMPT, "-o", tmp_path / "package.png", "--overwrite", "--trace", "off").exit_code == 0
+    assert (tmp_path / "package.json").read_text() == "mine"
+    drawn(mos, tmp_path / "a.png")
+    assert mos("generate", PROMPT, "-o", tmp_path / "a.png", "--overwrite", "--trace", "off").exit_code == 0
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_rules_can_be_changed_in_a_replay(mos, bundle, tmp_path) -> None:
+    drawn(mos, tmp_path / "a.png", "--route", "apple=1")
+    changed = mos("replay", tmp_path / "a.png", "--set", "routes=apple=2", "-o", tmp_path / "b.png")
+    assert changed.exit_code == 0, changed.output
+    assert layers_of(load_recording(tmp_path / "b.png"), "apple") == {2}
+    refused = mos("replay", tmp_path / "a.png", "--set", "route_from=x", "-o", tmp_path / "c.png")
+    assert (refused.exit_code, "--route-from" in refused.stderr) == (2, True)

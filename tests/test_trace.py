@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -268,6 +269,48 @@ def test_damaged_arrays_are_refused(saved, change):
     arrays_path.unlink()
     with pytest.raises(InputError, match=r"cannot read .*apple\.routing\.safetensors"):
         load_routes(trace, path)
+
+
+def _with(array: np.ndarray, value: float) -> np.ndarray:
+    changed = array.copy()
+    changed[0, 0, 0, 0] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("ids_SJTK", LAYERS),
+        ("weights_SJTK", np.nan),
+        ("weights_SJTK", np.inf),
+        ("weights_SJTK", -1),
+        ("weights_SJTK", 0),
+    ],
+)
+def test_arrays_that_cannot_be_true_are_refused_though_their_hash_is_right(tmp_path, field, value):
+    trace, routes = make_trace()
+    routes["positive"] = replace(routes["positive"], **{field: _with(getattr(routes["positive"], field), value)})
+    path = tmp_path / "made.json"
+    write_together(trace_files(trace, routes, path))
+    with pytest.raises(InputError, match=r"made\.routing\.safetensors is damaged: it holds"):
+        load_routes(load_trace(path), path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (f'"blocks": {BLOCKS}', f'"blocks": {10**30}'),
+        (f'"blocks": {BLOCKS}', f'"blocks": {10**9}'),
+        ('"end": 1', '"end": 99'),
+    ],
+)
+def test_a_head_that_cannot_be_true_is_refused_at_once(saved, old, new):
+    path, *_ = saved
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(InputError, match="is damaged"):
+        load_trace(path)
 
 
 def test_the_documented_example_reads_the_decisions(saved, monkeypatch, capsys):

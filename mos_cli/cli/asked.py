@@ -128,7 +128,7 @@ def route_source(
     from mos_cli.routing.trace import load_recording
     from mos_cli.runtime.recipe import RouteSource
 
-    percent = re.fullmatch(r"(\d{1,3}(?:\.\d{1,3})?)%", until or "100%")
+    percent = re.fullmatch(r"(\d{1,3}(?:\.\d{1,3})?)%", "100%" if until is None else until)
     if percent is None or not 0 < float(percent[1]) <= 100:
         raise UsageError(f"--route-until {until}: write a share of the steps, such as 40%")
     recording = load_recording(route_from)

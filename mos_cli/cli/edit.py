@@ -15,7 +15,7 @@ from mos_cli.cli.asked import (
     shared_fields,
     what_to_record,
 )
-from mos_cli.cli.drawing import Report, draw_jobs, load_pipeline
+from mos_cli.cli.drawing import Report, draw_jobs, fit_to_card, load_pipeline
 from mos_cli.cli.options import (
     Attention,
     Cfg,
@@ -24,8 +24,10 @@ from mos_cli.cli.options import (
     Device,
     DryRun,
     Json,
+    MaxVram,
     Model,
     Negative,
+    Offload,
     Output,
     Overwrite,
     Precision,
@@ -103,6 +105,8 @@ def edit(
     device: Device = None,
     precision: Precision = None,
     quant: Quant = None,
+    max_vram: MaxVram = None,
+    offload: Offload = None,
     attention: Attention = None,
     strip: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Also write before, after and their difference side by side.")
@@ -135,6 +139,8 @@ def edit(
         device=device,
         precision=precision,
         quant=quant,
+        max_vram=max_vram,
+        offload=offload,
         attention=attention,
     )
     settings = resolve(flags, preset)
@@ -150,16 +156,11 @@ def edit(
     defaults = edits_of(bundle)
     if strip is not None and (count > 1 or len(instructions) > 1):
         raise UsageError("--strip shows one edit: leave it out, or ask for one picture")
-    with report.stage("libraries"):
-        fields = shared_fields(settings, bundle, defaults)
     from mos_cli.runtime.inputs import describe_edit, read_inputs
     from mos_cli.runtime.masks import read_mask
     from mos_cli.runtime.pictures import working_size
     from mos_cli.runtime.recipe import MaskRecipe, check_guidance, pixels_hash
 
-    guidance = defaults.image_cfg if image_cfg is None else image_cfg
-    options = {"--negative": settings.negative, "--cfg-interval": flags.cfg_interval}
-    check_guidance(fields["cfg"], options, guidance)
     inputs = read_inputs([picture, *(reference or [])])
     for note in inputs.notes:
         report.event("note", note, note=note)
@@ -169,6 +170,12 @@ def edit(
         inputs = replace(inputs, mask=allowed)
         used = MaskRecipe(sha256=pixels_hash(allowed), invert=invert_mask, feather=feather)
     working = working_size(source_size, canvas, max_pixels) if size is None else parse_size(size, canvas)
+    settings = fit_to_card(bundle, settings, working, report, fetch=not dry_run)
+    with report.stage("libraries"):
+        fields = shared_fields(settings, bundle, defaults)
+    guidance = defaults.image_cfg if image_cfg is None else image_cfg
+    options = {"--negative": settings.negative, "--cfg-interval": flags.cfg_interval}
+    check_guidance(fields["cfg"], options, guidance)
     fields["width"], fields["height"] = source_size if size is None else working
     fields["edit"] = describe_edit(
         inputs,

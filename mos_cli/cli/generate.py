@@ -13,7 +13,7 @@ from mos_cli.cli.asked import (
     shared_fields,
     what_to_record,
 )
-from mos_cli.cli.drawing import Report, draw_jobs, load_pipeline
+from mos_cli.cli.drawing import Report, draw_jobs, fit_to_card, load_pipeline
 from mos_cli.cli.options import (
     Attention,
     Cfg,
@@ -22,8 +22,10 @@ from mos_cli.cli.options import (
     Device,
     DryRun,
     Json,
+    MaxVram,
     Model,
     Negative,
+    Offload,
     Output,
     Overwrite,
     Precision,
@@ -70,6 +72,8 @@ def generate(
     device: Device = None,
     precision: Precision = None,
     quant: Quant = None,
+    max_vram: MaxVram = None,
+    offload: Offload = None,
     attention: Attention = None,
     sheet: Sheet = None,
     dry_run: DryRun = False,
@@ -97,17 +101,21 @@ def generate(
         device=device,
         precision=precision,
         quant=quant,
+        max_vram=max_vram,
+        offload=offload,
         attention=attention,
     )
     settings = resolve(flags, preset)
     wanted = what_to_record(settings.trace, regions=regions, previews=preview_steps)
     names = naming(settings.output, overwrite=overwrite)
     bundle = find_bundle(settings.model)
+    width, height = parse_size(settings.size, bundle.index.canvas)
+    settings = fit_to_card(bundle, settings, (width, height), report, fetch=not dry_run)
     with report.stage("libraries"):
         fields = shared_fields(settings, bundle, bundle.index.defaults)
     from mos_cli.runtime.recipe import check_guidance
 
-    fields["width"], fields["height"] = parse_size(settings.size, bundle.index.canvas)
+    fields["width"], fields["height"] = width, height
     check_guidance(fields["cfg"], {"--negative": settings.negative, "--cfg-interval": flags.cfg_interval})
     routes, fields["route_from"] = route_source(route_from, route_until, bundle)
     jobs = make_jobs(prompts, names, fields, seed=seed, count=count)

@@ -59,14 +59,17 @@ def inspect_routing(
 
     if compare is not None and html is None:
         raise UsageError("--compare is for the report: add --html FILE, or see `mos routing diff`")
-    narrowed = [name for name, value in {"branch": branch, "word": word, "step": step, "block": block}.items() if value]
+    outputs = {"--export": export, "--plot": plot, "--regions": regions, "--html": html}
+    _check_outputs({option: path for option, path in outputs.items() if path is not None}, trace, compare)
+    narrowing = {"branch": branch, "word": word, "step": step, "block": block}
+    narrowed = [name for name, value in narrowing.items() if value is not None]
     if html is not None and narrowed and not (export or plot or regions or patch or as_json):
         raise UsageError(f"--{narrowed[0]} has no effect on --html: the report holds the whole trace")
     if step is not None and (regions or patch):
         raise UsageError("regions are recorded as a mean over all steps: leave --step out")
 
     recording = load_recording(trace)
-    section = cut(recording, branch or "positive", step, block)
+    section = cut(recording, "positive" if branch is None else branch, step, block)
     asked = find_words(section.words, word) if word else ()
     origins = {place: patch_origins(section, place) for place in map(_parse_patch, patch or ())}
     if export is not None:
@@ -103,6 +106,20 @@ def inspect_routing(
         console.out.print(PatchView(section, place, found, asked))
     if not written and not origins:
         console.out.print(RoutesView(section, asked))
+
+
+def _check_outputs(outputs: dict[str, Path], *traces: Path | None) -> None:
+    """Raises UsageError if a file to write is one that is read, or named twice, or a report is not named as a page."""
+    from mos_cli.errors import UsageError
+    from mos_cli.runtime.outputs import companions
+
+    taken = [other for path in traces if path is not None for other in (*companions(path), path.with_suffix(".png"))]
+    for option, path in outputs.items():
+        if path.resolve() in {other.resolve() for other in taken}:
+            raise UsageError(f"{option} {path}: name a file of its own")
+        if option == "--html" and path.suffix.lower() not in (".html", ".htm"):
+            raise UsageError(f"--html {path}: name it .html")
+        taken.append(path)
 
 
 def _write_report(recording: "Recording", compare: Path | None, path: Path, overwrite: bool) -> None:

@@ -109,6 +109,25 @@ Quant = Annotated[
         show_default="none",
     ),
 ]
+MaxVram = Annotated[
+    float | None,
+    typer.Option(
+        envvar="MOS_MAX_VRAM",
+        metavar="GIB",
+        help="Use so much of the GPU's memory at most, with the fastest setting that fits; see `mos plan`.",
+        show_default="no limit",
+    ),
+]
+Offload = Annotated[
+    str | None,
+    typer.Option(
+        envvar="MOS_OFFLOAD",
+        metavar="WHAT",
+        help="What waits in main memory until the GPU needs it: none, understanding (the tower that reads), or blocks "
+        "(also those of the tower that draws, fetched one by one).",
+        show_default="none",
+    ),
+]
 Sheet = Annotated[
     Path | None, typer.Option(metavar="PNG", help="Also write one sheet of all pictures with their prompts.")
 ]

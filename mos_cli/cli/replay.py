@@ -6,8 +6,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mos_cli.cli.asked import what_to_record
-from mos_cli.cli.drawing import Job, Report, draw_jobs, load_pipeline
-from mos_cli.cli.options import Attention, Device, Json, Output, Overwrite, PreviewSteps, Quiet, Regions, Trace, Verbose
+from mos_cli.cli.drawing import Job, Report, draw_jobs, fit_to_card, load_pipeline
+from mos_cli.cli.options import (
+    Attention,
+    Device,
+    Json,
+    MaxVram,
+    Offload,
+    Output,
+    Overwrite,
+    PreviewSteps,
+    Quiet,
+    Regions,
+    Trace,
+    Verbose,
+)
 from mos_cli.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -49,6 +62,8 @@ def replay(
     regions: Regions = False,
     preview_steps: PreviewSteps = False,
     device: Device = None,
+    max_vram: MaxVram = None,
+    offload: Offload = None,
     attention: Attention = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -94,7 +109,10 @@ def replay(
         image_cfg = recipe.edit.image_cfg
     guidances = {f"--set {key}": changed.get(key) for key in ("negative", "cfg_interval")}
     check_guidance(recipe.cfg, guidances, image_cfg)
-    settings = resolve(make_settings(output=output, trace=trace, device=device, attention=attention), None)
+    flags = make_settings(
+        output=output, trace=trace, device=device, attention=attention, max_vram=max_vram, offload=offload
+    )
+    settings = resolve(flags, None)
     check_size(*recipe.working_size, bundle.index.canvas)
     wanted = what_to_record(settings.trace, regions=regions, previews=preview_steps)
     if (route_from is None) != (recipe.route_from is None):
@@ -110,10 +128,15 @@ def replay(
     def pipeline_of(bundle: "Bundle", recipe: "Recipe") -> "MoSPipeline":
         key = (bundle.hash, recipe.precision, recipe.quant)
         if key not in loaded:
-            loaded[key] = load_pipeline(bundle, settings, report, precision=recipe.precision, quant=recipe.quant)
+            quant = recipe.quant or "none"
+            placed = fit_to_card(bundle, settings, recipe.working_size, report, quant=quant)
+            loaded[key] = load_pipeline(bundle, placed, report, precision=recipe.precision, quant=recipe.quant)
         return loaded[key]
 
     def redraw(earlier: "EarlierPicture", inputs: "Inputs | None") -> "Image":
+        if earlier.recipe.route_from is not None:
+            prompt = earlier.recipe.prompt
+            raise UsageError(f"{prompt!r} took its routes from another run: give the picture with --input FILE")
         bundle = find_bundle(earlier.recipe.model)
         check_size(*earlier.recipe.working_size, bundle.index.canvas)
         if inputs is not None:
@@ -168,6 +191,8 @@ def _changes(assignments: list[str]) -> dict[str, str]:
         key, equals, value = assignment.partition("=")
         if not key or not equals:
             raise UsageError(f"--set {assignment}: write KEY=VALUE, for example --set seed=7")
+        if key.strip() == "route_from":
+            raise UsageError("--set route_from: draw anew with `mos generate --route-from` to follow another run")
         pairs[key.strip()] = value.strip()
     return pairs
 

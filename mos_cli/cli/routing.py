@@ -1,5 +1,6 @@
 """`mos routing`: two runs compared, and what each layer does for a word."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -104,8 +105,8 @@ def _counts(tally: "Tally") -> dict[str, Any]:
 def ablate(
     picture: Annotated[Path, typer.Argument(help="A PNG made by mos.", dir_okay=False)],
     word: Annotated[str, typer.Option("--word", "-w", help='The word, as in rules: cat, "red apple", cat#2, *.')],
-    block: Annotated[str | None, typer.Option(metavar="A-B", help="Only in these blocks.", show_default="all")] = None,
-    step: Annotated[str | None, typer.Option(metavar="A-B", help="Only at these steps.", show_default="all")] = None,
+    block: Annotated[str | None, typer.Option(metavar="A:B", help="Only in these blocks.", show_default="all")] = None,
+    step: Annotated[str | None, typer.Option(metavar="A:B", help="Only at these steps.", show_default="all")] = None,
     only: Annotated[
         bool, typer.Option("--only", help="Let the word read one layer at a time, instead of all but one.")
     ] = False,
@@ -133,6 +134,7 @@ def ablate(
     The layers are ranked by how much the picture changes. A strip shows the picture as it is, then without each layer,
     or with --only from each layer alone.
     """
+    from mos_cli.routing.rules import BaselineRule, parse_rules
     from mos_cli.routing.trace import load_recording
     from mos_cli.runtime.bundles import edits_of, find_bundle
     from mos_cli.runtime.devices import cpu_threads
@@ -151,6 +153,9 @@ def ablate(
             f"draw it anew with `mos replay --set model={recipe.model}` first"
         )
     check_size(*recipe.working_size, bundle.index.canvas)
+    for asked in parse_rules(recipe.routes or ()):
+        if isinstance(asked, BaselineRule):
+            raise UsageError(f"{picture} was drawn by the route rule {asked}: draw it without, to take layers away")
     if recipe.edit is not None:
         edits_of(bundle)
     elif given or mask:
@@ -205,16 +210,22 @@ def ablate(
 
 def _rule(word: str, block: str | None, step: str | None, *, only: bool) -> "Rule":
     """The rule that keeps layer 0 from the word, or all others; the layer is to be replaced."""
-    from mos_cli.routing.rules import Rule, parse_rule
+    from mos_cli.routing.rules import Rule, parse_target
 
-    quoted = f'"{word}"' if " " in word and '"' not in word else word
-    ranges = (("blocks", block), ("steps", step))
-    operator = "=" if only else "!="
-    rule = parse_rule(
-        f"{quoted}{operator}0" + "".join(f" {name} {numbers}" for name, numbers in ranges if numbers is not None)
-    )
-    assert isinstance(rule, Rule)
-    return rule
+    target, nth = parse_target(word)
+    ranges = {"blocks": _numbers("--block", block), "steps": _numbers("--step", step)}
+    return Rule(target, "=" if only else "!=", (0,), nth, **ranges)
+
+
+def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    """The numbers of A:B, both included, or of A alone."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d{1,4})\s*(?::\s*(\d{1,4})\s*)?", text)
+    first, last = (0, -1) if match is None else (int(match[1]), int(match[2] or match[1]))
+    if last < first:
+        raise UsageError(f"{option} {text!r} is no range: write A:B (both included) or A")
+    return tuple(range(first, last + 1))
 
 
 def _strip_path(picture: Path, word: str, output: Path | None, overwrite: bool) -> Path:
@@ -227,7 +238,7 @@ def _strip_path(picture: Path, word: str, output: Path | None, overwrite: bool) 
     if output is None:
         names = (f"{picture.stem}_ablate-{slug(word)}{f'-{n}' if n > 1 else ''}.png" for n in count(1))
         output = next(path for path in map(picture.with_name, names) if not path.exists())
-    elif output.suffix.lower() != ".png" or output == picture:
+    elif output.suffix.lower() != ".png" or output.resolve() == picture.resolve():
         raise UsageError(f"--output {output}: name a .png of its own")
     check_writable(output.parent)
     refuse_existing(output, overwrite)
@@ -239,21 +250,23 @@ def _give_it(earlier: "EarlierPicture", inputs: "Inputs | None") -> "Image":
 
 
 def _caption(one: "Ablated", only: bool) -> str:
-    changed = f"{one.change:.1f} levels" if one.read or only else "never read"
+    changed = "not allowed" if one.refused else f"{one.change:.1f} levels" if one.read or only else "never read"
     return f"{'only' if only else 'without'} layer {one.layer}: {changed}"
 
 
 def _report(ablated: "list[Ablated]", names: tuple[str, ...], report: Report, only: bool) -> None:
-    """The layers, the one that changes most first; those that it makes no sense to ban, for they are not read, last."""
+    """The layers, the one that changes most first; those that it makes no sense to ban, or that rules forbid, last."""
     from math import isfinite
 
-    ranked = sorted(ablated, key=lambda one: (one.read == 0 and not only, -one.change))
+    ranked = sorted(ablated, key=lambda one: (one.refused is not None, one.read == 0 and not only, -one.change))
     width = max(map(len, names))
     if not report.json:
         report.event("head", f"layer  {'':{width}}    read  change  PSNR dB   (change: mean of 0-255 levels)")
     for one in ranked:
         psnr = f"{one.psnr:7.1f}" if isfinite(one.psnr) else "   same"
         change = f"{one.change:6.2f}  {psnr}" if one.read or only else "never read"
+        if one.refused is not None:
+            change = "not allowed: the picture's own rules leave no layer"
         report.event(
             "layer",
             f"{one.layer:5}  {names[one.layer]:{width}}  {one.read:6.1%}  {change}",
@@ -262,4 +275,5 @@ def _report(ablated: "list[Ablated]", names: tuple[str, ...], report: Report, on
             read=round(one.read, 6),
             change=round(one.change, 4),
             psnr=round(one.psnr, 2) if isfinite(one.psnr) else None,
+            refused=one.refused,
         )

@@ -88,6 +88,11 @@ def split_words(prompt: str, tokens: Sequence[Spanned]) -> tuple[Word, ...]:
     return (*words, *(Word(name, tuple(held)) for name, held in pictures.items()), *apart)
 
 
+def is_special(token: Spanned) -> bool:
+    """Whether a token stands neither for text nor for a cell of a picture."""
+    return token.patch is None and token.start == token.end
+
+
 def find_words(words: Sequence[Word], wanted: Iterable[str]) -> tuple[Word, ...]:
     """The words asked for, in the prompt's order, whatever their case and the punctuation around them.
 

@@ -107,7 +107,7 @@ def compare(a: Trace, routes_a: Mapping[str, Routes], b: Trace, routes_b: Mappin
         if compared is not None:
             branches[name], part = compared
             parts.append(part)
-    if not parts:
+    if all(word.special for branch in branches.values() for word in branch.words):
         raise InputError("these runs cannot be compared: their prompts have no word in common")
     identical = (a.times, a.branches.keys()) == (b.times, b.branches.keys()) and all(
         branch.tokens == b.branches[name].tokens and _equal(routes_a[name], routes_b[name])

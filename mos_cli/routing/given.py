@@ -13,6 +13,7 @@ import numpy as np
 
 from mos_cli.errors import InputError
 from mos_cli.routing.alignment import Reading, partners
+from mos_cli.routing.analysis import is_special
 from mos_cli.routing.trace import Recording
 
 
@@ -63,17 +64,22 @@ def given_choices(
     Words are aligned by their text and occurrence, and a step takes the choices of the other's nearest in time.
 
     Raises:
-        InputError: the recording is a summary, or has no word in common with what is to be drawn.
+        InputError: the recording is a summary, kept every layer, or has no word in common with what is to be drawn.
     """
     if recording.routes is None:
         raise InputError(f"{recording.path} holds a summary only: its routes cannot be taken over")
-    given = {}
+    if recording.trace.top_k == len(recording.trace.layers):
+        raise InputError(f"{recording.path} kept every layer: there is no choice to take over")
+    # Rounded, for 0.07 * 100 is a little more than 7.
+    followed, given, words = times[: ceil(round(until * len(times), 9))], {}, 0
     for name, reading in readings.items():
         if (branch := recording.trace.branches.get(name)) is None:
             continue
         theirs = np.array([recording.trace.times[step] for step in branch.steps])
-        steps = {step: int(np.abs(theirs - t).argmin()) for step, t in enumerate(times[: ceil(until * len(times))])}
-        given[name] = Given(recording.routes[name].ids_SJTK, steps, partners(reading, branch))
-    if not any(number >= 0 for branch in given.values() for number in branch.tokens_T):
+        steps = {step: int(np.abs(theirs - t).argmin()) for step, t in enumerate(followed)}
+        matched = partners(reading, branch)
+        words += sum(not is_special(reading.tokens[n]) for n, number in enumerate(matched) if number >= 0)
+        given[name] = Given(recording.routes[name].ids_SJTK, steps, matched)
+    if not words:
         raise InputError(f"the prompts of {recording.path} have no word in common with this one")
     return given

@@ -15,6 +15,7 @@ All numbers count from 0, ranges include both ends, capitals do not matter.
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -42,12 +43,13 @@ class Rule:
     steps: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
-        plain = re.fullmatch(r'\*|[^\s"#=!+*-]+(-[^\s"#=!+*-]+)*', self.target)
+        plain = re.fullmatch(r'(?!fixed:|shuffle:)(\*|[^\s"#=!+*-]+(-[^\s"#=!+*-]+)*)', self.target, re.IGNORECASE)
         word = self.target if plain else f'"{self.target}"'
         occurrence = "" if self.nth is None else f"#{self.nth}"
         operator, amount = self.operator, ""
         if operator == "+=":
-            operator, amount = "+=" if self.amount >= 0 else "-=", f"{abs(self.amount):g}@"
+            operator = "+=" if self.amount >= 0 else "-="
+            amount = f"{abs(self.amount):.6f}".rstrip("0").rstrip(".") + "@"
         ranges = [("blocks", self.blocks), ("steps", self.steps)]
         where = "".join(f" {name} {_written(numbers)}" for name, numbers in ranges if numbers is not None)
         return f"{word}{occurrence}{operator}{amount}{_written(self.layers)}{where}"
@@ -96,7 +98,9 @@ def tokens_of(rule: Rule, prompt: str, tokens: Sequence[Spanned]) -> tuple[int, 
     if rule.target == "*":
         return tuple(range(len(tokens)))
     named: dict[tuple[int, int], list[int]] = {}
-    for match in re.finditer(rf"(?<!\w){re.escape(rule.target)}(?!\w)", prompt, re.IGNORECASE):
+    # An accent may be one character or two: whichever way the prompt is written.
+    forms = "|".join(dict.fromkeys(_pattern(unicodedata.normalize(form, rule.target)) for form in ("NFC", "NFD")))
+    for match in re.finditer(forms, prompt, re.IGNORECASE):
         held = [n for n, token in enumerate(tokens) if max(token.start, match.start()) < min(token.end, match.end())]
         named[match.span()] = held
     groups = list(named.values())
@@ -108,10 +112,29 @@ def tokens_of(rule: Rule, prompt: str, tokens: Sequence[Spanned]) -> tuple[int, 
     return tuple(sorted({number for group in groups for number in group}))
 
 
+def _pattern(target: str) -> str:
+    """Finds the target's words, whatever space is between them, but no parts of words."""
+    words = r"\s+".join(map(re.escape, target.split()))
+    first, last = (r"(?<!\w)" if target[0].isalnum() else ""), (r"(?!\w)" if target[-1].isalnum() else "")
+    return f"{first}{words}{last}"
+
+
 def no_such_word(rule: Rule, prompt: str, tokens: Sequence[Spanned]) -> UsageError:
     """What to say where a rule speaks of nothing in a prompt."""
     there = ", ".join(dict.fromkeys(word.text for word in split_words(prompt, tokens)))
     return UsageError(f"the route rule {rule} finds nothing in this prompt: its words are {there}")
+
+
+def parse_target(text: str) -> tuple[str, int | None]:
+    """Reads what a rule may speak of, quoted or not: the word or words, and which occurrence.
+
+    Raises:
+        UsageError: there is nothing to read.
+    """
+    match = re.fullmatch(r'\s*(?:"([^"]*[^"\s][^"]*)"|([^"#]*[^"#\s]))(?:#([1-9]\d{0,3}))?\s*', text)
+    if match is None:
+        raise UsageError(f'--word {text!r} is not understood: write cat, "red apple", cat#2 or *')
+    return (match[1] or match[2]).strip(), None if match[3] is None else int(match[3])
 
 
 class _Reader:
@@ -129,8 +152,8 @@ class _Reader:
         return rule
 
     def _baseline(self) -> BaselineRule | None:
-        if self._take(r"(last|uniform)(?=\s*$)"):
-            return BaselineRule("last" if self.text.strip() == "last" else "uniform")
+        if name := self._take(r"(last|uniform)(?=\s*$)"):
+            return BaselineRule("last" if name.casefold() == "last" else "uniform")
         if self._take("fixed:"):
             return BaselineRule("fixed", layers=self._numbers("a layer"))
         if self._take("shuffle:"):
@@ -139,7 +162,7 @@ class _Reader:
 
     def _word(self) -> Rule:
         if self._take('"'):
-            target = self._need(r'[^"]+(?=")', "a word").strip()
+            target = self._need(r'\s*[^"\s][^"]*(?=")', "a word").strip()
             self._take('"')
         else:
             target = self._need(r'\*|[^\s"#=!+*][^\s"#=!+]*?(?=#|\s*(=|!=|\+=|-=))', "a word, then =, !=, += or -=")
@@ -150,10 +173,11 @@ class _Reader:
             amount = float(self._need(r"\d{1,4}(\.\d{1,6})?|\.\d{1,6}", "a number to add"))
             self._need(r"\s*@\s*", "@ and a layer")
         layers, ranges = self._numbers("a layer"), {}
-        while name := self._take(r"\s+(blocks|steps)\s+"):
-            if name.strip() in ranges:
-                raise self._wrong(f"{name.strip()} only once")
-            ranges[name.strip()] = self._numbers("a number")
+        while taken := self._take(r"\s+(blocks|steps)\s+"):
+            name = taken.strip().casefold()
+            if name in ranges:
+                raise self._wrong(f"{name} only once")
+            ranges[name] = self._numbers("a number")
         if operator == "-=":
             operator, amount = "+=", -amount
         return Rule(target, operator, layers, nth, amount, **ranges)  # type: ignore[arg-type]

@@ -23,17 +23,20 @@ class Steerer:
 
     Args:
         readings: what each branch reads. A rule holds in every branch that has its word.
+        computed: the steps at which each branch is computed.
         steps, blocks, layers: the run's and the model's; rules may not name others.
         given: the choices of another run, by branch; rules may only narrow them.
 
     Raises:
-        UsageError: a rule speaks of a word, a layer, a block or a step that there is not, or leaves no layer to read.
+        UsageError: a rule speaks of a word, a layer, a block or a step that there is not, leaves no layer to read, or
+            has no effect.
     """
 
     def __init__(
         self,
         rules: Sequence[AnyRule],
         readings: Mapping[str, Reading],
+        computed: Mapping[str, Sequence[int]],
         *,
         steps: int,
         blocks: int,
@@ -41,10 +44,13 @@ class Steerer:
         device: torch.device,
         given: Mapping[str, Given] | None = None,
     ) -> None:
-        self.readings, self.steps, self.blocks, self.layers = readings, steps, blocks, layers
+        self.readings, self.computed = readings, computed
+        self.steps, self.blocks, self.layers = steps, blocks, layers
         self.device, self.given = device, given or {}
         self.rules = tuple(rule for rule in rules if isinstance(rule, Rule))
         self.baseline = next((rule for rule in rules if isinstance(rule, BaselineRule)), None)
+        if self.baseline is not None and self.given:
+            raise UsageError(f"the route rule {self.baseline} is for every token: drop it, or --route-from")
         for rule in rules:
             self._check(rule)
         self._spoken = {
@@ -58,8 +64,11 @@ class Steerer:
         # Rules hold over ranges of steps: most steps share their steering with others.
         self._made = lru_cache(maxsize=None)(self._make)
         for name in readings:
-            for step in range(steps):
+            for step in computed[name]:
                 self(name, step)
+        for number, rule in enumerate(self.rules):
+            if not any((self.done(name) or ())[number].decisions for name in readings):
+                raise UsageError(f"the route rule {rule} has no effect: guidance reads its word at none of its steps")
 
     def __call__(self, branch: str, step: int) -> Steering | Route | None:
         """What the tower is told for a branch at a step."""
@@ -67,8 +76,9 @@ class Steerer:
         given = branch in self.given and step in self.given[branch].steps
         return self._made(branch, active, step if given else None)
 
-    def done(self, branch: str, steps: Sequence[int]) -> tuple[Steered, ...] | None:
-        """What each rule governed in a branch that was computed at these steps; None without rules."""
+    def done(self, branch: str) -> tuple[Steered, ...] | None:
+        """What each rule governs in a branch; None without rules."""
+        steps = self.computed[branch]
         if self.baseline is not None:
             tokens = tuple(range(len(self.readings[branch].tokens)))
             return (Steered(rule=str(self.baseline), tokens=tokens, decisions=len(tokens) * self.blocks * len(steps)),)

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -140,8 +141,13 @@ class Trace(Frozen):
             fits = (
                 0 < steps == len(summary.entropy_S)
                 and max(branch.steps) < len(self.times)
-                and [len(row) for row in summary.mean_layer_ST] == [len(branch.tokens)] * steps
-                and [len(row) for row in summary.layer_use_JM] == [len(self.layers)] * self.blocks
+                and len(summary.mean_layer_ST) == steps
+                and all(len(row) == len(branch.tokens) for row in summary.mean_layer_ST)
+                and len(summary.layer_use_JM) == self.blocks
+                and all(len(row) == len(self.layers) for row in summary.layer_use_JM)
+                and all(step < other for step, other in pairwise(branch.steps))
+                and all(token.start <= token.end <= len(branch.prompt) for token in branch.tokens)
+                and all(max(rule.tokens, default=0) < len(branch.tokens) for rule in branch.steered or ())
             )
             if not fits:
                 raise ValueError(f"the summary of branch {name} does not fit its steps, tokens, layers and blocks")
@@ -221,7 +227,17 @@ def load_routes(trace: Trace, path: Path) -> dict[str, Routes]:
     fits = all((v.shape, v.dtype) == (a.shape, a.dtype) for arrays in found.values() for a, v in arrays.items())
     if hashlib.sha256(data).hexdigest() != trace.arrays.sha256 or not fits:
         raise InputError(f"{arrays_path} does not belong to {path.name}")
-    return {name: Routes(**{a.field: value for a, value in arrays.items()}) for name, arrays in found.items()}
+    routes = {name: Routes(**{a.field: value for a, value in arrays.items()}) for name, arrays in found.items()}
+    if not all(_can_be_true(branch, len(trace.layers)) for branch in routes.values()):
+        raise InputError(f"{arrays_path} is damaged: it holds layers or weights that cannot be")
+    return routes
+
+
+def _can_be_true(routes: Routes, layers: int) -> bool:
+    """Whether all layers are there, all weights and shares finite and not negative, and the first weights above 0."""
+    shares = (routes.weights_SJTK, routes.probabilities_SJTM, routes.regions_JTN)
+    sound = all(np.isfinite(array).all() and (array >= 0).all() for array in shares if array is not None)
+    return bool(sound and routes.ids_SJTK.max(initial=0) < layers and (routes.weights_SJTK[..., 0] > 0).all())
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from mos_cli import __version__
 from mos_cli.errors import UsageError
-from mos_cli.runtime.specs import Frozen, Interval, Sha256, first_problem
+from mos_cli.runtime.specs import Frozen, Interval, RouteRules, Sha256, first_problem
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -80,7 +80,7 @@ class Recipe(Frozen):
     height: int = Field(ge=1)
     precision: Literal["bf16", "fp32"]
     quant: str | None = None
-    routes: tuple[str, ...] | None = Field(default=None, min_length=1)
+    routes: RouteRules | None = None
     route_from: RouteSource | None = None
     edit: EditRecipe | None = None
 

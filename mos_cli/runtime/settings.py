@@ -3,15 +3,20 @@
 import os
 import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mos_cli.errors import InputError, UsageError
+from mos_cli.errors import InputError, MosError, UsageError
 from mos_cli.runtime.folders import presets_folder
-from mos_cli.runtime.specs import Canvas, Interval, first_problem
+from mos_cli.runtime.memory import Offload
+from mos_cli.runtime.specs import Canvas, Interval, RouteRules, first_problem
+
+if TYPE_CHECKING:
+    from mos_cli.runtime.fitting import Candidate
+    from mos_cli.runtime.memory import Setting
 
 TraceLevel = Literal["off", "summary", "topk", "full"]
 
@@ -29,10 +34,12 @@ class Settings(BaseModel):
     size: str | None = None
     precision: Literal["auto", "bf16", "fp32"] | None = None
     quant: str | None = None
+    max_vram: float | None = Field(default=None, gt=0)
+    offload: Offload | None = None
     device: str | None = None
     attention: Literal["auto", "xformers", "sdpa"] | None = None
     trace: TraceLevel | None = None
-    routes: tuple[str, ...] | None = Field(default=None, min_length=1)
+    routes: RouteRules | None = None
     output: str | None = None
 
     def over(self, other: "Settings") -> "Settings":
@@ -41,12 +48,17 @@ class Settings(BaseModel):
 
 
 class RunSettings(Settings):
-    """Settings of a run: only what the bundle itself decides may still be open."""
+    """Settings of a run: only what the bundle itself decides may still be open.
+
+    `tiled` follows from `max_vram`: the picture is decoded tile by tile.
+    """
 
     model: str = "emoji"
     negative: str = ""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     quant: str = "none"
+    offload: Offload = "none"
+    tiled: bool = False
     device: str = "auto"
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     trace: TraceLevel = "topk"
@@ -129,6 +141,58 @@ def resolve(flags: Settings, preset: str | None) -> RunSettings:
     if config := config_path():
         settings = settings.over(_read(config).generate)
     return RunSettings(**settings.model_dump(exclude_none=True))
+
+
+def fitted(settings: RunSettings, ref: str, size: tuple[int, int], quant: str | None) -> RunSettings:
+    """The settings with what `max_vram` decides: the fastest that fits, as `mos plan` finds it.
+
+    Args:
+        quant: how the towers are quantised in any case; None leaves it open. `offload` is kept if it is set.
+
+    Raises:
+        MemoryLimitError: nothing fits.
+        ModelError: the model's numbers cannot be read.
+    """
+    from mos_cli.runtime.blueprints import find_network
+    from mos_cli.runtime.fitting import candidates, fastest, parse_quant
+
+    assert settings.max_vram is not None
+    network = find_network(ref)
+    asked = None if quant is None else parse_quant(quant)
+    if asked is not None and asked[1] == "none" and network.method is not None:
+        asked = (asked[0], network.method)
+    found = candidates(network, size, quant=asked)
+    if "offload" in settings.model_fields_set:
+        found = [one for one in found if one.setting.offload == settings.offload]
+    best = fastest(found, settings.max_vram).setting
+    # Weights that are quantised already are loaded as they are.
+    generation = "none" if network.method else best.generation
+    quants = "none" if best.understanding == generation == "none" else f"{best.understanding},{generation}"
+    return settings.model_copy(update={"quant": quants, "offload": best.offload, "tiled": best.tiled})
+
+
+def smaller(ref: str, size: tuple[int, int], now: "Setting", card: float | None) -> "Candidate | None":
+    """The fastest setting that needs clearly less than the one that ran out of memory; None where there is none.
+
+    Args:
+        card: GiB of the GPU; None for a CPU, where nothing can be offloaded.
+    """
+    from mos_cli.runtime.blueprints import find_network
+    from mos_cli.runtime.fitting import candidates, fastest
+
+    try:
+        network = find_network(ref)
+        found = candidates(network, size)
+        now_kept = replace(now, generation=network.method or now.generation)
+        peak = next(one.peak for one in found if one.setting == now_kept)
+        # The plan may be a tenth off, and what it counted with did not fit.
+        less = [one for one in found if one.peak < 0.9 * peak]
+        if card is None:
+            less = [one for one in less if one.setting.offload == "none" and not one.setting.tiled]
+        return fastest(less, float("inf") if card is None else card) if less else None
+    except MosError:
+        # A model that cannot be planned, or nothing that fits: then only a smaller picture helps.
+        return None
 
 
 def parse_size(text: str | None, canvas: Canvas) -> tuple[int, int]:

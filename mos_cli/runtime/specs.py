@@ -114,6 +114,14 @@ Interval = Annotated[tuple[float, float], BeforeValidator(_two_times), AfterVali
 """Two times t, where 1 is pure noise and 0 the picture; as text "0.1,0.9"."""
 
 
+def _one_rule(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+RouteRules = Annotated[tuple[str, ...], BeforeValidator(_one_rule), Field(min_length=1)]
+"""Rules that steer routes, as they are written; a text is one of them."""
+
+
 class Canvas(Frozen):
     """Picture sizes a bundle can draw, in pixels: both sides lie in [min, max], in multiples of `multiple`.
 

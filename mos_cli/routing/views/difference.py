@@ -9,6 +9,7 @@ from rich.text import Text
 
 from mos_cli.routing.diff import NEAR, BranchDifference, Difference, Tally
 from mos_cli.routing.trace import Trace
+from mos_cli.routing.views.tables import printable
 
 WORD_WIDTH = 18
 
@@ -29,7 +30,7 @@ class DifferenceView:
             yield _words(branch)
             for side, words in (("A", branch.only_a), ("B", branch.only_b)):
                 if words:
-                    yield Text(f"only in {side}: {', '.join(words)}")
+                    yield Text(f"only in {side}: {printable(', '.join(words))}")
         yield Text("")
         yield Text(_legend(self.difference), style="dim")
 
@@ -54,8 +55,10 @@ def _runs(a: Trace, b: Trace) -> Table:
     for name, trace in (("A", a), ("B", b)):
         recipe = trace.recipe
         rules = "".join(f", {rule}" for rule in recipe.routes or ())
+        if (source := recipe.route_from) is not None:
+            rules += f", {source.until:.0%} of the steps with the routes of another run"
         facts = f"{recipe.model}, seed {recipe.seed}, {recipe.steps} steps, {recipe.precision}{rules}"
-        table.add_row(name, Text(f'"{" ".join(recipe.prompt.split())}" ({facts})'))
+        table.add_row(name, Text(printable(f'"{" ".join(recipe.prompt.split())}" ({facts})')))
     return table
 
 
@@ -74,7 +77,7 @@ def _words(branch: BranchDifference) -> Table:
     for heading in ("agree", "near-ties", "changes", "distance", "first"):
         table.add_column(heading, justify="right", no_wrap=True)
     rows: Sequence[tuple[Text, Tally]] = [
-        *((Text(word.label, style="dim" if word.special else ""), word.tally) for word in branch.words),
+        *((Text(printable(word.label), style="dim" if word.special else ""), word.tally) for word in branch.words),
         (Text("all words", style="bold"), branch.tally),
     ]
     for word, tally in rows:

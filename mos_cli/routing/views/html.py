@@ -160,8 +160,11 @@ def _sprite(path: Path) -> dict[str, Any]:
     """The frames of an animation side by side in one picture, row by row."""
     from PIL import Image, ImageSequence
 
-    with Image.open(path, formats=["WEBP"]) as animation:
-        frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(animation)]
+    try:
+        with Image.open(path, formats=["WEBP"]) as animation:
+            frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(animation)]
+    except (OSError, ValueError, Image.DecompressionBombError):
+        raise InputError(f"{path} is damaged: delete it, or draw again with --preview-steps") from None
     width, height = frames[0].size
     columns = ceil(sqrt(len(frames)))
     rows = ceil(len(frames) / columns)

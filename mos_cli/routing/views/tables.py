@@ -13,6 +13,11 @@ WORD_WIDTH = 18
 SCALE = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 
+def printable(text: str) -> str:
+    """Text of a trace, which may be a stranger's, without what would steer the terminal."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
+
+
 def plain_table(show_header: bool = False) -> Table:
     """A table without lines."""
     return Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_header=show_header, header_style="dim")
@@ -24,7 +29,7 @@ def facts_table(facts: dict[str, str]) -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in facts.items():
-        table.add_row(name, Text(text))
+        table.add_row(name, Text(printable(text)))
     return table
 
 

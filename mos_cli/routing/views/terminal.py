@@ -21,6 +21,7 @@ from mos_cli.routing.views.tables import (
     heading,
     number_tables,
     plain_table,
+    printable,
     shaded,
     share_cells,
 )
@@ -98,9 +99,9 @@ class RoutesView:
             if rule in done and done[rule].tokens:
                 texts = [branch.tokens[number].text for number in done[rule].tokens]
                 spoken = " ".join(texts) if len(texts) <= MOST_NAMED else f"{len(texts)} tokens"
-                table.add_row(Text(rule), Text(f"{done[rule].decisions} decisions: {spoken}"))
+                table.add_row(Text(printable(rule)), Text(f"{done[rule].decisions} decisions: {spoken}"))
             else:
-                table.add_row(Text(rule), "speaks of nothing in this branch")
+                table.add_row(Text(printable(rule)), "speaks of nothing in this branch")
         if trace.recipe.route_from is not None:
             source = trace.recipe.route_from
             taken = f"its choices at the first {source.until:.0%} of the steps (sha256 {source.sha256[:12]})"
@@ -119,7 +120,7 @@ class RoutesView:
         for word in words[:MOST_WORDS]:
             layers_S = word_layers(word, mean_layer_ST)
             cells = [shaded(f"{layers_S[column]:.1f}", layers_S[column] / last) for column in columns]
-            table.add_row(Text(word.text, style="dim" if word.special else ""), *cells)
+            table.add_row(Text(printable(word.text), style="dim" if word.special else ""), *cells)
         yield table
         if len(words) > MOST_WORDS:
             yield Text(f"and {len(words) - MOST_WORDS} words more: --word shows one, --export all of them", style="dim")
@@ -129,7 +130,7 @@ class RoutesView:
         assert section.routes is not None
         use = [layer_use(section.routes, word.tokens, len(section.layers)).tolist() for word in words]
         most = max(map(max, use))
-        rows = [(Text(word.text), share_cells(use_M, most)) for word, use_M in zip(words, use, strict=True)]
+        rows = [(Text(printable(word.text)), share_cells(use_M, most)) for word, use_M in zip(words, use, strict=True)]
         yield from number_tables("layer", range(len(section.layers)), rows, width, WORD_WIDTH)
 
     def _entropy(self, width: int, bars: str) -> Table:
@@ -180,7 +181,7 @@ class PatchView:
         for origin in shown[:MOST_WORDS]:
             of_words = "special" if origin.of_words is None else f"{100 * origin.of_words:.1f}"
             numbers = (f"{100 * origin.attention:.2f}", of_words, str(origin.layer), f"{100 * origin.part:.0f}")
-            table.add_row(Text(origin.word.text), *numbers, style="dim" if origin.word.special else "")
+            table.add_row(Text(printable(origin.word.text)), *numbers, style="dim" if origin.word.special else "")
         yield table
         if len(shown) > MOST_WORDS:
             yield Text(f"and {len(shown) - MOST_WORDS} more: --word shows one, --json all of them", style="dim")

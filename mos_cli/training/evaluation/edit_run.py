@@ -26,7 +26,16 @@ from mos_cli.training.evaluation.edit_bench import FILE, EditEntry
 from mos_cli.training.evaluation.edit_examine import EditExaminer, Examined
 from mos_cli.training.evaluation.examine import TrueScenes
 from mos_cli.training.evaluation.judge import Judge
-from mos_cli.training.evaluation.results import Measured, Score, Seen, markdown_table, overall, score, table
+from mos_cli.training.evaluation.results import (
+    Measured,
+    Score,
+    Seen,
+    markdown_table,
+    overall,
+    score,
+    settings_of,
+    table,
+)
 from mos_cli.training.evaluation.run import Advance, drawn_or_kept, square_side, tensor_of
 from mos_cli.training.scenes.edits import EDIT_KINDS
 
@@ -105,7 +114,7 @@ def evaluate_edits(
         bench_hash=sha256_of(FILE),
         art_hash=true.art_hash,
         model=common["model"],
-        settings={"image_cfg": image_cfg} | {k: v for k, v in common.items() if k not in ("model", "negative")},
+        settings={"image_cfg": image_cfg} | settings_of(common),
         scores=_scores(entries, examined, examiner.ceiling()),
         no_op_error=statistics.mean(one.error for one in examined if one.error is not None),
         verdicts=tuple(

@@ -1,7 +1,7 @@
 """What an evaluation found: as JSON that says everything, and as the table that goes into a card."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -78,6 +78,11 @@ class Evaluation(Measured):
     scores: tuple[Score, ...]
     kid: KidScore
     verdicts: tuple[Verdict, ...]
+
+
+def settings_of(common: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table says of the fields that all its recipes share: those that were set, but for the model."""
+    return {name: value for name, value in common.items() if name not in ("model", "negative") and value is not None}
 
 
 def score(category: str, passed: list[bool], true_passed: list[bool]) -> Score:

@@ -35,6 +35,7 @@ from mos_cli.training.evaluation.results import (
     markdown,
     overall,
     score,
+    settings_of,
 )
 
 CHECKED = 50
@@ -87,7 +88,7 @@ def evaluate(pipeline: MoSPipeline, bench: Bench, folder: Path, common: dict[str
         bench_hash=sha256_of(FILE),
         art_hash=bench.true.art_hash,
         model=common["model"],
-        settings={key: value for key, value in common.items() if key not in ("model", "negative")},
+        settings=settings_of(common),
         scores=scores(bench.entries, passed, true_passed),
         kid=KidScore(**asdict(distance)),
         verdicts=tuple(

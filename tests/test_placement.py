@@ -1,0 +1,361 @@
+"""Where parts lie while a picture is drawn: no picture changes by it, and what cannot fit is said beforehand."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import vlm_towers
+from conftest import awake, write_bundle
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from PIL import Image
+
+from mos_cli import pipeline as pipeline_module
+from mos_cli.errors import MemoryLimitError, UsageError
+from mos_cli.pipeline import MoSPipeline
+from mos_cli.placement import FetchedBlocks, Part, _held
+from mos_cli.runtime.blueprints import find_network
+from mos_cli.runtime.bundles import Bundle, write_index
+from mos_cli.runtime.fitting import CARDS, candidates, fastest
+from mos_cli.runtime.inputs import describe_edit, read_inputs
+from mos_cli.runtime.memory import GIB, Setting
+from mos_cli.runtime.quantising import METHODS, Quantisation
+from mos_cli.runtime.recipe import Recipe, make_recipe
+from mos_cli.runtime.settings import RunSettings, fitted, smaller
+from mos_cli.runtime.sources import fetch_tower
+from mos_cli.runtime.specs import EditDefaults
+from mos_cli.towers.generation import GenerationTower
+from mos_cli.towers.quantised import GENERATION_KEPT, quantise
+
+CPU = torch.device("cpu")
+OFFLOADS = ("understanding", "blocks")
+
+
+def loaded(bundle: Bundle, offload: Any = "none", device: str = "cpu") -> MoSPipeline:
+    tower = fetch_tower(bundle.index.understanding)
+    return MoSPipeline(bundle, tower, device=torch.device(device), precision="fp32", offload=offload)
+
+
+def asked(bundle: Bundle, prompt: str = "a red apple", **fields: Any) -> Recipe:
+    settings = bundle.index.defaults.model_dump() | {"width": 32, "height": 32, "precision": "fp32", "seed": 1}
+    return make_recipe(prompt=prompt, model=bundle.ref, **(settings | fields))
+
+
+def drawn(pipeline: MoSPipeline, recipe: Recipe, inputs: Any = None) -> bytes:
+    return pipeline.draw(recipe, inputs=inputs).image.tobytes()
+
+
+@pytest.fixture
+def moves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What comes to the device and leaves it, by the classes of what is moved."""
+    log: list[tuple[str, str]] = []
+
+    def recorded(move: str) -> Callable[[Part], None]:
+        original = getattr(Part, move)
+
+        def run(part: Part) -> None:
+            before = part.here
+            original(part)
+            if part.here != before:
+                log.append((move, type(part.owners[0]).__name__))
+
+        return run
+
+    for move in ("arrive", "leave"):
+        monkeypatch.setattr(Part, move, recorded(move))
+    return log
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is away has other values: a picture that used any of it would change."""
+    leave, arrive = Part.leave, Part.arrive
+    taken: dict[Part, list[tuple[torch.Tensor, Callable[[torch.Tensor], None]]]] = {}
+
+    def gone(part: Part) -> None:
+        if part.here:
+            leave(part)
+            # Norms that come for a glimpse stay in other hands, which know of no poison.
+            glimpsed = isinstance(part.owners[0], torch.nn.RMSNorm)
+            taken[part] = [] if glimpsed else list(_held(part.owners))
+            for tensor, put in taken[part]:
+                put(torch.full_like(tensor, float("nan") if tensor.is_floating_point() else 0))
+
+    def back(part: Part) -> None:
+        if not part.here:
+            for tensor, put in taken.pop(part):
+                put(tensor)
+            arrive(part)
+
+    monkeypatch.setattr(Part, "leave", gone)
+    monkeypatch.setattr(Part, "arrive", back)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_no_byte_of_a_picture_changes(bundle: Bundle, offload: str) -> None:
+    pipeline, recipe = loaded(bundle, offload), asked(bundle)
+    expected = drawn(loaded(bundle), recipe)
+    assert drawn(pipeline, recipe) == expected
+    pipeline.read_ahead([recipe])
+    pipeline.reader.forget()
+    assert drawn(pipeline, recipe) == expected
+
+
+def _no_memory(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def edited(bundle: Bundle, folder: Path) -> tuple[Recipe, Any]:
+    noise = torch.randint(0, 256, (32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    Image.fromarray(noise.numpy()).save(folder / "in.png")
+    inputs = read_inputs([folder / "in.png"])
+    edit = describe_edit(inputs, canvas=(32, 32), image_cfg=1.5, strength=1.0, mask=None, composite=False)
+    return asked(bundle, edit=edit, cfg=2.0), inputs
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_no_byte_of_an_edit_changes(editor: Bundle, tmp_path: Path, offload: str) -> None:
+    recipe, inputs = edited(editor, tmp_path)
+    assert drawn(loaded(editor, offload), recipe, inputs) == drawn(loaded(editor), recipe, inputs)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_a_tower_that_sees_comes_back_with_its_vision(bundle: Bundle, tmp_path: Path, offload: str) -> None:
+    qwen = vlm_towers.qwen3_vl(tmp_path / "qwen")
+    states = (vlm_towers.LAYERS + 1, vlm_towers.WIDTH)
+    edits = EditDefaults(steps=3, cfg=2.0, cfg_interval=(0.0, 1.0), image_cfg=1.5)
+    seeing = write_bundle(tmp_path / "models" / "seeing", qwen, edits=edits, states=states)
+    recipe, inputs = edited(seeing, tmp_path)
+    pipeline = loaded(seeing, offload)
+    expected = drawn(loaded(seeing), recipe, inputs)
+    assert drawn(pipeline, recipe, inputs) == expected
+    # The second time, the vision part has been on the device and left it.
+    assert drawn(pipeline, recipe, inputs) == expected
+
+
+def test_all_prompts_are_read_before_the_first_step_and_nothing_comes_twice(
+    bundle: Bundle, moves: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = loaded(bundle, "understanding")
+    recipes = [asked(bundle, prompt) for prompt in ("a red apple", "a dog", "a cat", "an apple", "a red cat", "green")]
+    read = pipeline.understanding.read
+    events: list[str] = []
+    monkeypatch.setattr(pipeline.understanding, "read", lambda *a: events.append("read") or read(*a))
+    moves.clear()
+    pipeline.read_ahead(recipes)
+    for recipe in recipes:
+        pipeline.draw(recipe, [lambda _: events.append("step")])
+    # The prompts and the negative they share.
+    assert events == ["read"] * 7 + ["step"] * 18
+    assert moves == [
+        ("arrive", "UnderstandingTower"),
+        ("leave", "UnderstandingTower"),
+        ("arrive", "GenerationTower"),
+    ]
+
+
+def test_a_prompt_that_cannot_be_read_ahead_fails_alone(bundle: Bundle) -> None:
+    pipeline, good, bad = loaded(bundle, "understanding"), asked(bundle), asked(bundle, "apple " * 40)
+    pipeline.read_ahead([bad, good])
+    with pytest.raises(ValueError, match="shorten it"):
+        pipeline.draw(bad)
+    assert drawn(pipeline, good) == drawn(loaded(bundle), good)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_an_autoencoder_is_there_when_it_is_used_and_decodes_in_tiles(bundle: Bundle, offload: Any) -> None:
+    sizes = {"block_out_channels": (4, 8), "norm_num_groups": 2, "latent_channels": 3, "sample_size": 16}
+    ends = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    torch.manual_seed(0)
+    AutoencoderKL(**sizes, **ends).save_pretrained(bundle.folder / "autoencoder")  # type: ignore[arg-type]
+    kept = ("name", "description", "license", "understanding", "canvas", "defaults")
+    made = write_index(bundle.folder, **{name: getattr(bundle.index, name) for name in kept})
+    recipe, tower = asked(made, width=64, height=64), fetch_tower(made.index.understanding)
+
+    def made_with(**how: Any) -> bytes:
+        return drawn(MoSPipeline(made, tower, device=CPU, precision="fp32", **how), recipe)
+
+    tiled = made_with(tiled=True)
+    assert made_with(offload=offload, tiled=True) == tiled
+    assert made_with(offload=offload) == made_with() != tiled
+
+
+def test_two_blocks_are_on_the_device_at_a_time(bundle: Bundle) -> None:
+    tower = loaded(bundle, "blocks").tower
+    blocks = tower.blocks
+    assert isinstance(blocks, FetchedBlocks)
+    assert not any(part.here for part in blocks.parts)
+    for number, _ in enumerate(blocks):
+        there = [index for index, part in enumerate(blocks.parts) if part.here]
+        assert number in there
+        assert len(there) <= 2
+    assert not any(part.here for part in blocks.parts)
+
+
+def test_a_pass_that_is_broken_off_leaves_nothing_on_the_device(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, recipe = loaded(bundle, "blocks"), asked(bundle)
+    whole = drawn(pipeline, recipe)
+    blocks = pipeline.tower.blocks
+    assert isinstance(blocks, FetchedBlocks)
+    with monkeypatch.context() as broken:
+        broken.setattr(blocks[1], "forward", _no_memory)
+        with pytest.raises(MemoryLimitError):
+            pipeline.draw(recipe)
+    assert not any(part.here for part in blocks.parts)
+    assert drawn(pipeline, recipe) == whole
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_quantised_weights_move_with_all_that_belongs_to_them(method: Any) -> None:
+    sizes = {"width": 64, "depth": 1, "heads": 2, "hidden": 64, "router_width": 32, "router_heads": 2}
+    tower = awake(GenerationTower(**sizes, states_layers=4, states_width=32)).bfloat16()  # type: ignore[arg-type]
+    tower.requires_grad_(False)
+    quantise(tower, Quantisation(method=method, kept=GENERATION_KEPT))
+    layer: Any = tower.get_submodule("blocks.0.mlp.down")
+
+    def storages() -> set[int]:
+        state = getattr(layer.weight, "quant_state", None)
+        beside = [layer.weight.SCB] if state is None else [state.absmax, state.code, state.state2.absmax]
+        return {tensor.untyped_storage().data_ptr() for tensor in (layer.weight, *beside)}
+
+    part, x = Part(tower, device=CPU), torch.randn(3, 64, dtype=torch.bfloat16)
+    home = storages()
+    part.leave()
+    assert storages() == home
+    part.arrive()
+    assert not storages() & home
+    once = layer(x)
+    part.leave()
+    part.arrive()
+    assert torch.equal(layer(x), once)
+
+
+@pytest.mark.parametrize("name", ["mos-s", "mos-l"])
+def test_max_vram_chooses_what_the_plan_says(name: str) -> None:
+    size = find_network(name).canvas.native
+    for gib in CARDS:
+        best = fastest(candidates(find_network(name), size), gib)
+        chosen = fitted(RunSettings(max_vram=gib), name, size, None)
+        parts = chosen.quant.split(",")
+        assert (parts[0], parts[-1]) == (best.setting.understanding, best.setting.generation)
+        assert (chosen.offload, chosen.tiled) == (best.setting.offload, best.setting.tiled)
+
+
+def test_what_was_asked_for_is_kept_and_the_rest_chosen() -> None:
+    size = find_network("mos-l").canvas.native
+    kept = fitted(RunSettings(max_vram=24, offload="blocks"), "mos-l", size, "nf4")
+    assert (kept.quant, kept.offload) == ("nf4,nf4", "blocks")
+    with pytest.raises(MemoryLimitError, match="nothing fits 8 GiB"):
+        fitted(RunSettings(max_vram=8), "mos-l", size, "none")
+    with pytest.raises(UsageError):
+        fitted(RunSettings(max_vram=8), "mos-l", size, "nf5")
+
+
+def test_where_memory_ran_out_a_setting_is_named_that_needs_clearly_less() -> None:
+    network = find_network("mos-l")
+    size, now = network.canvas.native, Setting("none", "none", "none", False)
+    every = {one.setting: one for one in candidates(network, size)}
+    for card in (12, 24, None):
+        found = smaller("mos-l", size, now, card)
+        assert found is not None
+        assert found.peak < 0.9 * every[now].peak
+        if card is not None:
+            assert found.needs <= card * GIB
+        else:
+            assert found.setting.offload == "none"
+    least = min(every.values(), key=lambda one: one.peak).setting
+    assert smaller("mos-l", size, least, 24) is None
+    assert smaller("mos-l", size, now, 1) is None
+    assert smaller("no-such", size, now, 24) is None
+
+
+def test_out_of_memory_names_the_setting_that_should_fit(
+    mos, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline_module, "sample", _no_memory)
+    large = find_network("mos-l")
+    monkeypatch.setattr("mos_cli.runtime.blueprints.find_network", lambda ref: large)
+    result = mos("generate", "a dog", "-o", tmp_path / "a.png")
+    assert result.exit_code == 5
+    (line,) = [line for line in result.stderr.splitlines() if "memory" in line]
+    assert "--quant " in line
+    assert "--size" in line
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize(
+    "moment", ["mos_cli.pipeline.load_generation", "mos_cli.towers.generation.GenerationTower.read"]
+)
+def test_memory_that_runs_out_at_another_moment_is_told_too(
+    mos, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    monkeypatch.setattr(moment, _no_memory)
+    result = mos("generate", "a dog", "-o", tmp_path / "a.png")
+    assert result.exit_code == 5
+    (line,) = [line for line in result.stderr.splitlines() if "memory" in line]
+    assert "take a smaller" in line
+
+
+REFUSED = {
+    "--max-vram on a CPU": (["--max-vram", "8"], 2, "--max-vram has no effect on a CPU"),
+    "--offload on a CPU": (["--offload", "blocks"], 2, "--offload has no effect on a CPU"),
+    "--offload of something else": (["--offload", "all"], 2, "offload"),
+    "--max-vram of nothing": (["--max-vram", "0"], 2, "max_vram"),
+}
+
+
+@pytest.mark.parametrize("mistake", REFUSED)
+def test_what_would_have_no_effect_is_refused(mos, editor: Bundle, tmp_path: Path, mistake: str) -> None:
+    options, code, words = REFUSED[mistake]
+    made, recipe = tmp_path / "made.png", ["--device", "cpu"]
+    assert mos("generate", "a dog", "-o", made, *recipe).exit_code == 0
+    for command in (["generate", "a dog"], ["edit", made, "a cat"], ["replay", made]):
+        result = mos(*command, "-o", tmp_path / "none.png", *recipe, *options)
+        assert (result.exit_code, len(result.stderr.splitlines())) == (code, 1), result.output
+        assert words in result.stderr
+        assert not (tmp_path / "none.png").exists()
+
+
+def test_to_offload_nothing_is_no_mistake(mos, bundle: Bundle, tmp_path: Path) -> None:
+    assert mos("generate", "a dog", "-o", tmp_path / "a.png", "--offload", "none").exit_code == 0
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_no_byte_changes_on_a_gpu(editor: Bundle, tmp_path: Path, offload: str) -> None:
+    recipe, inputs = edited(editor, tmp_path)
+    plain, placed = loaded(editor, device="cuda"), loaded(editor, offload, device="cuda")
+    assert drawn(placed, asked(editor)) == drawn(plain, asked(editor))
+    assert drawn(placed, recipe, inputs) == drawn(plain, recipe, inputs)
+    assert placed.attention == plain.attention
+    assert next(placed.understanding.model.parameters()).device.type == "cpu"
+
+
+@pytest.mark.cuda
+def test_max_vram_is_said_and_drawn_with_on_a_gpu(mos, bundle: Bundle, tmp_path: Path) -> None:
+    result = mos("generate", "a dog", "-o", tmp_path / "a.png", "--device", "cuda", "--max-vram", 4, "--json")
+    assert result.exit_code == 0, result.output
+    (setting,) = [json.loads(line) for line in result.stdout.splitlines() if '"setting"' in line]
+    best = fastest(candidates(find_network("tiny"), (32, 32)), 4).setting
+    assert (setting["offload"], setting["tiled"]) == (best.offload, best.tiled)
+
+
+@pytest.mark.cuda
+def test_blocks_need_less_of_a_gpu(bundle: Bundle) -> None:
+    tower = awake(GenerationTower(width=512, depth=16, heads=4, hidden=2048, states_layers=4, states_width=32))
+    tower.requires_grad_(False)
+    block = sum(p.nbytes for p in tower.blocks[0].parameters())
+    tower.blocks = FetchedBlocks(list(tower.blocks), torch.device("cuda"))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for module in tower.blocks:
+        next(module.parameters()).sum().item()
+    assert torch.cuda.max_memory_allocated() - before < 2.2 * block
