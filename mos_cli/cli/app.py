@@ -8,6 +8,7 @@ from typer.core import TyperGroup
 
 from mos_cli import __version__
 from mos_cli.cli import console
+from mos_cli.cli.bench import bench
 from mos_cli.cli.data import data_app
 from mos_cli.cli.doctor import doctor
 from mos_cli.cli.edit import edit
@@ -72,6 +73,7 @@ app.command("inspect-routing")(inspect_routing)
 app.add_typer(routing_app)
 app.command()(replay)
 app.command()(plan)
+app.command()(bench)
 app.add_typer(models_app)
 app.add_typer(presets_app)
 app.command()(doctor)

@@ -1,0 +1,246 @@
+"""MoS-L on a GPU, with random weights: the cells of the table in docs/performance.md.
+
+caps       28 steps with guidance at 1024 px under hard memory caps, in the setting `mos plan` chooses for each
+router     the router's time in a step
+rivals     a forward beside those of Qwen-Image, FLUX.1-dev and SANA-1.5, one after the other in the same run
+share      operations per second of a forward, as a share of those of one large product
+nf4        a forward with quantised blocks beside bf16
+attention  a forward with xformers' attention beside PyTorch's
+
+Prints a markdown table and one JSON object per row. Networks are made on the device from configs alone. `--tiny` runs
+the same code with small networks on any machine: it shows that the script works, its figures mean nothing.
+
+python benchmarks/performance.py {caps,router,rivals,share,nf4,attention} [--rounds N] [--tiny]
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import performance_networks as networks
+import torch
+from performance_caps import draw_under
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from mos_cli.benching import Clock
+from mos_cli.errors import DeviceError, MemoryLimitError
+from mos_cli.runtime.devices import device_name
+from mos_cli.runtime.fitting import CARDS
+from mos_cli.runtime.memory import GIB
+from mos_cli.runtime.quiet import quieten
+from mos_cli.towers.attention import choose_attention
+from mos_cli.towers.bank import StateBank
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how often to measure."""
+
+    device: torch.device
+    rounds: int
+    tiny: bool
+
+
+class MoSL:
+    """MoS-L's generation tower, a bank and noise: ready for a forward.
+
+    Args:
+        scale: the side of the latent, in that of a 1024 px picture: 2 makes 4,096 tokens instead of 1,024.
+    """
+
+    def __init__(self, run: Run, method: Any = None, *, scale: int = 1) -> None:
+        network = networks.mos_l(tiny=run.tiny)
+        self.run, self.scale = run, scale
+        self.tower = networks.generation_tower(network.generation, run.device, method)
+        self.attention = choose_attention(self.tower, "auto")
+        self.bank: StateBank = networks.bank(network, self.tower, run.device)
+        self.z_BCHW = networks.latents(network, run.device, scale=scale)
+        self.t_B = torch.full((1,), 0.5, device=run.device)
+
+    @torch.inference_mode()
+    def forward(self) -> Tensor:
+        return self.tower(self.z_BCHW, self.t_B, self.bank)[0]
+
+    def seconds(self) -> float:
+        return seconds(self.forward, self.run)
+
+
+def seconds(action: Callable[[], object], run: Run) -> float:
+    """The median time of an action on the device, after two that warm up."""
+    clock, pairs = Clock(run.device), []
+    for _ in range(run.rounds + 2):
+        began = clock.now()
+        action()
+        pairs.append((began, clock.now()))
+    return statistics.median(clock.between(*pair) for pair in pairs[2:])
+
+
+def matmul_rate(run: Run) -> float:
+    """Operations per second of a large product in bf16."""
+    side = 256 if run.tiny else 8192
+    a, b = (torch.randn(side, side, device=run.device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * side**3 / seconds(lambda: a @ b, run)
+
+
+def caps(run: Run) -> list[Row]:
+    """A row for each cap, the largest first."""
+    plan, network = networks.mos_l(tiny=False), networks.mos_l(tiny=run.tiny)
+    return [draw_under(cap, plan, network, run.device) for cap in reversed(CARDS)]
+
+
+def router(run: Run) -> list[Row]:
+    """The router and its choice, per forward: from its first operation to the blocks' first."""
+    model, clock = MoSL(run), Clock(run.device)
+    marks: list[Any] = []
+    assert model.tower.router is not None
+    for module in (model.tower.router, model.tower.patches_in):
+        module.register_forward_pre_hook(lambda *_: marks.append(clock.now()))
+    whole = model.seconds()
+    routed = [clock.between(*marks[n : n + 2]) for n in range(4, len(marks), 2)]
+    took = statistics.median(routed)
+    return [{"router_seconds": took, "forward_seconds": whole, "share": took / whole, "attention": model.attention}]
+
+
+def rivals(run: Run) -> list[Row]:
+    """MoS-L with 1,024 tokens, as its autoencoder makes them, and with the 4,096 that the first two rivals have."""
+    times: dict[str, float] = {}
+    rows: list[Row] = []
+    narrow, wide = "MoS-L, 1,024 tokens", "MoS-L, 4,096 tokens"
+    for name, scale in ((narrow, 1), (wide, 2)):
+        model = MoSL(run, scale=scale)
+        times[name] = model.seconds()
+        rows.append({"model": name, "forward_seconds": times[name], "matmul_tflops": matmul_rate(run) / 1e12})
+        del model
+        networks.free(run.device)
+    for rival in (networks.QWEN_IMAGE, networks.FLUX, networks.SANA):
+        alike = narrow if rival is networks.SANA else wide
+        try:
+            took = _rival_seconds(rival, run)
+        except torch.OutOfMemoryError:
+            rows.append({"model": rival.name, "why": "does not fit this card"})
+            networks.free(run.device)
+            continue
+        networks.free(run.device)
+        rate = matmul_rate(run) / 1e12
+        ratio = {"beside": alike, "ratio": times[alike] / took}
+        rows.append({"model": rival.name, "forward_seconds": took, "matmul_tflops": rate, **ratio})
+    return rows
+
+
+def _rival_seconds(rival: networks.Rival, run: Run) -> float:
+    model, inputs = rival.make(run.device, tiny=run.tiny)
+    with torch.inference_mode():
+        return seconds(lambda: model(**inputs, return_dict=False), run)
+
+
+def share(run: Run) -> list[Row]:
+    """The generation tower's rate beside that of one large product, measured before and after it."""
+    rows = []
+    for name, scale in (("1,024 tokens", 1), ("4,096 tokens", 2)):
+        model = MoSL(run, scale=scale)
+        operations = _operations(model)
+        before, took, after = matmul_rate(run), model.seconds(), matmul_rate(run)
+        rate, ceiling = operations / took, (before + after) / 2
+        rates = {"tflops": rate / 1e12, "matmul_tflops": ceiling / 1e12}
+        times = {"tflop": operations / 1e12, "forward_seconds": took}
+        rows.append({"tokens": name, **times, **rates, "share": rate / ceiling})
+        del model
+        networks.free(run.device)
+    return rows
+
+
+def _operations(model: MoSL) -> int:
+    """Of the products of one forward. The counter knows PyTorch's attention alone, and not by its name on a CPU."""
+    choose_attention(model.tower, "sdpa")
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(
+        display=False, custom_mapping={on_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+    ) as counter:
+        model.forward()
+    choose_attention(model.tower, "auto")
+    return counter.get_total_flops()
+
+
+def nf4(run: Run) -> list[Row]:
+    """A forward with quantised blocks beside one in bf16."""
+    rows: list[Row] = []
+    for method in (None, "nf4", "int8"):
+        model = MoSL(run, method)
+        took = model.seconds()
+        size = sum(tensor.nbytes for tensor in model.tower.state_dict().values()) / GIB
+        first = rows[0]["forward_seconds"] if rows else took
+        rows.append({"blocks": method or "bf16", "forward_seconds": took, "ratio": took / first, "weights_gib": size})
+        del model
+        networks.free(run.device)
+    return rows
+
+
+def attention(run: Run) -> list[Row]:
+    """A forward with either attention, and how far the two differ, as a part of what the forward says."""
+    rows: list[Row] = []
+    for scale in (1, 2):
+        model = MoSL(run, scale=scale)
+        tokens = model.z_BCHW.shape[-1] * model.z_BCHW.shape[-2]
+        choose_attention(model.tower, "sdpa")
+        said, took = model.forward(), model.seconds()
+        rows.append({"attention": "sdpa", "tokens": tokens, "forward_seconds": took})
+        try:
+            choose_attention(model.tower, "xformers")
+        except DeviceError as error:
+            rows.append({"attention": "xformers", "tokens": tokens, "why": str(error).split(":")[0]})
+            continue
+        differs = ((model.forward() - said).norm() / said.norm()).item()
+        times = {"forward_seconds": (other := model.seconds()), "ratio": other / took}
+        rows.append({"attention": "xformers", "tokens": tokens, **times, "difference": differs})
+    return rows
+
+
+PARTS = {part.__name__: part for part in (caps, router, rivals, share, nf4, attention)}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--rounds", type=int, default=20, help="forwards that are timed (20)")
+    parser.add_argument("--tiny", action="store_true", help="small networks, on any machine: does the script work?")
+    asked = parser.parse_args(arguments)
+    if not torch.cuda.is_available() and not asked.tiny:
+        print("error: there is no CUDA device here: --tiny shows that the script works", file=sys.stderr)
+        return DeviceError.exit_code
+    quieten()
+    run = Run(torch.device("cuda" if torch.cuda.is_available() else "cpu"), asked.rounds, asked.tiny)
+    try:
+        rows = PARTS[asked.part](run)
+    except torch.OutOfMemoryError:
+        print(f"error: {asked.part} needs MoS-L in bf16, and {device_name(run.device)} has too little", file=sys.stderr)
+        return MemoryLimitError.exit_code
+    _print(rows)
+    about = {"part": asked.part, **asdict(run), "device": device_name(run.device), "torch": torch.__version__}
+    for row in rows:
+        print(json.dumps({**about, **row}))
+    return 0
+
+
+def _print(rows: list[Row]) -> None:
+    """The rows as a markdown table; what is nested is in the JSON alone."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    names = [name for name in names if not any(isinstance(row.get(name), dict | list) for row in rows)]
+    print(f"| {' | '.join(names)} |\n|{' --- |' * len(names)}")
+    for row in rows:
+        print(f"| {' | '.join(_shown(row.get(name, '-')) for name in names)} |")
+    print()
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

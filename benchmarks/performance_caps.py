@@ -1,0 +1,116 @@
+"""A picture of MoS-L under a hard memory cap, in the setting that the plan chooses for it, stage by stage."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import performance_networks as networks
+import torch
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from mos_cli.benching import PeakMemory
+from mos_cli.placement import Places
+from mos_cli.runtime.fitting import candidates, fastest, methods
+from mos_cli.runtime.memory import GIB, Setting
+from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, sample
+from mos_cli.towers.attention import choose_attention
+
+
+class Stages:
+    """Seconds of every stage, and the memory at its peak, in bytes: all that the device holds, what was there included.
+
+    On a CPU it is what the process grew by within the stage.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.bytes: dict[str, int] = {}
+
+    def run(self, name: str, action: Callable[[], Any]) -> Any:
+        began = time.perf_counter()
+        with PeakMemory(self.device) as memory, torch.no_grad():
+            made = action()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+        self.bytes[name] = max(self.bytes.get(name, 0), memory.bytes)
+        return made
+
+
+def draw_under(gib: int, plan: networks.Network, network: networks.Network, device: torch.device) -> dict[str, Any]:
+    """One picture under a cap: whether it passes, and what the plan says beside what was measured.
+
+    Args:
+        plan: the model whose setting is taken.
+        network: the model that draws: the same, or a small one of its kind.
+    """
+    best, stages = fastest(candidates(plan, plan.canvas.native), gib), Stages(device)
+    networks.free(device)
+    if device.type == "cuda":
+        _cap(gib * GIB, device)
+    row = {"cap_gib": gib, "setting": best.options, "tiled": best.setting.tiled, "planned_gib": best.peak / GIB}
+    try:
+        picture = _draw(network, best.setting, stages)
+    except torch.OutOfMemoryError as error:
+        return {**row, "passes": False, "stopped_after": list(stages.seconds), "why": str(error).split(".")[0]}
+    finally:
+        networks.free(device)
+    steps = network.defaults.steps
+    return {
+        **row,
+        "measured_gib": max(stages.bytes[name] for name in ("read", "bank", "draw", "decode")) / GIB,
+        "loading_gib": stages.bytes["load"] / GIB,
+        "passes": True,
+        "size": list(picture.shape[-2:]),
+        "steps": steps,
+        "step_seconds": stages.seconds["draw"] / steps,
+        "picture_seconds": sum(stages.seconds.values()) - stages.seconds["load"],
+        "stage_seconds": stages.seconds,
+        "stage_gib": {name: size / GIB for name, size in stages.bytes.items()},
+        "planned_stage_gib": {stage.name: stage.peak / GIB for stage in best.stages},
+    }
+
+
+def _cap(size: int, device: torch.device) -> None:
+    """What is taken outside of the allocator, by the driver and others, counts: a card of that size would hold it."""
+    unused, whole = torch.cuda.mem_get_info(device)
+    outside = whole - unused - torch.cuda.memory_reserved(device)
+    torch.cuda.set_per_process_memory_fraction((size - outside) / whole, device)
+
+
+def _draw(network: networks.Network, setting: Setting, stages: Stages) -> Tensor:
+    """The picture [1, 3, height, width]; towers come and go as in `MoSPipeline`, by the same code."""
+    device, defaults, places = stages.device, network.defaults, Places(stages.device, setting.offload)
+    understanding, generation = methods(f"{setting.understanding},{setting.generation}")
+
+    def load() -> tuple[Any, ...]:
+        reader = networks.understanding_tower(network.understanding, device, understanding)
+        places.add_reader(reader)  # type: ignore[arg-type]
+        tower = networks.generation_tower(network.generation, places.loading, generation)
+        places.add_tower(tower)
+        autoencoder = networks.autoencoder(network, device)
+        if setting.tiled:
+            autoencoder.enable_tiling()
+        places.add_other(autoencoder)
+        return reader, tower, autoencoder
+
+    def read() -> list[Tensor]:
+        with places.reading():
+            return [networks.read_states(reader) for _ in range(2)]
+
+    def decode() -> Tensor:
+        with places.beside():
+            return autoencoder.decode(z.bfloat16(), return_dict=False)[0]
+
+    reader, tower, autoencoder = stages.run("load", load)
+    states = stages.run("read", read)
+    # Now that the tower is where it computes: what takes its attention depends on the device.
+    choose_attention(tower, "auto")
+    banks = stages.run("bank", lambda: [tower.read(states.pop(0)) for _ in range(2)])
+    noise, branches = networks.latents(network, device), {POSITIVE: banks[0], NEGATIVE: banks[1]}
+    guidance, scheduler = Guidance(defaults.cfg, defaults.cfg_interval), FlowMatchEulerDiscreteScheduler()
+    asked: dict[str, Any] = {"steps": defaults.steps, "guidance": guidance, "scheduler": scheduler}
+    z = stages.run("draw", lambda: sample(tower, noise, branches, **asked))
+    return stages.run("decode", decode)

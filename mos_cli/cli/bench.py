@@ -1,0 +1,165 @@
+"""`mos bench`: what drawing takes on this machine, presets side by side."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mos_cli.cli import console
+from mos_cli.cli.options import Model, Steps
+from mos_cli.errors import PARTLY_FAILED, MosError
+
+if TYPE_CHECKING:
+    from mos_cli.runtime.settings import Settings
+
+PROMPT = "a dog"
+
+
+def bench(
+    model: Model = None,
+    preset: Annotated[
+        list[str] | None,
+        typer.Option("--preset", "-p", help="Measure with this preset; repeatable, to compare them side by side."),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="64, 96x64 or 3:2.", show_default="the model's")
+    ] = None,
+    steps: Steps = None,
+    rounds: Annotated[
+        int, typer.Option(min=1, max=1000, help="Pictures that are measured, after one that warms up.")
+    ] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per preset.")] = False,
+) -> None:
+    """Measure loading, the first step, a step, the router's share, decoding, memory and energy.
+
+    Every preset is measured in a process of its own. Every picture's prompt is read anew. Memory is that of loading and
+    drawing: on CUDA what tensors took at once, on a CPU the growth of the process.
+    """
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    from mos_cli.runtime.settings import make_settings, resolve
+
+    flags = make_settings(model=model, size=size, steps=steps)
+    names = list(dict.fromkeys(preset or [])) or [None]
+    for name in names:
+        resolve(flags, name)
+    results: list[dict[str, Any]] = []
+    # Spawned: a fork would inherit what another preset left in memory.
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
+        for name in names:
+            try:
+                results.append(processes.submit(measure_preset, flags, name, rounds).result())
+            except MosError as error:
+                if len(names) == 1:
+                    raise
+                console.print_error(f"{name}: {error}")
+                continue
+            if as_json:
+                console.print_json(results[-1:])
+    if results and not as_json:
+        _print_table(results)
+    if len(results) < len(names):
+        raise typer.Exit(PARTLY_FAILED)
+
+
+def measure_preset(flags: "Settings", preset: str | None, rounds: int) -> dict[str, Any]:
+    """What is known of a preset after drawing with it: settings, seconds, bytes, joules. Loads the model.
+
+    Raises:
+        MosError: the model cannot be found or loaded, or does not fit the device.
+    """
+    from mos_cli.runtime.quiet import quieten
+
+    quieten()
+    from mos_cli.benching import PeakMemory, measure
+    from mos_cli.cli.asked import shared_fields
+    from mos_cli.cli.drawing import Report, fit_to_card, load_pipeline
+    from mos_cli.runtime.bundles import find_bundle
+    from mos_cli.runtime.devices import choose_device, device_name, device_threads
+    from mos_cli.runtime.recipe import make_recipe
+    from mos_cli.runtime.settings import parse_size, resolve
+
+    settings, report = resolve(flags, preset), Report(quiet=True)
+    bundle = find_bundle(settings.model)
+    width, height = parse_size(settings.size, bundle.index.canvas)
+    settings = fit_to_card(bundle, settings, (width, height), report)
+    fields = shared_fields(settings, bundle, bundle.index.defaults)
+    recipe = make_recipe(prompt=PROMPT, seed=0, width=width, height=height, **fields)
+    device = choose_device(settings.device)
+    with PeakMemory(device) as memory:
+        pipeline = load_pipeline(bundle, settings, report, precision=recipe.precision, quant=recipe.quant)
+        timing = measure(pipeline, recipe, rounds)
+    measured = {
+        "load_seconds": report.seconds["weights"],
+        "first_step_seconds": timing.first_step,
+        "step_seconds": timing.step,
+        "router_share": timing.router_share,
+        "decode_seconds": timing.decode,
+        "picture_seconds": timing.picture,
+        "pictures_per_minute": timing.pictures_per_minute,
+        "peak_bytes": memory.bytes,
+        "joules_per_picture": timing.joules,
+    }
+    return {
+        "preset": preset,
+        "model": recipe.model,
+        "size": [recipe.width, recipe.height],
+        "steps": recipe.steps,
+        "cfg": recipe.cfg,
+        "precision": recipe.precision,
+        "quant": recipe.quant,
+        "max_vram": settings.max_vram,
+        "offload": settings.offload,
+        "tiled": settings.tiled,
+        "device": device_name(device),
+        "threads": device_threads(device),
+        "attention": pipeline.attention,
+        "rounds": rounds,
+        **{name: value for name, value in measured.items() if value is not None},
+    }
+
+
+_ROWS = {
+    "load_seconds": ("loading, s", "{:.2f}"),
+    "first_step_seconds": ("to the first step, s", "{:.3f}"),
+    "step_seconds": ("a step, s", "{:.4f}"),
+    "router_share": ("router's share of it", "{:.1%}"),
+    "decode_seconds": ("decoding, s", "{:.4f}"),
+    "picture_seconds": ("a picture, s", "{:.3f}"),
+    "pictures_per_minute": ("pictures a minute", "{:.1f}"),
+    "peak_bytes": ("memory at the peak, MB", "{:.0f}"),
+    "joules_per_picture": ("energy of a picture, J", "{:.0f}"),
+}
+
+
+def _print_table(results: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("preset", no_wrap=True)
+    for result in results:
+        table.add_column(result["preset"] or "none", justify="right")
+    settings = {
+        "model": lambda r: r["model"],
+        "device": lambda r: r["device"] + (f", {r['threads']} threads" if r["threads"] else ""),
+        "size": lambda r: "{}x{}".format(*r["size"]),
+        "steps": lambda r: str(r["steps"]),
+        "precision": lambda r: r["precision"],
+        "quantised": lambda r: r["quant"] or "none",
+        "offloaded": lambda r: r["offload"],
+        "attention": lambda r: r["attention"],
+    }
+    for name, said in settings.items():
+        table.add_row(name, *map(said, results))
+    table.add_section()
+    for name, (label, shown) in _ROWS.items():
+        if any(name in result for result in results):
+            table.add_row(label, *(_cell(name, shown, result) for result in results))
+    console.out.print(table)
+    console.out.print(f"Medians of {results[0]['rounds']} pictures, each with its prompt read anew.", style="dim")
+
+
+def _cell(name: str, shown: str, result: dict[str, Any]) -> str:
+    if name not in result:
+        return "-"
+    return shown.format(result[name] / 1e6 if name == "peak_bytes" else result[name])

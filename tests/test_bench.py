@@ -1,0 +1,139 @@
+"""`mos bench` and the script that fills the table for GPUs: what they promise, and that they run here."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import performance
+import performance_networks as networks
+
+from mos_cli.benching import PeakMemory, Timing, measure
+from mos_cli.cli.bench import measure_preset
+from mos_cli.runtime.bundles import Bundle
+from mos_cli.runtime.fitting import CARDS
+from mos_cli.runtime.settings import Settings, load_preset
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def measured(bundle: Bundle) -> dict:
+    return measure_preset(Settings(model="tiny"), None, 2)
+
+
+def test_what_is_measured_hangs_together(measured: dict) -> None:
+    assert measured["model"] == "tiny"
+    assert measured["size"] == [32, 32]
+    assert 0 < measured["router_share"] < 1
+    # Three steps, the first of which waits for the prompt to be read.
+    assert 0 < measured["step_seconds"] < measured["first_step_seconds"] < measured["picture_seconds"]
+    assert 2 * measured["step_seconds"] + measured["decode_seconds"] < 2 * measured["picture_seconds"]
+    assert measured["pictures_per_minute"] == pytest.approx(60 / measured["picture_seconds"])
+    assert measured["load_seconds"] > 0
+    assert "joules_per_picture" not in measured
+
+
+def test_more_steps_take_longer_but_not_each_of_them(bundle: Bundle) -> None:
+    few, many = (measure_preset(Settings(model="tiny", steps=steps), None, 2) for steps in (2, 40))
+    assert many["picture_seconds"] > 4 * few["picture_seconds"]
+    assert many["step_seconds"] < 4 * few["step_seconds"]
+
+
+def test_measuring_leaves_the_pipeline_as_it_was(bundle: Bundle, encoder_folder: Path) -> None:
+    from mos_cli.pipeline import MoSPipeline
+    from mos_cli.runtime.recipe import make_recipe
+
+    pipeline = MoSPipeline(bundle, encoder_folder, device=CPU, precision="fp32")
+    sizes = {"width": 32, "height": 32, "steps": 2, "cfg": 2.0, "cfg_interval": (0.0, 1.0)}
+    recipe = make_recipe(prompt="a dog", model="tiny", seed=5, precision="fp32", **sizes)
+    before = pipeline.draw(recipe).record.sha256
+    timing = measure(pipeline, recipe, 1)
+    assert isinstance(timing, Timing)
+    assert timing.joules is None
+    assert pipeline.draw(recipe).record.sha256 == before
+    assert "decode" not in vars(pipeline.autoencoder)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in pipeline.tower.modules())
+
+
+def test_memory_at_the_peak_is_seen_even_where_it_is_gone_at_the_end() -> None:
+    size = 200_000_000
+    with PeakMemory(CPU) as memory:
+        held = torch.ones(size, dtype=torch.uint8)
+        assert held[-1] == 1
+        # Longer than between two looks.
+        time.sleep(0.05)
+        del held
+    assert 0.9 * size < memory.bytes < 1.5 * size
+
+
+@pytest.mark.slow
+def test_presets_are_compared_and_one_that_fails_stops_no_other(mos, bundle: Bundle) -> None:
+    done = mos("bench", "-m", "tiny", "-p", "fast", "-p", "quality", "-p", "gpu-8gb", "--rounds", 1, "--json")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["preset"], row["steps"]) for row in rows[:2]] == [("fast", 12), ("quality", 48)]
+    if not torch.cuda.is_available():
+        assert done.exit_code == 7
+        assert "CPU" in done.stderr
+    table = mos("bench", "-m", "tiny", "--steps", 1, "--rounds", 1)
+    assert table.exit_code == 0
+    assert "pictures a minute" in table.stdout
+
+
+def test_mistakes_are_told_before_anything_is_loaded(mos) -> None:
+    for option, value, word in (("-p", "nonsense", "nonsense"), ("--rounds", 0, "rounds"), ("--steps", 0, "steps")):
+        said = mos("bench", option, value)
+        assert said.exit_code == 2
+        assert word in said.stderr
+
+
+def test_presets_for_cards_say_how_large_they_are() -> None:
+    for card in CARDS:
+        assert load_preset(f"gpu-{card}gb").settings == Settings(max_vram=card)
+
+
+@pytest.mark.parametrize("part", [part for part in performance.PARTS if part != "caps"])
+def test_every_part_of_the_table_can_be_filled(part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert performance.main([part, "--tiny", "--rounds", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [json.loads(line) for line in lines if line.startswith("{")]
+    assert rows
+    assert {row["part"] for row in rows} == {part}
+    assert all(row["tiny"] for row in rows)
+    # A header and its rule, a line for each row, and an empty one.
+    table = lines[: len(lines) - len(rows)]
+    assert len(table) == len(rows) + 3
+    assert len({line.count("|") for line in table[:-1]}) == 1
+
+
+def test_every_cap_is_drawn_under_in_the_setting_of_its_card(capsys: pytest.CaptureFixture[str]) -> None:
+    assert performance.main(["caps", "--tiny"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [row["cap_gib"] for row in rows] == [24, 16, 12, 8]
+    assert all(row["passes"] and row["planned_gib"] < row["cap_gib"] for row in rows)
+    assert "--offload none" not in rows[-1]["setting"]
+
+
+def test_without_a_gpu_the_table_is_not_filled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert performance.main(["router"]) == 6
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1
+
+
+def test_the_networks_are_as_large_as_those_they_stand_for() -> None:
+    for rival, parameters in ((networks.QWEN_IMAGE, 20.4e9), (networks.FLUX, 11.9e9), (networks.SANA, 4.72e9)):
+        assert rival.parameters() == pytest.approx(parameters, rel=0.005)
+    shape = networks.mos_l(tiny=True).understanding
+    made = networks.understanding_tower(shape, CPU)
+    count = sum(weight.numel() for weight in made.parameters())
+    assert count == pytest.approx(shape.linear + shape.other, rel=0.01)
+    assert networks.read_states(made).shape == (1, 256, *shape.states)
