@@ -213,8 +213,8 @@ def _rule(word: str, block: str | None, step: str | None, *, only: bool) -> "Rul
     from mos_cli.routing.rules import Rule, parse_target
 
     target, nth = parse_target(word)
-    ranges = {"blocks": _numbers("--block", block), "steps": _numbers("--step", step)}
-    return Rule(target, "=" if only else "!=", (0,), nth, **ranges)
+    blocks, steps = _numbers("--block", block), _numbers("--step", step)
+    return Rule(target, "=" if only else "!=", (0,), nth, blocks=blocks, steps=steps)
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
