@@ -69,7 +69,7 @@ def test_a_pass_takes_what_is_counted(shape: dict[str, Any], tokens: int, side: 
         bank = tower.read(torch.randn(1, tokens, 5, 64))
         tower(z, t, bank)
         measured = peak(lambda: tower(z, t, bank))
-    counted = memory.drawing_activations(network(GenerationShape(**config)), "none", tokens, side**2, 1, each)
+    counted = memory.drawing_activations(network(GenerationShape(**config)), "none", tokens, side**2, each)
     assert counted == pytest.approx(measured, rel=0.1)
 
 
@@ -83,7 +83,7 @@ def test_references_are_counted() -> None:
         tower(z, t, bank)
         measured = peak(lambda: tower(z, t, bank))
     numbers = network(GenerationShape(**config), references=1)
-    assert memory.drawing_activations(numbers, "none", 20, 400, 1, 2) == pytest.approx(measured, rel=0.1)
+    assert memory.drawing_activations(numbers, "none", 20, 400, 2) == pytest.approx(measured, rel=0.1)
     kept = sum(kv.nbytes for kv in references.kv) + references.under_BND.nbytes
     assert memory._references(numbers, 400) == {"references": kept}
 

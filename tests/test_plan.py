@@ -1,7 +1,6 @@
 """What `mos plan` promises: what it chooses fits, it says so at a glance, and it is quick."""
 
 import json
-import resource
 import subprocess
 import sys
 from itertools import pairwise
@@ -62,13 +61,6 @@ def test_what_is_spared_is_spared() -> None:
         assert peaks(Setting(quant, quant, "none", False))["read"] < plain["read"]  # type: ignore[arg-type]
     assert memory.host_bytes(numbers, Setting("none", "none", "none", False)) == 0
     assert memory.host_bytes(numbers, Setting("none", "none", "understanding", False)) > tower
-
-
-def test_both_branches_at_once_take_more_memory() -> None:
-    numbers, setting = find_network("mos-l"), Setting("none", "none", "none", False)
-    one = stages(numbers, setting, (1024, 1024))[2].parts["activations"]
-    two = stages(numbers, setting, (1024, 1024), batched=True)[2].parts["activations"]
-    assert two == 2 * one
 
 
 def test_the_table_names_the_command_for_every_card(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,19 +137,15 @@ def test_quant_is_for_both_or_for_each() -> None:
     assert {(c.setting.understanding, c.setting.generation) for c in only} == {("nf4", "none")}
 
 
-def test_planning_is_quick_and_imports_nothing_heavy() -> None:
+def test_planning_imports_nothing_heavy() -> None:
     code = (
         "import sys; from mos_cli.cli.plan import plan; "
-        "plan('mos-l', None, None, None, None, False, False); "
+        "plan('mos-l', None, None, None, None, False); "
         "heavy = {'torch', 'transformers', 'diffusers', 'numpy', 'safetensors'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
-    # Time of the processor: the clock on the wall depends on who else computes.
-    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 2
 
 
 def hardware_rows(name: str) -> list[str]:

@@ -32,9 +32,6 @@ def plan(
     understanding: Annotated[
         str | None, typer.Option(metavar="NAME", help="Understanding tower of a blueprint.", show_default="its first")
     ] = None,
-    batch_guidance: Annotated[
-        bool, typer.Option("--batch-guidance", help="Compute both branches of guidance at once.")
-    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per card.")] = False,
 ) -> None:
     """Say what a model needs on a card, stage by stage, and which setting is fastest there; load no weights."""
@@ -45,7 +42,7 @@ def plan(
     network = find_network(model, understanding)
     canvas = parse_size(size, network.canvas)
     chosen = None if quant is None else parse_quant(quant)
-    found = candidates(network, canvas, quant=chosen, batched=batch_guidance)
+    found = candidates(network, canvas, quant=chosen)
     if not as_json:
         _print_head(network, canvas)
     missed = 0
@@ -61,18 +58,17 @@ def plan(
         if as_json:
             console.print_json([{"model": model, "size": list(canvas), "card": card, **_row(best)}])
         else:
-            _print_card(card, best, _command(network, best, card, size, batch_guidance))
+            _print_card(card, best, _command(network, best, card, size))
     if max_vram is not None and missed:
         raise typer.Exit(MemoryLimitError.exit_code)
     if not as_json:
         _print_foot(network)
 
 
-def _command(network: "Network", best: "Candidate", card: float, size: str | None, batched: bool) -> str:
+def _command(network: "Network", best: "Candidate", card: float, size: str | None) -> str:
     words = ["mos generate PROMPT", f"-m {'DIR' if network.weightless else network.ref}"]
     words += [f"--max-vram {card:g}", best.options]
     words += [f"--size {size}"] if size else []
-    words += ["--batch-guidance"] if batched else []
     return " ".join(words)
 
 

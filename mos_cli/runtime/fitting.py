@@ -95,14 +95,11 @@ def methods(quant: str | None) -> tuple[Method | None, Method | None]:
     return None if first == "none" else first, None if second == "none" else second
 
 
-def candidates(
-    network: Network, size: tuple[int, int], *, quant: tuple[Quant, Quant] | None = None, batched: bool = False
-) -> list[Candidate]:
+def candidates(network: Network, size: tuple[int, int], *, quant: tuple[Quant, Quant] | None = None) -> list[Candidate]:
     """All settings of a model at a size, from the fastest to the slowest.
 
     Args:
         quant: only this quantisation.
-        batched: both guidance branches pass the generation tower at once.
 
     Raises:
         UsageError: the model is quantised otherwise already.
@@ -120,9 +117,9 @@ def candidates(
         found.append(
             Candidate(
                 setting=setting,
-                stages=stages(network, setting, size, batched=batched),
+                stages=stages(network, setting, size),
                 host=host_bytes(network, setting),
-                seconds=_seconds(network, setting, size, batched),
+                seconds=_seconds(network, setting, size),
             )
         )
     return sorted(found, key=lambda c: (c.total_seconds, c.setting.tiled))
@@ -155,12 +152,11 @@ def _drawbacks(setting: Setting) -> tuple[int, int, int, bool]:
     return -_BITS[setting.generation], -_BITS[setting.understanding], offload, setting.tiled
 
 
-def _seconds(network: Network, setting: Setting, size: tuple[int, int], batched: bool) -> dict[str, float]:
+def _seconds(network: Network, setting: Setting, size: tuple[int, int]) -> dict[str, float]:
     """The estimate of one picture: reading both prompts, moving weights, and all passes of the generation tower."""
     g, defaults, made = network.generation, network.defaults, weights(network, setting)
     low, high = defaults.cfg_interval
     forwards = defaults.steps * (1 + (high - low) * (defaults.cfg != 1))
-    passes = defaults.steps if batched else forwards
     side = g.patch * (network.autoencoder.factor if network.autoencoder else 1)
     patches = (size[0] // side) * (size[1] // side)
     rows = patches + (TOKENS if g.in_sequence else 0)
@@ -168,13 +164,13 @@ def _seconds(network: Network, setting: Setting, size: tuple[int, int], batched:
     attention = 4 * rows * (patches + TOKENS) * g.width * g.depth
     operations = 2 * linear * rows + attention + 2 * g.router_parameters * (patches + TOKENS)
     compute = forwards * operations / FLOPS
-    moved = made.blocks * passes / BUS if setting.offload == "blocks" else 0.0
+    moved = made.blocks * forwards / BUS if setting.offload == "blocks" else 0.0
     parts = {
         "reading": 2 * 2 * network.understanding.linear * TOKENS / FLOPS,
         "drawing": compute,
     }
     if setting.generation != "none":
-        parts["quantised layers"] = _quantised_seconds(g.linears, setting.generation, rows, forwards, passes)
+        parts["quantised layers"] = _quantised_seconds(g.linears, setting.generation, rows, forwards)
     if setting.offload != "none":
         rest = made.rest + made.others + (0 if setting.offload == "blocks" else made.blocks)
         parts["towers over the bus"] = (made.understanding + rest) / BUS
@@ -184,10 +180,8 @@ def _seconds(network: Network, setting: Setting, size: tuple[int, int], batched:
     return parts
 
 
-def _quantised_seconds(
-    linears: tuple[tuple[int, int], ...], quant: Quant, rows: int, forwards: float, passes: float
-) -> float:
+def _quantised_seconds(linears: tuple[tuple[int, int], ...], quant: Quant, rows: int, forwards: float) -> float:
     """NF4 weights are unpacked to bf16 at every pass; int8 rounds what goes in and rescales what comes out."""
     if quant == "nf4":
-        return passes * 2.5 * sum(i * o for i, o in linears) / MEMORY
+        return forwards * 2.5 * sum(i * o for i, o in linears) / MEMORY
     return forwards * rows * sum(3 * i + 10 * o for i, o in linears) / MEMORY

@@ -91,11 +91,8 @@ def understanding_bytes(network: Network) -> int:
     return 4 if network.understanding.parameters < 10**9 else 2
 
 
-def stages(network: Network, setting: Setting, size: tuple[int, int], *, batched: bool = False) -> tuple[Stage, ...]:
+def stages(network: Network, setting: Setting, size: tuple[int, int]) -> tuple[Stage, ...]:
     """The peaks of the four stages at a size in pixels, width and height.
-
-    Args:
-        batched: both guidance branches pass the generation tower at once.
 
     Raises:
         ModelError: the autoencoder is of a kind that is not known here.
@@ -135,7 +132,7 @@ def stages(network: Network, setting: Setting, size: tuple[int, int], *, batched
                 "bank": bank,
                 **_references(network, patches),
                 "latents": latents,
-                "activations": _drawing(network, setting, patches, 2 if batched else 1),
+                "activations": _drawing(network, setting, patches),
             },
         ),
         Stage(
@@ -213,11 +210,11 @@ def _references(network: Network, patches: int) -> dict[str, int]:
     return {"references": network.references * patches * each} if network.references else {}
 
 
-def _drawing(network: Network, setting: Setting, patches: int, branches: int) -> int:
-    return drawing_activations(network, setting.generation, TOKENS, patches, branches, 2)
+def _drawing(network: Network, setting: Setting, patches: int) -> int:
+    return drawing_activations(network, setting.generation, TOKENS, patches, 2)
 
 
-def drawing_activations(network: Network, quant: Quant, tokens: int, patches: int, branches: int, each: int) -> int:
+def drawing_activations(network: Network, quant: Quant, tokens: int, patches: int, each: int) -> int:
     """The peak within a pass of the generation tower, its router included; `each` is the bytes of a value."""
     g = network.generation
     D, R, T, refs = g.width, g.router_width, tokens, network.references * patches
@@ -239,7 +236,7 @@ def drawing_activations(network: Network, quant: Quant, tokens: int, patches: in
     ends = 3 * each * patches * g.channels * g.patch**2 + each * 6 * D
     widest, longest = max((i * o, o) for i, o in g.linears)
     unpacked = {"none": 0, "nf4": 2 * widest, "int8": 4 * N * longest}[quant]
-    return branches * (max(max(attention, feed_forward) + context + tables, routed) + route + ends) + unpacked
+    return max(max(attention, feed_forward) + context + tables, routed) + route + ends + unpacked
 
 
 def _decoding(network: Network, setting: Setting, size: tuple[int, int]) -> int:
