@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from mos_cli.runtime import memory
 from mos_cli.runtime.blueprints import Network, find_network
+from mos_cli.runtime.devices import cpu_threads
 from mos_cli.runtime.memory import Setting, weights
 from mos_cli.runtime.shapes import AutoencoderShape, GenerationShape, UnderstandingShape
 from mos_cli.towers.autoencoder import Enlarger
@@ -26,7 +27,8 @@ def peak(run: Callable[[], object]) -> int:
     """The most bytes that tensors made within `run` took at once, with the attention that pictures are drawn with."""
     # Training, which other tests do, takes another kernel for the whole process.
     fused = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
-    with fused, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    # On a CPU each thread takes room of its own, which a GPU has no like of.
+    with fused, cpu_threads(1), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
     live = most = 0
