@@ -92,9 +92,9 @@ class MoSPipeline:
             self._load(understanding, DTYPES[precision], quant, attention)
         except (torch.OutOfMemoryError, MemoryError):
             raise self._out_of_memory(bundle.index.canvas.native, "take a smaller model") from None
-        self.reader = Reader(self.understanding, self.eyes, self.tower, bundle.index.name)
         self._visitor = VisitingTower(self.understanding, self.places)
-        self.reader.understanding = self._visitor  # type: ignore[assignment]
+        name, read = bundle.index.name, self._visitor.read
+        self.reader = Reader(self.understanding, self.eyes, self.tower, name, read=read)
 
     def _load(
         self, understanding: Path, dtype: torch.dtype, quant: tuple[Method | None, Method | None], attention: Asked

@@ -3,7 +3,7 @@
 Shapes: T context tokens, M layers, S width of a state, Z widest state of an image token, V image tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -16,7 +16,7 @@ from mos_cli.towers.bank import SIGHT, StateBank
 from mos_cli.towers.eyes import Eyes
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.seeing import SeeingTower
-from mos_cli.towers.understanding import Token, UnderstandingTower
+from mos_cli.towers.understanding import Reading, Token, UnderstandingTower
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,23 @@ class PromptReading:
 class Reader:
     """The understanding tower, its eyes if they are apart, and the part of the generation tower that takes its states.
 
+    Args:
+        read: reads as the understanding tower does, where something else decides when it does.
+
     Raises:
         ModelError: they do not fit together.
     """
 
-    def __init__(self, understanding: UnderstandingTower, eyes: Eyes | None, tower: GenerationTower, name: str) -> None:
-        self.understanding, self.eyes, self.tower = understanding, eyes, tower
+    def __init__(
+        self,
+        understanding: UnderstandingTower,
+        eyes: Eyes | None,
+        tower: GenerationTower,
+        name: str,
+        *,
+        read: Callable[..., Reading] | None = None,
+    ) -> None:
+        self.eyes, self.tower, self._states_of = eyes, tower, read or understanding.read
         handed = (understanding.layers, understanding.width)
         if handed != tower.states_shape:
             raise ModelError(
@@ -83,13 +94,13 @@ class Reader:
 
     def _read(self, prompt: str, _threads: int) -> PromptReading:
         """The number of threads, by which the states are rounded, tells readings apart."""
-        reading = self.understanding.read([prompt])
+        reading = self._states_of([prompt])
         with torch.inference_mode():
             return PromptReading(prompt, self.tower.read(reading.states_BTMS), tuple(map(_traced, reading.tokens[0])))
 
     def _read_in_sight(self, prompt: str, pictures: Sequence[Tensor], latents: Sequence[Tensor]) -> PromptReading:
         """By a tower that sees, which also understands the words in sight of the pictures."""
-        reading = self.understanding.read([prompt], [[picture[0] for picture in pictures]])
+        reading = self._states_of([prompt], [[picture[0] for picture in pictures]])
         tokens, grids = reading.tokens[0], [(sight.rows, sight.columns) for sight in reading.sights[0]]
         order = _words_first(tokens)
         with torch.inference_mode():

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mos_cli.runtime.bundles import Bundle
     from mos_cli.runtime.inputs import Inputs
     from mos_cli.runtime.outputs import Naming
-    from mos_cli.runtime.recipe import RouteSource
+    from mos_cli.runtime.recipe import Recipe, RouteSource
     from mos_cli.runtime.settings import RunSettings
     from mos_cli.runtime.specs import Defaults
 
@@ -134,3 +134,19 @@ def route_source(
     recording = load_recording(route_from)
     check_model(recording, bundle.index.name, bundle.hash)
     return recording, RouteSource(sha256=choices_hash(recording), until=float(percent[1]) / 100)
+
+
+def followed_run(picture: Path, recipe: "Recipe", route_from: Path | None) -> "Recording | None":
+    """The run that a picture took its routes from, which is not in the picture; None where there is none.
+
+    Raises:
+        UsageError: it is not named, or one is named that there is not.
+        InputError: its trace cannot be read.
+    """
+    from mos_cli.routing.trace import load_recording
+
+    if route_from is None and recipe.route_from is not None:
+        raise UsageError(f"{picture} takes its routes from another run: name its trace with --route-from FILE")
+    if route_from is not None and recipe.route_from is None:
+        raise UsageError(f"{picture} takes its routes from no other run: drop --route-from")
+    return None if route_from is None else load_recording(route_from)

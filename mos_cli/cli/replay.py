@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mos_cli.cli.asked import what_to_record
+from mos_cli.cli.asked import followed_run, what_to_record
 from mos_cli.cli.drawing import Job, Report, draw_jobs, fit_to_card, load_pipeline
 from mos_cli.cli.options import (
     Attention,
@@ -74,7 +74,6 @@ def replay(
     With --verify the exit code is 0 for exact and close, 1 for different. What an edit was made from is drawn again
     too, if mos made it; other pictures are to be given with --input.
     """
-    from mos_cli.routing.trace import load_recording
     from mos_cli.runtime.bundles import edits_of, find_bundle
     from mos_cli.runtime.devices import cpu_threads
     from mos_cli.runtime.inputs import Finder
@@ -115,13 +114,7 @@ def replay(
     settings = resolve(flags, None)
     check_size(*recipe.working_size, bundle.index.canvas)
     wanted = what_to_record(settings.trace, regions=regions, previews=preview_steps)
-    if (route_from is None) != (recipe.route_from is None):
-        raise UsageError(
-            f"{picture} takes its routes from no other run: drop --route-from"
-            if route_from
-            else f"{picture} takes its routes from another run: name its trace with --route-from FILE"
-        )
-    routes = None if route_from is None else load_recording(route_from)
+    routes = followed_run(picture, recipe, route_from)
     path = None if verify else naming(settings.output, overwrite=overwrite).path(recipe)
     loaded: dict[tuple[str | None, ...], MoSPipeline] = {}
 

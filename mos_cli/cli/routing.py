@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mos_cli.cli import console
+from mos_cli.cli.asked import followed_run
 from mos_cli.cli.drawing import Report, load_pipeline
 from mos_cli.cli.interrupt import gentle_interrupt
 from mos_cli.cli.options import Attention, Device, Json, Overwrite, Quiet, Verbose
@@ -135,7 +136,6 @@ def ablate(
     or with --only from each layer alone.
     """
     from mos_cli.routing.rules import BaselineRule, parse_rules
-    from mos_cli.routing.trace import load_recording
     from mos_cli.runtime.bundles import edits_of, find_bundle
     from mos_cli.runtime.devices import cpu_threads
     from mos_cli.runtime.inputs import Finder
@@ -160,10 +160,7 @@ def ablate(
         edits_of(bundle)
     elif given or mask:
         raise UsageError(f"{picture} is no edit: drop --input and --mask")
-    if (route_from is None) != (recipe.route_from is None):
-        other, advice = ("no other run", "drop") if route_from else ("another run", "name its trace with")
-        raise UsageError(f"{picture} takes its routes from {other}: {advice} --route-from")
-    routes = None if route_from is None else load_recording(route_from)
+    routes = followed_run(picture, recipe, route_from)
     settings = resolve(make_settings(device=device, attention=attention), None)
     strip = _strip_path(picture, word, output, overwrite)
     finder = Finder(given or [], [] if mask is None else [mask], _give_it)

@@ -14,7 +14,7 @@ import numpy as np
 from mos_cli.errors import InputError
 from mos_cli.routing.alignment import Reading, partners
 from mos_cli.routing.analysis import is_special
-from mos_cli.routing.trace import Recording
+from mos_cli.routing.trace import Recording, Routes
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,11 @@ def choices_hash(recording: Recording) -> str:
     Raises:
         InputError: it is a summary.
     """
-    if recording.routes is None:
-        raise InputError(f"{recording.path} holds a summary only: its routes cannot be taken over")
-    trace, digest = recording.trace, hashlib.sha256()
+    trace, routes, digest = recording.trace, _decisions(recording), hashlib.sha256()
     for name, branch in trace.branches.items():
         read = [branch.prompt, [token.model_dump() for token in branch.tokens], branch.steps, trace.times]
         digest.update(json.dumps([name, read]).encode())
-        digest.update(np.ascontiguousarray(recording.routes[name].ids_SJTK).tobytes())
+        digest.update(np.ascontiguousarray(routes[name].ids_SJTK).tobytes())
     return digest.hexdigest()
 
 
@@ -66,8 +64,7 @@ def given_choices(
     Raises:
         InputError: the recording is a summary, kept every layer, or has no word in common with what is to be drawn.
     """
-    if recording.routes is None:
-        raise InputError(f"{recording.path} holds a summary only: its routes cannot be taken over")
+    routes = _decisions(recording)
     if recording.trace.top_k == len(recording.trace.layers):
         raise InputError(f"{recording.path} kept every layer: there is no choice to take over")
     # Rounded, for 0.07 * 100 is a little more than 7.
@@ -79,7 +76,13 @@ def given_choices(
         steps = {step: int(np.abs(theirs - t).argmin()) for step, t in enumerate(followed)}
         matched = partners(reading, branch)
         words += sum(not is_special(reading.tokens[n]) for n, number in enumerate(matched) if number >= 0)
-        given[name] = Given(recording.routes[name].ids_SJTK, steps, matched)
+        given[name] = Given(routes[name].ids_SJTK, steps, matched)
     if not words:
         raise InputError(f"the prompts of {recording.path} have no word in common with this one")
     return given
+
+
+def _decisions(recording: Recording) -> dict[str, Routes]:
+    if recording.routes is None:
+        raise InputError(f"{recording.path} holds a summary only: its routes cannot be taken over")
+    return recording.routes

@@ -42,7 +42,7 @@ class Section:
     def decisions(self) -> Routes:
         """The routes; raises InputError where the trace is a summary."""
         if self.routes is None:
-            raise _summary_only(self.recording)
+            raise summary_only(self.recording)
         return self.routes
 
     @property
@@ -78,7 +78,7 @@ def cut(recording: Recording, name: str, steps: str | None = None, blocks: str |
     routes, acted = recording.routes, trace.branches[name].steps
     if not whole:
         if routes is None:
-            raise _summary_only(recording)
+            raise summary_only(recording)
         acted = tuple(step for step in acted if step in step_range)
         if not acted:
             there = trace.branches[name].steps
@@ -157,5 +157,6 @@ def _cut(held: Routes, numbers: Sequence[int], steps: range, blocks: range) -> R
     )
 
 
-def _summary_only(recording: Recording) -> InputError:
+def summary_only(recording: Recording) -> InputError:
+    """What to say where decisions are asked for that a trace does not hold."""
     return InputError(f"{recording.path} holds a summary only: draw with --trace topk to record every decision")

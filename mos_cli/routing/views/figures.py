@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from mos_cli.errors import UsageError
-from mos_cli.routing.analysis import Word, step_changes, word_layers
+from mos_cli.routing.analysis import Word, word_layers
 from mos_cli.routing.regions import WordMap, special_share, word_maps
-from mos_cli.routing.section import Section
+from mos_cli.routing.section import Section, summary_only
 from mos_cli.runtime.files import atomic_file
 
 if TYPE_CHECKING:
@@ -63,8 +63,10 @@ def save_routes_figure(sections: Sequence[Section], words: Sequence[Word], path:
         UsageError: `path` is not .png, .pdf or .svg, or matplotlib is not installed.
         InputError: the trace holds a summary only, or the file exists and `overwrite` is false, or cannot be written.
     """
+    first = sections[0]
+    if first.changes is None:
+        raise summary_only(first.recording)
     with _figure(path, PLOT_SUFFIXES, overwrite, layout="constrained") as figure:
-        first = sections[0]
         tall = min(max(1.6, 0.16 * len(words)), 6.0)
         figure.set_size_inches(PAGE, max(tall, min(0.16 * len(first.blocks), 6.0)) + 2.3)
         panels = figure.subplots(2, 2, gridspec_kw={"height_ratios": [figure.get_figheight() - 2.3, 1.3]})
@@ -72,9 +74,7 @@ def save_routes_figure(sections: Sequence[Section], words: Sequence[Word], path:
         _blocks_panel(panels[0, 1], first)
         lines = {
             "Entropy of the layers' shares": [(section.steps, section.summary.entropy_S) for section in sections],
-            "Kept layers that a step changed": [
-                (section.steps[1:], step_changes(section.decisions.ids_SJTK)) for section in sections
-            ],
+            "Kept layers that a step changed": [(section.steps[1:], section.changes) for section in sections],
         }
         for axes, letter, (title, curves) in zip(panels[1], "cd", lines.items(), strict=True):
             for section, (steps, values), dash in zip(sections, curves, DASHES[: len(sections)], strict=True):
