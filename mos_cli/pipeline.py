@@ -27,8 +27,7 @@ from mos_cli.routing.trace import Recording, Routes, Trace, Wanted, make_branch
 from mos_cli.runtime.bundles import Bundle, verify_bundle
 from mos_cli.runtime.devices import device_name, device_threads
 from mos_cli.runtime.inputs import Inputs
-from mos_cli.runtime.memory import Offload, Setting
-from mos_cli.runtime.quantising import Method
+from mos_cli.runtime.memory import Setting
 from mos_cli.runtime.recipe import PictureRecord, Recipe, pixels_hash, provenance
 from mos_cli.runtime.settings import smaller
 from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, UNSEEN, Guidance, Observer, sample, times
@@ -62,9 +61,7 @@ class MoSPipeline:
         bundle: where the weights are; every file is checked against its hash.
         understanding: folder of the understanding tower, as `fetch_tower` returns it.
         attention: what computes it; see `choose_attention`.
-        quant: how the weights of understanding and generation tower are quantised while they are loaded.
-        offload: what lies in main memory while it is not needed; see `Setting`. It changes no picture.
-        tiled: the autoencoder decodes tile by tile.
+        setting: how it is laid out; a tower is quantised while it is loaded.
 
     Raises:
         ModelError: the bundle is damaged, or its parts do not fit together.
@@ -80,37 +77,40 @@ class MoSPipeline:
         device: torch.device,
         precision: str,
         attention: Asked = "auto",
-        quant: tuple[Method | None, Method | None] = (None, None),
-        offload: Offload = "none",
-        tiled: bool = False,
+        setting: Setting = Setting(),
     ) -> None:
         verify_bundle(bundle)
-        self.bundle, self.bundle_hash, self.device = bundle, bundle.hash, device
-        self.setting = Setting(quant[0] or "none", quant[1] or "none", offload, tiled)
-        self.places = Places(device, offload)
+        self.bundle, self.bundle_hash, self.device, self.setting = bundle, bundle.hash, device, setting
+        self.places = Places(device, setting.offload)
         try:
-            self._load(understanding, DTYPES[precision], quant, attention)
+            self._load(understanding, DTYPES[precision], attention)
         except (torch.OutOfMemoryError, MemoryError):
             raise self._out_of_memory(bundle.index.canvas.native, "take a smaller model") from None
         self._visitor = VisitingTower(self.understanding, self.places)
         name, read = bundle.index.name, self._visitor.read
         self.reader = Reader(self.understanding, self.eyes, self.tower, name, read=read)
 
-    def _load(
-        self, understanding: Path, dtype: torch.dtype, quant: tuple[Method | None, Method | None], attention: Asked
-    ) -> None:
+    def _load(self, understanding: Path, dtype: torch.dtype, attention: Asked) -> None:
         """Loads one part after the other; each leaves the device before the next comes, if it is to."""
-        bundle, device = self.bundle, self.device
+        bundle, device, reads, draws = self.bundle, self.device, self.setting.understanding, self.setting.generation
         # The states are few and computed once: full precision costs nothing that can be felt, but in large towers.
-        large = bundle.index.understanding.size > LARGE or quant[0] is not None
-        reads = torch.bfloat16 if large else torch.float32
-        self.understanding = load_understanding(understanding, dtype=reads, device=str(device), quant=quant[0])
+        large = bundle.index.understanding.size > LARGE or reads != "none"
+        self.understanding = load_understanding(
+            understanding,
+            dtype=torch.bfloat16 if large else torch.float32,
+            device=str(device),
+            quant=None if reads == "none" else reads,
+        )
         self.places.add_reader(self.understanding)
         self.autoencoder: Autoencoder = Pixels()
         self.eyes: Eyes | None = None
         try:
             self.tower = load_generation(
-                bundle.folder / "generation", quant[1], device=self.places.loading, dtype=dtype
+                bundle.folder / "generation",
+                None if draws == "none" else draws,
+                device=self.places.loading,
+                quantised_on=device,
+                dtype=dtype,
             )
             with self.places.glimpsed(self.tower):
                 self.attention = choose_attention(self.tower, attention)
@@ -182,6 +182,7 @@ class MoSPipeline:
                     {branch: reading.bank for branch, reading in readings.items()},
                     steps=recipe.steps,
                     guidance=guidance,
+                    joined=self.setting.together,
                     scheduler=self.scheduler,
                     observers=[recorder, *observers],
                     origin=None if laid is None else laid.origin,
@@ -196,7 +197,12 @@ class MoSPipeline:
             option = "--size" if inputs is None else "--max-pixels"
             raise self._out_of_memory(recipe.working_size, f"take a smaller {option}") from None
         made = provenance(
-            self.bundle_hash, device_name(self.device), self.attention, threads=device_threads(self.device)
+            bundle_hash=self.bundle_hash,
+            device=device_name(self.device),
+            attention=self.attention,
+            threads=device_threads(self.device),
+            tiled=self.setting.tiled,
+            together=self.setting.together,
         )
         record = PictureRecord(
             schema="mos-picture/1",

@@ -79,7 +79,7 @@ class Reader:
             latents: the same pictures, encoded.
         """
         if self.eyes is None:
-            return {name: self._read_in_sight(reading.prompt, pictures, latents) for name, reading in readings.items()}
+            return self._read_in_sight(readings, pictures, latents)
         cells = [(n, *divmod(cell, SIGHT)) for n in range(len(pictures)) for cell in range(SIGHT * SIGHT)]
         seen = tuple(_traced(Token("", 0, 0, cell)) for cell in cells)
         with torch.inference_mode():
@@ -98,15 +98,22 @@ class Reader:
         with torch.inference_mode():
             return PromptReading(prompt, self.tower.read(reading.states_BTMS), tuple(map(_traced, reading.tokens[0])))
 
-    def _read_in_sight(self, prompt: str, pictures: Sequence[Tensor], latents: Sequence[Tensor]) -> PromptReading:
+    def _read_in_sight(
+        self, readings: dict[str, PromptReading], pictures: Sequence[Tensor], latents: Sequence[Tensor]
+    ) -> dict[str, PromptReading]:
         """By a tower that sees, which also understands the words in sight of the pictures."""
-        reading = self._states_of([prompt], [[picture[0] for picture in pictures]])
-        tokens, grids = reading.tokens[0], [(sight.rows, sight.columns) for sight in reading.sights[0]]
-        order = _words_first(tokens)
-        with torch.inference_mode():
-            references = self.tower.remember(latents, grids)
-            bank = self.tower.read(reading.states_BTMS[:, order])
-        return PromptReading(prompt, replace(bank, references=references), tuple(_traced(tokens[n]) for n in order))
+        seen, references = {}, None
+        for name, reading in readings.items():
+            states = self._states_of([reading.prompt], [[picture[0] for picture in pictures]])
+            tokens = states.tokens[0]
+            order = _words_first(tokens)
+            with torch.inference_mode():
+                if references is None:
+                    grids = [(sight.rows, sight.columns) for sight in states.sights[0]]
+                    references = self.tower.remember(latents, grids)
+                bank = replace(self.tower.read(states.states_BTMS[:, order]), references=references)
+            seen[name] = PromptReading(reading.prompt, bank, tuple(_traced(tokens[n]) for n in order))
+        return seen
 
 
 def _words_first(tokens: tuple[Token, ...]) -> list[int]:

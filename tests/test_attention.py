@@ -5,7 +5,7 @@ import torch
 
 from mos_cli.errors import DeviceError
 from mos_cli.towers.attention import SDPA, XFORMERS, Attention, CrossAttention, choose_attention
-from mos_cli.towers.layers import Rotary, grid_positions, rotary
+from mos_cli.towers.layers import Cells, Rotary, rotary
 
 TOKENS, WIDTH, HEADS, CONTEXT = 12, 64, 2, 5
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -33,7 +33,7 @@ def case(request):
     torch.manual_seed(0)
     layer = Attention(WIDTH, HEADS).to(request.param).eval().requires_grad_(False)
     x, kv = torch.randn(1, TOKENS, WIDTH), torch.randn(1, CONTEXT, 2 * WIDTH)
-    positions = rotary(grid_positions(1, CONTEXT + TOKENS), WIDTH // HEADS, 100.0, torch.device("cpu"))
+    positions = rotary((Cells(1, CONTEXT + TOKENS),), WIDTH // HEADS, 100.0, torch.device("cpu"))
     return layer, x.to(request.param), positions, kv.to(request.param)
 
 
@@ -55,12 +55,12 @@ def test_xformers_is_attention(case) -> None:
 
 def test_the_shares_are_those_that_mix_the_values(case) -> None:
     layer, x, positions, kv = case
-    shares = layer.shares(x, positions, kv)
-    assert shares.shape == (1, TOKENS, CONTEXT + TOKENS)
-    torch.testing.assert_close(shares.sum(dim=-1), torch.ones(1, TOKENS))
+    (shares,) = layer.shares(x, positions, kv)
+    assert shares.shape == (TOKENS, CONTEXT + TOKENS)
+    torch.testing.assert_close(shares.sum(dim=-1), torch.ones(TOKENS))
     q, k, _ = layer._qkv(x, positions, kv)
     scores = torch.einsum("bqhe,bkhe->bhqk", q.double(), k.double()) / (WIDTH // HEADS) ** 0.5
-    torch.testing.assert_close(shares.double(), scores.softmax(dim=-1).mean(dim=1), atol=1e-2, rtol=0)
+    torch.testing.assert_close(shares.double(), scores.softmax(dim=-1).mean(dim=1)[0], atol=1e-2, rtol=0)
 
 
 def test_a_mask_never_reaches_xformers(case) -> None:

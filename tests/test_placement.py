@@ -19,6 +19,7 @@ from mos_cli.runtime.blueprints import find_network
 from mos_cli.runtime.bundles import Bundle, write_index
 from mos_cli.runtime.fitting import candidates, fastest
 from mos_cli.runtime.inputs import describe_edit, read_inputs
+from mos_cli.runtime.memory import Setting
 from mos_cli.runtime.quantising import METHODS, Quantisation
 from mos_cli.runtime.recipe import Recipe, make_recipe
 from mos_cli.runtime.sources import fetch_tower
@@ -32,7 +33,7 @@ OFFLOADS = ("understanding", "blocks")
 
 def loaded(bundle: Bundle, offload: Any = "none", device: str = "cpu") -> MoSPipeline:
     tower = fetch_tower(bundle.index.understanding)
-    return MoSPipeline(bundle, tower, device=torch.device(device), precision="fp32", offload=offload)
+    return MoSPipeline(bundle, tower, device=torch.device(device), precision="fp32", setting=Setting(offload=offload))
 
 
 def asked(bundle: Bundle, prompt: str = "a red apple", **fields: Any) -> Recipe:
@@ -176,7 +177,7 @@ def test_an_autoencoder_is_there_when_it_is_used_and_decodes_in_tiles(bundle: Bu
     recipe, tower = asked(made, width=64, height=64), fetch_tower(made.index.understanding)
 
     def made_with(**how: Any) -> bytes:
-        return drawn(MoSPipeline(made, tower, device=CPU, precision="fp32", **how), recipe)
+        return drawn(MoSPipeline(made, tower, device=CPU, precision="fp32", setting=Setting(**how)), recipe)
 
     tiled = made_with(tiled=True)
     assert made_with(offload=offload, tiled=True) == tiled

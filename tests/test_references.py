@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mos_cli.towers.bank import SIGHT
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.towers.layers import Rotary, grid_positions, patchify, rotary, word_positions
+from mos_cli.towers.layers import Cells, Rotary, Words, patchify, rotary
 
 WIDTHS = tuple(range(6, 6 + M))
 V = SIGHT * SIGHT
@@ -42,9 +42,8 @@ def test_memories_are_the_references_own_pass_through_the_blocks_at_time_zero() 
 
     # The same by one long masked attention: the references' patches see themselves alone, the others see everything.
     rows, columns = z.shape[2] // tower.patch, z.shape[3] // tower.patch
-    order = [grid_positions(rows, columns, order=-1), word_positions(T)]
-    order += [grid_positions(SIGHT, SIGHT, order=-1, spacing=(rows / SIGHT, columns / SIGHT))]
-    at = rotary(torch.cat([*order, grid_positions(rows, columns)]), tower.head_width, 100.0, z.device)
+    places = (Cells(rows, columns, -1), Words(T), Cells(SIGHT, SIGHT, -1, (rows / SIGHT, columns / SIGHT)))
+    at = rotary((*places, Cells(rows, columns)), tower.head_width, 100.0, z.device)
     clean, noised = (tower.patches_in(patchify(part, tower.patch)) for part in (references[0], z))
     noised = noised + tower.under_in(patchify(references[0], tower.patch))
     times = [torch.nn.functional.silu(tower.time_in(moment)) for moment in (torch.zeros(B), t)]

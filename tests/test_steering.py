@@ -27,7 +27,7 @@ class Reading:
 
 
 def steer(*rules: str, step: int = 0) -> Steering | Route | None:
-    return steerer(*rules)("positive", step)
+    return steerer(*rules)(step, "positive")
 
 
 def steerer(*rules: str) -> Steerer:
@@ -84,9 +84,9 @@ def test_a_bias_grows_the_share_of_its_layer(seed: int, layer: int) -> None:
 
 def test_ranges_say_where_a_rule_holds() -> None:
     whole = steerer("apple=1 blocks 0,2 steps 1-2", "red!=3 steps 3")
-    assert whole("positive", 0) is None
-    assert whole("positive", 1) is whole("positive", 2)
-    route, free = choose(1, whole("positive", 1)), choose(1, None)
+    assert whole(0, "positive") is None
+    assert whole(1, "positive") is whole(2, "positive")
+    route, free = choose(1, whole(1, "positive")), choose(1, None)
     assert route.ids_BTJK[0, APPLE].tolist() == [[1, 1], free.ids_BTJK[0, APPLE, 1].tolist(), [1, 1]]
     first, second = whole.done("positive") or ()
     assert (first.tokens, first.decisions) == ((APPLE,), 4)

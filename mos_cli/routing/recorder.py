@@ -4,7 +4,7 @@ Shapes: S steps, J generation blocks, T context tokens, K kept layers, M underst
 the references, L queries of an attention.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mos_cli.routing.trace import RegionGrid, Routes, Wanted
 from mos_cli.sampling.sampler import Step
 from mos_cli.towers.generation import GenerationTower
+from mos_cli.towers.layers import Ragged
 from mos_cli.towers.router import Route
 
 
@@ -40,11 +41,12 @@ class Recorder:
             self.steps.setdefault(name, []).append(step.index)
             self._routes.setdefault(name, []).append(route)
         # The tower was asked for the branches in this order.
-        for name, seen in zip(step.routes, self._passes, strict=False):
-            if seen.probabilities:
-                self._probabilities.setdefault(name, []).extend(seen.probabilities)
-            if seen.shares:
-                shares_JTN = torch.stack(seen.shares)
+        rows = [row for seen in self._passes for row in seen.rows]
+        for name, row in zip(step.routes, rows, strict=False):
+            if row.probabilities_JTM is not None:
+                self._probabilities.setdefault(name, []).append(row.probabilities_JTM)
+            if row.shares:
+                shares_JTN = torch.stack(row.shares)
                 self._regions[name] = self._regions.get(name, torch.zeros_like(shares_JTN)) + shares_JTN
         self._passes.clear()
 
@@ -92,30 +94,46 @@ class Recorder:
         z_BCHW, _, bank = inputs
         rows, columns = (side // tower.patch for side in z_BCHW.shape[-2:])
         self.grid = RegionGrid(rows=rows, columns=columns) if self.wanted.regions else None
-        self._passes.append(_Pass(rows * columns, bank.bank_BTMD.shape[1]))
+        self._passes.append(
+            _Pass(rows * columns, bank.bank_BTMD.shape[1], bank.padding or Ragged((bank.bank_BTMD.shape[1],)))
+        )
 
     def _see_logits(self, router: nn.Module, inputs: tuple[Any, ...], logits_BTMJ: Tensor) -> None:
-        probabilities_JTM = logits_BTMJ[0].float().softmax(dim=1).permute(2, 0, 1)
-        self._passes[-1].probabilities.append(probabilities_JTM.half())
+        self._passes[-1].see_logits(logits_BTMJ)
 
     def _see_attention(self, attention: Any, inputs: tuple[Any, ...]) -> None:
-        self._passes[-1].see(attention.shares(*inputs[:3])[0])
+        self._passes[-1].see_attention(attention.shares(*inputs))
 
 
 @dataclass
-class _Pass:
-    """One call of the tower: the numbers of its patches and context tokens, and what was seen."""
+class _Row:
+    """What was seen of one branch in a pass; the shares of each block's attention are [T, N]."""
 
-    patches: int
-    tokens: int
-    probabilities: list[Tensor] = field(default_factory=list)
+    probabilities_JTM: Tensor | None = None
     shares: list[Tensor] = field(default_factory=list)
 
-    def see(self, shares_LK: Tensor) -> None:
+
+class _Pass:
+    """One call of the tower: the number of its patches, and what was seen of each row."""
+
+    def __init__(self, patches: int, tokens: int, padding: Ragged) -> None:
+        self.patches, self.padding = patches, padding
+        self.tokens = [tokens - max(padding.lengths) + length for length in padding.lengths]
+        self.rows = [_Row() for _ in padding.lengths]
+
+    def see_logits(self, logits_BTMJ: Tensor) -> None:
+        """Keeps the probabilities of all layers."""
+        shared = logits_BTMJ.shape[1] == 1
+        for number, row in enumerate(self.rows):
+            logits_1TMJ = logits_BTMJ[number : number + 1] if shared else self.padding.row(logits_BTMJ, number)
+            row.probabilities_JTM = logits_1TMJ[0].float().softmax(dim=1).permute(2, 0, 1).half()
+
+    def see_attention(self, shares: Sequence[Tensor]) -> None:
         """Keeps of a block's attention, queries by keys, what the patches give to the context.
 
         The keys are [references; context; patches], or the context alone where it is attended to apart.
         """
-        keys = shares_LK.shape[1]
-        first = 0 if keys == self.tokens else keys - self.patches - self.tokens
-        self.shares.append(shares_LK[-self.patches :, first : first + self.tokens].T)
+        for shares_LK, row, tokens in zip(shares, self.rows, self.tokens, strict=True):
+            keys = shares_LK.shape[1]
+            first = 0 if keys == tokens else keys - self.patches - tokens
+            row.shares.append(shares_LK[-self.patches :, first : first + tokens].T)

@@ -65,12 +65,12 @@ class Steerer:
         self._made = lru_cache(maxsize=None)(self._make)
         for name in readings:
             for step in computed[name]:
-                self(name, step)
+                self(step, name)
         for number, rule in enumerate(self.rules):
             if not any((self.done(name) or ())[number].decisions for name in readings):
                 raise UsageError(f"the route rule {rule} has no effect: guidance reads its word at none of its steps")
 
-    def __call__(self, branch: str, step: int) -> Steering | Route | None:
+    def __call__(self, step: int, branch: str) -> Steering | Route | None:
         """What the tower is told for a branch at a step."""
         active = tuple(rule for rule in self.rules if rule.steps is None or step in rule.steps)
         given = branch in self.given and step in self.given[branch].steps
@@ -121,7 +121,7 @@ class Steerer:
                 f"the route rules leave {text!r} no layer to read: drop one of {', '.join(map(str, active))}"
             )
         biased = any(rule.operator == "+=" for rule in active)
-        return Steering(allowed_TJM.to(self.device), bias_TJM.to(self.device) if biased else None)
+        return Steering(allowed_TJM[None].to(self.device), bias_TJM[None].to(self.device) if biased else None)
 
     def _named(self, branch: str, rule: Rule, shape: tuple[int, ...]) -> Tensor:
         """Where a rule speaks: its tokens in its blocks and layers, [T, J, M]."""
@@ -145,6 +145,6 @@ class Steerer:
             random = torch.Generator().manual_seed(rule.seed)
             order = torch.stack([torch.randperm(self.layers, generator=random) for _ in range(self.blocks)])
             allowed = torch.ones(len(self.readings[branch].tokens), self.blocks, self.layers, dtype=torch.bool)
-            return Steering(allowed.to(self.device), order_JM=order.to(self.device))
+            return Steering(allowed[None].to(self.device), order_JM=order.to(self.device))
         kept = {"last": (self.layers - 1,), "uniform": tuple(range(self.layers)), "fixed": rule.layers}[rule.name]
         return even_route([kept] * self.blocks, self.device)

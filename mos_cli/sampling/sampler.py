@@ -6,24 +6,17 @@ many are asked for.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from mos_cli.sampling.branches import Branches, Predictor, Steered
 from mos_cli.sampling.flow import noised, velocity
 from mos_cli.towers.bank import StateBank
-from mos_cli.towers.router import Route, Steering
-
-
-class Predictor(Protocol):
-    """What the sampler needs of a generation tower: (z_t, t, bank) -> (clean latent, route)."""
-
-    def __call__(
-        self, z_BCHW: Tensor, t_B: Tensor, bank: StateBank, *, steering: Steering | Route | None
-    ) -> tuple[Tensor, Route]: ...
+from mos_cli.towers.router import Route
 
 
 @dataclass(frozen=True)
@@ -83,8 +76,8 @@ class Step:
 
 
 Observer = Callable[[Step], None]
-Steer = Callable[[str, int], Steering | Route | None]
-"""What rules say of a branch at a step: (branch, number of the step) -> steering."""
+Steer = Callable[[int, str], Steered]
+"""What rules say of a branch at a step: (number of the step, branch) -> steering."""
 
 POSITIVE, NEGATIVE, UNSEEN = "positive", "negative", "unseen"
 
@@ -104,16 +97,18 @@ def sample(
     *,
     steps: int,
     guidance: Guidance,
+    joined: bool = False,
     scheduler: FlowMatchEulerDiscreteScheduler,
     observers: Sequence[Observer] = (),
     origin: Origin | None = None,
-    steer: Steer = lambda branch, step: None,
+    steer: Steer = lambda step, branch: None,
 ) -> Tensor:
     """Integrates from noise (t = 1) to a latent (t = 0).
 
     Args:
         noise_BCHW: z_1, float32.
         banks: the state banks of the branches that guidance asks for.
+        joined: branches are computed together; see `Branches`.
         observers: called after every step, in order; an exception raised by one ends the run.
         origin: what the picture is drawn over; without it, it comes from noise alone.
         steer: what rules say; without it the router decides.
@@ -122,11 +117,9 @@ def sample(
     z = noise_BCHW
     if origin is not None:
         z = noised(origin.z0_BCHW, z, torch.full((z.shape[0],), asked[0], device=z.device))
+    predict = Branches(tower, banks, joined=joined)
     for index, t in enumerate(asked):
-        t_B = torch.full((z.shape[0],), t, device=z.device)
-        x_hats, routes = {}, {}
-        for branch in guidance.branches(t):
-            x_hats[branch], routes[branch] = tower(z, t_B, banks[branch], steering=steer(branch, index))
+        x_hats, routes = predict(guidance.branches(t), z, t, partial(steer, index))
         x_hat = guidance.guided(x_hats)
         if origin is not None and origin.mask_11HW is not None:
             x_hat = torch.lerp(origin.z0_BCHW, x_hat, origin.mask_11HW)

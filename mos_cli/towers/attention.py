@@ -11,7 +11,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch import Tensor, nn
 
 from mos_cli.errors import DeviceError
-from mos_cli.towers.layers import EPS, Rotary
+from mos_cli.towers.layers import EPS, Padding, Ragged, Rotary
 
 Asked = Literal["auto", "xformers", "sdpa"]
 SDPA, XFORMERS = AttentionBackendName.NATIVE, AttentionBackendName.XFORMERS
@@ -60,7 +60,7 @@ def xformers_takes(device: torch.device, dtype: torch.dtype, head_width: int) ->
 class Attention(nn.Module):
     """Self-attention with QK-norm and rotary positions; keys and values of a context may stand in front.
 
-    Attention is unmasked unless a batch holds padded contexts (training), where mask_BL tells the keys to attend to.
+    Attention is unmasked unless a batch holds many padded contexts (training). Of a few, each row attends by itself.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -78,14 +78,16 @@ class Attention(nn.Module):
         x_BLD: Tensor,
         positions: Rotary,
         context_kv: Tensor | None = None,
-        mask_BL: Tensor | None = None,
+        padding: Padding = None,
     ) -> Tensor:
-        """Attends from x to [context; x]. `positions` and mask cover the keys; context_kv is [B, T, 2 D]."""
-        return self.to_out(_attend(*self._qkv(x_BLD, positions, context_kv), mask_BL, self.backend))
+        """Attends from x to [context; x]. `positions` and padding cover the keys; context_kv is [B, T, 2 D]."""
+        return self.to_out(_attend(*self._qkv(x_BLD, positions, context_kv), padding, self.backend))
 
-    def shares(self, x_BLD: Tensor, positions: Rotary, context_kv: Tensor | None = None) -> Tensor:
-        """How much each query of `forward` attends to each key, [B, L, keys], mean over heads."""
-        return _shares(*self._qkv(x_BLD, positions, context_kv)[:2])
+    def shares(
+        self, x_BLD: Tensor, positions: Rotary, context_kv: Tensor | None = None, padding: Ragged | None = None
+    ) -> list[Tensor]:
+        """How much each query of `forward` attends to each key, row by row [L, keys], mean over heads."""
+        return _shares(*self._qkv(x_BLD, positions, context_kv)[:2], padding)
 
     def _qkv(self, x_BLD: Tensor, positions: Rotary, context_kv: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = _heads(self.to_qkv(x_BLD), 3, self.heads)
@@ -112,13 +114,15 @@ class CrossAttention(nn.Module):
         self.norm_q = nn.RMSNorm(width // heads, eps=EPS)
         self.norm_k = nn.RMSNorm(width // heads, eps=EPS)
 
-    def forward(self, x_BND: Tensor, context_BTD: Tensor, positions: Rotary, mask_BL: Tensor | None = None) -> Tensor:
-        """Attends from x to the context. `positions` and mask cover [context; x]."""
-        return self.to_out(_attend(*self._qkv(x_BND, context_BTD, positions), mask_BL, self.backend))
+    def forward(self, x_BND: Tensor, context_BTD: Tensor, positions: Rotary, padding: Padding = None) -> Tensor:
+        """Attends from x to the context. `positions` and padding cover [context; x]."""
+        return self.to_out(_attend(*self._qkv(x_BND, context_BTD, positions), padding, self.backend))
 
-    def shares(self, x_BND: Tensor, context_BTD: Tensor, positions: Rotary) -> Tensor:
-        """How much each query of `forward` attends to each token, [B, N, T], mean over heads."""
-        return _shares(*self._qkv(x_BND, context_BTD, positions)[:2])
+    def shares(
+        self, x_BND: Tensor, context_BTD: Tensor, positions: Rotary, padding: Ragged | None = None
+    ) -> list[Tensor]:
+        """How much each query of `forward` attends to each token, row by row [N, T], mean over heads."""
+        return _shares(*self._qkv(x_BND, context_BTD, positions)[:2], padding)
 
     def _qkv(self, x_BND: Tensor, context_BTD: Tensor, positions: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         (q,) = _heads(self.to_q(x_BND), 1, self.heads)
@@ -132,20 +136,30 @@ def _heads(x: Tensor, parts: int, heads: int) -> list[Tensor]:
     return [part.unflatten(-1, (heads, -1)) for part in x.chunk(parts, dim=-1)]
 
 
-def _attend(
-    q_BLHE: Tensor, k_BLHE: Tensor, v_BLHE: Tensor, mask_BL: Tensor | None, backend: AttentionBackendName
-) -> Tensor:
-    """[B, L, D]. The mask's first entries are those of the keys; xformers would misread it, and is not asked then."""
-    mask = None if mask_BL is None else mask_BL[:, None, None, : k_BLHE.shape[1]]
+def _attend(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHE: Tensor, padding: Padding, backend: AttentionBackendName) -> Tensor:
+    """[B, L, D]. A mask's first entries are those of the keys; xformers would misread it, and is not asked then."""
+    if isinstance(padding, Ragged) and not padding.even:
+        rows = [
+            _attend(q_1LHE, padding.row(k_BLHE, b), padding.row(v_BLHE, b), None, backend)
+            for b, q_1LHE in enumerate(q_BLHE.split(1))
+        ]
+        return torch.cat(rows)
+    mask = padding[:, None, None, : k_BLHE.shape[1]] if isinstance(padding, Tensor) else None
     # Named, so that no setting of the environment puts another backend in its place unseen.
     backend = backend if mask is None else SDPA
     return dispatch_attention_fn(q_BLHE, k_BLHE, v_BLHE, attn_mask=mask, backend=backend).flatten(-2)
 
 
-def _shares(q_BLHE: Tensor, k_BLHE: Tensor) -> Tensor:
-    """The softmax of the attention [B, queries, keys], mean over heads; one head at a time, for it is large."""
+def _shares(q_BLHE: Tensor, k_BLHE: Tensor, padding: Ragged | None) -> list[Tensor]:
+    """The softmax of each row's attention [queries, keys] without its padding, mean over heads.
+
+    One head at a time, for it is large.
+    """
     scale, heads = q_BLHE.shape[-1] ** -0.5, q_BLHE.shape[2]
-    shares = (
-        (q @ k.mT * scale).float().softmax(dim=-1) for q, k in zip(q_BLHE.unbind(2), k_BLHE.unbind(2), strict=True)
-    )
-    return sum(shares, torch.zeros(())) / heads
+    rows = []
+    for b, q_LHE in enumerate(q_BLHE):
+        k_LHE = k_BLHE[b] if padding is None else padding.row(k_BLHE, b)[0]
+        pairs = zip(q_LHE.unbind(1), k_LHE.unbind(1), strict=True)
+        shares = ((q @ k.mT * scale).float().softmax(dim=-1) for q, k in pairs)
+        rows.append(sum(shares, torch.zeros(())) / heads)
+    return rows

@@ -5,12 +5,11 @@ J generation blocks, K kept layers. In router_BTR, R is the width of the router.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from mos_cli.towers.layers import grid_positions
+from mos_cli.towers.layers import Cells, Padding, Ragged
 from mos_cli.towers.router import Route
 
 SIGHT = 4
@@ -23,14 +22,19 @@ Grid = tuple[int, int]
 class References:
     """The pictures to draw from, with the grids of their image tokens.
 
-    kv holds what every block remembers of them, keys and values [B, R, 2 D], and positions_R3 where that stands. The
-    first is the picture that is edited: under_BND is to be laid under the noised patches, each under its own.
+    kv holds what every block remembers of them, keys and values [B, R, 2 D], and places where that stands. The first is
+    the picture that is edited: under_BND is to be laid under the noised patches, each under its own.
     """
 
     grids: tuple[Grid, ...]
     kv: tuple[Tensor, ...]
-    positions_R3: Tensor
+    places: tuple[Cells, ...]
     under_BND: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """The number of image tokens."""
+        return sum(rows * columns for rows, columns in self.grids)
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,12 @@ class StateBank:
     """A prompt's states, projected once for all steps: mixing rows of the bank equals projecting mixed states.
 
     bank_BTMD holds every layer at the generation tower's width, router_BTR the router's view of the tokens (None where
-    there is no router). mask_BT (True = a real token) is None where nothing is padded, which is always so when drawing.
-    Where there are references, the last of the tokens are their image tokens, grid by grid.
+    there is no router). Where there are references, the last of the tokens are their image tokens, grid by grid.
     """
 
     bank_BTMD: Tensor
     router_BTR: Tensor | None
-    mask_BT: Tensor | None = None
+    padding: Padding = None
     references: References | None = None
 
     def mix(self, route: Route, block: int) -> Tensor:
@@ -54,10 +57,26 @@ class StateBank:
         return (weights_BTK[..., None].to(rows_BTKD.dtype) * rows_BTKD).sum(dim=2)
 
 
-def sight_positions(grids: Sequence[Grid], rows: float, columns: float) -> Tensor:
-    """Where the image tokens of the references stand on a canvas of rows x columns patches, [V, 3]."""
-    cells = [
-        grid_positions(*grid, order=-order, spacing=(rows / grid[0], columns / grid[1]))
-        for order, grid in enumerate(grids, 1)
-    ]
-    return torch.cat([torch.zeros(0, 3), *cells])
+def together(banks: Sequence[StateBank]) -> StateBank:
+    """The banks of a picture's branches, which share their references or have none, as one with a row for each.
+
+    Shorter prompts are padded with zeros; image tokens stay the last.
+    """
+    references, seen = banks[0].references, [bank.router_BTR for bank in banks]
+    sight = 0 if references is None else references.tokens
+    padding = Ragged(tuple(bank.bank_BTMD.shape[1] - sight for bank in banks))
+    if references is not None:
+        references = replace(references, kv=tuple(kv.expand(len(banks), -1, -1) for kv in references.kv))
+    return StateBank(
+        padding.join([bank.bank_BTMD for bank in banks]),
+        None if seen[0] is None else padding.join(seen),  # type: ignore[arg-type]
+        padding,
+        references,
+    )
+
+
+def sight_places(grids: Sequence[Grid], rows: float, columns: float) -> tuple[Cells, ...]:
+    """Where the image tokens of the references stand on a canvas of rows x columns patches."""
+    return tuple(
+        Cells(*grid, order=-order, spacing=(rows / grid[0], columns / grid[1])) for order, grid in enumerate(grids, 1)
+    )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mos_cli.towers.attention import Attention, CrossAttention
-from mos_cli.towers.layers import EPS, Rotary, SwiGLU, normed
+from mos_cli.towers.layers import EPS, Padding, Rotary, SwiGLU, extended, normed
 
 Context = Literal["kv", "tokens", "joint", "cross"]
 Reading = Literal["kv", "tokens", "carried", "cross"]
@@ -72,12 +72,12 @@ class GenerationBlock(nn.Module):
         reference_kv: Tensor | None,
         modulation_B6D: Tensor,
         positions: Rotary,
-        mask_BL: Tensor | None,
+        padding: Padding,
     ) -> Tensor:
         """x is [context stream; patches] for "tokens" and "carried", else the patches alone.
 
-        `positions` and mask cover [references; context; patches] in any case. `kept_BT1` is the sum of a token's kept
-        weights, `reference_kv` what this block remembers of the references.
+        `positions` and padding cover [references; context; patches] in any case. `kept_BT1` is the sum of a token's
+        kept weights, `reference_kv` what this block remembers of the references.
         """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self._modulation(modulation_B6D)
         tokens = context_BTD.shape[1]
@@ -92,17 +92,17 @@ class GenerationBlock(nn.Module):
         if self.reading == "kv":
             context_kv = self.context_kv(context_BTD)
             kv = context_kv if reference_kv is None else torch.cat([reference_kv, context_kv], dim=1)
-            attended = self.attention(h, positions, kv, mask_BL)
+            attended = self.attention(h, positions, kv, padding)
         elif self.reading == "cross":
             # No word takes part here, and nothing that does is padding.
             pictures = positions[:references] + positions[references + tokens :]
             attended = self.attention(h, pictures, reference_kv)
         else:
-            attended = self.attention(h, positions, reference_kv, mask_BL)
+            attended = self.attention(h, positions, reference_kv, padding)
         x_BLD = x_BLD + gate_a * attended
         if self.reading == "cross":
-            mask = None if mask_BL is None else mask_BL[:, references:]
-            x_BLD = x_BLD + self.cross(normed(x_BLD), context_BTD, positions[references:], mask)
+            without = extended(padding, before=-references, after=0)
+            x_BLD = x_BLD + self.cross(normed(x_BLD), context_BTD, positions[references:], without)
 
         h = normed(x_BLD) * (1 + scale_m) + shift_m
         return x_BLD + gate_m * self.mlp(h)

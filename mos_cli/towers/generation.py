@@ -14,18 +14,20 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from mos_cli.towers.bank import SIGHT, Grid, References, StateBank, sight_positions
+from mos_cli.towers.bank import SIGHT, Grid, References, StateBank, sight_places
 from mos_cli.towers.blocks import Context, GenerationBlock, reading
 from mos_cli.towers.layers import (
     EPS,
+    Cells,
+    Places,
     TimeEmbedding,
+    Words,
     extended,
-    grid_positions,
     normed,
     patchify,
     rotary,
+    total,
     unpatchify,
-    word_positions,
 )
 from mos_cli.towers.router import Route, Router, Steering, choose_route, fixed_route
 
@@ -171,7 +173,7 @@ class GenerationTower(ModelMixin, ConfigMixin):
         return StateBank(
             torch.cat([bank.bank_BTMD, projected], dim=1),
             router_BTR,
-            extended(bank.mask_BT, before=0, after=projected.shape[1]),
+            extended(bank.padding, before=0, after=projected.shape[1]),
             references,
         )
 
@@ -184,26 +186,26 @@ class GenerationTower(ModelMixin, ConfigMixin):
         Each passes the blocks alone, at time 0: a clean picture is what the tower ends with. Words have no part in it.
         `grids` are those of their image tokens, SIGHT x SIGHT if they are made by eyes apart.
         """
-        memories, positions = [], []
+        memories, places = [], []
         patches = [patchify(z_BCHW, self.patch).to(self.patches_in.weight.dtype) for z_BCHW in references]
         for order, z_BCHW in enumerate(references, start=1):
             x = self.patches_in(patches[order - 1])
-            grid_R3 = self._grid(z_BCHW, order=-order)
-            embedding = rotary(grid_R3, self.head_width, self.rope_theta, z_BCHW.device)
+            cells = self._cells(z_BCHW, order=-order)
+            embedding = rotary((cells,), self.head_width, self.rope_theta, z_BCHW.device)
             _, modulation = self._time(z_BCHW.new_zeros(z_BCHW.shape[0]))
             memory = []
             for block in self.blocks:
                 x, kv = block.remember(x, modulation, embedding)  # type: ignore[operator]
                 memory.append(kv)
             memories.append(memory)
-            positions.append(grid_R3)
+            places.append(cells)
         assert self.under_in is not None
         kv = tuple(torch.cat(parts, dim=1) for parts in zip(*memories, strict=True))
         grids = tuple(grids or [(SIGHT, SIGHT)] * len(references))
-        return References(grids, kv, torch.cat(positions), self.under_in(patches[0]))
+        return References(grids, kv, tuple(places), self.under_in(patches[0]))
 
-    def _grid(self, z_BCHW: Tensor, *, order: int = 0) -> Tensor:
-        return grid_positions(z_BCHW.shape[-2] // self.patch, z_BCHW.shape[-1] // self.patch, order=order)
+    def _cells(self, z_BCHW: Tensor, *, order: int = 0) -> Cells:
+        return Cells(z_BCHW.shape[-2] // self.patch, z_BCHW.shape[-1] // self.patch, order)
 
     def _time(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
         """The time's embedding and the modulation all blocks share, [B, D] and [B, 6, D]."""
@@ -229,10 +231,10 @@ class GenerationTower(ModelMixin, ConfigMixin):
         """
         patch, size = self.patch, (z_BCHW.shape[-2], z_BCHW.shape[-1])
         patches = patchify(z_BCHW, patch).to(self.patches_in.weight.dtype)
-        tokens, grid_N3 = bank.bank_BTMD.shape[1], self._grid(z_BCHW)
+        tokens, grid = bank.bank_BTMD.shape[1], self._cells(z_BCHW)
         grids = () if bank.references is None else bank.references.grids
-        seen_V3 = sight_positions(grids, size[0] / patch, size[1] / patch)
-        route = self._route(patches, t_B, seen_V3, grid_N3, bank, epsilon, steering)
+        seen = sight_places(grids, size[0] / patch, size[1] / patch)
+        route = self._route(patches, t_B, seen, grid, bank, epsilon, steering)
 
         x = self.patches_in(patches)
         if bank.references is not None:
@@ -240,18 +242,15 @@ class GenerationTower(ModelMixin, ConfigMixin):
         if self.in_sequence:
             x = torch.cat([x.new_zeros(x.shape[0], tokens, x.shape[2]), x], dim=1)
         time, modulation = self._time(t_B)
-        positions_L3 = torch.cat([word_positions(tokens - seen_V3.shape[0]), seen_V3, grid_N3])
-        before = 0
-        if bank.references is not None:
-            positions_L3 = torch.cat([bank.references.positions_R3, positions_L3])
-            before = bank.references.positions_R3.shape[0]
-        positions = rotary(positions_L3, self.head_width, self.rope_theta, z_BCHW.device)
-        mask = extended(bank.mask_BT, before=before, after=patches.shape[1])
+        remembered = () if bank.references is None else bank.references.places
+        places = (*remembered, Words(tokens - total(seen)), *seen, grid)
+        positions = rotary(places, self.head_width, self.rope_theta, z_BCHW.device)
+        padding = extended(bank.padding, before=total(remembered), after=patches.shape[1])
         kept_BTJ = route.weights_BTJK.sum(dim=-1).to(x.dtype)
         for index, block in enumerate(self.blocks):
             context, kept = bank.mix(route, index), kept_BTJ[:, :, index, None]
-            remembered = None if bank.references is None else bank.references.kv[index]
-            x = block(x, context, kept, remembered, modulation, positions, mask)
+            reference_kv = None if bank.references is None else bank.references.kv[index]
+            x = block(x, context, kept, reference_kv, modulation, positions, padding)
 
         shift, scale = self.modulation_out(time)[:, None].chunk(2, dim=-1)
         x = self.patches_out(normed(x[:, -patches.shape[1] :]) * (1 + scale) + shift)
@@ -261,8 +260,8 @@ class GenerationTower(ModelMixin, ConfigMixin):
         self,
         patches_BNP: Tensor,
         t_B: Tensor,
-        seen_V3: Tensor,
-        grid_N3: Tensor,
+        seen: Places,
+        grid: Cells,
         bank: StateBank,
         epsilon: float,
         steering: Steering | Route | None,
@@ -273,7 +272,7 @@ class GenerationTower(ModelMixin, ConfigMixin):
         elif self.router is None:
             route = fixed_route(self.fusion, self.states_shape[0], self.depth, patches_BNP.device)
         else:
-            logits_BTMJ = self.router(bank.router_BTR, patches_BNP, t_B, seen_V3, grid_N3, bank.mask_BT)
+            logits_BTMJ = self.router(bank.router_BTR, patches_BNP, t_B, seen, grid, bank.padding)
             route = choose_route(
                 logits_BTMJ, self.top_k, renormalise=self.renormalise, epsilon=epsilon, steering=steering
             )

@@ -3,7 +3,9 @@
 Shapes: B batch, L sequence, T context tokens, N patches, D width, H heads, E width of a head.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -35,29 +37,64 @@ class Rotary:
         return apply_rotary_emb(x_BLHE, (self.cos_LE, self.sin_LE), sequence_dim=1)  # type: ignore[arg-type, return-value]
 
 
-def word_positions(tokens: int) -> Tensor:
-    """(order, row, column) of `tokens` tokens of a text, [T, 3]: one after the other from order 1, in the middle."""
-    return F.pad(torch.arange(1.0, tokens + 1)[:, None], (0, 2))
+@dataclass(frozen=True)
+class Words:
+    """Where tokens of a text stand: one after the other from order 1, in the middle."""
+
+    count: int
+
+    def positions(self) -> Tensor:
+        """(order, row, column), [T, 3]."""
+        return F.pad(torch.arange(1.0, self.count + 1)[:, None], (0, 2))
 
 
-def grid_positions(rows: int, columns: int, *, order: int = 0, spacing: tuple[float, float] = (1.0, 1.0)) -> Tensor:
-    """(order, row, column) of the cells of a grid, [rows * columns, 3].
+@dataclass(frozen=True)
+class Cells:
+    """Where the cells of a grid stand, rows first.
 
     The picture being drawn stands at order 0, pictures it is drawn from at -1, -2, ... A grid is centred, so that one
     of another size grows outwards from the middle; `spacing` is the size of a cell, in patches.
     """
-    row, column = torch.meshgrid(
-        (torch.arange(rows) - (rows - 1) / 2) * spacing[0],
-        (torch.arange(columns) - (columns - 1) / 2) * spacing[1],
-        indexing="ij",
-    )
-    return torch.stack([torch.full_like(row, order), row, column], dim=-1).flatten(0, 1)
+
+    rows: int
+    columns: int
+    order: int = 0
+    spacing: tuple[float, float] = (1.0, 1.0)
+
+    @property
+    def count(self) -> int:
+        return self.rows * self.columns
+
+    def positions(self) -> Tensor:
+        """(order, row, column), [rows * columns, 3]."""
+        row, column = torch.meshgrid(
+            (torch.arange(self.rows) - (self.rows - 1) / 2) * self.spacing[0],
+            (torch.arange(self.columns) - (self.columns - 1) / 2) * self.spacing[1],
+            indexing="ij",
+        )
+        return torch.stack([torch.full_like(row, self.order), row, column], dim=-1).flatten(0, 1)
 
 
-def rotary(positions_L3: Tensor, head_width: int, theta: float, device: torch.device) -> Rotary:
-    """The embedding of (order, row, column): order takes a quarter of a head, row and column share the rest."""
+Places = tuple[Words | Cells, ...]
+"""Where the tokens of a sequence stand, part by part."""
+
+
+def total(places: Places) -> int:
+    """The number of tokens."""
+    return sum(part.count for part in places)
+
+
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)
+@torch.no_grad()
+def rotary(places: Places, head_width: int, theta: float, device: torch.device) -> Rotary:
+    """The embedding of (order, row, column): order takes a quarter of a head, row and column share the rest.
+
+    Kept, so that the steps of a picture neither make it again nor wait for it to reach the device.
+    """
     order_width = head_width // 4
     grid_width = (head_width - order_width) // 2
+    positions_L3 = torch.cat([part.positions() for part in places])
     axes = zip((order_width, grid_width, grid_width), positions_L3.unbind(1), strict=True)
     tables = [get_1d_rotary_pos_embed(width, position, theta, use_real=True) for width, position in axes]  # type: ignore[arg-type]
     cos, sin = (torch.cat(parts, dim=-1).to(device) for parts in zip(*tables, strict=True))
@@ -95,9 +132,44 @@ def normed(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
-def extended(mask_BT: Tensor | None, *, before: int, after: int) -> Tensor | None:
-    """The mask of the context tokens with room for tokens that are always attended to."""
-    return None if mask_BT is None else F.pad(mask_BT, (before, after), value=True)
+@dataclass(frozen=True)
+class Ragged:
+    """The padding of a few rows of unlike length, which are told apart without a mask.
+
+    From token `first` on there is room for as many tokens as the longest row has; row b has lengths[b], then padding.
+    """
+
+    lengths: tuple[int, ...]
+    first: int = 0
+
+    @property
+    def even(self) -> bool:
+        return len(set(self.lengths)) == 1
+
+    def row(self, x_BL: Tensor, number: int) -> Tensor:
+        """A row of [B, L, ...] without its padding, [1, L', ...]."""
+        x_1L, end, behind = x_BL[number : number + 1], self.first + self.lengths[number], self.first + max(self.lengths)
+        return x_1L if end == behind else torch.cat([x_1L[:, :end], x_1L[:, behind:]], dim=1)
+
+    def join(self, rows: Sequence[Tensor], fill: float = 0) -> Tensor:
+        """The inverse of `row`: rows [1, L', ...] as one [B, L, ...]."""
+        padded = []
+        for x_1L, length in zip(rows, self.lengths, strict=True):
+            padding = x_1L.new_full((1, max(self.lengths) - length, *x_1L.shape[2:]), fill)
+            end = self.first + length
+            padded.append(torch.cat([x_1L[:, :end], padding, x_1L[:, end:]], dim=1))
+        return torch.cat(padded)
+
+
+Padding = Tensor | Ragged | None
+"""Which tokens of a batch are padding: none, a mask [B, L] (True = a real token; many rows), or a few rows' lengths."""
+
+
+def extended(padding: Padding, *, before: int, after: int) -> Padding:
+    """The padding of the context tokens with room for tokens that are always attended to; or less room before."""
+    if isinstance(padding, Ragged):
+        return replace(padding, first=padding.first + before)
+    return None if padding is None else F.pad(padding, (before, after), value=True)
 
 
 def patchify(z_BCHW: Tensor, patch: int) -> Tensor:

@@ -14,12 +14,17 @@ from torch import Tensor, nn
 from mos_cli.towers.attention import Attention
 from mos_cli.towers.layers import (
     EPS,
+    Cells,
+    Padding,
+    Places,
+    Ragged,
     Rotary,
     SwiGLU,
     TimeEmbedding,
+    Words,
     extended,
     rotary,
-    word_positions,
+    total,
 )
 
 
@@ -41,26 +46,31 @@ class Route:
         shape = (batch, tokens, -1, -1)
         return Route(self.ids_BTJK.expand(shape), self.weights_BTJK.expand(shape))
 
+    def row(self, padding: Ragged, number: int) -> "Route":
+        """The route of one row, [1, T, J, K], without its padding."""
+        changed = None if self.changed_BTJ is None else padding.row(self.changed_BTJ, number)
+        return Route(padding.row(self.ids_BTJK, number), padding.row(self.weights_BTJK, number), changed)
+
 
 @dataclass(frozen=True)
 class Steering:
     """What rules change in the router's choices of one step.
 
     Args:
-        allowed_TJM: the layers that may be kept, at least one in every column; their weights are the router's own.
-        bias_TJM: added to the logits.
+        allowed_BTJM: the layers that may be kept, at least one in every column; their weights are the router's own.
+        bias_BTJM: added to the logits.
         order_JM: per block, the layer whose logit each layer takes.
     """
 
-    allowed_TJM: Tensor
-    bias_TJM: Tensor | None = None
+    allowed_BTJM: Tensor
+    bias_BTJM: Tensor | None = None
     order_JM: Tensor | None = None
 
     def logits(self, logits_BTJM: Tensor) -> Tensor:
         """The logits that the choice goes by."""
         if self.order_JM is not None:
             logits_BTJM = logits_BTJM.gather(-1, self.order_JM.expand_as(logits_BTJM))
-        return logits_BTJM if self.bias_TJM is None else logits_BTJM + self.bias_TJM
+        return logits_BTJM if self.bias_BTJM is None else logits_BTJM + self.bias_BTJM
 
 
 def choose_route(
@@ -79,14 +89,14 @@ def choose_route(
     """
     logits_BTJM = own_BTJM = logits_BTMJ.float().transpose(2, 3)
     if steering is not None:
-        own_BTJM = own_BTJM.expand(-1, steering.allowed_TJM.shape[0], -1, -1)
+        own_BTJM = own_BTJM.expand(-1, steering.allowed_BTJM.shape[1], -1, -1)
         logits_BTJM = steering.logits(own_BTJM)
     scores = logits_BTJM
     if epsilon > 0:
         explores = torch.rand(scores.shape[:3], device=scores.device) < epsilon
         scores = torch.where(explores[..., None], torch.rand_like(scores), scores)
     if steering is not None:
-        scores = scores.masked_fill(~steering.allowed_TJM, float("-inf"))
+        scores = scores.masked_fill(~steering.allowed_BTJM, float("-inf"))
     best, ids = scores.topk(top_k, dim=-1)
     if renormalise:
         # The softmax over the kept layers alone is their softmax over all, scaled to sum to 1, without a 0 / 0.
@@ -135,8 +145,8 @@ class RouterBlock(nn.Module):
         self.norm_mlp = nn.RMSNorm(width, eps=EPS)
         self.mlp = SwiGLU(width, 3 * width)
 
-    def forward(self, x_BLR: Tensor, positions: Rotary, mask_BL: Tensor | None) -> Tensor:
-        x_BLR = x_BLR + self.attention(self.norm_attention(x_BLR), positions, mask_BL=mask_BL)
+    def forward(self, x_BLR: Tensor, positions: Rotary, padding: Padding) -> Tensor:
+        x_BLR = x_BLR + self.attention(self.norm_attention(x_BLR), positions, padding=padding)
         return x_BLR + self.mlp(self.norm_mlp(x_BLR))
 
 
@@ -197,35 +207,36 @@ class Router(nn.Module):
         tokens_BTR: Tensor,
         patches_BNP: Tensor,
         t_B: Tensor,
-        seen_V3: Tensor,
-        grid_N3: Tensor,
-        mask_BT: Tensor | None,
+        seen: Places,
+        grid: Cells,
+        padding: Padding,
     ) -> Tensor:
         """Logits [B, T, M, J], or [B, 1, M, J] per sample.
 
-        `seen_V3` and `grid_N3` are the positions of the image tokens, which are the last of the tokens, and patches.
+        `seen` and `grid` say where the image tokens, which are the last of the tokens, and the patches stand.
         """
         time = [self.norm_time(self.time_in(t_B))[:, None]] if self.sees_time else []
         patches = [self.norm_patches(self.patches_in(patches_BNP))] if self.sees_latent else []
         x_BLR = torch.cat([*time, tokens_BTR, *patches], dim=1)
         first, last = len(time), len(time) + tokens_BTR.shape[1]
         # The time stands where the first word would, and moves the words by one.
-        words_L3 = word_positions(last - seen_V3.shape[0])
-        positions_L3 = torch.cat([words_L3, seen_V3, grid_N3] if self.sees_latent else [words_L3, seen_V3])
-        positions = rotary(positions_L3, self.head_width, self.rope_theta, x_BLR.device)
-        mask_BL = extended(mask_BT, before=first, after=x_BLR.shape[1] - last)
+        places = (Words(last - total(seen)), *seen, *([grid] if self.sees_latent else []))
+        positions = rotary(places, self.head_width, self.rope_theta, x_BLR.device)
+        sequence = extended(padding, before=first, after=x_BLR.shape[1] - last)
         for block in self.blocks:
-            x_BLR = block(x_BLR, positions, mask_BL)
+            x_BLR = block(x_BLR, positions, sequence)
         tokens_out = self.norm_out(x_BLR[:, first:last])
         if self.per_sample:
             # The head is linear: its logits of the mean are the mean of the logits.
-            tokens_out = _mean(tokens_out, mask_BT)
+            tokens_out = _mean(tokens_out, padding)
         return self.head(tokens_out).unflatten(-1, (self.layers, -1))
 
 
-def _mean(x_BTR: Tensor, mask_BT: Tensor | None) -> Tensor:
+def _mean(x_BTR: Tensor, padding: Padding) -> Tensor:
     """Mean over the real tokens, [B, 1, R]."""
-    if mask_BT is None:
+    if isinstance(padding, Ragged):
+        return torch.cat([_mean(padding.row(x_BTR, b), None) for b in range(x_BTR.shape[0])])
+    if padding is None:
         return x_BTR.mean(dim=1, keepdim=True)
-    real_BT1 = mask_BT[..., None].to(x_BTR.dtype)
+    real_BT1 = padding[..., None].to(x_BTR.dtype)
     return (x_BTR * real_BT1).sum(dim=1, keepdim=True) / real_BT1.sum(dim=1, keepdim=True)

@@ -73,8 +73,8 @@ class Objective(nn.Module):
                 bank = replace(bank, references=references)
             else:
                 bank = self.tower.look(bank, sight_BVMZ, references)
-            assert bank.mask_BT is not None
-            mask_BT, importance = bank.mask_BT, importance_of_change(z0_BCHW, references_BCHW)
+            assert isinstance(bank.padding, Tensor)
+            mask_BT, importance = bank.padding, importance_of_change(z0_BCHW, references_BCHW)
         x_hat, route = self.tower(z_BCHW, t_B, bank, epsilon=self.epsilon)
         return velocity_loss(x_hat, z0_BCHW, t_B, importance), layer_use(route, mask_BT, states_BTMS.shape[2])
 

@@ -1,0 +1,124 @@
+"""Branches computed in one pass are what they are alone: whatever their lengths, contexts, pictures and rules.
+
+Shapes: as in `mos_cli.sampling.branches`.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_fusion import FIXED, ROUTED, name_of
+from test_references import WIDTHS, V
+from test_towers import J, M, inputs, small_tower
+
+from mos_cli.routing.recorder import Recorder
+from mos_cli.routing.trace import Wanted
+from mos_cli.runtime.bundles import Bundle
+from mos_cli.runtime.outputs import read_drawing
+from mos_cli.sampling.branches import Branches, Steered
+from mos_cli.sampling.sampler import Step
+from mos_cli.towers.bank import StateBank
+from mos_cli.towers.generation import GenerationTower
+from mos_cli.towers.layers import Ragged
+from mos_cli.towers.router import Steering, even_route
+
+TOKENS = {"positive": 6, "negative": 2, "unseen": 2}
+CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(0, 3), st.integers(0, 3))
+def test_rows_come_back_from_a_padded_batch(lengths: list[int], before: int, after: int) -> None:
+    rows = [torch.randn(1, before + length + after, 2) for length in lengths]
+    ragged = Ragged(tuple(lengths), first=before)
+    joined = ragged.join(rows, fill=float("nan"))
+    assert joined.shape == (len(lengths), before + max(lengths) + after, 2)
+    assert all(torch.equal(ragged.row(joined, number), row) for number, row in enumerate(rows))
+
+
+def banks(tower: GenerationTower) -> dict[str, StateBank]:
+    """Of prompts of unlike lengths; where the tower sees, the first two are in sight of a picture."""
+    made = {name: tower.read(inputs(1, tokens)[2]) for name, tokens in TOKENS.items()}
+    if not tower.sight_widths:
+        return made
+    references = tower.remember([torch.randn(1, 3, 32, 24, generator=torch.Generator().manual_seed(1))])
+    sight = torch.randn(1, V, M, max(WIDTHS), generator=torch.Generator().manual_seed(2))
+    seeing = {name: tower.look(made[name], sight, references) for name in ("positive", "negative")}
+    return made | seeing
+
+
+@torch.no_grad()
+def step(
+    tower: GenerationTower, joined: bool, wanted: Wanted = Wanted(), **steerings: Steered
+) -> tuple[Step, Recorder]:
+    """One step, as the sampler takes it, and what was recorded of it."""
+    z, recorder = inputs(1)[0], Recorder(wanted)
+    predict = Branches(tower, banks(tower), joined=joined)
+    with recorder.watching(tower):
+        x_hats, routes = predict(tuple(TOKENS), z, 0.6, steerings.get)
+        seen = Step(0, 1, 0.6, torch.cat(list(x_hats.values())), routes)
+        recorder(seen)
+    return seen, recorder
+
+
+def same(tower: GenerationTower, wanted: Wanted = Wanted(), **steerings: Steered) -> tuple[Recorder, Recorder]:
+    (one, recorded), (other, expected) = (step(tower, joined, wanted, **steerings) for joined in (True, False))
+    torch.testing.assert_close(one.x_hat_BCHW, other.x_hat_BCHW, **CLOSE)
+    assert list(one.routes) == list(other.routes) == list(TOKENS)
+    for name, route in other.routes.items():
+        assert torch.equal(one.routes[name].ids_BTJK, route.ids_BTJK)
+        torch.testing.assert_close(one.routes[name].weights_BTJK, route.weights_BTJK, **CLOSE)
+        assert recorded.changed(name) == expected.changed(name)
+    return recorded, expected
+
+
+@pytest.mark.parametrize("variant", [*FIXED, *ROUTED], ids=name_of)
+@pytest.mark.parametrize("sight", [(), WIDTHS], ids=["words", "pictures"])
+def test_a_branch_is_what_it_is_alone(variant: dict[str, Any], sight: tuple[int, ...]) -> None:
+    same(small_tower(**variant, sight_widths=sight))
+
+
+def test_branches_with_the_same_pictures_share_a_pass() -> None:
+    def rows_of(sight: tuple[int, ...], joined: bool) -> list[int]:
+        tower, rows = small_tower(sight_widths=sight), []
+        tower.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+        step(tower, joined)
+        return rows
+
+    assert rows_of((), True) == [3]
+    assert rows_of(WIDTHS, True) == [2, 1]
+    assert rows_of((), False) == rows_of(WIDTHS, False) == [1, 1, 1]
+
+
+def test_rules_of_one_branch_leave_the_others_alone() -> None:
+    tower, T = small_tower(), TOKENS["negative"]
+    allowed = torch.ones(1, T, J, M, dtype=torch.bool)
+    allowed[:, 0, :, 1:] = False
+    same(tower, negative=Steering(allowed))
+    bias = torch.zeros(1, T, J, M)
+    bias[:, 1, :, 2] = 9.0
+    same(tower, negative=Steering(torch.ones_like(allowed), bias))
+    order = torch.arange(M).flip(0).expand(J, M)
+    shuffled = {name: Steering(torch.ones(1, T, J, M, dtype=torch.bool), None, order) for name, T in TOKENS.items()}
+    same(tower, **shuffled)
+    same(tower, **dict.fromkeys(TOKENS, even_route([[M - 1]] * J, torch.device("cpu"))))
+
+
+@pytest.mark.parametrize("context", ["kv", "tokens", "cross"])
+def test_what_is_recorded_is_the_same(context: Any) -> None:
+    wanted = Wanted(probabilities=True, regions=True)
+    recorded, expected = same(small_tower(context=context, sight_widths=WIDTHS), wanted)
+    ours, theirs = recorded.routes(), expected.routes()
+    for name, tokens in TOKENS.items():
+        tokens += V if name != "unseen" else 0
+        assert ours[name].probabilities_SJTM.shape == (1, J, tokens, M)
+        assert ours[name].regions_JTN.shape == (J, tokens, 12)
+        for kind in ("probabilities_SJTM", "regions_JTN"):
+            seen, alone = (torch.from_numpy(getattr(routes[name], kind)) for routes in (ours, theirs))
+            torch.testing.assert_close(seen, alone, atol=2e-3, rtol=0)
+
+
+def test_the_record_tells_how_a_picture_was_drawn(mos, bundle: Bundle, tmp_path) -> None:
+    assert mos("generate", "a red apple", "-s", 1, "-o", tmp_path / "a.png").exit_code == 0
+    assert read_drawing(tmp_path / "a.png")[1].made.together
