@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.progress import track
 
 from mos_cli.cli.asked import shared_fields
-from mos_cli.cli.drawing import Report, load_pipeline
+from mos_cli.cli.drawing import Report
+from mos_cli.cli.loading import load_pipeline
 from mos_cli.runtime.bundles import edits_of, find_bundle
 from mos_cli.runtime.quiet import quieten
 from mos_cli.runtime.settings import RunSettings, make_settings

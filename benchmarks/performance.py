@@ -6,25 +6,28 @@ rivals     a forward beside those of Qwen-Image, FLUX.1-dev and SANA-1.5, one af
 share      operations per second of a forward, as a share of those of one large product
 nf4        a forward with quantised blocks beside bf16
 attention  a forward with xformers' attention beside PyTorch's
+together   a step with guidance, both branches in one pass, beside two passes
+compile    a step with blocks compiled, and as one CUDA graph, beside an eager one: what it costs and when it has paid
+sync       whether the host waits for the device within the steps of a picture
 
 Prints a markdown table and one JSON object per row. Networks are made on the device from configs alone. `--tiny` runs
 the same code with small networks on any machine: it shows that the script works, its figures mean nothing.
 
-python benchmarks/performance.py {caps,router,rivals,share,nf4,attention} [--rounds N] [--tiny]
+python benchmarks/performance.py {caps,router,rivals,share,nf4,attention,together,compile,sync} [--rounds N] [--tiny]
 """
 
 import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import performance_networks as networks
 import torch
 from performance_caps import draw_under
-from torch import Tensor
+from performance_model import MoSL, Row, Run, difference, matmul_rate, seconds
+from performance_steps import compiled, sync, together
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mos_cli.benching import Clock
@@ -34,59 +37,6 @@ from mos_cli.runtime.fitting import CARDS
 from mos_cli.runtime.memory import GIB
 from mos_cli.runtime.quiet import quieten
 from mos_cli.towers.attention import choose_attention
-from mos_cli.towers.bank import StateBank
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where and how often to measure."""
-
-    device: torch.device
-    rounds: int
-    tiny: bool
-
-
-class MoSL:
-    """MoS-L's generation tower, a bank and noise: ready for a forward.
-
-    Args:
-        scale: the side of the latent, in that of a 1024 px picture: 2 makes 4,096 tokens instead of 1,024.
-    """
-
-    def __init__(self, run: Run, method: Any = None, *, scale: int = 1) -> None:
-        network = networks.mos_l(tiny=run.tiny)
-        self.run, self.scale = run, scale
-        self.tower = networks.generation_tower(network.generation, run.device, method)
-        self.attention = choose_attention(self.tower, "auto")
-        self.bank: StateBank = networks.bank(network, self.tower, run.device)
-        self.z_BCHW = networks.latents(network, run.device, scale=scale)
-        self.t_B = torch.full((1,), 0.5, device=run.device)
-
-    @torch.inference_mode()
-    def forward(self) -> Tensor:
-        return self.tower(self.z_BCHW, self.t_B, self.bank)[0]
-
-    def seconds(self) -> float:
-        return seconds(self.forward, self.run)
-
-
-def seconds(action: Callable[[], object], run: Run) -> float:
-    """The median time of an action on the device, after two that warm up."""
-    clock, pairs = Clock(run.device), []
-    for _ in range(run.rounds + 2):
-        began = clock.now()
-        action()
-        pairs.append((began, clock.now()))
-    return statistics.median(clock.between(*pair) for pair in pairs[2:])
-
-
-def matmul_rate(run: Run) -> float:
-    """Operations per second of a large product in bf16."""
-    side = 256 if run.tiny else 8192
-    a, b = (torch.randn(side, side, device=run.device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * side**3 / seconds(lambda: a @ b, run)
 
 
 def caps(run: Run) -> list[Row]:
@@ -187,7 +137,7 @@ def attention(run: Run) -> list[Row]:
     rows: list[Row] = []
     for scale in (1, 2):
         model = MoSL(run, scale=scale)
-        tokens = model.z_BCHW.shape[-1] * model.z_BCHW.shape[-2]
+        tokens = model.patches
         choose_attention(model.tower, "sdpa")
         said, took = model.forward(), model.seconds()
         rows.append({"attention": "sdpa", "tokens": tokens, "forward_seconds": took})
@@ -196,13 +146,14 @@ def attention(run: Run) -> list[Row]:
         except DeviceError as error:
             rows.append({"attention": "xformers", "tokens": tokens, "why": str(error).split(":")[0]})
             continue
-        differs = ((model.forward() - said).norm() / said.norm()).item()
+        differs = difference(model.forward(), said)
         times = {"forward_seconds": (other := model.seconds()), "ratio": other / took}
         rows.append({"attention": "xformers", "tokens": tokens, **times, "difference": differs})
     return rows
 
 
-PARTS = {part.__name__: part for part in (caps, router, rivals, share, nf4, attention)}
+PARTS = {part.__name__: part for part in (caps, router, rivals, share, nf4, attention, together, sync)}
+PARTS["compile"] = compiled
 
 
 def main(arguments: list[str] | None = None) -> int:

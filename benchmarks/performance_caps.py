@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mos_cli.benching import PeakMemory
 from mos_cli.placement import Places
-from mos_cli.runtime.fitting import candidates, fastest, methods
-from mos_cli.runtime.memory import GIB, Setting
+from mos_cli.runtime.fitting import candidates, fastest
+from mos_cli.runtime.memory import GIB, Quant, Setting
+from mos_cli.runtime.quantising import Method
 from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, sample
 from mos_cli.towers.attention import choose_attention
 
@@ -50,7 +51,8 @@ def draw_under(gib: int, plan: networks.Network, network: networks.Network, devi
     networks.free(device)
     if device.type == "cuda":
         _cap(gib * GIB, device)
-    row = {"cap_gib": gib, "setting": best.options, "tiled": best.setting.tiled, "planned_gib": best.peak / GIB}
+    laid = {"setting": best.options, "tiled": best.setting.tiled, "together": best.setting.together}
+    row = {"cap_gib": gib, **laid, "planned_gib": best.peak / GIB}
     try:
         picture = _draw(network, best.setting, stages)
     except torch.OutOfMemoryError as error:
@@ -81,14 +83,15 @@ def _cap(size: int, device: torch.device) -> None:
 
 
 def _draw(network: networks.Network, setting: Setting, stages: Stages) -> Tensor:
-    """The picture [1, 3, height, width]; towers come and go as in `MoSPipeline`, by the same code."""
+    """The picture [1, 3, height, width]; towers come and go as in `load_parts` and `MoSPipeline`, by the same code."""
     device, defaults, places = stages.device, network.defaults, Places(stages.device, setting.offload)
-    understanding, generation = methods(f"{setting.understanding},{setting.generation}")
 
     def load() -> tuple[Any, ...]:
-        reader = networks.understanding_tower(network.understanding, device, understanding)
+        reader = networks.understanding_tower(network.understanding, device, _method(setting.understanding))
         places.add_reader(reader)  # type: ignore[arg-type]
-        tower = networks.generation_tower(network.generation, places.loading, generation)
+        tower = networks.generation_tower(network.generation, places.loading, _method(setting.generation))
+        with places.glimpsed(tower):
+            choose_attention(tower, "auto")
         places.add_tower(tower)
         autoencoder = networks.autoencoder(network, device)
         if setting.tiled:
@@ -106,11 +109,14 @@ def _draw(network: networks.Network, setting: Setting, stages: Stages) -> Tensor
 
     reader, tower, autoencoder = stages.run("load", load)
     states = stages.run("read", read)
-    # Now that the tower is where it computes: what takes its attention depends on the device.
-    choose_attention(tower, "auto")
     banks = stages.run("bank", lambda: [tower.read(states.pop(0)) for _ in range(2)])
     noise, branches = networks.latents(network, device), {POSITIVE: banks[0], NEGATIVE: banks[1]}
     guidance, scheduler = Guidance(defaults.cfg, defaults.cfg_interval), FlowMatchEulerDiscreteScheduler()
     asked: dict[str, Any] = {"steps": defaults.steps, "guidance": guidance, "scheduler": scheduler}
+    asked["joined"] = setting.together
     z = stages.run("draw", lambda: sample(tower, noise, branches, **asked))
     return stages.run("decode", decode)
+
+
+def _method(quant: Quant) -> Method | None:
+    return None if quant == "none" else quant

@@ -34,7 +34,7 @@ HEAD = 128
 
 
 def mos_l(*, tiny: bool) -> Network:
-    """MoS-L with Qwen3-VL-8B, by its blueprint; or a network of the same kind that any CPU runs in a moment."""
+    """MoS-L with Qwen3-VL-8B, by its blueprint, drawing from words alone; or a small one of its kind for any CPU."""
     network = find_network("mos-l", "qwen3-vl-8b")
     if not tiny:
         return network
@@ -106,10 +106,11 @@ def latents(network: Network, device: torch.device, *, scale: int = 1) -> Tensor
 
 
 @torch.inference_mode()
-def bank(network: Network, tower: GenerationTower, device: torch.device) -> StateBank:
-    """The bank of a prompt whose states are noise."""
+def bank(network: Network, tower: GenerationTower, device: torch.device, tokens: int = TOKENS) -> StateBank:
+    """The bank of a prompt of so many tokens whose states are noise, the same for every call."""
     layers, width = network.understanding.states
-    return tower.read(torch.randn(1, TOKENS, layers, width, device=device, dtype=COMPUTE))
+    noise = torch.Generator(device).manual_seed(tokens)
+    return tower.read(torch.randn(1, tokens, layers, width, generator=noise, device=device, dtype=COMPUTE))
 
 
 @dataclass(frozen=True)

@@ -3,24 +3,33 @@
 The floor is the time that the matrix products of router and generation tower would take at the rate of one large
 product. The rate is measured between the pictures, so that whatever else the machine does slows both alike.
 
-python benchmarks/sampling.py [PICTURES]
+With `--against` every picture is drawn both ways, one right after the other: as `mos` does it, and with guidance's
+branches in passes of their own ("apart") or the blocks compiled ("compiled"), which begins with empty caches.
+
+python benchmarks/sampling.py [PICTURES] [--against apart|compiled]
 """
 
+import argparse
+import math
 import statistics
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from caching import psnr
 from torch import nn
+from torch._inductor.utils import fresh_cache
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mos_cli.cli.fetching import fetch_with_progress
-from mos_cli.pipeline import DTYPES, MoSPipeline
+from mos_cli.loading import DTYPES
+from mos_cli.pipeline import MoSPipeline
 from mos_cli.runtime.bundles import Bundle, find_bundle
 from mos_cli.runtime.devices import choose_device, choose_precision, device_name
+from mos_cli.runtime.memory import Setting
 from mos_cli.runtime.quiet import quieten
 from mos_cli.runtime.recipe import Recipe, make_recipe
 from mos_cli.runtime.settings import RunSettings
@@ -92,16 +101,11 @@ def recipe_of(bundle: Bundle, precision: str, number: int) -> Recipe:
     )
 
 
-def main() -> None:
-    pictures = int(sys.argv[1]) if len(sys.argv) > 1 else 8
-    quieten()
-    bundle, device = find_bundle(RunSettings().model), choose_device("auto")
-    precision = choose_precision(device)
-    tower = fetch_with_progress(bundle.index.understanding)
-    pipeline = MoSPipeline(bundle, tower, device=device, precision=precision)
-    operations = count_operations(pipeline, recipe_of(bundle, precision, 0))
+def where_time_goes(pipeline: MoSPipeline, precision: str, pictures: int) -> None:
+    """Prints the seconds of a picture's parts, and how far that is from the floor."""
+    operations = count_operations(pipeline, recipe_of(pipeline.bundle, precision, 0))
 
-    watch = Stopwatch(device)
+    watch = Stopwatch(pipeline.device)
     watch.watch("understanding", pipeline.understanding.model)
     if pipeline.tower.router is not None:
         watch.watch("router", pipeline.tower.router)
@@ -112,7 +116,7 @@ def main() -> None:
     for number in range(pictures + 1):
         # A picture drawn alone reads both of its prompts.
         pipeline.reader.forget()
-        recipe = recipe_of(bundle, precision, number)
+        recipe = recipe_of(pipeline.bundle, precision, number)
         drawn.append(watch.time(lambda recipe=recipe: pipeline.draw(recipe)))
         rates.append({name: matmul_rate(dtype, watch) for name, dtype in DTYPES.items()})
     # The first is the warm-up.
@@ -123,8 +127,6 @@ def main() -> None:
     floors = [operations["tower and router"] / rate[precision] for rate in rates]
     ratio = statistics.median(times["all"] / floor for times, floor in zip(drawn, floors, strict=True))
 
-    print(f"{bundle.ref} {recipe.width}x{recipe.height}, {recipe.steps} steps, cfg {recipe.cfg:g} in ", end="")
-    print(f"{recipe.cfg_interval}, {precision}, {device_name(device)}, {torch.get_num_threads()} threads")
     print(f"\n| of {pictures} pictures | median |\n| --- | --- |")
     print(f"| seconds per picture | {seconds.pop('all'):.3f} |")
     for name, value in seconds.items():
@@ -135,6 +137,56 @@ def main() -> None:
         print(f"| GFLOP/s of a large product, {name} | {statistics.median(rate[name] for rate in rates) / 1e9:.0f} |")
     print(f"| floor, seconds | {statistics.median(floors):.3f} |")
     print(f"| seconds / floor | {ratio:.1f} |")
+
+
+def compare(pipeline: MoSPipeline, other: MoSPipeline, against: str, precision: str, pictures: int) -> None:
+    """Prints the seconds of pictures drawn both ways, and what the first of each prompt cost beyond them."""
+    watch = Stopwatch(pipeline.device)
+    ways = {"as it is": pipeline, against: other}
+    took: dict[str, list[float]] = {name: [] for name in ways}
+    alike = []
+    for number in range(len(PROMPTS) + pictures):
+        recipe, images = recipe_of(pipeline.bundle, precision, number), []
+        for name in ways if number % 2 else reversed(ways):
+            ways[name].reader.forget()
+            took[name].append(watch.time(lambda way=ways[name]: images.append(way.draw(recipe).image))["all"])  # noqa: B023
+        alike.append(psnr(*images))
+    first = {name: seconds[: len(PROMPTS)] for name, seconds in took.items()}
+    steady = {name: seconds[len(PROMPTS) :] for name, seconds in took.items()}
+    plain, changed = (statistics.median(seconds) for seconds in steady.values())
+    cost = sum(first[against]) - len(PROMPTS) * changed
+    print(f"\n| of {pictures} pictures, seconds | {' | '.join(ways)} |\n| --- | ---: | ---: |")
+    print(f"| median | {plain:.3f} | {changed:.3f} |")
+    print(f"| least | {' | '.join(f'{min(seconds):.3f}' for seconds in steady.values())} |")
+    for number, prompt in enumerate(PROMPTS):
+        print(f"| the first of {prompt!r} | {' | '.join(f'{first[name][number]:.3f}' for name in ways)} |")
+    pairs = [b / a for a, b in zip(*steady.values(), strict=True)]
+    print(f"\n{against} / as it is: {statistics.median(pairs):.3f}, the median of pairs", end="; ")
+    print(f"PSNR between the two {min(alike):.1f} to {max(alike):.1f} dB")
+    if against == "compiled":
+        paid = f"after {math.ceil(cost / (plain - changed))} pictures" if changed < plain else "never"
+        print(f"the first of every prompt took {cost:.1f} s more than later ones; paid {paid}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", type=int, nargs="?", default=8)
+    parser.add_argument("--against", choices=("apart", "compiled"))
+    asked = parser.parse_args()
+    quieten()
+    bundle, device = find_bundle(RunSettings().model), choose_device("auto")
+    precision = choose_precision(device)
+    tower = fetch_with_progress(bundle.index.understanding)
+    load = partial(MoSPipeline, bundle, tower, device=device, precision=precision)
+    recipe = recipe_of(bundle, precision, 0)
+    print(f"{bundle.ref} {recipe.width}x{recipe.height}, {recipe.steps} steps, cfg {recipe.cfg:g} in ", end="")
+    print(f"{recipe.cfg_interval}, {precision}, {device_name(device)}, {torch.get_num_threads()} threads")
+    if asked.against is None:
+        where_time_goes(load(), precision, asked.pictures)
+        return
+    with fresh_cache():
+        other = load(setting=Setting(together=asked.against != "apart"), compiled=asked.against == "compiled")
+        compare(load(), other, asked.against, precision, asked.pictures)
 
 
 if __name__ == "__main__":

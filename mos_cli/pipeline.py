@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 
 from mos_cli.editing import finish, lay
-from mos_cli.errors import MemoryLimitError, ModelError, MosError, UsageError
+from mos_cli.errors import DeviceError, MemoryLimitError, UsageError
+from mos_cli.loading import load_parts
 from mos_cli.placement import Places, VisitingTower, card
 from mos_cli.reading import PromptReading, Reader
 from mos_cli.routing.given import check_model, choices_hash, given_choices
@@ -30,16 +30,10 @@ from mos_cli.runtime.inputs import Inputs
 from mos_cli.runtime.memory import Setting
 from mos_cli.runtime.recipe import PictureRecord, Recipe, pixels_hash, provenance
 from mos_cli.runtime.settings import smaller
+from mos_cli.sampling.caching import caching
 from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, UNSEEN, Guidance, Observer, sample, times
-from mos_cli.towers.attention import Asked, choose_attention
-from mos_cli.towers.autoencoder import Autoencoder, Latents, Pixels, load_autoencoder, to_image
-from mos_cli.towers.eyes import Eyes
-from mos_cli.towers.quantised import load_generation
-from mos_cli.towers.seeing import load_understanding
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-LARGE = 2_000_000_000
-"""Bytes of an understanding tower as downloaded, above which it reads in bf16, as it was trained."""
+from mos_cli.towers.attention import Asked
+from mos_cli.towers.autoencoder import to_image
 
 
 @dataclass(frozen=True)
@@ -62,6 +56,7 @@ class MoSPipeline:
         understanding: folder of the understanding tower, as `fetch_tower` returns it.
         attention: what computes it; see `choose_attention`.
         setting: how it is laid out; a tower is quantised while it is loaded.
+        compiled: the generation tower's blocks are compiled when they are first used, which takes a while.
 
     Raises:
         ModelError: the bundle is damaged, or its parts do not fit together.
@@ -78,58 +73,26 @@ class MoSPipeline:
         precision: str,
         attention: Asked = "auto",
         setting: Setting = Setting(),
+        compiled: bool = False,
     ) -> None:
         verify_bundle(bundle)
-        self.bundle, self.bundle_hash, self.device, self.setting = bundle, bundle.hash, device, setting
+        self.bundle, self.bundle_hash, self.device = bundle, bundle.hash, device
+        self.precision, self.setting, self.compiled = precision, setting, compiled
         self.places = Places(device, setting.offload)
         try:
-            self._load(understanding, DTYPES[precision], attention)
+            parts = load_parts(
+                bundle, understanding, self.places, precision=precision, attention=attention, setting=setting
+            )
         except (torch.OutOfMemoryError, MemoryError):
             raise self._out_of_memory(bundle.index.canvas.native, "take a smaller model") from None
+        self.understanding, self.tower, self.attention = parts.understanding, parts.tower, parts.attention
+        self.scheduler, self.autoencoder, self.eyes = parts.scheduler, parts.autoencoder, parts.eyes
+        if compiled:
+            # For any length of a prompt at once: a picture does not depend on those drawn before it.
+            self.tower.compile_repeated_blocks(dynamic=True)
         self._visitor = VisitingTower(self.understanding, self.places)
         name, read = bundle.index.name, self._visitor.read
         self.reader = Reader(self.understanding, self.eyes, self.tower, name, read=read)
-
-    def _load(self, understanding: Path, dtype: torch.dtype, attention: Asked) -> None:
-        """Loads one part after the other; each leaves the device before the next comes, if it is to."""
-        bundle, device, reads, draws = self.bundle, self.device, self.setting.understanding, self.setting.generation
-        # The states are few and computed once: full precision costs nothing that can be felt, but in large towers.
-        large = bundle.index.understanding.size > LARGE or reads != "none"
-        self.understanding = load_understanding(
-            understanding,
-            dtype=torch.bfloat16 if large else torch.float32,
-            device=str(device),
-            quant=None if reads == "none" else reads,
-        )
-        self.places.add_reader(self.understanding)
-        self.autoencoder: Autoencoder = Pixels()
-        self.eyes: Eyes | None = None
-        try:
-            self.tower = load_generation(
-                bundle.folder / "generation",
-                None if draws == "none" else draws,
-                device=self.places.loading,
-                quantised_on=device,
-                dtype=dtype,
-            )
-            with self.places.glimpsed(self.tower):
-                self.attention = choose_attention(self.tower, attention)
-            self.places.add_tower(self.tower)
-            self.scheduler: FlowMatchEulerDiscreteScheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(  # type: ignore[assignment]
-                bundle.folder / "scheduler"
-            )
-            if (bundle.folder / "autoencoder").is_dir():
-                self.autoencoder = load_autoencoder(bundle.folder / "autoencoder", dtype=dtype, device=str(device))
-                if self.setting.tiled and isinstance(self.autoencoder, Latents):
-                    self.autoencoder.model.enable_tiling()
-                self.places.add_other(self.autoencoder)
-            if bundle.index.edits is not None and not self.tower.sees:
-                self.eyes = Eyes.from_pretrained(bundle.folder / "eyes", torch_dtype=torch.float32).to(device)  # type: ignore[arg-type]
-                self.places.add_other(self.eyes)
-        except (MosError, torch.OutOfMemoryError):
-            raise
-        except (OSError, ValueError, RuntimeError, TypeError) as error:
-            raise ModelError(f"the bundle in {bundle.folder} cannot be loaded: {error}") from None
 
     def read_ahead(self, recipes: Sequence[Recipe]) -> None:
         """Reads the prompts of a run at once where the understanding tower would have to come back for each.
@@ -163,7 +126,16 @@ class MoSPipeline:
         Raises:
             InputError: a prompt is longer than the understanding tower reads.
             MemoryLimitError: the device ran out of memory.
+            DeviceError: the blocks are to be compiled, and cannot be.
+            UsageError: what is wanted cannot be had of compiled blocks.
         """
+        if self.compiled and wanted.regions:
+            raise UsageError(
+                "--regions look into the blocks, and compiled ones cannot be looked into: drop one of the two"
+            )
+        if (recipe.feature_cache or 1) > 1 and (self.compiled or wanted.regions):
+            other = "--compile" if self.compiled else "--regions"
+            raise UsageError(f"{other} does not go with --feature-cache, which leaves blocks out: drop one of the two")
         guidance = Guidance(recipe.cfg, recipe.cfg_interval, 1.0 if recipe.edit is None else recipe.edit.image_cfg)
         recorder, laid = Recorder(wanted), None
         try:
@@ -175,9 +147,9 @@ class MoSPipeline:
                 readings = seen | {UNSEEN: readings[NEGATIVE]}
             readings = {branch: readings[branch] for branch in guidance.branches(guidance.interval[0])}
             steerer = self._steerer(recipe, guidance, readings, wanted, route_from)
-            with recorder.watching(self.tower):
+            with recorder.watching(self.tower), caching(self.tower, recipe.feature_cache, recipe.steps) as tower:
                 z = sample(
-                    self.tower,
+                    tower,
                     self._noise(recipe),
                     {branch: reading.bank for branch, reading in readings.items()},
                     steps=recipe.steps,
@@ -194,8 +166,10 @@ class MoSPipeline:
             if inputs is not None:
                 image = finish(image, inputs, recipe)
         except (torch.OutOfMemoryError, MemoryError):
-            option = "--size" if inputs is None else "--max-pixels"
-            raise self._out_of_memory(recipe.working_size, f"take a smaller {option}") from None
+            option, shown = ("--size", 0) if inputs is None else ("--max-pixels", len(inputs.pictures))
+            raise self._out_of_memory(recipe.working_size, f"take a smaller {option}", shown) from None
+        except RuntimeError as error:
+            raise _not_compiled(error) if self.compiled else error from None
         made = provenance(
             bundle_hash=self.bundle_hash,
             device=device_name(self.device),
@@ -203,6 +177,7 @@ class MoSPipeline:
             threads=device_threads(self.device),
             tiled=self.setting.tiled,
             together=self.setting.together,
+            compiled=self.compiled,
         )
         record = PictureRecord(
             schema="mos-picture/1",
@@ -214,10 +189,10 @@ class MoSPipeline:
         routes = recorder.routes()
         return Drawing(image, record, self._trace(record, readings, recorder, routes, steerer), routes, previews)
 
-    def _out_of_memory(self, size: tuple[int, int], otherwise: str) -> MemoryLimitError:
+    def _out_of_memory(self, size: tuple[int, int], otherwise: str, references: int = 0) -> MemoryLimitError:
         """What to do where memory ran out: the setting that should fit, if there is one, or something else."""
         room = card(self.device) if self.device.type == "cuda" else None
-        found = smaller(self.bundle.ref, size, self.setting, room)
+        found = smaller(self.bundle.ref, size, self.setting, room, precision=self.precision, references=references)
         advice = otherwise
         if found is not None:
             # Tiles follow from the memory alone.
@@ -293,3 +268,13 @@ class MoSPipeline:
             probabilities=recorder.wanted.probabilities or None,
             regions=recorder.grid,
         )
+
+
+def _not_compiled(error: RuntimeError) -> Exception:
+    """What to say of an error that compiling may have caused."""
+    from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+
+    if not isinstance(error, BackendCompilerFailed | Unsupported):
+        return error
+    reason = str(error).strip().splitlines()[0]
+    return DeviceError(f"the blocks cannot be compiled here ({reason}): install a C++ compiler, or drop --compile")

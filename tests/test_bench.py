@@ -1,17 +1,11 @@
-"""`mos bench` and the script that fills the table for GPUs: what they promise, and that they run here."""
+"""`mos bench`: what it promises."""
 
 import json
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import performance
-import performance_networks as networks
 
 from mos_cli.benching import PeakMemory, Timing, measure
 from mos_cli.cli.bench import measure_preset
@@ -95,45 +89,3 @@ def test_mistakes_are_told_before_anything_is_loaded(mos) -> None:
 def test_presets_for_cards_say_how_large_they_are() -> None:
     for card in CARDS:
         assert load_preset(f"gpu-{card}gb").settings == Settings(max_vram=card)
-
-
-@pytest.mark.parametrize("part", [part for part in performance.PARTS if part != "caps"])
-def test_every_part_of_the_table_can_be_filled(part: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert performance.main([part, "--tiny", "--rounds", "1"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    rows = [json.loads(line) for line in lines if line.startswith("{")]
-    assert rows
-    assert {row["part"] for row in rows} == {part}
-    assert all(row["tiny"] for row in rows)
-    # A header and its rule, a line for each row, and an empty one.
-    table = lines[: len(lines) - len(rows)]
-    assert len(table) == len(rows) + 3
-    assert len({line.count("|") for line in table[:-1]}) == 1
-
-
-def test_every_cap_is_drawn_under_in_the_setting_of_its_card(capsys: pytest.CaptureFixture[str]) -> None:
-    assert performance.main(["caps", "--tiny"]) == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    assert [row["cap_gib"] for row in rows] == [24, 16, 12, 8]
-    assert all(row["passes"] and row["planned_gib"] < row["cap_gib"] for row in rows)
-    assert "--offload none" not in rows[-1]["setting"]
-
-
-def test_without_a_gpu_the_table_is_not_filled(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert performance.main(["router"]) == 6
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert len(said.err.splitlines()) == 1
-
-
-def test_the_networks_are_as_large_as_those_they_stand_for() -> None:
-    for rival, parameters in ((networks.QWEN_IMAGE, 20.4e9), (networks.FLUX, 11.9e9), (networks.SANA, 4.72e9)):
-        assert rival.parameters() == pytest.approx(parameters, rel=0.005)
-    shape = networks.mos_l(tiny=True).understanding
-    made = networks.understanding_tower(shape, CPU)
-    count = sum(weight.numel() for weight in made.parameters())
-    assert count == pytest.approx(shape.linear + shape.other, rel=0.01)
-    assert networks.read_states(made).shape == (1, 256, *shape.states)

@@ -15,9 +15,10 @@ import torch
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from safetensors import safe_open
 from safetensors.torch import load_file
+from vlm_towers import LAYERS, WIDTH, qwen3_vl
 
 from mos_cli.errors import InputError, ModelError, UsageError
-from mos_cli.runtime.blueprints import Blueprint, find_blueprint, list_blueprints
+from mos_cli.runtime.blueprints import Blueprint, find_blueprint, find_network, list_blueprints
 from mos_cli.runtime.bundles import find_bundle, verify_bundle
 from mos_cli.runtime.folders import models_folder
 from mos_cli.runtime.shapes import GenerationShape, read_generation
@@ -52,6 +53,9 @@ def small(depth: int = 3, width: int = 32, **changes: Any) -> Blueprint:
     }
     numbers["canvas"] = {"native": [32, 32], "multiple": 4, "min": 16, "max": 64}
     numbers["defaults"]["steps"] = 2
+    # The encoder of the tests does not see.
+    numbers["edits"] = None
+    numbers["generation"]["sees"] = False
     sizes = {"layers": 3, "width": 32, "hidden": 64, "linear": 1, "other": 1, "vision": 0}
     numbers["understanding"] = {"tiny-encoder": sizes}
     return Blueprint.model_validate(numbers)
@@ -124,6 +128,47 @@ def test_both_blueprints_know_the_same_towers() -> None:
     first, second = (find_blueprint(name) for name in NAMES)
     assert first.understanding == second.understanding
     assert first.autoencoder == second.autoencoder
+
+
+def test_models_that_edit_see_and_say_so(tmp_path: Path) -> None:
+    for name in NAMES:
+        blueprint = find_blueprint(name)
+        assert blueprint.edits is not None
+        assert blueprint.shape(blueprint.tower(None)[1]).sees
+    numbers = json.loads(small().model_dump_json())
+    numbers |= {"edits": {**numbers["defaults"], "image_cfg": 1.0}}
+    file = tmp_path / "blind.json"
+    for cell, sees in ((0, True), (32, False)):
+        numbers["generation"]["sees"], numbers["understanding"]["tiny-encoder"]["cell"] = sees, cell
+        file.write_text(json.dumps(numbers))
+        with pytest.raises(ModelError, match="edits: sees must be true"):
+            find_blueprint(str(file))
+
+
+def test_a_bundle_of_a_blueprint_that_edits_edits(tmp_path: Path, cache: Path) -> None:
+    folder = qwen3_vl(tmp_path / "tower")
+    numbers = json.loads(small().model_dump_json())
+    numbers |= {"edits": {**numbers["defaults"], "image_cfg": 1.0}, "name": "sees"}
+    numbers["canvas"] = {"native": [64, 64], "multiple": 32, "min": 32, "max": 64}
+    numbers["generation"]["sees"] = True
+    numbers["understanding"] = {
+        "tiny-encoder": {
+            "layers": LAYERS,
+            "width": WIDTH,
+            "hidden": 128,
+            "linear": 1,
+            "other": 1,
+            "vision": 1,
+            "cell": 32,
+        }
+    }
+    blueprint = Blueprint.model_validate(numbers)
+    write_fresh_bundle(start(blueprint, understanding=folder), tmp_path / "made")
+    bundle = find_bundle(str(tmp_path / "made"))
+    assert bundle.index.edits == blueprint.edits
+    fetch_tower(bundle.index.understanding)
+    network = find_network(str(tmp_path / "made"), references=1)
+    assert network.understanding.cell == 32
 
 
 TEXTS = {

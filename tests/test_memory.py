@@ -18,6 +18,7 @@ from mos_cli.runtime.devices import cpu_threads
 from mos_cli.runtime.memory import Setting, weights
 from mos_cli.runtime.shapes import AutoencoderShape, GenerationShape, UnderstandingShape
 from mos_cli.towers.autoencoder import Enlarger
+from mos_cli.towers.bank import StateBank, together
 from mos_cli.towers.generation import GenerationTower
 
 DTYPES = {4: torch.float32, 2: torch.bfloat16}
@@ -40,7 +41,7 @@ def peak(run: Callable[[], object]) -> int:
 
 def network(generation: GenerationShape, **changes: Any) -> Network:
     """Numbers of a model with this generation tower; the rest is that of mos-s."""
-    return replace(find_network("mos-s"), generation=generation, **changes)
+    return replace(find_network("mos-s"), **{"generation": generation, "references": 0, **changes})
 
 
 SIZES: dict[str, Any] = {
@@ -51,6 +52,12 @@ SIZES: dict[str, Any] = {
     "states_layers": 5,
     "states_width": 64,
 }
+
+
+def bank_of(tower: GenerationTower, *lengths: int) -> StateBank:
+    """The banks of prompts of so many tokens, as they are drawn from."""
+    banks = [tower.read(torch.randn(1, tokens, 5, 64)) for tokens in lengths]
+    return banks[0] if len(banks) == 1 else together(banks)
 
 
 @pytest.mark.parametrize("each", [2, 4])
@@ -66,41 +73,88 @@ SIZES: dict[str, Any] = {
 def test_a_pass_takes_what_is_counted(shape: dict[str, Any], tokens: int, side: int, each: int) -> None:
     config = {**SIZES, **shape}
     tower = GenerationTower(**config).to(DTYPES[each]).eval().requires_grad_(False)  # type: ignore[arg-type]
-    z, t = torch.randn(1, 32, side, side), torch.tensor([0.5])
-    with torch.inference_mode():
-        bank = tower.read(torch.randn(1, tokens, 5, 64))
-        tower(z, t, bank)
-        measured = peak(lambda: tower(z, t, bank))
-    counted = memory.drawing_activations(network(GenerationShape(**config)), "none", tokens, side**2, each)
-    assert counted == pytest.approx(measured, rel=0.1)
+    numbers = network(GenerationShape(**config), each=each)
+    for rows in (1, 2):
+        z, t = torch.randn(1, 32, side, side).expand(rows, -1, -1, -1), torch.full((rows,), 0.5)
+        with torch.inference_mode():
+            # Of a picture's two prompts the shorter is padded.
+            bank = bank_of(tower, *(tokens, 2)[:rows])
+            tower(z, t, bank)
+            measured = peak(lambda: tower(z, t, bank))  # noqa: B023
+        counted = memory.drawing_activations(numbers, "none", tokens, side**2, rows)
+        assert counted == pytest.approx(measured, rel=0.1), rows
 
 
 def test_references_are_counted() -> None:
     config = {**SIZES, "width": 256, "heads": 2, "hidden": 704, "sight_widths": (16,) * 5}
     tower = GenerationTower(**config).to(torch.bfloat16).eval().requires_grad_(False)  # type: ignore[arg-type]
-    z, t = torch.randn(1, 32, 20, 20), torch.tensor([0.5])
+    z, words = torch.randn(1, 32, 20, 20), 4
+    numbers = network(GenerationShape(**config), references=1)
     with torch.inference_mode():
         references = tower.remember([z])
-        bank = tower.look(tower.read(torch.randn(1, 4, 5, 64)), torch.randn(1, 16, 5, 16), references)
-        tower(z, t, bank)
-        measured = peak(lambda: tower(z, t, bank))
-    numbers = network(GenerationShape(**config), references=1)
-    assert memory.drawing_activations(numbers, "none", 20, 400, 2) == pytest.approx(measured, rel=0.1)
+        banks = [
+            tower.look(tower.read(torch.randn(1, count, 5, 64)), torch.randn(1, memory.SIGHT, 5, 16), references)
+            for count in (words, 2)
+        ]
+        for bank in (banks[0], together(banks)):
+            rows = bank.bank_BTMD.shape[0]
+            z_BCHW, t_B = z.expand(rows, -1, -1, -1), torch.full((rows,), 0.5)
+            tower(z_BCHW, t_B, bank)
+            measured = peak(lambda: tower(z_BCHW, t_B, bank))  # noqa: B023
+            counted = memory.drawing_activations(numbers, "none", words + memory.SIGHT, 400, rows)
+            assert counted == pytest.approx(measured, rel=0.1), rows
+            assert bank.router_BTR is not None
+            kept = bank.bank_BTMD.nbytes + bank.router_BTR.nbytes
+            assert memory._bank_of(numbers, rows * (words + memory.SIGHT)) == kept
     kept = sum(kv.nbytes for kv in references.kv) + references.under_BND.nbytes
     assert memory._references(numbers, 400) == {"references": kept}
+
+
+def test_twice_the_branches_take_twice_the_activations_and_a_bank_of_their_own() -> None:
+    size = (1024, 1024)
+    for numbers in (find_network("mos-l"), replace(find_network("mos-s"), references=0)):
+        apart, both = (memory.stages(numbers, Setting(together=together), size)[2].parts for together in (False, True))
+        assert both["activations"] == 2 * apart["activations"]
+        tokens = 2 * memory.context_tokens(numbers, size)
+        assert both["bank"] - apart["bank"] == memory._bank_of(numbers, tokens)
+    # NF4 unpacks one layer, whatever passes it.
+    nf4 = Setting(generation="nf4")
+    one, two = (
+        memory.stages(numbers, replace(nf4, together=together), size)[2].parts["activations"]
+        for together in (False, True)
+    )
+    assert two < 2 * one
+    unguided = replace(numbers, defaults=numbers.defaults.model_copy(update={"cfg": 1.0}))
+    assert memory.stages(unguided, Setting(), size) == memory.stages(unguided, Setting(together=False), size)
+
+
+def test_full_precision_doubles_what_is_not_quantised() -> None:
+    half, full = (find_network("mos-s", precision=precision) for precision in ("bf16", "fp32"))
+    for part in ("blocks", "rest", "others"):
+        assert getattr(weights(full, Setting()), part) == 2 * getattr(weights(half, Setting()), part)
+    assert weights(full, Setting()).understanding == weights(half, Setting()).understanding
+    quantised = Setting(generation="nf4")
+    assert weights(full, quantised).blocks < 1.1 * weights(half, quantised).blocks
 
 
 def test_projecting_takes_what_is_counted() -> None:
     layers, width, tokens = 9, 256, memory.TOKENS
     shape = GenerationShape(**{**SIZES, "states_layers": layers, "states_width": width}, width=128, heads=1, hidden=64)
-    tower = GenerationTower(**shape.model_dump()).to(torch.bfloat16).eval().requires_grad_(False)  # type: ignore[arg-type]
-    for parameters, dtype in ((10**6, torch.float32), (10**10, torch.bfloat16)):
+    for each, parameters, dtype in (
+        (2, 10**6, torch.float32),
+        (2, 10**10, torch.bfloat16),
+        (4, 10**6, torch.float32),
+        (4, 10**10, torch.bfloat16),
+    ):
+        tower = GenerationTower(**shape.model_dump()).to(DTYPES[each]).eval().requires_grad_(False)  # type: ignore[arg-type]
         reader = UnderstandingShape(layers=layers - 1, width=width, hidden=64, linear=parameters, other=0, vision=0)
-        numbers = network(shape, understanding=reader)
+        numbers = network(shape, understanding=reader, each=each)
         states = torch.randn(1, tokens, layers, width, dtype=dtype)
         with torch.inference_mode():
             measured = peak(lambda: tower.read(states))  # noqa: B023
-        assert memory._projecting(numbers) == pytest.approx(measured, rel=0.1)
+        # What comes of it may already be there at the peak: it is counted as the bank.
+        counted = memory._projecting(numbers, tokens)
+        assert 0.9 * measured - memory._bank_of(numbers, tokens) < counted < 1.1 * measured
 
 
 def test_reading_takes_what_is_counted() -> None:
@@ -118,7 +172,7 @@ def test_reading_takes_what_is_counted() -> None:
         measured = peak(read)
     reader = UnderstandingShape(layers=6, width=256, hidden=768, linear=10**6, other=0, vision=0)
     numbers = network(GenerationShape(), understanding=reader)
-    counted = memory._states(numbers) // 2 + memory._reading(numbers, Setting("none", "none", "none", False))
+    counted = memory._states(numbers, memory.TOKENS) // 2 + memory._reading(numbers, Setting(), memory.TOKENS)
     assert counted == pytest.approx(measured, rel=0.1)
 
 
@@ -161,7 +215,8 @@ def test_decoding_takes_what_is_counted(kind: str, each: int) -> None:
     with torch.inference_mode():
         model.decode(z)
         measured = peak(lambda: model.decode(z))
-    counted = memory.decoding_activations(network(GenerationShape(), autoencoder=shape), (width, height), each)
+    numbers = network(GenerationShape(), autoencoder=shape, each=each)
+    counted = memory.decoding_activations(numbers, (width, height))
     assert counted == pytest.approx(measured, rel=0.1)
 
 
@@ -174,5 +229,5 @@ def test_quantised_weights_are_counted_as_they_are_kept(method: Any) -> None:
     with torch.device("meta"):
         tower = GenerationTower(**numbers.generation.model_dump())
     real = survey(tower, Quantisation(method=method, kept=GENERATION_KEPT), torch.bfloat16).bytes_after
-    made = weights(numbers, Setting("none", method, "none", False))
+    made = weights(numbers, Setting(generation=method))
     assert made.blocks + made.rest == pytest.approx(real, rel=0.001)

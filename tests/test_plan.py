@@ -3,24 +3,28 @@
 import json
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
+import torch
 import typer
+import vlm_towers
 from typer.testing import CliRunner, Result
 
 from mos_cli.cli.app import MosGroup
 from mos_cli.cli.init import init
 from mos_cli.cli.plan import plan
 from mos_cli.errors import MemoryLimitError, ModelError, UsageError
-from mos_cli.runtime import memory
+from mos_cli.runtime import blueprints, memory
 from mos_cli.runtime.blueprints import find_network
 from mos_cli.runtime.bundles import Bundle
 from mos_cli.runtime.fitting import CARDS, candidates, fastest, parse_quant
 from mos_cli.runtime.memory import GIB, Setting, stages, weights
+from mos_cli.runtime.shapes import UnderstandingShape, read_config
 from mos_cli.runtime.sources import fetch_tower
 from mos_cli.towers.generation import GenerationTower
+from mos_cli.towers.seeing import load_understanding
 
 
 def command(*arguments: object) -> Result:
@@ -81,6 +85,7 @@ def test_json_holds_every_part() -> None:
     rows = [json.loads(line) for line in result.output.splitlines()]
     assert [row["card"] for row in rows] == list(CARDS)
     for row in rows:
+        assert row["setting"]["together"]
         assert row["peak"] == max(stage["peak"] for stage in row["stages"].values())
         assert all(sum(stage["parts"].values()) == stage["peak"] for stage in row["stages"].values())
 
@@ -104,13 +109,50 @@ def test_real_bundles_are_planned_too(editor: Bundle) -> None:
     with pytest.raises(ModelError, match="mos models pull"):
         find_network("editor")
     fetch_tower(editor.index.understanding)
-    numbers = find_network("editor")
+    numbers = find_network("editor", references=1)
     tower = GenerationTower.from_pretrained(editor.folder / "generation")
     assert numbers.generation.parameters == tower.num_parameters()
     assert numbers.understanding.states == tower.states_shape
     assert numbers.references == 1
     assert numbers.eyes > 0
     assert command("plan", "editor", "--max-vram", 8).exit_code == 0
+
+
+def test_pictures_that_are_shown_are_counted(bundle: Bundle) -> None:
+    """The tokens that are made of them, what sees them, and what the blocks remember."""
+    size = (1024, 512)
+    words, one, two = (find_network("mos-l", references=count) for count in (0, 1, 2))
+    assert find_network("mos-l") == words
+    tokens = [memory.context_tokens(network, size) for network in (words, one, two)]
+    assert [count - memory.TOKENS for count in tokens] == [0, 32 * 16, 2 * 32 * 16]
+    for tower in ("internvl3-14b", "perception-lm-8b"):
+        # They scale every picture to the same square.
+        assert memory.context_tokens(find_network("mos-l", tower, references=1), size) == memory.TOKENS + 256
+    seen = weights(one, Setting()).understanding - weights(words, Setting()).understanding
+    assert seen == 2 * one.understanding.vision
+    reads, _, draws, _ = zip(*(stages(network, Setting(), size) for network in (words, one, two)), strict=True)
+    for stage in (reads, draws):
+        assert stage[0].peak < stage[1].peak < stage[2].peak
+    result = command("plan", "mos-l", "--max-vram", 8, "--understanding", "perception-lm-8b", "--references", 0)
+    assert result.exit_code == 0, result.output
+    fetch_tower(bundle.index.understanding)
+    refused = command("plan", "tiny", "--references", 1)
+    assert (refused.exit_code, "does not edit" in refused.output) == (UsageError.exit_code, True)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", "internvl", "perception_lm"])
+def test_image_tokens_are_those_that_the_tower_makes(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = getattr(vlm_towers, kind)(tmp_path)
+    # The stand-in of the tests has patches of its own.
+    monkeypatch.setattr(blueprints, "_PERCEPTION_PATCH", 7)
+    cell, seen = blueprints._sight(folder, read_config(folder))
+    shape = UnderstandingShape(layers=1, width=1, hidden=1, linear=1, other=1, vision=1, cell=cell, seen=seen)
+    size = (96, 128)
+    tower = load_understanding(folder)
+    (sight,) = tower.read(["paint it"], [[torch.zeros(3, size[1], size[0])]]).sights[0]
+    assert shape.image_tokens(size) == sight.rows * sight.columns
 
 
 def test_mistakes_are_one_line(bundle: Bundle) -> None:
@@ -140,7 +182,7 @@ def test_quant_is_for_both_or_for_each() -> None:
 def test_planning_imports_nothing_heavy() -> None:
     code = (
         "import sys; from mos_cli.cli.plan import plan; "
-        "plan('mos-l', None, None, None, None, False); "
+        "plan('mos-l', None, None, None, 'fp32', 1, None, False); "
         "heavy = {'torch', 'transformers', 'diffusers', 'numpy', 'safetensors'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
@@ -148,9 +190,9 @@ def test_planning_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def hardware_rows(name: str) -> list[str]:
+def hardware_rows(name: str, references: int) -> list[str]:
     """The rows of docs/hardware.md about a blueprint."""
-    numbers = find_network(name)
+    numbers = find_network(name, references=references)
     found = candidates(numbers, numbers.canvas.native)
     rows = []
     for card in CARDS:
@@ -158,12 +200,13 @@ def hardware_rows(name: str) -> list[str]:
         options = f"--max-vram {card} {best.options}"
         tiles = "yes" if best.setting.tiled else "no"
         sizes = f"{best.needs / GIB:.1f} | {best.host / GIB:.1f}" if best.host else f"{best.needs / GIB:.1f} | -"
-        rows.append(f"| {name} | {card} GB | `{options}` | {sizes} | {tiles} | {best.total_seconds:.0f} |")
+        task = "edit" if references else "generate"
+        rows.append(f"| {name} {task} | {card} GB | `{options}` | {sizes} | {tiles} | {best.total_seconds:.0f} |")
     return rows
 
 
 def test_the_document_says_what_the_command_says() -> None:
     page = (Path(__file__).parents[1] / "docs" / "hardware.md").read_text(encoding="utf-8")
-    for name in ("mos-s", "mos-l"):
-        for row in hardware_rows(name):
+    for name, references in product(("mos-s", "mos-l"), (0, 1)):
+        for row in hardware_rows(name, references):
             assert row in page

@@ -1,5 +1,6 @@
 """`mos models quantize`: a model that draws as before, in less space; and every mistake in one line."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def models(bundle: Bundle, encoder_folder: Path) -> Path:
     return small.folder.parent
 
 
+WEIGHTS = "generation/diffusion_pytorch_model.safetensors"
 KEPT = ("name", "description", "license", "understanding", "canvas", "defaults")
 
 
@@ -65,8 +67,12 @@ def test_a_quantised_model_is_whole_smaller_and_draws(
     card = (made.folder / "card.md").read_text()
     assert card.startswith("# small\n\nRandom.\n")
     assert source.hash[:12] in card
-    weights = "generation/diffusion_pytorch_model.safetensors"
-    assert (made.folder / weights).stat().st_size < (source.folder / weights).stat().st_size
+    assert (made.folder / WEIGHTS).stat().st_size < (source.folder / WEIGHTS).stat().st_size
+    # Who may read one file of a model may read them all.
+    assert (
+        len({(made.folder / file).stat().st_mode for file in (WEIGHTS, "card.md", "scheduler/scheduler_config.json")})
+        == 1
+    )
 
     pipeline = MoSPipeline(source, encoder_folder, device=torch.device("cpu"), precision="bf16")
     settings = {"width": 32, "height": 32, "precision": "bf16", **source.index.defaults.model_dump()}
@@ -107,6 +113,29 @@ def test_a_mistake_is_told_in_one_line_and_leaves_nothing(
     assert message in line
     assert sorted(path.relative_to(models) for path in models.rglob("*")) == before
     assert (cache / "precious").read_text() == "mine"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a full disk is played by a limit that Windows does not have")
+@pytest.mark.parametrize("share", [0.0, 0.5], ids=["at the first file", "at the weights"])
+def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(
+    run: Callable[..., Result], models: Path, share: float
+) -> None:
+    import resource
+
+    run("small", "--quant", "int8", "-o", models / "less")
+    room = int((models / "less" / WEIGHTS).stat().st_size * share)
+    before = sorted(models.rglob("*"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        result = run("small", "--quant", "int8", "-o", models / "none")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert result.exit_code == 3, result.output
+    (line,) = result.stderr.splitlines()
+    assert f"cannot write {models / 'none'}: " in line
+    assert "File too large" in line
+    assert sorted(models.rglob("*")) == before
 
 
 def test_a_quantised_model_is_not_quantised_again(run: Callable[..., Result], models: Path) -> None:

@@ -225,6 +225,24 @@ def test_half_precision_goes_into_both_parts(folders, kind: str) -> None:
     assert (states - exact).square().mean().sqrt() < 0.05 * exact.square().mean().sqrt()
 
 
+@pytest.mark.parametrize(("method", "bound"), [("nf4", 0.25), ("int8", 0.025)])
+def test_the_language_part_alone_is_quantised_but_for_sizes_that_cannot_be(
+    kind: str, method: Any, bound: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(vlm_towers.TEXT, "intermediate_size", 96)
+    folder, shown = getattr(vlm_towers, kind)(tmp_path), ([TEXT], [[picture(64, 64)]])
+    exact, tower = (load_understanding(folder, dtype=torch.bfloat16, quant=quant) for quant in (None, method))
+    assert isinstance(tower, SeeingTower)
+    states, expected = (each.read(*shown).states_BTMS.float() for each in (tower, exact))
+    assert 0 < (states - expected).norm() / expected.norm() < bound
+    linears = {name: layer for name, layer in tower._whole.named_modules() if isinstance(layer, torch.nn.Linear)}
+    full = {name for name, layer in linears.items() if type(layer) is torch.nn.Linear}
+    assert {name for name in full if name.startswith("language_model.")} == {
+        f"language_model.layers.{index}.mlp.down_proj" for index in range(vlm_towers.LAYERS)
+    }
+    assert {name for name in linears if not name.startswith("language_model.")} < full
+
+
 def test_what_cannot_be_shown_is_said_in_one_line(tower: SeeingTower, kind: str) -> None:
     image = picture(128, 128)
     mark = LEADS[kind][1]

@@ -35,7 +35,7 @@ def test_the_default_bundle_is_small_and_fits_its_understanding_tower() -> None:
 
 def test_every_preset_can_be_used(cache: Path) -> None:
     cards = ["gpu-12gb", "gpu-16gb", "gpu-24gb", "gpu-8gb"]
-    assert [preset.name for preset in list_presets()] == ["cpu", "faithful", "fast", *cards, "quality"]
+    assert [preset.name for preset in list_presets()] == ["auto", "cpu", "faithful", "fast", *cards, "quality"]
     for preset in list_presets():
         assert preset.description
         asked = preset.settings.model_dump(exclude_none=True)

@@ -95,6 +95,7 @@ def shared_fields(settings: "RunSettings", bundle: "Bundle", defaults: "Defaults
         "cfg_interval": settings.cfg_interval or defaults.cfg_interval,
         "precision": precision,
         "quant": None if settings.quant == "none" else ",".join(parse_quant(settings.quant)),
+        "feature_cache": settings.feature_cache,
         "routes": tuple(map(str, parse_rules(settings.routes))) if settings.routes else None,
     }
 

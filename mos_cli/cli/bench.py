@@ -73,7 +73,8 @@ def measure_preset(flags: "Settings", preset: str | None, rounds: int) -> dict[s
     quieten()
     from mos_cli.benching import PeakMemory, measure
     from mos_cli.cli.asked import shared_fields
-    from mos_cli.cli.drawing import Report, fit_to_card, load_pipeline
+    from mos_cli.cli.drawing import Report
+    from mos_cli.cli.loading import fit_to_card, load_pipeline
     from mos_cli.runtime.bundles import find_bundle
     from mos_cli.runtime.devices import choose_device, device_name, device_threads
     from mos_cli.runtime.recipe import make_recipe

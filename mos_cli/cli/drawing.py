@@ -20,10 +20,8 @@ if TYPE_CHECKING:
 
     from mos_cli.pipeline import Drawing, MoSPipeline
     from mos_cli.routing.trace import Recording, Wanted
-    from mos_cli.runtime.bundles import Bundle
     from mos_cli.runtime.inputs import Inputs
     from mos_cli.runtime.recipe import Recipe
-    from mos_cli.runtime.settings import RunSettings
     from mos_cli.sampling.sampler import Step
 
 
@@ -88,89 +86,6 @@ class Report:
             console=console.err,
             transient=True,
             disable=self.quiet or self.json or not console.err.is_terminal,
-        )
-
-
-def fit_to_card(
-    bundle: "Bundle",
-    settings: "RunSettings",
-    size: tuple[int, int],
-    report: Report,
-    *,
-    fetch: bool = True,
-    quant: str | None = None,
-) -> "RunSettings":
-    """The settings with what --max-vram leaves open chosen by the plan, which is said in one line.
-
-    Args:
-        size: of the picture as the model draws it, in pixels.
-        fetch: an understanding tower that is not here yet may be fetched: the plan reads how large it is.
-        quant: how the towers are quantised in any case; by default as the settings say, where they do.
-
-    Raises:
-        UsageError: --max-vram or --offload where nothing is drawn on a GPU.
-        MemoryLimitError: nothing fits.
-    """
-    if settings.max_vram is None and settings.offload == "none":
-        return settings
-    from mos_cli.runtime.devices import choose_device
-
-    with report.stage("libraries"):
-        device = choose_device(settings.device)
-    if device.type == "cpu":
-        option = "--max-vram" if settings.max_vram is not None else "--offload"
-        raise UsageError(f"{option} has no effect on a CPU: drop it, or draw on a GPU with --device cuda")
-    if settings.max_vram is None:
-        return settings
-    from mos_cli.runtime.settings import fitted
-
-    if fetch:
-        from mos_cli.cli.fetching import fetch_with_progress
-
-        with report.stage("fetching"):
-            fetch_with_progress(bundle.index.understanding)
-    if quant is None and "quant" in settings.model_fields_set:
-        quant = settings.quant
-    chosen = fitted(settings, bundle.ref, size, quant)
-    tiles = ", decoded in tiles" if chosen.tiled else ""
-    line = f"for {settings.max_vram:g} GiB: --quant {chosen.quant} --offload {chosen.offload}{tiles}"
-    report.event("setting", line, quant=chosen.quant, offload=chosen.offload, tiled=chosen.tiled)
-    return chosen
-
-
-def load_pipeline(
-    bundle: "Bundle", settings: "RunSettings", report: Report, *, precision: str, quant: str | None
-) -> "MoSPipeline":
-    """Imports the libraries and loads a bundle; an understanding tower that is not here yet is fetched.
-
-    Raises:
-        MosError: as `MoSPipeline` and `choose_device` do.
-    """
-    from mos_cli.cli.fetching import fetch_with_progress
-
-    with report.stage("fetching"):
-        understanding = fetch_with_progress(bundle.index.understanding)
-    with report.stage("libraries"):
-        from mos_cli.runtime.quiet import quieten
-
-        quieten()
-        from mos_cli.pipeline import MoSPipeline
-        from mos_cli.placement import cap
-        from mos_cli.runtime.devices import choose_device
-        from mos_cli.runtime.fitting import methods
-    device = choose_device(settings.device)
-    if settings.max_vram is not None and device.type == "cuda":
-        cap(device, settings.max_vram)
-    with report.stage("weights"):
-        return MoSPipeline(
-            bundle,
-            understanding,
-            device=device,
-            precision=precision,
-            attention=settings.attention,
-            quant=methods(quant),
-            offload=settings.offload,
-            tiled=settings.tiled,
         )
 
 

@@ -15,14 +15,17 @@ from mos_cli.cli.asked import (
     shared_fields,
     what_to_record,
 )
-from mos_cli.cli.drawing import Report, draw_jobs, fit_to_card, load_pipeline
+from mos_cli.cli.drawing import Report, draw_jobs
+from mos_cli.cli.loading import fit_to_card, load_pipeline
 from mos_cli.cli.options import (
     Attention,
     Cfg,
     CfgInterval,
+    Compile,
     Count,
     Device,
     DryRun,
+    FeatureCache,
     Json,
     MaxVram,
     Model,
@@ -105,9 +108,11 @@ def edit(
     device: Device = None,
     precision: Precision = None,
     quant: Quant = None,
+    feature_cache: FeatureCache = None,
     max_vram: MaxVram = None,
     offload: Offload = None,
     attention: Attention = None,
+    compiled: Compile = None,
     strip: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Also write before, after and their difference side by side.")
     ] = None,
@@ -139,9 +144,11 @@ def edit(
         device=device,
         precision=precision,
         quant=quant,
+        feature_cache=feature_cache,
         max_vram=max_vram,
         offload=offload,
         attention=attention,
+        compile=compiled,
     )
     settings = resolve(flags, preset)
     wanted = what_to_record(settings.trace, regions=regions, previews=preview_steps)
@@ -170,7 +177,7 @@ def edit(
         inputs = replace(inputs, mask=allowed)
         used = MaskRecipe(sha256=pixels_hash(allowed), invert=invert_mask, feather=feather)
     working = working_size(source_size, canvas, max_pixels) if size is None else parse_size(size, canvas)
-    settings = fit_to_card(bundle, settings, working, report, fetch=not dry_run)
+    settings = fit_to_card(bundle, settings, working, report, fetch=not dry_run, references=len(inputs.pictures))
     with report.stage("libraries"):
         fields = shared_fields(settings, bundle, defaults)
     guidance = defaults.image_cfg if image_cfg is None else image_cfg

@@ -13,14 +13,17 @@ from mos_cli.cli.asked import (
     shared_fields,
     what_to_record,
 )
-from mos_cli.cli.drawing import Report, draw_jobs, fit_to_card, load_pipeline
+from mos_cli.cli.drawing import Report, draw_jobs
+from mos_cli.cli.loading import fit_to_card, load_pipeline
 from mos_cli.cli.options import (
     Attention,
     Cfg,
     CfgInterval,
+    Compile,
     Count,
     Device,
     DryRun,
+    FeatureCache,
     Json,
     MaxVram,
     Model,
@@ -72,9 +75,11 @@ def generate(
     device: Device = None,
     precision: Precision = None,
     quant: Quant = None,
+    feature_cache: FeatureCache = None,
     max_vram: MaxVram = None,
     offload: Offload = None,
     attention: Attention = None,
+    compiled: Compile = None,
     sheet: Sheet = None,
     dry_run: DryRun = False,
     json: Json = False,
@@ -101,9 +106,11 @@ def generate(
         device=device,
         precision=precision,
         quant=quant,
+        feature_cache=feature_cache,
         max_vram=max_vram,
         offload=offload,
         attention=attention,
+        compile=compiled,
     )
     settings = resolve(flags, preset)
     wanted = what_to_record(settings.trace, regions=regions, previews=preview_steps)

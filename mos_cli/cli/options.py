@@ -109,12 +109,23 @@ Quant = Annotated[
         show_default="none",
     ),
 ]
+FeatureCache = Annotated[
+    int | None,
+    typer.Option(
+        envvar="MOS_FEATURE_CACHE",
+        metavar="N",
+        help="Compute the blocks at every N-th step only, once the first quarter of the steps is done: faster, and the "
+        "picture changes a little; 1 turns it off, see docs/caching.md.",
+        show_default="1",
+    ),
+]
 MaxVram = Annotated[
-    float | None,
+    str | None,
     typer.Option(
         envvar="MOS_MAX_VRAM",
         metavar="GIB",
-        help="Use so much of the GPU's memory at most, with the fastest setting that fits; see `mos plan`.",
+        help="Use so much of the GPU's memory at most, with the fastest setting that fits; see `mos plan`. auto: all "
+        "there is; without a GPU, of main memory.",
         show_default="no limit",
     ),
 ]
@@ -126,6 +137,15 @@ Offload = Annotated[
         help="What waits in main memory until the GPU needs it: none, understanding (the tower that reads), or blocks "
         "(also those of the tower that draws, fetched one by one).",
         show_default="none",
+    ),
+]
+Compile = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile",
+        envvar="MOS_COMPILE",
+        help="Compile the tower that draws when it is first used; where that pays is in docs/performance.md.",
+        show_default="no",
     ),
 ]
 Sheet = Annotated[

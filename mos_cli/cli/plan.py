@@ -1,6 +1,6 @@
 """`mos plan`: what a model needs on a card, and the fastest setting that fits, from configs alone."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -29,6 +29,12 @@ def plan(
             show_default="what is fastest",
         ),
     ] = None,
+    precision: Annotated[
+        Literal["bf16", "fp32"], typer.Option(help="What is not quantised, as `mos generate --precision` draws in.")
+    ] = "bf16",
+    references: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Plan an edit that is shown so many pictures.")
+    ] = 0,
     understanding: Annotated[
         str | None, typer.Option(metavar="NAME", help="Understanding tower of a blueprint.", show_default="its first")
     ] = None,
@@ -39,7 +45,7 @@ def plan(
     from mos_cli.runtime.fitting import CARDS, candidates, fastest, parse_quant
     from mos_cli.runtime.settings import parse_size
 
-    network = find_network(model, understanding)
+    network = find_network(model, understanding, precision=precision, references=references)
     canvas = parse_size(size, network.canvas)
     chosen = None if quant is None else parse_quant(quant)
     found = candidates(network, canvas, quant=chosen)
@@ -66,8 +72,12 @@ def plan(
 
 
 def _command(network: "Network", best: "Candidate", card: float, size: str | None) -> str:
-    words = ["mos generate PROMPT", f"-m {'DIR' if network.weightless else network.ref}"]
+    words = [
+        "mos edit PICTURE INSTRUCTION" if network.references else "mos generate PROMPT",
+        f"-m {'DIR' if network.weightless else network.ref}",
+    ]
     words += [f"--max-vram {card:g}", best.options]
+    words += ["--precision fp32"] if network.each == 4 else []
     words += [f"--size {size}"] if size else []
     return " ".join(words)
 
@@ -98,7 +108,9 @@ def _print_none(card: float, why: str, as_json: bool) -> None:
 def _print_head(network: "Network", canvas: tuple[int, int]) -> None:
     tower, g = network.understanding, network.generation
     print_line = console.out.print
-    print_line(f"[bold]{network.ref}[/] at {canvas[0]} x {canvas[1]} px, {network.defaults.steps} steps")
+    shown = network.references
+    edited = f" from {shown} picture{'' if shown == 1 else 's'} as large" if shown else ""
+    print_line(f"[bold]{network.ref}[/] at {canvas[0]} x {canvas[1]} px{edited}, {network.defaults.steps} steps")
     print_line(f"  generation     {_millions(g.parameters)}, of which router {_millions(g.router_parameters)}")
     sees = f"; what sees, {_millions(tower.vision)}, is left out" if tower.vision and not network.references else ""
     reads = f"{_millions(tower.linear + tower.other)}, {tower.layers} layers"
@@ -125,7 +137,8 @@ def _print_card(card: float, best: "Candidate", command: str) -> None:
     console.out.print(table)
     host = f"; {best.host / GIB:.1f} GiB of main memory" if best.host else ""
     tiled = "; decoded in tiles" if best.setting.tiled else ""
-    console.out.print(f"  peak {best.needs / GIB:.1f} of {card:g} GiB{host}{tiled}")
+    apart = "" if best.setting.together else "; branches of guidance one by one"
+    console.out.print(f"  peak {best.needs / GIB:.1f} of {card:g} GiB{host}{tiled}{apart}")
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in best.seconds.items() if seconds >= 0.05)
     console.out.print(f"  about {best.total_seconds:.1f} s a picture" + (f": {parts}" if parts else ""))
     console.out.print(f"  [green]{command}[/]", soft_wrap=True)

@@ -1,14 +1,16 @@
 """`mos replay`: the same picture again, from the PNG alone."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mos_cli.cli.asked import followed_run, what_to_record
-from mos_cli.cli.drawing import Job, Report, draw_jobs, fit_to_card, load_pipeline
+from mos_cli.cli.drawing import Job, Report, draw_jobs
+from mos_cli.cli.loading import fit_to_card, load_pipeline
 from mos_cli.cli.options import (
     Attention,
+    Compile,
     Device,
     Json,
     MaxVram,
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from mos_cli.pipeline import MoSPipeline
     from mos_cli.runtime.bundles import Bundle
     from mos_cli.runtime.inputs import Inputs
-    from mos_cli.runtime.recipe import EarlierPicture, Recipe
+    from mos_cli.runtime.recipe import EarlierPicture, Provenance, Recipe
 
 CLOSE_PSNR = 40.0
 """Decibels above which two pictures look the same; bf16 against fp32 lies beyond it, another seed far below."""
@@ -65,6 +67,7 @@ def replay(
     max_vram: MaxVram = None,
     offload: Offload = None,
     attention: Attention = None,
+    compiled: Compile = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -116,13 +119,22 @@ def replay(
     wanted = what_to_record(settings.trace, regions=regions, previews=preview_steps)
     routes = followed_run(picture, recipe, route_from)
     path = None if verify else naming(settings.output, overwrite=overwrite).path(recipe)
-    loaded: dict[tuple[str | None, ...], MoSPipeline] = {}
+    loaded: dict[tuple[Any, ...], MoSPipeline] = {}
 
-    def pipeline_of(bundle: "Bundle", recipe: "Recipe") -> "MoSPipeline":
-        key = (bundle.hash, recipe.precision, recipe.quant)
+    def pipeline_of(bundle: "Bundle", recipe: "Recipe", made: "Provenance") -> "MoSPipeline":
+        key = (bundle.hash, recipe.precision, recipe.quant, made.tiled, made.together, made.compiled)
         if key not in loaded:
-            quant = recipe.quant or "none"
-            placed = fit_to_card(bundle, settings, recipe.working_size, report, quant=quant)
+            # One at a time: together two models might not fit.
+            loaded.clear()
+            quant, size = recipe.quant or "none", recipe.working_size
+            shown = 0 if recipe.edit is None else len(recipe.edit.sources)
+            placed = fit_to_card(
+                bundle, settings, size, report, quant=quant, precision=recipe.precision, references=shown
+            )
+            # As it was made, where that fits: otherwise it would round differently, and only come out close.
+            how = {"tiled": placed.tiled or made.tiled, "together": placed.together and made.together}
+            how["compile"] = made.compiled if compiled is None else compiled
+            placed = placed.model_copy(update=how)
             loaded[key] = load_pipeline(bundle, placed, report, precision=recipe.precision, quant=recipe.quant)
         return loaded[key]
 
@@ -138,14 +150,14 @@ def replay(
             name, prompt = earlier.recipe.model, earlier.recipe.prompt
             raise ModelError(f"{prompt!r} was drawn by another version of {name}: give the picture with --input FILE")
         with cpu_threads(earlier.made.threads):
-            return pipeline_of(bundle, earlier.recipe).draw(earlier.recipe, inputs=inputs).image
+            return pipeline_of(bundle, earlier.recipe, earlier.made).draw(earlier.recipe, inputs=inputs).image
 
     finder = Finder(given or [], mask or [], redraw)
     inputs = finder.inputs_of(recipe, record.earlier)
     finder.check_all_used()
     for note in () if inputs is None else inputs.notes:
         report.event("note", note, note=note)
-    pipeline = pipeline_of(bundle, recipe)
+    pipeline = pipeline_of(bundle, recipe, record.made)
     # Another number of threads would round differently: the picture would only come out close.
     with cpu_threads(record.made.threads):
         if path is not None:

@@ -8,8 +8,9 @@ import typer
 
 from mos_cli.cli import console
 from mos_cli.cli.asked import followed_run
-from mos_cli.cli.drawing import Report, load_pipeline
+from mos_cli.cli.drawing import Report
 from mos_cli.cli.interrupt import gentle_interrupt
+from mos_cli.cli.loading import load_pipeline
 from mos_cli.cli.options import Attention, Device, Json, Overwrite, Quiet, Verbose
 from mos_cli.errors import InputError, ModelError, UsageError
 

@@ -3,12 +3,13 @@
 A blueprint is `models/<name>/blueprint.json`. `mos models init` makes a bundle with random weights of it.
 """
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mos_cli.errors import ModelError, UsageError
 from mos_cli.runtime.bundles import INDEX, Bundle, bundle_folders, find_bundle, unknown_name
@@ -23,9 +24,12 @@ from mos_cli.runtime.shapes import (
     read_generation,
 )
 from mos_cli.runtime.sources import tower_folder
-from mos_cli.runtime.specs import Canvas, Defaults, Frozen, PlainName, TowerSpec, read_json
+from mos_cli.runtime.specs import Canvas, Defaults, EditDefaults, Frozen, PlainName, TowerSpec, read_json
 
 BLUEPRINT = "blueprint.json"
+_PERCEPTION_PATCH = 14
+"""Pixels along a patch of what PerceptionLM sees with, which its config names in words alone."""
+_BYTES: dict[str, Literal[2, 4]] = {"bf16": 2, "fp32": 4}
 _SEES = {"visual", "vision_tower", "multi_modal_projector"}
 
 
@@ -45,9 +49,18 @@ class Blueprint(Frozen):
     why: tuple[str, ...]
     canvas: Canvas
     defaults: Defaults
+    edits: EditDefaults | None = None
+    """Only of models that edit pictures."""
     generation: dict[str, Any]
     autoencoder: AutoencoderShape
     understanding: dict[PlainName, UnderstandingShape] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _sees_what_it_edits(self) -> Self:
+        blind = [name for name, tower in self.understanding.items() if not tower.cell]
+        if self.edits is not None and (blind or not self.generation.get("sees")):
+            raise ValueError("edits: sees must be true in generation, and cell be given in every understanding tower")
+        return self
 
     def tower(self, name: str | None) -> tuple[str, UnderstandingShape]:
         """An understanding tower by name, or the default; raises UsageError."""
@@ -69,9 +82,10 @@ class Network:
     Args:
         ref: what finds the model.
         eyes: parameters of the eyes; 0 where there are none.
-        references: pictures that it draws from, at most, counted as large as the canvas.
+        references: pictures that it draws from, counted as large as the one that is drawn.
         method: how the generation tower's weights are quantised already, if they are.
         weightless: a blueprint; `mos models init` gives it weights.
+        each: bytes of a value of the generation tower and the autoencoder: 4 in fp32.
     """
 
     ref: str
@@ -85,6 +99,12 @@ class Network:
     defaults: Defaults
     method: Literal["nf4", "int8"] | None
     weightless: bool
+    each: Literal[2, 4] = 2
+
+    @property
+    def guided(self) -> bool:
+        """Whether guidance asks for a second branch; where pictures can be shown, one is counted in any case."""
+        return self.defaults.cfg != 1 or self.references > 0
 
 
 def list_blueprints() -> dict[str, Path]:
@@ -105,31 +125,40 @@ def find_blueprint(ref: str) -> Blueprint:
     raise unknown_name("blueprint", ref, known)
 
 
-def find_network(ref: str, understanding: str | None = None) -> Network:
+def find_network(
+    ref: str, understanding: str | None = None, *, precision: str = "bf16", references: int = 0
+) -> Network:
     """The numbers of a bundle (name, folder or hub id) or a blueprint (name, folder or file), read from configs alone.
 
     Args:
         understanding: one of a blueprint's understanding towers; a bundle has its own.
+        precision: what it is to draw in, bf16 or fp32.
+        references: how many pictures it is shown.
 
     Raises:
         ModelError: there is no such model, it is damaged, or its understanding tower is not pulled.
-        UsageError: the understanding tower cannot be chosen.
+        UsageError: the understanding tower cannot be chosen, or the model draws from no pictures.
     """
     bundles, blueprints = bundle_folders(), list_blueprints()
     path = Path(ref).expanduser()
     weightless = path.suffix == ".json" or ((path / BLUEPRINT).is_file() and not (path / INDEX).is_file())
     if ref not in bundles and (ref in blueprints or weightless):
-        return _network_of_blueprint(ref, find_blueprint(ref), understanding)
-    if "/" not in ref and not path.is_dir() and ref not in bundles:
+        network, edits = _network_of_blueprint(ref, find_blueprint(ref), understanding)
+    elif "/" not in ref and not path.is_dir() and ref not in bundles:
         raise unknown_name("model", ref, [*bundles, *blueprints])
-    if understanding is not None:
+    elif understanding is not None:
         raise UsageError(f"--understanding chooses among the towers of a blueprint; {ref} has its own")
-    return _network_of_bundle(ref, find_bundle(ref))
+    else:
+        network, edits = _network_of_bundle(ref, find_bundle(ref))
+    if references and not edits:
+        raise UsageError(f"{ref} does not edit pictures: it draws from none")
+    return replace(network, each=_BYTES[precision], references=references)
 
 
-def _network_of_blueprint(ref: str, blueprint: Blueprint, understanding: str | None) -> Network:
+def _network_of_blueprint(ref: str, blueprint: Blueprint, understanding: str | None) -> tuple[Network, bool]:
+    """The numbers, for words alone; and whether it edits."""
     name, tower = blueprint.tower(understanding)
-    return Network(
+    network = Network(
         ref=ref,
         generation=blueprint.shape(tower),
         understanding_name=name,
@@ -142,29 +171,30 @@ def _network_of_blueprint(ref: str, blueprint: Blueprint, understanding: str | N
         method=None,
         weightless=True,
     )
+    return network, blueprint.edits is not None
 
 
-def _network_of_bundle(ref: str, bundle: Bundle) -> Network:
+def _network_of_bundle(ref: str, bundle: Bundle) -> tuple[Network, bool]:
     folder, index = bundle.folder, bundle.index
     autoencoder = None
     if (folder / "autoencoder").is_dir():
         parameters = _parameters(Header.of(folder / "autoencoder"))
         autoencoder = AutoencoderShape(parameters=parameters, config=read_config(folder / "autoencoder"))
-    edits = index.edits is not None
     quantised = Header.of(folder / "generation").notes.get("mos_quantisation")
-    return Network(
+    network = Network(
         ref=ref,
         generation=read_generation(folder / "generation"),
         understanding_name=index.understanding.name,
         understanding=_pulled(index.understanding),
         autoencoder=autoencoder,
         eyes=_parameters(Header.of(folder / "eyes")) if (folder / "eyes").is_dir() else 0,
-        references=int(edits),
+        references=0,
         canvas=index.canvas,
         defaults=index.defaults,
         method=None if quantised is None else Quantisation.model_validate_json(quantised).method,
         weightless=False,
     )
+    return network, index.edits is not None
 
 
 def _pulled(spec: TowerSpec) -> UnderstandingShape:
@@ -185,6 +215,7 @@ def _pulled(spec: TowerSpec) -> UnderstandingShape:
             linear += size
         else:
             other += size
+    cell, seen = _sight(folder, config)
     return UnderstandingShape(
         layers=text["num_hidden_layers"],
         width=text["hidden_size"],
@@ -192,7 +223,23 @@ def _pulled(spec: TowerSpec) -> UnderstandingShape:
         linear=linear,
         other=other,
         vision=vision,
+        cell=cell,
+        seen=seen,
     )
+
+
+def _sight(folder: Path, config: dict[str, Any]) -> tuple[int, int | None]:
+    """Pixels along an image token, and the side that pictures are scaled to, if they are."""
+    sees = config.get("vision_config", {})
+    match config.get("model_type"):
+        case "qwen3_vl":
+            return sees["patch_size"] * sees["spatial_merge_size"], None
+        case "internvl":
+            return round(sees["patch_size"][0] / config["downsample_ratio"]), sees["image_size"][0]
+        case "perception_lm":
+            settings = json.loads((folder / "preprocessor_config.json").read_bytes())
+            return _PERCEPTION_PATCH * config["projector_pooling_ratio"], settings["tile_size"]
+    return 0, None
 
 
 def _parameters(header: Header) -> int:

@@ -3,8 +3,9 @@
 The stages of a picture: the prompts are read, their states projected into the bank, the picture drawn, and decoded.
 Activations follow the code: at every peak, the tensors that are alive are counted.
 
-Shapes: B guidance branches computed at once, T context tokens, N patches, L = T + N, D width, M understanding layers,
-S width of a state, J generation blocks, K kept layers, R width of the router, E width of a head. All sizes in bytes.
+Shapes: B guidance branches computed at once, T context tokens, those of references included, N patches, L = T + N, D
+width, M understanding layers, S width of a state, J generation blocks, K kept layers, R width of the router, E width of
+a head. All sizes in bytes.
 """
 
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ Quant = Literal["none", "int8", "nf4"]
 Offload = Literal["none", "understanding", "blocks"]
 GIB = 2**30
 TOKENS = 256
-"""Context tokens of a prompt that is counted with: the longest that models are trained on."""
+"""Words' tokens of a prompt that is counted with: the longest that models are trained on."""
 RESERVE = GIB
-"""What the driver, the libraries' workspaces and gaps between tensors take, beside what is counted."""
+"""What the driver, the libraries' workspaces, gaps between tensors and tables of positions take beside the rest."""
 TILE = 512
 """Pixels along a tile of the picture; diffusers lays one every 448."""
+SIGHT = 16
+"""Image tokens of a picture where eyes apart from the understanding tower make them."""
 _BRANCHES = 2
 
 
@@ -34,12 +37,14 @@ class Setting:
         offload: what lies in main memory while it is not needed: nothing; the understanding tower while drawing, and
             the rest while reading; also the generation tower's blocks, of which two are on the device at a time.
         tiled: the picture is decoded tile by tile.
+        together: the branches of guidance pass the generation tower as one batch, not one after the other.
     """
 
-    understanding: Quant
-    generation: Quant
-    offload: Offload
-    tiled: bool
+    understanding: Quant = "none"
+    generation: Quant = "none"
+    offload: Offload = "none"
+    tiled: bool = False
+    together: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,14 +77,14 @@ def weights(network: Network, setting: Setting) -> Weights:
     sees = tower.vision if network.references else 0
     linear = sum(i * o for i, o in generation.linears)
     rows = sum(o for _, o in generation.linears)
-    others = 2 * (network.autoencoder.parameters if network.autoencoder else 0) + 4 * network.eyes
+    each, autoencoder = network.each, network.autoencoder
     full = 2 if setting.understanding != "none" else understanding_bytes(network)
     return Weights(
         understanding=_quantised(tower.linear, tower.linear // tower.width, setting.understanding, full)
         + full * (tower.other + sees),
-        blocks=_quantised(linear, rows, setting.generation, 2) + 2 * (generation.block_parameters - linear),
-        rest=2 * (generation.parameters - generation.block_parameters),
-        others=others,
+        blocks=_quantised(linear, rows, setting.generation, each) + each * (generation.block_parameters - linear),
+        rest=each * (generation.parameters - generation.block_parameters),
+        others=each * (autoencoder.parameters if autoencoder else 0) + 4 * network.eyes,
     )
 
 
@@ -89,6 +94,12 @@ def understanding_bytes(network: Network) -> int:
     Small towers read in fp32, which cannot be felt; of large ones fp32 would be twice the memory.
     """
     return 4 if network.understanding.parameters < 10**9 else 2
+
+
+def context_tokens(network: Network, size: tuple[int, int]) -> int:
+    """Tokens of a prompt, those of the pictures that it is read in sight of included."""
+    tower = network.understanding
+    return TOKENS + network.references * (tower.image_tokens(size) if network.generation.sees else SIGHT)
 
 
 def stages(network: Network, setting: Setting, size: tuple[int, int]) -> tuple[Stage, ...]:
@@ -104,13 +115,16 @@ def stages(network: Network, setting: Setting, size: tuple[int, int]) -> tuple[S
     beside = {"generation tower": made.rest + made.blocks, **others} if stays else {}
     reader = {"understanding tower": made.understanding}
     kept = reader if stays else {}
-    states, bank = _states(network), _bank(network)
+    tokens, patches = context_tokens(network, size), patches_of(network, size)
+    states, bank, latents = _states(network, tokens), _bank(network, tokens), _latents(network, size)
     near = {} if setting.offload == "blocks" else others
-    patches, latents = _patches(network, size), _latents(network, size)
+    rows = _BRANCHES if network.guided and setting.together else 1
+    # The branches are laid side by side in a bank of their own.
+    joined = _bank_of(network, rows * tokens) if rows > 1 else 0
     return (
         Stage(
             "read",
-            {**reader, **beside, "hidden states": states, "activations": _reading(network, setting)},
+            {**reader, **beside, "hidden states": states, "activations": _reading(network, setting, tokens)},
         ),
         Stage(
             "bank",
@@ -120,7 +134,7 @@ def stages(network: Network, setting: Setting, size: tuple[int, int]) -> tuple[S
                 **near,
                 "hidden states": states,
                 "bank": bank,
-                "activations": _projecting(network),
+                "activations": _projecting(network, tokens),
             },
         ),
         Stage(
@@ -129,10 +143,10 @@ def stages(network: Network, setting: Setting, size: tuple[int, int]) -> tuple[S
                 **kept,
                 "generation tower": drawing,
                 **near,
-                "bank": bank,
+                "bank": bank + joined,
                 **_references(network, patches),
                 "latents": latents,
-                "activations": _drawing(network, setting, patches),
+                "activations": drawing_activations(network, setting.generation, tokens, patches, rows),
             },
         ),
         Stage(
@@ -166,34 +180,41 @@ def _quantised(linear: int, rows: int, quant: Quant, full: int) -> int:
     return full * linear
 
 
-def _states(network: Network) -> int:
+def _states(network: Network, tokens: int) -> int:
     """The states of all layers, of both prompts."""
     layers, width = network.understanding.states
-    return _BRANCHES * TOKENS * layers * width * understanding_bytes(network)
+    return _BRANCHES * tokens * layers * width * understanding_bytes(network)
 
 
-def _bank(network: Network) -> int:
+def _bank(network: Network, tokens: int) -> int:
+    """Of both prompts; where they are read in sight of pictures, those of the words alone are kept as well."""
+    return _bank_of(network, _BRANCHES * (tokens + TOKENS * (network.references > 0)))
+
+
+def _bank_of(network: Network, tokens: int) -> int:
     g = network.generation
     router = g.router_width if g.fusion == "routed" else 0
-    return _BRANCHES * TOKENS * (g.states_layers * g.width + router) * 2
+    return tokens * (g.states_layers * g.width + router) * network.each
 
 
-def _reading(network: Network, setting: Setting) -> int:
+def _reading(network: Network, setting: Setting, tokens: int) -> int:
     """Of one prompt: a layer's tensors beside the states so far, or the states a second time while they are stacked."""
     tower, each = network.understanding, understanding_bytes(network)
     layers, width = tower.states
-    layer = TOKENS * each * (3 * tower.hidden + 2 * width)
+    layer = tokens * each * (3 * tower.hidden + 2 * width)
     unpacked = 2 * tower.width * tower.hidden if setting.understanding == "nf4" else 0
-    return max(layer + unpacked, TOKENS * layers * width * each)
+    return max(layer + unpacked, tokens * layers * width * each)
 
 
-def _projecting(network: Network) -> int:
+def _projecting(network: Network, tokens: int) -> int:
     """Of one prompt: its states normalised in fp32, beside them in fp32, or else as they are projected."""
     layers, width = network.understanding.states
-    return TOKENS * layers * width * (6 if understanding_bytes(network) == 4 else 8)
+    beside = 4 if understanding_bytes(network) == 2 else 4 - network.each
+    return tokens * layers * width * (4 + beside)
 
 
-def _patches(network: Network, size: tuple[int, int]) -> int:
+def patches_of(network: Network, size: tuple[int, int]) -> int:
+    """Patches of a picture of so many pixels."""
     side = network.generation.patch * (network.autoencoder.factor if network.autoencoder else 1)
     return (size[0] // side) * (size[1] // side)
 
@@ -206,17 +227,13 @@ def _latents(network: Network, size: tuple[int, int]) -> int:
 
 def _references(network: Network, patches: int) -> dict[str, int]:
     g = network.generation
-    each = 2 * g.depth * 2 * g.width + 2 * g.width
+    each = network.each * (g.depth * 2 * g.width + g.width)
     return {"references": network.references * patches * each} if network.references else {}
 
 
-def _drawing(network: Network, setting: Setting, patches: int) -> int:
-    return drawing_activations(network, setting.generation, TOKENS, patches, 2)
-
-
-def drawing_activations(network: Network, quant: Quant, tokens: int, patches: int, each: int) -> int:
-    """The peak within a pass of the generation tower, its router included; `each` is the bytes of a value."""
-    g = network.generation
+def drawing_activations(network: Network, quant: Quant, tokens: int, patches: int, rows: int) -> int:
+    """The peak within a pass of the generation tower, its router included, for so many branches at once."""
+    g, each = network.generation, network.each
     D, R, T, refs = g.width, g.router_width, tokens, network.references * patches
     N = patches + (T if g.in_sequence else 0)
     L, T = patches + T + refs, (0 if g.in_sequence else T)
@@ -230,28 +247,27 @@ def drawing_activations(network: Network, quant: Quant, tokens: int, patches: in
     if g.fusion == "routed":
         length = 1 + tokens + patches
         block = max(7 * each + turned, 15 * each) * length * R
-        routed = block + each * patches * R + 8 * length * (R // g.router_heads)
-    tables = 8 * L * (D // g.heads)
+        routed = block + each * patches * R
     route = tokens * g.depth * g.kept_layers * 12 + 8 * tokens * g.states_layers * g.depth
     ends = 3 * each * patches * g.channels * g.patch**2 + each * 6 * D
     widest, longest = max((i * o, o) for i, o in g.linears)
-    unpacked = {"none": 0, "nf4": 2 * widest, "int8": 4 * N * longest}[quant]
-    return max(max(attention, feed_forward) + context + tables, routed) + route + ends + unpacked
+    unpacked = {"none": 0, "nf4": 2 * widest, "int8": rows * 4 * N * longest}[quant]
+    return rows * (max(max(attention, feed_forward) + context, routed) + route + ends) + unpacked
 
 
 def _decoding(network: Network, setting: Setting, size: tuple[int, int]) -> int:
     width, height = (min(side, TILE) for side in size) if setting.tiled else size
     # The tiles so far and the picture they are put together to; as floats and bytes at last.
     picture = 3 * size[0] * size[1] * (4 * 4 + 4 * setting.tiled)
-    return decoding_activations(network, (width, height), 2) + picture
+    return decoding_activations(network, (width, height)) + picture
 
 
-def decoding_activations(network: Network, size: tuple[int, int], each: int) -> int:
+def decoding_activations(network: Network, size: tuple[int, int]) -> int:
     """The peak within the decoder at a size in pixels; raises ModelError for an autoencoder that is not known here.
 
     It is at the last stage: a residual block's input and output, its norm in fp32, and the stage before.
     """
-    autoencoder, pixels = network.autoencoder, size[0] * size[1]
+    autoencoder, pixels, each = network.autoencoder, size[0] * size[1], network.each
     if autoencoder is None:
         return 0
     if autoencoder.kind == "Enlarger":

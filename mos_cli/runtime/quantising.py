@@ -104,7 +104,7 @@ def write_quantised_bundle(
         overwrite: replace a bundle that is there; nothing else is ever replaced.
 
     Raises:
-        InputError: the folder is there, or may not be written.
+        InputError: the folder is there, or cannot be written: the disk is full, for one.
         ModelError: the bundle is damaged or quantised already.
     """
     folder = folder.expanduser().absolute()
@@ -112,32 +112,49 @@ def write_quantised_bundle(
     verify_bundle(bundle)
     make_folder(folder.parent)
     made = folder.with_name(f".{secrets.token_hex(6)}")
-    made.mkdir()
     try:
-        for file in bundle.index.files:
-            if not file.startswith(f"{GENERATION}/"):
-                target = made / file
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(bundle.folder / file, target)
-        write_tower(bundle.folder / GENERATION, made / GENERATION)
-        if (card := made / "card.md").is_file():
-            note = f"The generation tower is quantised: {METHODS[method]}. Made from `{bundle.ref}` {bundle.hash[:12]}."
-            card.write_text(f"{card.read_text(encoding='utf-8').rstrip()}\n\n{note}\n", encoding="utf-8")
-        index = bundle.index
-        written = write_index(
-            made,
-            name=folder.name,
-            description=f"{index.description} Quantised: {method}.",
-            license=index.license,
-            understanding=index.understanding,
-            canvas=index.canvas,
-            defaults=index.defaults,
-            edits=index.edits,
-        )
-        _put_in_place(made, folder)
+        with _writing(folder):
+            made.mkdir()
+            for file in bundle.index.files:
+                if not file.startswith(f"{GENERATION}/"):
+                    target = made / file
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(bundle.folder / file, target)
+            write_tower(bundle.folder / GENERATION, made / GENERATION)
+            written = _described(bundle, made, folder.name, method)
+            _put_in_place(made, folder)
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return replace(written, folder=folder)
+
+
+def _described(bundle: Bundle, made: Path, name: str, method: Method) -> Bundle:
+    """The bundle in `made`, told apart from the one it was made from in its card and its index."""
+    if (card := made / "card.md").is_file():
+        note = f"The generation tower is quantised: {METHODS[method]}. Made from `{bundle.ref}` {bundle.hash[:12]}."
+        card.write_text(f"{card.read_text(encoding='utf-8').rstrip()}\n\n{note}\n", encoding="utf-8")
+    index = bundle.index
+    return write_index(
+        made,
+        name=name,
+        description=f"{index.description} Quantised: {method}.",
+        license=index.license,
+        understanding=index.understanding,
+        canvas=index.canvas,
+        defaults=index.defaults,
+        edits=index.edits,
+    )
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise InputError(f"cannot write {folder}: {reason}") from None
 
 
 def _check_target(bundle: Bundle, folder: Path, overwrite: bool) -> None:

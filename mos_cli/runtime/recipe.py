@@ -66,6 +66,7 @@ class Recipe(Frozen):
     """What decides a picture. Sizes are in pixels; `model` is the bundle's name, or its hub id.
 
     `quant` says how the towers were quantised on load, where they were: "nf4" or, for each of the two, "nf4,none".
+    `feature_cache` is the distance of the steps at which the blocks are computed; None computes them at every step.
     `routes` are the rules that steer the routes, as they are written; `route_from` is the run they are taken from.
     """
 
@@ -80,6 +81,7 @@ class Recipe(Frozen):
     height: int = Field(ge=1)
     precision: Literal["bf16", "fp32"]
     quant: str | None = None
+    feature_cache: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     routes: RouteRules | None = None
     route_from: RouteSource | None = None
     edit: EditRecipe | None = None
@@ -88,6 +90,13 @@ class Recipe(Frozen):
     def working_size(self) -> tuple[int, int]:
         """Width and height at which the model draws."""
         return (self.width, self.height) if self.edit is None else self.edit.canvas
+
+    @model_validator(mode="after")
+    def _feature_cache_has_something_to_take(self) -> Self:
+        every = self.feature_cache
+        if every is not None and every > max(1, self.steps - 1):
+            raise ValueError(f"feature_cache {every} needs more than {every} steps, and there are {self.steps}")
+        return self
 
     @model_validator(mode="after")
     def _edits_keep_their_size(self) -> Self:
@@ -103,6 +112,8 @@ class Provenance(Frozen):
 
     `threads` is the number of CPU threads, which decides in what order products are summed, and so their rounding in
     bf16; None on a GPU, and in pictures made before it was recorded. Pillow, which reads and scales, counts for edits.
+    `tiled`: it was decoded tile by tile. `together`: guidance's branches were computed in one pass. `compiled`:
+    the blocks were compiled, which rounds otherwise.
     """
 
     bundle_hash: str
@@ -114,6 +125,9 @@ class Provenance(Frozen):
     attention: str
     pillow: str | None = None
     threads: int | None = Field(default=None, ge=1, le=MAX_THREADS)
+    tiled: bool = False
+    together: bool = False
+    compiled: bool = False
 
 
 class EarlierPicture(Frozen):
@@ -183,9 +197,7 @@ def check_guidance(cfg: float, options: Mapping[str, Any], image_cfg: float = 1.
         raise UsageError(f"{idle[0]} has no effect at cfg 1, without guidance: raise cfg or leave {idle[0]} out")
 
 
-def provenance(bundle_hash: str, device: str, attention: str, threads: int | None) -> Provenance:
-    """Describes what is about to draw; versions are those installed."""
+def provenance(**how: Any) -> Provenance:
+    """Describes what is about to draw, the fields of `Provenance`; versions are those installed."""
     versions = {package: version(package) for package in ("torch", "diffusers", "transformers", "pillow")}
-    return Provenance(
-        bundle_hash=bundle_hash, mos=__version__, device=device, attention=attention, threads=threads, **versions
-    )
+    return Provenance(mos=__version__, **versions, **how)

@@ -5,9 +5,9 @@ import re
 import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from mos_cli.errors import InputError, MosError, UsageError
 from mos_cli.runtime.folders import presets_folder
@@ -15,10 +15,29 @@ from mos_cli.runtime.memory import Offload
 from mos_cli.runtime.specs import Canvas, Interval, RouteRules, first_problem
 
 if TYPE_CHECKING:
+    import torch
+
     from mos_cli.runtime.fitting import Candidate
     from mos_cli.runtime.memory import Setting
 
 TraceLevel = Literal["off", "summary", "topk", "full"]
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+def _gib_or_auto(value: object) -> object:
+    if value == "auto":
+        return value
+    try:
+        gib = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        gib = 0.0
+    if not 0 < gib < float("inf"):
+        raise ValueError(f"write GiB as a number above 0, or auto, not {value}")
+    return gib
+
+
+MaxVram = Annotated[float | Literal["auto"], BeforeValidator(_gib_or_auto)]
+"""GiB that a device may take; "auto": all that there is."""
 
 
 class Settings(BaseModel):
@@ -32,12 +51,14 @@ class Settings(BaseModel):
     cfg_interval: Interval | None = None
     negative: str | None = None
     size: str | None = None
-    precision: Literal["auto", "bf16", "fp32"] | None = None
+    precision: Precision | None = None
     quant: str | None = None
-    max_vram: float | None = Field(default=None, gt=0)
+    feature_cache: int | None = Field(default=None, ge=1)
+    max_vram: MaxVram | None = None
     offload: Offload | None = None
     device: str | None = None
     attention: Literal["auto", "xformers", "sdpa"] | None = None
+    compile: bool | None = None
     trace: TraceLevel | None = None
     routes: RouteRules | None = None
     output: str | None = None
@@ -50,17 +71,20 @@ class Settings(BaseModel):
 class RunSettings(Settings):
     """Settings of a run: only what the bundle itself decides may still be open.
 
-    `tiled` follows from `max_vram`: the picture is decoded tile by tile.
+    `tiled` and `together` follow from `max_vram`: the picture is decoded tile by tile, and the branches of guidance are
+    computed in one pass.
     """
 
     model: str = "emoji"
     negative: str = ""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Precision = "auto"
     quant: str = "none"
     offload: Offload = "none"
     tiled: bool = False
+    together: bool = True
     device: str = "auto"
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
+    compile: bool = False
     trace: TraceLevel = "topk"
     output: str = "outputs/{date}/{number}_{prompt}_s{seed}.png"
 
@@ -143,52 +167,88 @@ def resolve(flags: Settings, preset: str | None) -> RunSettings:
     return RunSettings(**settings.model_dump(exclude_none=True))
 
 
-def fitted(settings: RunSettings, ref: str, size: tuple[int, int], quant: str | None) -> RunSettings:
-    """The settings with what `max_vram` decides: the fastest that fits, as `mos plan` finds it.
+def room(device: "torch.device") -> float:
+    """The GiB there are for a model: the memory of a card, or what of main memory is free."""
+    import psutil
+    import torch
+
+    from mos_cli.runtime.memory import GIB
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / GIB
+    return psutil.virtual_memory().available / GIB
+
+
+def fitted(
+    settings: RunSettings,
+    ref: str,
+    size: tuple[int, int],
+    quant: str | None,
+    *,
+    precision: str = "bf16",
+    references: int = 0,
+    on_cpu: bool = False,
+) -> RunSettings:
+    """The settings with what `max_vram`, a number here, decides: the fastest that fits, as `mos plan` finds it.
 
     Args:
         quant: how the towers are quantised in any case; None leaves it open. `offload` is kept if it is set.
+        precision, references: those of the run, as `find_network` takes them.
+        on_cpu: `max_vram` is of main memory, and nothing is offloaded.
 
     Raises:
         MemoryLimitError: nothing fits.
         ModelError: the model's numbers cannot be read.
     """
     from mos_cli.runtime.blueprints import find_network
-    from mos_cli.runtime.fitting import candidates, fastest, parse_quant
+    from mos_cli.runtime.fitting import candidates, fastest, fastest_on_cpu, parse_quant
 
-    assert settings.max_vram is not None
-    network = find_network(ref)
-    asked = None if quant is None else parse_quant(quant)
-    if asked is not None and asked[1] == "none" and network.method is not None:
-        asked = (asked[0], network.method)
-    found = candidates(network, size, quant=asked)
-    if "offload" in settings.model_fields_set:
-        found = [one for one in found if one.setting.offload == settings.offload]
-    best = fastest(found, settings.max_vram).setting
-    # Weights that are quantised already are loaded as they are.
-    generation = "none" if network.method else best.generation
-    quants = "none" if best.understanding == generation == "none" else f"{best.understanding},{generation}"
-    return settings.model_copy(update={"quant": quants, "offload": best.offload, "tiled": best.tiled})
+    assert isinstance(settings.max_vram, float)
+    network = find_network(ref, precision=precision, references=references)
+    given = settings.model_dump(include={"steps", "cfg", "cfg_interval"}, exclude_none=True)
+    network = replace(network, defaults=network.defaults.model_copy(update=given))
+    found = candidates(network, size, quant=None if quant is None else parse_quant(quant))
+    if on_cpu:
+        best = fastest_on_cpu(found, settings.max_vram)
+    else:
+        if "offload" in settings.model_fields_set:
+            found = [one for one in found if one.setting.offload == settings.offload]
+        best = fastest(found, settings.max_vram)
+    setting = best.setting
+    laid = {"offload": setting.offload, "tiled": setting.tiled, "together": setting.together}
+    return settings.model_copy(update={"quant": best.quant, **laid})
 
 
-def smaller(ref: str, size: tuple[int, int], now: "Setting", card: float | None) -> "Candidate | None":
+def smaller(
+    ref: str,
+    size: tuple[int, int],
+    now: "Setting",
+    card: float | None,
+    *,
+    precision: str = "bf16",
+    references: int = 0,
+) -> "Candidate | None":
     """The fastest setting that needs clearly less than the one that ran out of memory; None where there is none.
 
     Args:
         card: GiB of the GPU; None for a CPU, where nothing can be offloaded.
+        precision, references: those of the run, as `find_network` takes them.
     """
     from mos_cli.runtime.blueprints import find_network
     from mos_cli.runtime.fitting import candidates, fastest
+    from mos_cli.runtime.memory import stages
 
     try:
-        network = find_network(ref)
+        network = find_network(ref, precision=precision, references=references)
         found = candidates(network, size)
-        now_kept = replace(now, generation=network.method or now.generation)
-        peak = next(one.peak for one in found if one.setting == now_kept)
+        kept = replace(now, generation=network.method or now.generation)
+        peak = max(stage.peak for stage in stages(network, kept, size))
         # The plan may be a tenth off, and what it counted with did not fit.
         less = [one for one in found if one.peak < 0.9 * peak]
         if card is None:
-            less = [one for one in less if one.setting.offload == "none" and not one.setting.tiled]
+            # Tiles, and branches one after the other, cannot be asked for there.
+            asked = [one for one in less if not one.setting.tiled and one.setting.together]
+            less = [one for one in asked if one.setting.offload == "none"]
         return fastest(less, float("inf") if card is None else card) if less else None
     except MosError:
         # A model that cannot be planned, or nothing that fits: then only a smaller picture helps.

@@ -105,6 +105,8 @@ class UnderstandingShape(Frozen):
         linear: parameters of the text part's linear layers, without an output head, which reading does not need.
         other: its remaining parameters: embeddings, norms, biases.
         vision: parameters of what sees, its projection to the text's width included.
+        cell: pixels along an image token; 0 where it does not see.
+        seen: the side of the square that every picture is scaled to; None where it keeps its size.
         hub_id: where it is to be had, in descriptions without weights.
     """
 
@@ -114,6 +116,8 @@ class UnderstandingShape(Frozen):
     linear: int = Field(ge=0)
     other: int = Field(ge=0)
     vision: int = Field(ge=0)
+    cell: int = Field(default=0, ge=0)
+    seen: int | None = None
     hub_id: str | None = None
 
     @property
@@ -124,6 +128,11 @@ class UnderstandingShape(Frozen):
     def states(self) -> tuple[int, int]:
         """The states of a token: how many, the embedding's output included, and their width (M, S)."""
         return self.layers + 1, self.width
+
+    def image_tokens(self, size: tuple[int, int]) -> int:
+        """The tokens of a picture of so many pixels, width and height."""
+        width, height = size if self.seen is None else (self.seen, self.seen)
+        return round(width / self.cell) * round(height / self.cell)
 
 
 class AutoencoderShape(Frozen):

@@ -28,8 +28,8 @@ class Branches:
 
     Args:
         banks: what each branch reads.
-        joined: of one picture, those with references are computed in one pass and those without in another. Attention is
-            still each branch's own: the padding of a shorter prompt is never seen.
+        joined: of one picture, those with references are computed in one pass and those without in another. Attention
+            is still each branch's own: the padding of a shorter prompt is never seen.
     """
 
     def __init__(self, tower: Predictor, banks: Mapping[str, StateBank], *, joined: bool) -> None:

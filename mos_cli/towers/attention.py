@@ -138,16 +138,23 @@ def _heads(x: Tensor, parts: int, heads: int) -> list[Tensor]:
 
 def _attend(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHE: Tensor, padding: Padding, backend: AttentionBackendName) -> Tensor:
     """[B, L, D]. A mask's first entries are those of the keys; xformers would misread it, and is not asked then."""
-    if isinstance(padding, Ragged) and not padding.even:
-        rows = [
-            _attend(q_1LHE, padding.row(k_BLHE, b), padding.row(v_BLHE, b), None, backend)
-            for b, q_1LHE in enumerate(q_BLHE.split(1))
-        ]
-        return torch.cat(rows)
+    if isinstance(padding, Ragged):
+        return _attend_rows(q_BLHE, k_BLHE, v_BLHE, padding, backend)
     mask = padding[:, None, None, : k_BLHE.shape[1]] if isinstance(padding, Tensor) else None
     # Named, so that no setting of the environment puts another backend in its place unseen.
     backend = backend if mask is None else SDPA
     return dispatch_attention_fn(q_BLHE, k_BLHE, v_BLHE, attn_mask=mask, backend=backend).flatten(-2)
+
+
+@torch.compiler.disable()
+def _attend_rows(
+    q_BLHE: Tensor, k_BLHE: Tensor, v_BLHE: Tensor, padding: Ragged, backend: AttentionBackendName
+) -> Tensor:
+    """Each row by itself, so that none needs a mask. Compiled, it would be compiled anew for all lengths of prompts."""
+    if padding.even:
+        return _attend(q_BLHE, k_BLHE, v_BLHE, None, backend)
+    rows = enumerate(q_BLHE.split(1))
+    return torch.cat([_attend(q, padding.row(k_BLHE, b), padding.row(v_BLHE, b), None, backend) for b, q in rows])
 
 
 def _shares(q_BLHE: Tensor, k_BLHE: Tensor, padding: Ragged | None) -> list[Tensor]:

@@ -100,6 +100,7 @@ def write_fresh_bundle(start: Start, folder: Path, report: Callable[[str], None]
                 understanding=spec,
                 canvas=blueprint.canvas,
                 defaults=blueprint.defaults,
+                edits=blueprint.edits,
             )
         made.rename(folder)
     finally:

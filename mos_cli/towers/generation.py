@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
@@ -36,7 +37,7 @@ RouterInput = Literal["tokens", "latent", "time"]
 Routing = Literal["token", "sample"]
 
 
-class GenerationTower(ModelMixin, ConfigMixin):
+class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
     """Router and diffusion transformer together: (z_t, t, state bank) -> (clean image, route).
 
     Args:
@@ -61,6 +62,7 @@ class GenerationTower(ModelMixin, ConfigMixin):
     """
 
     _no_split_modules: ClassVar = ["GenerationBlock"]
+    _repeated_blocks: ClassVar = ["GenerationBlock", "RouterBlock"]
 
     @register_to_config
     def __init__(

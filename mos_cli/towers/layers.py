@@ -84,14 +84,17 @@ def total(places: Places) -> int:
     return sum(part.count for part in places)
 
 
-@lru_cache(maxsize=4)
-@torch.inference_mode(False)
-@torch.no_grad()
 def rotary(places: Places, head_width: int, theta: float, device: torch.device) -> Rotary:
     """The embedding of (order, row, column): order takes a quarter of a head, row and column share the rest.
 
     Kept, so that the steps of a picture neither make it again nor wait for it to reach the device.
     """
+    # Where training compiles it, it becomes a part of the graph.
+    make = _rotary if torch.compiler.is_compiling() else _kept_rotary
+    return make(places, head_width, theta, device)
+
+
+def _rotary(places: Places, head_width: int, theta: float, device: torch.device) -> Rotary:
     order_width = head_width // 4
     grid_width = (head_width - order_width) // 2
     positions_L3 = torch.cat([part.positions() for part in places])
@@ -99,6 +102,10 @@ def rotary(places: Places, head_width: int, theta: float, device: torch.device) 
     tables = [get_1d_rotary_pos_embed(width, position, theta, use_real=True) for width, position in axes]  # type: ignore[arg-type]
     cos, sin = (torch.cat(parts, dim=-1).to(device) for parts in zip(*tables, strict=True))
     return Rotary(cos, sin)
+
+
+# A tensor made in inference mode could not be used in training.
+_kept_rotary = lru_cache(maxsize=8)(torch.inference_mode(False)(_rotary))
 
 
 class TimeEmbedding(nn.Module):

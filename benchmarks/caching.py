@@ -1,0 +1,239 @@
+"""What feature caching costs and saves: diffusers' techniques side by side, and taking fewer steps beside them.
+
+Every prompt is drawn with every technique in turn, so that whatever else the machine does slows all alike. "time" is
+that of a step as a share of the same without a cache, the median over prompts; on a CPU of the process's own time.
+"skipped" is the share of passes through a block that were not computed. PSNR is that of the picture against the one
+without a cache. "same layers" is the share of the layers read that are the same, step by step. MagCache's ratios are
+calibrated first, on three other prompts, as diffusers does it.
+
+python benchmarks/caching.py [--model NAME] [--prompts N] [--sheet PNG]
+"""
+
+import argparse
+import contextlib
+import io
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.hooks.first_block_cache import FirstBlockCacheConfig
+from diffusers.hooks.mag_cache import MagCacheConfig
+from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig
+from PIL import Image
+
+from mos_cli.cli.fetching import fetch_with_progress
+from mos_cli.pipeline import MoSPipeline
+from mos_cli.routing.recorder import Recorder
+from mos_cli.routing.trace import Routes, Wanted
+from mos_cli.runtime.bundles import find_bundle
+from mos_cli.runtime.devices import choose_device, choose_precision, device_name
+from mos_cli.runtime.quiet import quieten
+from mos_cli.runtime.recipe import Recipe, make_recipe
+from mos_cli.runtime.settings import RunSettings
+from mos_cli.runtime.sheet import COLUMNS, contact_sheet
+from mos_cli.sampling.caching import CacheConfig, Cached
+from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, Step, sample
+from mos_cli.towers.autoencoder import to_image
+from mos_cli.towers.blocks import GenerationBlock
+
+PROMPTS = Path(__file__).parent.parent / "docs" / "prompts.txt"
+CALIBRATION = ("a tree", "two cats, flat style", "a boat on a sky blue background")
+SHOWN = COLUMNS
+"""Pictures in a row of the sheet."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A picture, the routes it took, the seconds of its steps, and how often a block was computed."""
+
+    image: Image.Image
+    routes: dict[str, Routes]
+    seconds: float
+    passes: int
+
+
+@dataclass
+class Found:
+    """What a technique made of all prompts."""
+
+    times: list[float] = field(default_factory=list)
+    skipped: list[float] = field(default_factory=list)
+    psnr: list[float] = field(default_factory=list)
+    same: list[float] = field(default_factory=list)
+    images: list[Image.Image] = field(default_factory=list)
+
+    def add(self, one: Outcome, plain: Outcome) -> None:
+        self.times.append(one.seconds / plain.seconds)
+        self.skipped.append(1 - one.passes / plain.passes)
+        self.psnr.append(psnr(one.image, plain.image))
+        self.same.append(same_layers(one.routes, plain.routes))
+        self.images.append(one.image)
+
+    def line(self, name: str) -> str:
+        same = statistics.mean(self.same)
+        return (
+            f"| {name} | {statistics.median(self.times):.2f} | {statistics.median(self.skipped):.2f} | "
+            f"{statistics.mean(self.psnr):.1f} | {min(self.psnr):.1f} | {'-' if np.isnan(same) else f'{same:.3f}'} |"
+        )
+
+
+class Bench:
+    """A bundle that draws, with or without a cache."""
+
+    def __init__(self, model: str | None) -> None:
+        bundle, self.device = find_bundle(model or RunSettings().model), choose_device("auto")
+        self.precision = choose_precision(self.device)
+        tower = fetch_with_progress(bundle.index.understanding)
+        self.pipeline = MoSPipeline(bundle, tower, device=self.device, precision=self.precision)
+        self.tower, self.bundle, self.passes = self.pipeline.tower, bundle, 0
+        for block in self.tower.blocks:
+            # The block's own hooks run when it is passed over, too.
+            block.mlp.register_forward_pre_hook(self._count)  # type: ignore[operator, union-attr]
+        index = {"hidden_states": 0}
+        metadata = TransformerBlockMetadata(return_hidden_states_index=0, _cached_parameter_indices=index)
+        TransformerBlockRegistry.register(GenerationBlock, metadata)
+
+    def _count(self, *_: object) -> None:
+        self.passes += 1
+
+    def recipe(self, prompt: str, seed: int, steps: int | None = None) -> Recipe:
+        width, height = self.bundle.index.canvas.native
+        settings = self.bundle.index.defaults.model_dump() | ({} if steps is None else {"steps": steps})
+        return make_recipe(
+            prompt=prompt,
+            model=self.bundle.ref,
+            seed=seed,
+            width=width,
+            height=height,
+            precision=self.precision,
+            **settings,
+        )
+
+    def draw(self, recipe: Recipe, config: CacheConfig | None) -> Outcome:
+        """Draws as the pipeline does, with any cache."""
+        banks = {POSITIVE: self.pipeline.reader.read(recipe.prompt), NEGATIVE: self.pipeline.reader.read("")}
+        recorder, ends, self.passes = Recorder(Wanted()), [], 0
+        predictor = self.tower if config is None else Cached(self.tower, config)
+        started = self.now()
+        z = sample(
+            predictor,
+            self.pipeline._noise(recipe),
+            {name: reading.bank for name, reading in banks.items()},
+            steps=recipe.steps,
+            guidance=Guidance(recipe.cfg, recipe.cfg_interval),
+            joined=self.pipeline.setting.together,
+            scheduler=self.pipeline.scheduler,
+            observers=[recorder, lambda step: self._end(step, ends)],
+        )
+        if isinstance(predictor, Cached):
+            predictor.end()
+        with torch.inference_mode():
+            image = to_image(self.pipeline.autoencoder.decode(z))
+        return Outcome(image, recorder.routes(), ends[0] - started, self.passes)
+
+    def _end(self, step: Step, ends: list[float]) -> None:
+        if step.index + 1 == step.total:
+            ends.append(self.now())
+
+    def now(self) -> float:
+        if self.device.type == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def calibrate(self) -> list[float]:
+        """MagCache's ratios, the mean over the calibration's prompts; diffusers prints them, pass by pass."""
+        steps, found = self.bundle.index.defaults.steps, []
+        for seed, prompt in enumerate(CALIBRATION, start=1000):
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                self.draw(self.recipe(prompt, seed), MagCacheConfig(calibrate=True, num_inference_steps=steps))
+            lines = [line for line in printed.getvalue().splitlines() if line.startswith("[") and line.endswith("]")]
+            found += [[float(number) for number in line.strip("[]").split(",")] for line in lines]
+        return np.mean(found, axis=0).tolist()
+
+
+def psnr(a: Image.Image, b: Image.Image) -> float:
+    """Peak signal-to-noise ratio of two 8-bit pictures, in dB."""
+    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    squared = float((difference**2).mean())
+    return float(10 * np.log10(255**2 / squared)) if squared else float("inf")
+
+
+def same_layers(a: dict[str, Routes], b: dict[str, Routes]) -> float:
+    """The share of the layers that a reads which b reads too; not a number where the steps are others."""
+    shares = []
+    for name, routes in a.items():
+        ids, others = routes.ids_SJTK, b[name].ids_SJTK
+        if ids.shape != others.shape:
+            return float("nan")
+        shares.append((ids[..., None] == others[..., None, :]).any(axis=-1).mean())
+    return float(np.mean(shares))
+
+
+def techniques(steps: int, blocks: int, ratios: list[float]) -> dict[str, CacheConfig]:
+    """TaylorSeer on what the last block hands on, the others as diffusers offers them."""
+    made: dict[str, CacheConfig] = {}
+    taylor = [(0, 2, 8), (1, 2, 8), (0, 2, 4), (0, 3, 4), (0, 4, 4), (1, 2, 4), (1, 3, 4), (1, 4, 4)]
+    for order, every, part in taylor:
+        made[f"TaylorSeer, order {order}, every {every}, from 1/{part}"] = TaylorSeerCacheConfig(
+            cache_interval=every,
+            disable_cache_before_step=max(1, steps // part),
+            disable_cache_after_step=steps - 1,
+            max_order=order,
+            taylor_factors_dtype=torch.float32,
+            cache_identifiers=[rf"blocks\.{blocks - 1}"],
+            skip_predict_identifiers=[rf"blocks\.(?!{blocks - 1}$)\d+"],
+        )
+    for threshold in (0.1, 0.15, 0.2, 0.3):
+        made[f"FirstBlockCache, {threshold:g}"] = FirstBlockCacheConfig(threshold=threshold)
+    for threshold in (0.06, 0.12, 0.24, 0.48):
+        made[f"MagCache, {threshold:g}"] = MagCacheConfig(
+            threshold=threshold, retention_ratio=0.25, num_inference_steps=steps, mag_ratios=ratios
+        )
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--sheet", type=Path, help="Write the first pictures of every technique side by side.")
+    asked = parser.parse_args()
+    quieten()
+    bench = Bench(asked.model)
+    steps = bench.bundle.index.defaults.steps
+    configs = techniques(steps, bench.tower.depth, bench.calibrate())
+    draws: dict[str, Callable[[str, int], Outcome]] = {
+        name: lambda prompt, seed, config=config: bench.draw(bench.recipe(prompt, seed), config)
+        for name, config in configs.items()
+    }
+    for fewer in (steps * 5 // 6, steps * 2 // 3, steps // 2):
+        draws[f"no cache, {fewer} steps"] = lambda prompt, seed, fewer=fewer: bench.draw(
+            bench.recipe(prompt, seed, fewer), None
+        )
+    lines = PROMPTS.read_text().splitlines()
+    prompts = lines[:: max(1, len(lines) // asked.prompts)][: asked.prompts]
+    found, plain = {name: Found() for name in draws}, []
+    bench.draw(bench.recipe(prompts[0], 0), None)
+    for seed, prompt in enumerate(prompts):
+        plain.append(bench.draw(bench.recipe(prompt, seed), None))
+        for name, draw in draws.items():
+            found[name].add(draw(prompt, seed), plain[-1])
+    print(f"{bench.bundle.ref}, {steps} steps, {len(prompts)} prompts, {bench.precision}, {device_name(bench.device)}")
+    print("\n| technique | time | skipped | PSNR, mean | lowest | same layers |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for name, one in found.items():
+        print(one.line(name))
+    if asked.sheet is not None:
+        rows = {"no cache": [one.image for one in plain], **{name: one.images for name, one in found.items()}}
+        contact_sheet([(image, name) for name, images in rows.items() for image in images[:SHOWN]]).save(asked.sheet)
+
+
+if __name__ == "__main__":
+    main()

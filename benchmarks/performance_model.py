@@ -1,0 +1,103 @@
+"""MoS-L ready to be timed, and how time is taken.
+
+Shapes: B pictures, C channels, H x W the latent's size.
+"""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import performance_networks as networks
+import torch
+from torch import Tensor
+
+from mos_cli.benching import Clock
+from mos_cli.runtime.memory import TOKENS
+from mos_cli.runtime.quantising import Method
+from mos_cli.sampling.branches import Branches
+from mos_cli.sampling.sampler import NEGATIVE, POSITIVE
+from mos_cli.towers.attention import choose_attention
+from mos_cli.towers.bank import StateBank
+
+Row = dict[str, Any]
+SHORT = 8
+"""Tokens of the negative prompt, about those of an empty one in a template."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how often to measure."""
+
+    device: torch.device
+    rounds: int
+    tiny: bool
+
+
+class MoSL:
+    """MoS-L's generation tower, a bank and noise: ready for a forward, or for a step with guidance.
+
+    Args:
+        scale: the side of the latent, in that of a 1024 px picture: 2 makes 4,096 tokens instead of 1,024.
+    """
+
+    def __init__(self, run: Run, method: Method | None = None, *, scale: int = 1) -> None:
+        self.network = networks.mos_l(tiny=run.tiny)
+        self.run, self.scale = run, scale
+        self.tower = networks.generation_tower(self.network.generation, run.device, method)
+        self.attention = choose_attention(self.tower, "auto")
+        self.bank = networks.bank(self.network, self.tower, run.device)
+        self.z_BCHW = networks.latents(self.network, run.device, scale=scale)
+        self.t_B = torch.full((1,), 0.5, device=run.device)
+
+    @property
+    def patches(self) -> int:
+        """The tokens of the picture."""
+        return self.z_BCHW.shape[-1] * self.z_BCHW.shape[-2]
+
+    def banks(self, tokens: int) -> dict[str, StateBank]:
+        """Of both branches: a prompt of so many tokens, and a short one."""
+        counts = {POSITIVE: tokens, NEGATIVE: SHORT}
+        return {name: networks.bank(self.network, self.tower, self.run.device, count) for name, count in counts.items()}
+
+    @torch.inference_mode()
+    def forward(self) -> Tensor:
+        return self.tower(self.z_BCHW, self.t_B, self.bank)[0]
+
+    def seconds(self) -> float:
+        return seconds(self.forward, self.run)
+
+    def step(self, tokens: int = TOKENS, *, joined: bool = True) -> Callable[[], Tensor]:
+        """What predicts both branches of a step, [2, C, H, W]."""
+        banks = self.banks(tokens)
+        predict = Branches(self.tower, banks, joined=joined)
+
+        @torch.inference_mode()
+        def predicted() -> Tensor:
+            x_hats, _ = predict(tuple(banks), self.z_BCHW, 0.5, lambda name: None)
+            return torch.cat([x_hats[name] for name in banks])
+
+        return predicted
+
+
+def seconds(action: Callable[[], object], run: Run) -> float:
+    """The median time of an action on the device, after two that warm up."""
+    clock, pairs = Clock(run.device), []
+    for _ in range(run.rounds + 2):
+        began = clock.now()
+        action()
+        pairs.append((began, clock.now()))
+    return statistics.median(clock.between(*pair) for pair in pairs[2:])
+
+
+def matmul_rate(run: Run) -> float:
+    """Operations per second of a large product in bf16."""
+    side = 256 if run.tiny else 8192
+    a, b = (torch.randn(side, side, device=run.device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * side**3 / seconds(lambda: a @ b, run)
+
+
+def difference(said: Tensor, expected: Tensor) -> float:
+    """The largest of the rows' differences, as a part of the norm of what was expected."""
+    rows = zip(said, expected, strict=True)
+    return max(((one - other).norm() / other.norm()).item() for one, other in rows)

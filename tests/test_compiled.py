@@ -1,0 +1,60 @@
+"""Compiled blocks: the same picture whatever was drawn before, replayed as it was made, refused where it cannot be."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mos_cli.runtime.outputs import read_drawing
+
+
+@pytest.fixture
+def fresh():
+    """What one test compiled is not taken again by the next."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_a_compiled_picture_does_not_depend_on_the_one_before_it(mos, bundle, tmp_path: Path, fresh) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a dog\na red apple on a green table in the snow\na cat\n")
+    how = ("--compile", "--precision", "fp32", "-s", 1, "-o", f"{tmp_path}/{{number}}.png")
+    assert mos("generate", f"@{prompts}", *how).exit_code == 0
+    first, *_, last = sorted(tmp_path.glob("*.png"))
+    assert read_drawing(last)[1].made.compiled
+    torch._dynamo.reset()
+    assert mos("replay", last, "--verify").stdout.strip() == "exact"
+    assert mos("replay", first, "--verify", "--no-compile").stdout.startswith(("exact", "close"))
+
+
+def test_compiled_blocks_cannot_be_looked_into(mos, bundle, tmp_path: Path) -> None:
+    result = mos("generate", "a dog", "--compile", "--regions", "-o", tmp_path / "a.png")
+    assert result.exit_code == 2
+    assert "drop one" in result.stderr
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.slow
+def test_without_a_compiler_one_line_says_so(bundle, tmp_path: Path) -> None:
+    environment = os.environ | {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = "import sys; from mos_cli.cli.app import main; sys.exit(main())"
+    asked = [
+        "generate",
+        "a dog",
+        "-m",
+        str(bundle.folder),
+        "--compile",
+        "--device",
+        "cpu",
+        "-o",
+        str(tmp_path / "a.png"),
+    ]
+    run = subprocess.run([sys.executable, "-c", command, *asked], env=environment, capture_output=True, text=True)
+    assert run.returncode == 6
+    assert run.stderr.strip().splitlines()[-1].startswith("error: the blocks cannot be compiled here")
+    assert "Traceback" not in run.stderr

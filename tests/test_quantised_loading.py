@@ -1,0 +1,83 @@
+"""Loading quantised towers: where it is done, where the result is, and what it takes of memory."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_quantised import CPU, output, same, source
+
+from mos_cli.placement import Part, _held
+from mos_cli.runtime.quantising import METHODS, WEIGHTS
+from mos_cli.towers.generation import GenerationTower
+from mos_cli.towers.quantised import load_generation
+
+__all__ = ["source"]
+
+
+def places(tower: GenerationTower) -> set[str]:
+    """The kinds of devices that hold a tower's tensors, those that quantised layers keep beside their weights too."""
+    return {tensor.device.type for tensor, _ in _held((tower,))}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_are_quantised_in_one_place_and_kept_in_another(source: Path, method: Any) -> None:
+    assert same(
+        load_generation(source, method, device=CPU, quantised_on=CPU), load_generation(source, method, device=CPU)
+    )
+    # There is nothing to quantise with on "meta": it was done elsewhere, and all of it came home.
+    assert places(load_generation(source, method, device=torch.device("meta"), quantised_on=CPU)) == {"meta"}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("method", METHODS)
+def test_a_tower_quantised_on_the_card_and_kept_at_home_is_the_one_on_the_card(source: Path, method: Any) -> None:
+    card = torch.device("cuda")
+    there = load_generation(source, method, device=card)
+    home = load_generation(source, method, device=CPU, quantised_on=card)
+    assert places(home) == {"cpu"}
+    assert same(there, home)
+    part = Part(home, device=card)
+    part.leave()
+    part.arrive()
+    assert places(home) == {"cuda"}
+    assert torch.equal(output(there), output(home))
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+import torch
+from torch import nn
+from mos_cli.runtime.quantising import Quantisation
+from mos_cli.towers.quantised import load, quantise
+
+def megabytes(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e6
+
+method, folder = sys.argv[1], Path(sys.argv[2])
+if method != "none":
+    quantise(nn.Sequential(nn.Linear(64, 64)), Quantisation(method=method, kept=()))
+with torch.device("meta"):
+    model = nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(24)))
+before = megabytes("VmRSS")
+load(model, folder, None if method == "none" else method, kept=(), device=torch.device("cpu"))
+print(megabytes("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the highest use of memory where Linux tells it")
+def test_loading_never_holds_a_network_twice(tmp_path: Path) -> None:
+    """201 MB in bf16: in full precision it takes that and a margin, quantised less than that."""
+    save_file(
+        {f"{i}.weight": torch.randn(2048, 2048).bfloat16() for i in range(24)}, tmp_path / WEIGHTS, {"format": "pt"}
+    )
+    for method, bound in (("none", 240), ("int8", 180), ("nf4", 130)):
+        command = [sys.executable, "-c", MEASURE, method, str(tmp_path)]
+        grown = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        assert grown < bound, (method, grown)
