@@ -129,6 +129,7 @@ class Bench:
             joined=self.pipeline.setting.together,
             scheduler=self.pipeline.scheduler,
             observers=[recorder, lambda step: self._end(step, ends)],
+            begin_anew=predictor.begin_anew if isinstance(predictor, Cached) else lambda: None,
         )
         if isinstance(predictor, Cached):
             predictor.end()

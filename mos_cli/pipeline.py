@@ -28,7 +28,7 @@ from mos_cli.runtime.bundles import Bundle, verify_bundle
 from mos_cli.runtime.devices import device_name, device_threads
 from mos_cli.runtime.inputs import Inputs
 from mos_cli.runtime.memory import Setting
-from mos_cli.runtime.recipe import PictureRecord, Recipe, pixels_hash, provenance
+from mos_cli.runtime.recipe import PictureRecord, Recipe, check_blocks, pixels_hash, provenance
 from mos_cli.runtime.settings import smaller
 from mos_cli.sampling.caching import caching
 from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, UNSEEN, Guidance, Observer, sample, times
@@ -61,7 +61,7 @@ class MoSPipeline:
     Raises:
         ModelError: the bundle is damaged, or its parts do not fit together.
         MemoryLimitError: the device has too little memory for them.
-        DeviceError: what is to compute the attention cannot do so here.
+        DeviceError: what is to compute the attention cannot do so here, or the blocks cannot be compiled.
     """
 
     def __init__(
@@ -88,11 +88,17 @@ class MoSPipeline:
         self.understanding, self.tower, self.attention = parts.understanding, parts.tower, parts.attention
         self.scheduler, self.autoencoder, self.eyes = parts.scheduler, parts.autoencoder, parts.eyes
         if compiled:
-            # For any length of a prompt at once: a picture does not depend on those drawn before it.
-            self.tower.compile_repeated_blocks(dynamic=True)
+            self._compile()
         self._visitor = VisitingTower(self.understanding, self.places)
         name, read = bundle.index.name, self._visitor.read
         self.reader = Reader(self.understanding, self.eyes, self.tower, name, read=read)
+
+    def _compile(self) -> None:
+        if self.device.type == "cpu" and any(hasattr(weight, "quant_state") for weight in self.tower.parameters()):
+            # bitsandbytes packs them at their first use: they are of another shape than those that were compiled.
+            raise DeviceError("NF4 weights cannot be compiled on a CPU: draw with --no-compile")
+        # For any length of a prompt at once: a picture does not depend on those drawn before it.
+        self.tower.compile_repeated_blocks(dynamic=True)
 
     def read_ahead(self, recipes: Sequence[Recipe]) -> None:
         """Reads the prompts of a run at once where the understanding tower would have to come back for each.
@@ -129,13 +135,7 @@ class MoSPipeline:
             DeviceError: the blocks are to be compiled, and cannot be.
             UsageError: what is wanted cannot be had of compiled blocks.
         """
-        if self.compiled and wanted.regions:
-            raise UsageError(
-                "--regions look into the blocks, and compiled ones cannot be looked into: drop one of the two"
-            )
-        if (recipe.feature_cache or 1) > 1 and (self.compiled or wanted.regions):
-            other = "--compile" if self.compiled else "--regions"
-            raise UsageError(f"{other} does not go with --feature-cache, which leaves blocks out: drop one of the two")
+        check_blocks(recipe.feature_cache, compiled=self.compiled, regions=wanted.regions)
         guidance = Guidance(recipe.cfg, recipe.cfg_interval, 1.0 if recipe.edit is None else recipe.edit.image_cfg)
         recorder, laid = Recorder(wanted), None
         try:
@@ -147,7 +147,8 @@ class MoSPipeline:
                 readings = seen | {UNSEEN: readings[NEGATIVE]}
             readings = {branch: readings[branch] for branch in guidance.branches(guidance.interval[0])}
             steerer = self._steerer(recipe, guidance, readings, wanted, route_from)
-            with recorder.watching(self.tower), caching(self.tower, recipe.feature_cache, recipe.steps) as tower:
+            with recorder.watching(self.tower), caching(self.tower, recipe.feature_cache, recipe.steps) as cached:
+                tower, begin_anew = cached
                 z = sample(
                     tower,
                     self._noise(recipe),
@@ -159,6 +160,7 @@ class MoSPipeline:
                     observers=[recorder, *observers],
                     origin=None if laid is None else laid.origin,
                     steer=steerer,
+                    begin_anew=begin_anew,
                 )
             with self.places.beside():
                 image = to_image(self.autoencoder.decode(z))

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_quantised import small_tower
 
+from mos_cli.runtime.bundles import write_index
 from mos_cli.runtime.outputs import read_drawing
 
 
@@ -35,8 +37,20 @@ def test_a_compiled_picture_does_not_depend_on_the_one_before_it(mos, bundle, tm
 def test_compiled_blocks_cannot_be_looked_into(mos, bundle, tmp_path: Path) -> None:
     result = mos("generate", "a dog", "--compile", "--regions", "-o", tmp_path / "a.png")
     assert result.exit_code == 2
-    assert "drop one" in result.stderr
+    assert "drop --regions, or draw with --no-compile" in result.stderr
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_nf4_weights_are_not_compiled_on_a_cpu(mos, bundle, tmp_path: Path) -> None:
+    small_tower(states_width=32).save_pretrained(bundle.folder / "generation")
+    kept = ("name", "description", "license", "understanding", "canvas", "defaults")
+    write_index(bundle.folder, **{name: getattr(bundle.index, name) for name in kept})
+    asked = ("generate", "a dog", "--quant", "none,nf4", "--device", "cpu", "-o", tmp_path / "a.png")
+    result = mos(*asked, "--compile")
+    assert result.exit_code == 6
+    said = result.stderr.strip().splitlines()[-1]
+    assert said == "error: NF4 weights cannot be compiled on a CPU: draw with --no-compile"
+    assert mos(*asked, "--no-compile").exit_code == 0
 
 
 @pytest.mark.slow

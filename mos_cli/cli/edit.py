@@ -166,7 +166,7 @@ def edit(
     from mos_cli.runtime.inputs import describe_edit, read_inputs
     from mos_cli.runtime.masks import read_mask
     from mos_cli.runtime.pictures import working_size
-    from mos_cli.runtime.recipe import MaskRecipe, check_guidance, pixels_hash
+    from mos_cli.runtime.recipe import MaskRecipe, check_blocks, check_guidance, pixels_hash
 
     inputs = read_inputs([picture, *(reference or [])])
     for note in inputs.notes:
@@ -182,6 +182,7 @@ def edit(
         fields = shared_fields(settings, bundle, defaults)
     guidance = defaults.image_cfg if image_cfg is None else image_cfg
     options = {"--negative": settings.negative, "--cfg-interval": flags.cfg_interval}
+    check_blocks(fields["feature_cache"], compiled=settings.compile, regions=regions)
     check_guidance(fields["cfg"], options, guidance)
     fields["width"], fields["height"] = source_size if size is None else working
     fields["edit"] = describe_edit(

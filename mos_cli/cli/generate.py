@@ -120,9 +120,10 @@ def generate(
     settings = fit_to_card(bundle, settings, (width, height), report, fetch=not dry_run)
     with report.stage("libraries"):
         fields = shared_fields(settings, bundle, bundle.index.defaults)
-    from mos_cli.runtime.recipe import check_guidance
+    from mos_cli.runtime.recipe import check_blocks, check_guidance
 
     fields["width"], fields["height"] = width, height
+    check_blocks(fields["feature_cache"], compiled=settings.compile, regions=regions)
     check_guidance(fields["cfg"], {"--negative": settings.negative, "--cfg-interval": flags.cfg_interval})
     routes, fields["route_from"] = route_source(route_from, route_until, bundle)
     jobs = make_jobs(prompts, names, fields, seed=seed, count=count)

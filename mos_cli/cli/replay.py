@@ -81,7 +81,7 @@ def replay(
     from mos_cli.runtime.devices import cpu_threads
     from mos_cli.runtime.inputs import Finder
     from mos_cli.runtime.outputs import naming, read_drawing
-    from mos_cli.runtime.recipe import check_guidance, make_recipe
+    from mos_cli.runtime.recipe import check_blocks, check_guidance, make_recipe
     from mos_cli.runtime.settings import check_size, make_settings, resolve
 
     report = Report(json=json, quiet=quiet, verbose=verbose)
@@ -111,6 +111,8 @@ def replay(
         image_cfg = recipe.edit.image_cfg
     guidances = {f"--set {key}": changed.get(key) for key in ("negative", "cfg_interval")}
     check_guidance(recipe.cfg, guidances, image_cfg)
+    compiles = record.made.compiled if compiled is None else compiled
+    check_blocks(recipe.feature_cache, compiled=compiles, regions=regions)
     flags = make_settings(
         output=output, trace=trace, device=device, attention=attention, max_vram=max_vram, offload=offload
     )

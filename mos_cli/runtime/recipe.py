@@ -197,6 +197,15 @@ def check_guidance(cfg: float, options: Mapping[str, Any], image_cfg: float = 1.
         raise UsageError(f"{idle[0]} has no effect at cfg 1, without guidance: raise cfg or leave {idle[0]} out")
 
 
+def check_blocks(feature_cache: int | None, *, compiled: bool, regions: bool) -> None:
+    """Raises UsageError where blocks are to be looked into, compiled or left out, and this does not go together."""
+    if compiled and regions:
+        raise UsageError("compiled blocks cannot be looked into: drop --regions, or draw with --no-compile")
+    if (feature_cache or 1) > 1 and (compiled or regions):
+        other = "--compile" if compiled else "--regions"
+        raise UsageError(f"{other} does not go with --feature-cache, which leaves blocks out: drop one of the two")
+
+
 def provenance(**how: Any) -> Provenance:
     """Describes what is about to draw, the fields of `Provenance`; versions are those installed."""
     versions = {package: version(package) for package in ("torch", "diffusers", "transformers", "pillow")}

@@ -82,10 +82,11 @@ def _joined(steerings: Sequence[Steered], banks: Sequence[StateBank], padding: R
     spoken = next((steering for steering in steerings if steering is not None), None)
     if not isinstance(spoken, Steering):
         return spoken
-    allowed, bias = [], []
+    allowed, bias, biased = [], [], False
     for steering, bank in zip(steerings, banks, strict=True):
         free_BTJM = spoken.allowed_BTJM.new_ones(1, bank.bank_BTMD.shape[1], *spoken.allowed_BTJM.shape[2:])
         allowed.append(steering.allowed_BTJM if isinstance(steering, Steering) else free_BTJM)
         bias_BTJM = steering.bias_BTJM if isinstance(steering, Steering) else None
+        biased |= bias_BTJM is not None
         bias.append(torch.zeros_like(free_BTJM, dtype=torch.float32) if bias_BTJM is None else bias_BTJM)
-    return Steering(padding.join(allowed, fill=True), padding.join(bias), spoken.order_JM)
+    return Steering(padding.join(allowed, fill=True), padding.join(bias) if biased else None, spoken.order_JM)

@@ -3,7 +3,7 @@
 docs/caching.md has the measurements that chose the technique and its fixed values.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -23,17 +23,19 @@ WARM_UP = 4
 
 
 @contextmanager
-def caching(tower: GenerationTower, every: int | None, steps: int) -> Iterator[Predictor]:
+def caching(tower: GenerationTower, every: int | None, steps: int) -> Iterator[tuple[Predictor, Callable[[], None]]]:
     """The tower, within the context with its blocks computed at one step of `every` alone; None or 1 changes nothing.
 
     The first quarter of the steps is computed, and the last. Router, embeddings and output layer work at every step.
+    Beside it what `sample` is to call where other branches are asked for: it lets the cache begin anew, after which the
+    last step may be one of those that are not computed.
     """
     if every is None or every == 1:
-        yield tower
+        yield tower, lambda: None
         return
     cached = Cached(tower, reusing(every, steps, tower.depth))
     try:
-        yield cached
+        yield cached, cached.begin_anew
     finally:
         cached.end()
 
@@ -54,25 +56,21 @@ def reusing(every: int, steps: int, blocks: int) -> TaylorSeerCacheConfig:
 class Cached:
     """A generation tower with one of diffusers' caches, as the sampler asks it.
 
-    A branch, or the branches that pass together, are known by the bank they read. A pass that the step before did not
-    have finds nothing to take again: all begin anew.
+    A branch, or the branches that pass together, are known by the bank they read.
     """
 
     def __init__(self, tower: GenerationTower, config: CacheConfig) -> None:
         self.tower, self.config = tower, config
-        self._before: list[StateBank] = []
-        self._now: list[StateBank] = []
         tower.enable_cache(config)
 
     def __call__(self, z_BCHW: Tensor, t_B: Tensor, bank: StateBank, *, steering: Steered) -> tuple[Tensor, Route]:
-        if any(bank is other for other in self._now):
-            self._before, self._now = self._now, []
-        if self._before and not any(bank is other for other in self._before):
-            self.end()
-            self.tower.enable_cache(self.config)
-        self._now.append(bank)
         with self.tower.cache_context(str(id(bank))):
             return self.tower(z_BCHW, t_B, bank, steering=steering)
+
+    def begin_anew(self) -> None:
+        """Forgets what was kept, and counts the steps from here."""
+        self.end()
+        self.tower.enable_cache(self.config)
 
     def end(self) -> None:
         """Frees what was kept, and leaves the tower as it was."""

@@ -102,6 +102,7 @@ def sample(
     observers: Sequence[Observer] = (),
     origin: Origin | None = None,
     steer: Steer = lambda step, branch: None,
+    begin_anew: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Integrates from noise (t = 1) to a latent (t = 0).
 
@@ -112,14 +113,19 @@ def sample(
         observers: called after every step, in order; an exception raised by one ends the run.
         origin: what the picture is drawn over; without it, it comes from noise alone.
         steer: what rules say; without it the router decides.
+        begin_anew: called before a step that asks for other branches than the one before it.
     """
     asked = times(steps, scheduler, 1.0 if origin is None else origin.strength)
     z = noise_BCHW
     if origin is not None:
         z = noised(origin.z0_BCHW, z, torch.full((z.shape[0],), asked[0], device=z.device))
     predict = Branches(tower, banks, joined=joined)
+    names = guidance.branches(asked[0])
     for index, t in enumerate(asked):
-        x_hats, routes = predict(guidance.branches(t), z, t, partial(steer, index))
+        before, names = names, guidance.branches(t)
+        if names != before:
+            begin_anew()
+        x_hats, routes = predict(names, z, t, partial(steer, index))
         x_hat = guidance.guided(x_hats)
         if origin is not None and origin.mask_11HW is not None:
             x_hat = torch.lerp(origin.z0_BCHW, x_hat, origin.mask_11HW)
