@@ -126,7 +126,7 @@ class Bench:
             {name: reading.bank for name, reading in banks.items()},
             steps=recipe.steps,
             guidance=Guidance(recipe.cfg, recipe.cfg_interval),
-            joined=self.pipeline.setting.together,
+            together=self.pipeline.setting.together,
             scheduler=self.pipeline.scheduler,
             observers=[recorder, lambda step: self._end(step, ends)],
             begin_anew=predictor.begin_anew if isinstance(predictor, Cached) else lambda: None,

@@ -113,7 +113,7 @@ def _draw(network: networks.Network, setting: Setting, stages: Stages) -> Tensor
     noise, branches = networks.latents(network, device), {POSITIVE: banks[0], NEGATIVE: banks[1]}
     guidance, scheduler = Guidance(defaults.cfg, defaults.cfg_interval), FlowMatchEulerDiscreteScheduler()
     asked: dict[str, Any] = {"steps": defaults.steps, "guidance": guidance, "scheduler": scheduler}
-    asked["joined"] = setting.together
+    asked["together"] = setting.together
     z = stages.run("draw", lambda: sample(tower, noise, branches, **asked))
     return stages.run("decode", decode)
 

@@ -67,10 +67,10 @@ class MoSL:
     def seconds(self) -> float:
         return seconds(self.forward, self.run)
 
-    def step(self, tokens: int = TOKENS, *, joined: bool = True) -> Callable[[], Tensor]:
+    def step(self, tokens: int = TOKENS, *, together: bool = True) -> Callable[[], Tensor]:
         """What predicts both branches of a step, [2, C, H, W]."""
         banks = self.banks(tokens)
-        predict = Branches(self.tower, banks, joined=joined)
+        predict = Branches(self.tower, banks, together=together)
 
         @torch.inference_mode()
         def predicted() -> Tensor:

@@ -37,7 +37,7 @@ def together(run: Run) -> list[Row]:
     for blocks, method in kinds:
         for scale in (1, 2):
             model = MoSL(run, method, scale=scale)
-            joined, apart = model.step(), model.step(joined=False)
+            joined, apart = model.step(), model.step(together=False)
             if blocks.endswith("fetched"):
                 model.tower.blocks = FetchedBlocks(list(model.tower.blocks), run.device)
             differs = difference(joined(), apart())
@@ -131,7 +131,7 @@ def sync(run: Run) -> list[Row]:
             model.banks(TOKENS),
             steps=2,
             guidance=Guidance(model.network.defaults.cfg),
-            joined=True,
+            together=True,
             scheduler=FlowMatchEulerDiscreteScheduler(),
             steer=lambda step, branch, rules=rules: rules.get(branch),
         )

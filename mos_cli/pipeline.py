@@ -155,7 +155,7 @@ class MoSPipeline:
                     {branch: reading.bank for branch, reading in readings.items()},
                     steps=recipe.steps,
                     guidance=guidance,
-                    joined=self.setting.together,
+                    together=self.setting.together,
                     scheduler=self.scheduler,
                     observers=[recorder, *observers],
                     origin=None if laid is None else laid.origin,

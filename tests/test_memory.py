@@ -18,7 +18,7 @@ from mos_cli.runtime.devices import cpu_threads
 from mos_cli.runtime.memory import Setting, weights
 from mos_cli.runtime.shapes import AutoencoderShape, GenerationShape, UnderstandingShape
 from mos_cli.towers.autoencoder import Enlarger
-from mos_cli.towers.bank import StateBank, together
+from mos_cli.towers.bank import StateBank, join
 from mos_cli.towers.generation import GenerationTower
 
 DTYPES = {4: torch.float32, 2: torch.bfloat16}
@@ -57,7 +57,7 @@ SIZES: dict[str, Any] = {
 def bank_of(tower: GenerationTower, *lengths: int) -> StateBank:
     """The banks of prompts of so many tokens, as they are drawn from."""
     banks = [tower.read(torch.randn(1, tokens, 5, 64)) for tokens in lengths]
-    return banks[0] if len(banks) == 1 else together(banks)
+    return banks[0] if len(banks) == 1 else join(banks)
 
 
 @pytest.mark.parametrize("each", [2, 4])
@@ -96,7 +96,7 @@ def test_references_are_counted() -> None:
             tower.look(tower.read(torch.randn(1, count, 5, 64)), torch.randn(1, memory.SIGHT, 5, 16), references)
             for count in (words, 2)
         ]
-        for bank in (banks[0], together(banks)):
+        for bank in (banks[0], join(banks)):
             rows = bank.bank_BTMD.shape[0]
             z_BCHW, t_B = z.expand(rows, -1, -1, -1), torch.full((rows,), 0.5)
             tower(z_BCHW, t_B, bank)

@@ -50,11 +50,11 @@ def banks(tower: GenerationTower) -> dict[str, StateBank]:
 
 @torch.no_grad()
 def step(
-    tower: GenerationTower, joined: bool, wanted: Wanted = Wanted(), **steerings: Steered
+    tower: GenerationTower, together: bool, wanted: Wanted = Wanted(), **steerings: Steered
 ) -> tuple[Step, Recorder]:
     """One step, as the sampler takes it, and what was recorded of it."""
     z, recorder = inputs(1)[0], Recorder(wanted)
-    predict = Branches(tower, banks(tower), joined=joined)
+    predict = Branches(tower, banks(tower), together=together)
     with recorder.watching(tower):
         x_hats, routes = predict(tuple(TOKENS), z, 0.6, steerings.get)
         seen = Step(0, 1, 0.6, torch.cat(list(x_hats.values())), routes)
@@ -63,7 +63,7 @@ def step(
 
 
 def same(tower: GenerationTower, wanted: Wanted = Wanted(), **steerings: Steered) -> tuple[Recorder, Recorder]:
-    (one, recorded), (other, expected) = (step(tower, joined, wanted, **steerings) for joined in (True, False))
+    (one, recorded), (other, expected) = (step(tower, together, wanted, **steerings) for together in (True, False))
     torch.testing.assert_close(one.x_hat_BCHW, other.x_hat_BCHW, **CLOSE)
     assert list(one.routes) == list(other.routes) == list(TOKENS)
     for name, route in other.routes.items():
@@ -80,10 +80,10 @@ def test_a_branch_is_what_it_is_alone(variant: dict[str, Any], sight: tuple[int,
 
 
 def test_branches_with_the_same_pictures_share_a_pass() -> None:
-    def rows_of(sight: tuple[int, ...], joined: bool) -> list[int]:
+    def rows_of(sight: tuple[int, ...], together: bool) -> list[int]:
         tower, rows = small_tower(sight_widths=sight), []
         tower.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
-        step(tower, joined)
+        step(tower, together)
         return rows
 
     assert rows_of((), True) == [3]

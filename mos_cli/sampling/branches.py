@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mos_cli.towers.bank import StateBank, together
+from mos_cli.towers.bank import StateBank, join
 from mos_cli.towers.layers import Ragged
 from mos_cli.towers.router import Route, Steering
 
@@ -28,12 +28,12 @@ class Branches:
 
     Args:
         banks: what each branch reads.
-        joined: of one picture, those with references are computed in one pass and those without in another. Attention
+        together: of one picture, those with references are computed in one pass and those without in another. Attention
             is still each branch's own: the padding of a shorter prompt is never seen.
     """
 
-    def __init__(self, tower: Predictor, banks: Mapping[str, StateBank], *, joined: bool) -> None:
-        self.tower, self.banks, self.joined = tower, banks, joined
+    def __init__(self, tower: Predictor, banks: Mapping[str, StateBank], *, together: bool) -> None:
+        self.tower, self.banks, self.together = tower, banks, together
         self._made: dict[tuple[str, ...], StateBank] = {}
 
     def __call__(
@@ -57,11 +57,11 @@ class Branches:
         self, group: tuple[str, ...], z_1CHW: Tensor, t: float, steer: Callable[[str], Steered]
     ) -> Iterator[tuple[str, Tensor, Route]]:
         if group not in self._made:
-            self._made[group] = together([self.banks[name] for name in group])
+            self._made[group] = join([self.banks[name] for name in group])
         bank, steerings = self._made[group], [steer(name) for name in group]
         assert isinstance(bank.padding, Ragged)
         z_BCHW, t_B = z_1CHW.expand(len(group), -1, -1, -1), z_1CHW.new_full((len(group),), t)
-        steering = _joined(steerings, [self.banks[name] for name in group], bank.padding)
+        steering = _join_steerings(steerings, [self.banks[name] for name in group], bank.padding)
         x_hat_BCHW, route = self.tower(z_BCHW, t_B, bank, steering=steering)
         for number, (name, steered) in enumerate(zip(group, steerings, strict=True)):
             row = route.row(bank.padding, number)
@@ -70,14 +70,14 @@ class Branches:
             yield name, x_hat_BCHW[number : number + 1], row
 
     def _passes(self, names: Sequence[str]) -> list[tuple[str, ...]]:
-        if not self.joined:
+        if not self.together:
             return [(name,) for name in names]
         sighted = tuple(name for name in names if self.banks[name].references is not None)
         blind = tuple(name for name in names if self.banks[name].references is None)
         return [group for group in (sighted, blind) if group]
 
 
-def _joined(steerings: Sequence[Steered], banks: Sequence[StateBank], padding: Ragged) -> Steered:
+def _join_steerings(steerings: Sequence[Steered], banks: Sequence[StateBank], padding: Ragged) -> Steered:
     """What rules say of several branches as one; a baseline, and an order of layers, say the same of all of them."""
     spoken = next((steering for steering in steerings if steering is not None), None)
     if not isinstance(spoken, Steering):

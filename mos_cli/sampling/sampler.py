@@ -97,7 +97,7 @@ def sample(
     *,
     steps: int,
     guidance: Guidance,
-    joined: bool = False,
+    together: bool = False,
     scheduler: FlowMatchEulerDiscreteScheduler,
     observers: Sequence[Observer] = (),
     origin: Origin | None = None,
@@ -109,7 +109,7 @@ def sample(
     Args:
         noise_BCHW: z_1, float32.
         banks: the state banks of the branches that guidance asks for.
-        joined: branches are computed together; see `Branches`.
+        together: branches are computed together; see `Branches`.
         observers: called after every step, in order; an exception raised by one ends the run.
         origin: what the picture is drawn over; without it, it comes from noise alone.
         steer: what rules say; without it the router decides.
@@ -119,7 +119,7 @@ def sample(
     z = noise_BCHW
     if origin is not None:
         z = noised(origin.z0_BCHW, z, torch.full((z.shape[0],), asked[0], device=z.device))
-    predict = Branches(tower, banks, joined=joined)
+    predict = Branches(tower, banks, together=together)
     names = guidance.branches(asked[0])
     for index, t in enumerate(asked):
         before, names = names, guidance.branches(t)

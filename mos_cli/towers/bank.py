@@ -57,7 +57,7 @@ class StateBank:
         return (weights_BTK[..., None].to(rows_BTKD.dtype) * rows_BTKD).sum(dim=2)
 
 
-def together(banks: Sequence[StateBank]) -> StateBank:
+def join(banks: Sequence[StateBank]) -> StateBank:
     """The banks of a picture's branches, which share their references or have none, as one with a row for each.
 
     Shorter prompts are padded with zeros; image tokens stay the last.

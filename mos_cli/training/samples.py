@@ -82,7 +82,7 @@ def _draw(trainer: Trainer, tower: GenerationTower, prompt: str, before: Tensor 
         {branch: reading.bank for branch, reading in readings.items()},
         steps=defaults.steps,
         guidance=Guidance(defaults.cfg, defaults.cfg_interval, image_cfg),
-        joined=True,
+        together=True,
         scheduler=FlowMatchEulerDiscreteScheduler(),
     )
     return to_image(batches.autoencoder.decode(z))
