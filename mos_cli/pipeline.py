@@ -135,7 +135,7 @@ class MoSPipeline:
             DeviceError: the blocks are to be compiled, and cannot be.
             UsageError: what is wanted cannot be had of compiled blocks.
         """
-        check_blocks(recipe.feature_cache, compiled=self.compiled, regions=wanted.regions)
+        check_blocks(recipe, compiled=self.compiled, regions=wanted.regions)
         guidance = Guidance(recipe.cfg, recipe.cfg_interval, 1.0 if recipe.edit is None else recipe.edit.image_cfg)
         recorder, laid = Recorder(wanted), None
         try:

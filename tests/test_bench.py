@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mos_cli.benching import PeakMemory, Timing, measure
-from mos_cli.cli.bench import measure_preset
+from mos_cli.cli.bench import _print_table, measure_preset
 from mos_cli.runtime.bundles import Bundle
 from mos_cli.runtime.fitting import CARDS
 from mos_cli.runtime.settings import Settings, load_preset
@@ -77,6 +77,20 @@ def test_presets_are_compared_and_one_that_fails_stops_no_other(mos, bundle: Bun
     table = mos("bench", "-m", "tiny", "--steps", 1, "--rounds", 1)
     assert table.exit_code == 0
     assert "pictures a minute" in table.stdout
+
+
+def test_the_table_names_what_a_preset_sets(measured: dict, capsys: pytest.CaptureFixture) -> None:
+    plain = {**measured, "threads": 1, "rounds": 1}
+    _print_table([plain])
+    alone = capsys.readouterr().out
+    assert "feature cache" not in alone
+    assert "compiled" not in alone
+    assert "1 thread\n" in "\n".join(line.rstrip() for line in alone.splitlines()) + "\n"
+    assert "One picture, its prompt read anew." in alone
+    _print_table([plain, {**plain, "preset": "mine", "feature_cache": 3, "compiled": True}])
+    rows = {line[:21].strip(): line[21:].split() for line in capsys.readouterr().out.splitlines()}
+    assert rows["feature cache"] == ["1", "3"]
+    assert rows["compiled"] == ["no", "yes"]
 
 
 def test_mistakes_are_told_before_anything_is_loaded(mos) -> None:

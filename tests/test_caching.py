@@ -167,7 +167,7 @@ def test_the_picture_replays_from_its_recipe(mos, bundle, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--feature-cache", "0"], "feature_cache"),
+        (["--feature-cache", "0"], "--feature-cache"),
         (["--feature-cache", "4", "--steps", "4"], "feature_cache 4 needs more than 4 steps, and there are 4"),
         (["--feature-cache", "2", "--regions"], "--regions does not go with --feature-cache"),
         (["--feature-cache", "2", "--compile"], "--compile does not go with --feature-cache"),

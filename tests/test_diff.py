@@ -269,6 +269,29 @@ def test_the_table_says_what_json_says_within_80_columns(saved):
     assert f"{STEPS - 2} of {STEPS} and {STEPS - 2} steps compared" in out
 
 
+def test_how_each_run_was_computed_is_told(saved):
+    """Differences may come from quantised towers, or from steps at which no block read what was chosen."""
+
+    def run(name: str, prompt: str, **how: object) -> Path:
+        trace, routes = make_trace(prompt=prompt)
+        recipe = trace.recipe.model_copy(update=how)
+        return saved(name, (trace.model_copy(update={"recipe": recipe}), routes))
+
+    a, b = run("a", "a red apple", quant="nf4", feature_cache=3), run("b", "a big apple")
+    out, facts = " ".join(mos(a, b)[1].split()), json.loads(mos(a, b, "--json")[1])
+    assert f'"a red apple" (nano, seed 42, {STEPS} steps, fp32, nf4, feature cache 3)' in out
+    assert f'"a big apple" (nano, seed 42, {STEPS} steps, fp32)' in out
+    assert (facts["a"]["quant"], facts["a"]["feature_cache"]) == ("nf4", 3)
+
+
+def test_a_folder_is_refused_in_one_line(saved):
+    path = saved("a", make_trace())
+    for pair in ((path, path.parent), (".", path)):
+        code, out, err = mos(*pair)
+        assert (code, out, err.count("\n")) == (3, "", 1)
+        assert "it is a folder" in err
+
+
 def test_a_summary_is_refused_in_one_line(saved):
     whole, summary = saved("whole", make_trace()), saved("summary", make_trace(), arrays=False)
     code, out, err = mos(whole, summary)

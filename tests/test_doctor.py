@@ -95,6 +95,12 @@ def test_an_unwritable_cache_is_a_finding(tmp_path, monkeypatch):
     assert "MOS_CACHE" in check["hint"]
 
 
+def test_one_thread_is_one(monkeypatch):
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert ", 2 cores, 1 thread, " in CliRunner().invoke(app, ["doctor"]).stdout
+
+
 def test_every_failed_check_has_a_hint_and_the_text_shows_all():
     checks = examine()["checks"].values()
     assert all(check["ok"] or check["hint"] for check in checks)

@@ -147,12 +147,12 @@ def test_memory_that_runs_out_at_another_moment_is_told_too(
 
 SMALL = UnderstandingShape(layers=36, width=4096, hidden=1, linear=1, other=1, vision=0)
 REFUSED = {
-    "--max-vram on a CPU": (["--max-vram", "8"], 2, "--max-vram has no effect on a CPU"),
-    "--offload on a CPU": (["--offload", "blocks"], 2, "--offload has no effect on a CPU"),
+    "--max-vram on a CPU": (["--max-vram", "8"], 2, "--max-vram auto takes what fits"),
+    "--offload on a CPU": (["--offload", "blocks"], 2, "CPU: --offload none"),
     "--offload of something else": (["--offload", "all"], 2, "offload"),
-    "--max-vram of nothing": (["--max-vram", "0"], 2, "max_vram: write GiB as a number above 0, or auto"),
+    "--max-vram of nothing": (["--max-vram", "0"], 2, "--max-vram: write GiB as a number above 0, or auto"),
     "--max-vram of something else": (["--max-vram", "all"], 2, "or auto, not all"),
-    "--offload beside auto on a CPU": (["--max-vram", "auto", "--offload", "blocks"], 2, "--offload has no effect"),
+    "--offload beside auto on a CPU": (["--max-vram", "auto", "--offload", "blocks"], 2, "CPU: --offload none"),
 }
 
 

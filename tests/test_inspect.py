@@ -93,6 +93,7 @@ def test_json_says_what_the_trace_says(trace_path):
         "model": "nano",
         "seed": 42,
         "steps": STEPS,
+        "feature_cache": None,
         "layers": list(trace.layers),
         "blocks": BLOCKS,
         "top_k": 2,
@@ -151,12 +152,16 @@ def test_a_wrong_option_is_a_usage_error_in_one_line(trace_path, arguments, mess
 
 
 def test_bad_input_is_one_line_and_exit_3(trace_path):
-    def refused(path: Path) -> str:
-        code, out, err = mos(path)
+    def refused(*arguments: object) -> str:
+        code, out, err = mos(*arguments)
         assert (code, out, err.count("\n")) == (3, "", 1)
         return err
 
     assert "none.json: No such file" in refused(trace_path.with_name("none.json"))
+    trace_path.with_suffix("").mkdir()
+    for folder in (trace_path.with_suffix(""), Path(), Path("/")):
+        assert f"cannot read {folder}: it is a folder" in refused(folder)
+    assert "it is a folder" in refused(trace_path, "--html", trace_path.with_name("a.html"), "--compare", ".")
     sidecar = trace_path.with_name("apple.routing.safetensors")
     sidecar.write_bytes(sidecar.read_bytes()[:100])
     assert "apple.routing.safetensors is damaged" in refused(trace_path)

@@ -1,5 +1,6 @@
 """What happens to mistakes: one line, the right exit code, nothing left behind."""
 
+import json
 import subprocess
 import sys
 
@@ -20,6 +21,9 @@ def errors(result) -> list[str]:
 MISTAKES = {
     "empty prompt": (["generate", "  "], 3, "the prompt is empty"),
     "unknown model": (["generate", PROMPT, "-m", "emoji-nono"], 4, "emoji-nano"),
+    "blueprint": (["generate", PROMPT, "-m", "mos-l"], 4, "mos models init mos-l"),
+    "blueprint to be shown": (["models", "show", "mos-l"], 4, "is a blueprint"),
+    "no feature cache at all": (["generate", PROMPT, "--feature-cache", "0"], 2, "--feature-cache"),
     "absurd size": (["generate", PROMPT, "--size", "100000"], 2, "multiples of 8 from 16 to 64"),
     "size of another shape": (["generate", PROMPT, "--size", "big"], 2, "write 64, 96x64 or 3:2"),
     "no steps": (["generate", PROMPT, "--steps", "0"], 2, "steps"),
@@ -71,6 +75,79 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(mos, bundle, tmp_path, monke
     assert words in result.stderr
     assert len(errors(result)) == 1
     assert sorted(p for p in tmp_path.rglob("*") if "cache" not in p.parts) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("feature_cache = 2", "stand under [generate]"),
+        ("", "stand under [generate]"),
+        ("steps = 2\n[generate]", "stand under [generate]"),
+        ("[generate]\nfeature_cach = 2", "feature_cach: unknown setting"),
+    ],
+)
+def test_a_config_file_that_is_wrong_says_where_settings_stand(mos, bundle, tmp_path, text: str, words: str) -> None:
+    (tmp_path / "config.toml").write_text(text)
+    result = mos("generate", PROMPT, "--dry-run")
+    assert result.exit_code == 2
+    (line,) = errors(result)
+    assert words in line
+    assert "config.toml" in line
+
+
+def test_an_unknown_setting_of_a_replay_is_called_that(mos, bundle, tmp_path) -> None:
+    mos("generate", PROMPT, "-o", tmp_path / "one.png")
+    result = mos("replay", tmp_path / "one.png", "--set", "feature_cach=2")
+    assert result.exit_code == 2
+    assert "feature_cach: unknown setting" in result.stderr
+
+
+def test_a_limit_for_gpus_is_refused_on_a_cpu_wherever_it_comes_from(mos, bundle, tmp_path, monkeypatch) -> None:
+    def refused(*options: str) -> None:
+        drawn = ("generate", PROMPT, "--device", "cpu", "-o", tmp_path / "a.png", "--overwrite", *options)
+        result = mos(*drawn)
+        assert result.exit_code == 2, result.output
+        (line,) = errors(result)
+        assert "MOS_MAX_VRAM, a preset or the config file) needs a GPU" in line
+        # The way out that is named leads out, from each of them.
+        taken = mos(*drawn, "--max-vram", "auto")
+        assert taken.exit_code == 0, taken.output
+
+    refused("-p", "gpu-12gb")
+    (tmp_path / "config.toml").write_text("[generate]\nmax_vram = 12.0\n")
+    refused()
+    (tmp_path / "config.toml").write_text("[generate]\n")
+    monkeypatch.setenv("MOS_MAX_VRAM", "12")
+    refused()
+
+
+EARLY = """
+import sys
+from typer.testing import CliRunner
+from mos_cli.cli.app import app
+
+for line in sys.argv[1:]:
+    result = CliRunner().invoke(app, ["models", *line.split()])
+    print(result.exit_code, "torch" in sys.modules, result.stderr.strip())
+"""
+
+
+def test_what_cannot_be_written_is_told_before_heavy_libraries_are_loaded(bundle, tmp_path) -> None:
+    weights = bundle.folder / "generation" / "diffusion_pytorch_model.safetensors"
+    header = json.dumps({"__metadata__": {"mos_quantisation": '{"method": "nf4", "kept": []}'}}).encode()
+    weights.write_bytes(len(header).to_bytes(8, "little") + header)
+    (tmp_path / "there").mkdir()
+    lines = {
+        f"quantize emoji --quant nf4 --out {tmp_path}/there": (3, "exists"),
+        f"quantize tiny --quant nf4 --out {tmp_path}/less": (4, "quantised already (nf4)"),
+        f"init mos-s --out {tmp_path}/there": (3, "exists"),
+        f"init mos-s --out {tmp_path}/new --tower {tmp_path}/nowhere": (4, "nowhere"),
+        f"init mos-s --out {tmp_path}/new --shard-size some": (2, "500MB"),
+    }
+    done = subprocess.run([sys.executable, "-c", EARLY, *lines], capture_output=True, text=True, check=True)
+    for said, (code, words) in zip(done.stdout.splitlines(), lines.values(), strict=True):
+        assert said.startswith(f"{code} False "), said
+        assert words in said
 
 
 def test_a_change_without_effect_is_refused(mos, bundle, tmp_path) -> None:

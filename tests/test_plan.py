@@ -5,7 +5,9 @@ import subprocess
 import sys
 from itertools import pairwise, product
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import typer
@@ -13,7 +15,9 @@ import vlm_towers
 from typer.testing import CliRunner, Result
 
 from mos_cli.cli.app import MosGroup
+from mos_cli.cli.drawing import Report
 from mos_cli.cli.init import init
+from mos_cli.cli.loading import fit_to_card
 from mos_cli.cli.plan import plan
 from mos_cli.errors import MemoryLimitError, ModelError, UsageError
 from mos_cli.runtime import blueprints, memory
@@ -21,6 +25,7 @@ from mos_cli.runtime.blueprints import find_network
 from mos_cli.runtime.bundles import Bundle
 from mos_cli.runtime.fitting import CARDS, candidates, fastest, parse_quant
 from mos_cli.runtime.memory import GIB, Setting, stages, weights
+from mos_cli.runtime.settings import RunSettings
 from mos_cli.runtime.shapes import UnderstandingShape, read_config
 from mos_cli.runtime.sources import fetch_tower
 from mos_cli.towers.generation import GenerationTower
@@ -155,12 +160,53 @@ def test_image_tokens_are_those_that_the_tower_makes(
     assert shape.image_tokens(size) == sight.rows * sight.columns
 
 
+def test_what_fits_every_card_is_shown_once(bundle: Bundle) -> None:
+    fetch_tower(bundle.index.understanding)
+    result = command("plan", "tiny")
+    assert result.output.count("understanding tower") == 1
+    assert "fits all of them" in result.output
+    assert "less than 0.1 s a picture" in result.output
+    # No limit is asked for: the command is right on a CPU, too.
+    assert "mos generate PROMPT -m tiny\n" in result.output
+    assert "--max-vram" not in result.output
+    assert "--max-vram 8 " in command("plan", "tiny", "--max-vram", 8).output
+
+
+@pytest.mark.parametrize(("gib", "quant"), [(20, "int8,none"), (40, "none")])
+def test_auto_plans_what_generate_takes_here(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, gib: int, quant: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=gib * GIB))
+    result = command("plan", "mos-l", "--max-vram", "auto", "--precision", "bf16")
+    assert f"{gib} GiB free" in result.output
+    assert f"mos generate PROMPT -m DIR --max-vram auto --quant {quant}\n" in result.output
+    # What is known of time is that of a card.
+    assert "s a picture" not in result.output
+    large = find_network("mos-l")
+    monkeypatch.setattr("mos_cli.runtime.blueprints.find_network", lambda ref, **run: large)
+    settings = RunSettings(model="tiny", device="cpu", max_vram="auto", precision="bf16")
+    assert fit_to_card(bundle, settings, (1024, 1024), Report(quiet=True), fetch=False).quant == quant
+
+
+def test_the_environment_limits_the_plan_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOS_MAX_VRAM", "12")
+    assert [json.loads(line)["card"] for line in command("plan", "mos-l", "--json").output.splitlines()] == [12]
+
+
+def test_a_blueprint_says_how_it_gets_weights_that_can_be_drawn_with() -> None:
+    result = command("plan", "mos-l", "--understanding", "internvl3-14b", "--max-vram", 24)
+    assert "mos models init mos-l --out DIR --understanding internvl3-14b --tower FOLDER\n" in result.output
+    assert "Untrained, it draws grey" in result.output
+
+
 def test_mistakes_are_one_line(bundle: Bundle) -> None:
     for arguments, exit_code, words in (
         (("no-such",), 4, "mos-l"),
         (("mos-l", "--quant", "nf5"), 2, "nf4,none"),
         (("mos-l", "--quant", "nf4,nf4,nf4"), 2, "--quant"),
         (("mos-l", "--understanding", "gpt"), 2, "qwen3-vl-8b"),
+        (("mos-l", "--max-vram", "0"), 2, "--max-vram: write GiB as a number above 0"),
         (("mos-l", "--size", "100"), 2, "multiples of 32"),
         (("tiny", "--understanding", "qwen3-vl-8b"), 2, "blueprint"),
     ):

@@ -14,7 +14,9 @@ from PIL import Image
 from recordings import HOSTILE, record
 
 from mos_cli.errors import InputError
+from mos_cli.routing.trace import trace_files
 from mos_cli.routing.views.html import PARTS, SCRIPTS, html_report, report_data
+from mos_cli.runtime.files import write_together
 
 
 def unpacked(text: str) -> np.ndarray:
@@ -94,6 +96,22 @@ def test_previews_become_one_picture_with_a_frame_a_step(tmp_path: Path) -> None
         assert sheet.size == (3 * 64, 2 * 32)
         reds = [sheet.convert("RGB").getpixel((32 + 64 * (n % 3), 16 + 32 * (n // 3))) for n in range(6)]
     assert all(abs(red[0] - 40 * step) < 12 for step, red in enumerate(reds) if isinstance(red, tuple))
+
+
+@pytest.mark.parametrize(("every", "told"), [(None, 0), (3, 1)])
+def test_choices_that_no_block_read_are_told_once(tmp_path: Path, mos, every: int | None, told: int) -> None:
+    """With feature caching the trace has the choices of steps at which no block was computed."""
+    recording = record(tmp_path, feature_cache=every)
+    write_together(trace_files(recording.trace, recording.routes, recording.path))
+    assert json.loads(mos("inspect-routing", recording.path, "--json").stdout)["overview"]["feature_cache"] == every
+    text = " ".join(mos("inspect-routing", recording.path).stdout.split())
+    assert text.count("feature cache 3: the blocks were computed at some of the steps only") == told
+    assert text.count("feature cache") == text.count("made, not read") == told
+
+
+def test_the_page_knows_which_picture_was_drawn_with_a_feature_cache(tmp_path: Path) -> None:
+    data = embedded(html_report(record(tmp_path), record(tmp_path, seed=1, feature_cache=3)))
+    assert [trace["feature_cache"] for trace in data["traces"]] == [None, 3]
 
 
 def test_what_cannot_be_shown_is_refused(tmp_path: Path) -> None:

@@ -110,6 +110,8 @@ def measure_preset(flags: "Settings", preset: str | None, rounds: int) -> dict[s
         "precision": recipe.precision,
         "quant": recipe.quant,
         "max_vram": settings.max_vram,
+        "feature_cache": recipe.feature_cache,
+        "compiled": settings.compile,
         "offload": settings.offload,
         "tiled": settings.tiled,
         "device": device_name(device),
@@ -140,9 +142,10 @@ def _print_table(results: list[dict[str, Any]]) -> None:
     table.add_column("preset", no_wrap=True)
     for result in results:
         table.add_column(result["preset"] or "none", justify="right")
+    threads = {None: "", 1: ", 1 thread"}
     settings = {
         "model": lambda r: r["model"],
-        "device": lambda r: r["device"] + (f", {r['threads']} threads" if r["threads"] else ""),
+        "device": lambda r: r["device"] + threads.get(r["threads"], f", {r['threads']} threads"),
         "size": lambda r: "{}x{}".format(*r["size"]),
         "steps": lambda r: str(r["steps"]),
         "precision": lambda r: r["precision"],
@@ -150,6 +153,10 @@ def _print_table(results: list[dict[str, Any]]) -> None:
         "offloaded": lambda r: r["offload"],
         "attention": lambda r: r["attention"],
     }
+    if any(result["feature_cache"] for result in results):
+        settings["feature cache"] = lambda r: str(r["feature_cache"] or 1)
+    if any(result["compiled"] for result in results):
+        settings["compiled"] = lambda r: "yes" if r["compiled"] else "no"
     for name, said in settings.items():
         table.add_row(name, *map(said, results))
     table.add_section()
@@ -157,7 +164,9 @@ def _print_table(results: list[dict[str, Any]]) -> None:
         if any(name in result for result in results):
             table.add_row(label, *(_cell(name, shown, result) for result in results))
     console.out.print(table)
-    console.out.print(f"Medians of {results[0]['rounds']} pictures, each with its prompt read anew.", style="dim")
+    rounds = results[0]["rounds"]
+    said = "One picture, its" if rounds == 1 else f"Medians of {rounds} pictures, each with its"
+    console.out.print(f"{said} prompt read anew.", style="dim")
 
 
 def _cell(name: str, shown: str, result: dict[str, Any]) -> str:

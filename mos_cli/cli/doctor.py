@@ -231,8 +231,8 @@ def _print(report: dict[str, Any]) -> None:
     for package, version in report["versions"].items():
         line(package, version or "not installed")
     cpu = report["cpu"]
-    threads = f", {cpu['threads']} threads" if cpu["threads"] else ""
-    line("CPU", f"{cpu['name']}, {cpu['cores']} cores{threads}, {size_text(cpu['memory'])} of memory")
+    threads = f", {_number(cpu['threads'], 'thread')}" if cpu["threads"] else ""
+    line("CPU", f"{cpu['name']}, {_number(cpu['cores'], 'core')}{threads}, {size_text(cpu['memory'])} of memory")
     for gpu in report["gpus"]:
         free = f"{size_text(gpu['free'])} of {size_text(gpu['memory'])} free"
         line("GPU", f"{gpu['name']}, compute {'.'.join(map(str, gpu['capability']))}, {free}")
@@ -245,3 +245,7 @@ def _print(report: dict[str, Any]) -> None:
         mark = "[green]ok[/]" if check["ok"] else "[yellow]no[/]"
         console.out.print(mark, end=" ")
         line(check["what"], check["detail"] + (f" ({check['hint']})" if check["hint"] else ""))
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"

@@ -182,7 +182,6 @@ def edit(
         fields = shared_fields(settings, bundle, defaults)
     guidance = defaults.image_cfg if image_cfg is None else image_cfg
     options = {"--negative": settings.negative, "--cfg-interval": flags.cfg_interval}
-    check_blocks(fields["feature_cache"], compiled=settings.compile, regions=regions)
     check_guidance(fields["cfg"], options, guidance)
     fields["width"], fields["height"] = source_size if size is None else working
     fields["edit"] = describe_edit(
@@ -195,6 +194,7 @@ def edit(
     )
     routes, fields["route_from"] = route_source(route_from, route_until, bundle)
     jobs = make_jobs(instructions, names, fields, seed=seed, count=count, inputs=inputs)
+    check_blocks(jobs[0].recipe, compiled=settings.compile, regions=regions)
     for option, extra in {"--strip": strip, "--sheet": sheet}.items():
         if extra is not None:
             check_sheet(option, extra, names)

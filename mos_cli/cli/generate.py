@@ -123,10 +123,10 @@ def generate(
     from mos_cli.runtime.recipe import check_blocks, check_guidance
 
     fields["width"], fields["height"] = width, height
-    check_blocks(fields["feature_cache"], compiled=settings.compile, regions=regions)
     check_guidance(fields["cfg"], {"--negative": settings.negative, "--cfg-interval": flags.cfg_interval})
     routes, fields["route_from"] = route_source(route_from, route_until, bundle)
     jobs = make_jobs(prompts, names, fields, seed=seed, count=count)
+    check_blocks(jobs[0].recipe, compiled=settings.compile, regions=regions)
     if sheet is not None:
         check_sheet("--sheet", sheet, names)
     if dry_run:

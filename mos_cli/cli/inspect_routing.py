@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def inspect_routing(
-    trace: Annotated[Path, typer.Argument(help="A trace (.json), or the picture beside it.", dir_okay=False)],
+    trace: Annotated[Path, typer.Argument(help="A trace (.json), or the picture beside it.")],
     branch: Annotated[
         str | None,
         typer.Option(help="The guidance branch to show.", show_default="positive; --export writes all", metavar="NAME"),
@@ -59,6 +59,7 @@ def inspect_routing(
 
     if compare is not None and html is None:
         raise UsageError("--compare is for the report: add --html FILE, or see `mos routing diff`")
+    refuse_folders(trace, compare)
     outputs = {"--export": export, "--plot": plot, "--regions": regions, "--html": html}
     _check_outputs({option: path for option, path in outputs.items() if path is not None}, trace, compare)
     narrowing = {"branch": branch, "word": word, "step": step, "block": block}
@@ -106,6 +107,15 @@ def inspect_routing(
         console.out.print(PatchView(section, place, found, asked))
     if not written and not origins:
         console.out.print(RoutesView(section, asked))
+
+
+def refuse_folders(*traces: Path | None) -> None:
+    """Raises InputError for a folder: what lies beside it must not be taken for its trace."""
+    from mos_cli.errors import InputError
+
+    for path in traces:
+        if path is not None and path.is_dir():
+            raise InputError(f"cannot read {path}: it is a folder; name a trace (.json) or the picture beside it")
 
 
 def _check_outputs(outputs: dict[str, Path], *traces: Path | None) -> None:

@@ -35,7 +35,7 @@ def fit_to_card(
         Settings whose `max_vram` is a number on a GPU, and None on a CPU.
 
     Raises:
-        UsageError: --max-vram or --offload where nothing is drawn on a GPU.
+        UsageError: a number for `max_vram`, or something to offload, where nothing is drawn on a GPU.
         MemoryLimitError: nothing fits.
     """
     if settings.max_vram is None and settings.offload == "none":
@@ -47,8 +47,11 @@ def fit_to_card(
         device = choose_device(settings.device)
     on_cpu, auto = device.type == "cpu", settings.max_vram == "auto"
     if on_cpu and (settings.offload != "none" or not auto):
-        option = "--max-vram" if settings.max_vram is not None and not auto else "--offload"
-        raise UsageError(f"{option} has no effect on a CPU: drop it, or draw on a GPU with --device cuda")
+        limited = settings.max_vram is not None and not auto
+        name, way_out = ("max_vram", "auto takes what fits this machine") if limited else ("offload", "none")
+        option = f"--{name.replace('_', '-')}"
+        origins = f"{option}, MOS_{name.upper()}, a preset or the config file"
+        raise UsageError(f"{name} ({origins}) needs a GPU, and this run is on a CPU: {option} {way_out}")
     if settings.max_vram is None:
         return settings
     if fetch:

@@ -1,6 +1,7 @@
 """`mos models`: the bundles and understanding towers there are, fetching them, and checking them."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ from mos_cli.cli.init import init
 from mos_cli.cli.quantize import quantize
 
 if TYPE_CHECKING:
+    from mos_cli.runtime.blueprints import Blueprint
     from mos_cli.runtime.bundles import Bundle
     from mos_cli.runtime.specs import TowerSpec
 
@@ -22,8 +24,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per
 
 @models_app.command("ls")
 def list_all(as_json: AsJson = False) -> None:
-    """List the models, and the understanding towers that can read prompts for them."""
+    """List the models, blueprints (models without weights), and the understanding towers that can read prompts."""
     from mos_cli.errors import ModelError
+    from mos_cli.runtime.blueprints import find_blueprint, list_blueprints
     from mos_cli.runtime.bundles import list_bundles, list_tower_specs
 
     rows = []
@@ -32,6 +35,7 @@ def list_all(as_json: AsJson = False) -> None:
             console.print_warning(f"{name} is left out: {bundle}")
         else:
             rows.append(_bundle_row(bundle))
+    rows += [_blueprint_row(find_blueprint(name), file) for name, file in list_blueprints().items()]
     rows += [_tower_row(spec) for spec in list_tower_specs()]
     if as_json:
         console.print_json(rows)
@@ -42,9 +46,12 @@ def list_all(as_json: AsJson = False) -> None:
     for heading in ("name", "kind", "tower", "pulled", "size", "licence"):
         table.add_column(heading, no_wrap=True, justify="right" if heading == "size" else "left")
     for row in rows:
-        pulled = "[green]yes[/]" if row["pulled"] else "no"
-        table.add_row(row["name"], row["kind"], row["tower"], pulled, size_text(row["size"]), row["license"])
+        pulled = {True: "[green]yes[/]", False: "no", None: "-"}[row["pulled"]]
+        size = "-" if row["size"] is None else size_text(row["size"])
+        table.add_row(row["name"], row["kind"], row["tower"], pulled, size, row["license"])
     console.out.print(table)
+    if any(row["kind"] == "blueprint" for row in rows):
+        console.out.print("A blueprint is a model without weights: see mos plan NAME.", style="dim")
 
 
 @models_app.command("show")
@@ -128,6 +135,19 @@ def _bundle_row(bundle: "Bundle") -> dict[str, Any]:
         "size": folder_size(bundle.folder),
         "folder": str(bundle.folder),
         "hash": bundle.hash,
+    }
+
+
+def _blueprint_row(blueprint: "Blueprint", file: Path) -> dict[str, Any]:
+    return {
+        "name": blueprint.name,
+        "kind": "blueprint",
+        "description": blueprint.description,
+        "license": blueprint.license,
+        "tower": blueprint.tower(None)[0],
+        "pulled": None,
+        "size": None,
+        "folder": str(file.parent),
     }
 
 

@@ -21,12 +21,13 @@ def quantize(
     """Write a model again with its generation tower quantised; everything else stays as it is."""
     from mos_cli.errors import ModelError, MosError, UsageError
     from mos_cli.runtime.bundles import find_bundle
-    from mos_cli.runtime.quantising import METHODS, write_quantised_bundle
+    from mos_cli.runtime.quantising import METHODS, check_quantising, write_quantised_bundle
     from mos_cli.runtime.quiet import quieten
 
     if quant not in METHODS:
         raise UsageError(f"--quant cannot be {quant!r}: choose from {', '.join(METHODS)}")
     bundle = find_bundle(name)
+    check_quantising(bundle, out, overwrite=overwrite)
     quieten()
     from mos_cli.towers.quantised import quantise_generation
 

@@ -112,7 +112,7 @@ def replay(
     guidances = {f"--set {key}": changed.get(key) for key in ("negative", "cfg_interval")}
     check_guidance(recipe.cfg, guidances, image_cfg)
     compiles = record.made.compiled if compiled is None else compiled
-    check_blocks(recipe.feature_cache, compiled=compiles, regions=regions)
+    check_blocks(recipe, compiled=compiles, regions=regions)
     flags = make_settings(
         output=output, trace=trace, device=device, attention=attention, max_vram=max_vram, offload=offload
     )

@@ -9,6 +9,7 @@ import typer
 from mos_cli.cli import console
 from mos_cli.cli.asked import followed_run
 from mos_cli.cli.drawing import Report
+from mos_cli.cli.inspect_routing import refuse_folders
 from mos_cli.cli.interrupt import gentle_interrupt
 from mos_cli.cli.loading import load_pipeline
 from mos_cli.cli.options import Attention, Device, Json, Overwrite, Quiet, Verbose
@@ -30,7 +31,7 @@ routing_app = typer.Typer(
     name="routing", help="Compare routes, and take layers away from a word.", no_args_is_help=True
 )
 
-Run = Annotated[Path, typer.Argument(help="A trace (.json), or the picture beside it.", dir_okay=False)]
+Run = Annotated[Path, typer.Argument(help="A trace (.json), or the picture beside it.")]
 
 
 @routing_app.command()
@@ -49,6 +50,7 @@ def diff(
     from mos_cli.routing.diff import compare
     from mos_cli.routing.trace import load_routes, load_trace
 
+    refuse_folders(a, b)
     heads = {path: load_trace(path) for path in (a, b)}
     routes = {path: load_routes(head, path) for path, head in heads.items()}
     difference = compare(heads[a], routes[a], heads[b], routes[b])
@@ -105,7 +107,7 @@ def _counts(tally: "Tally") -> dict[str, Any]:
 
 @routing_app.command()
 def ablate(
-    picture: Annotated[Path, typer.Argument(help="A PNG made by mos.", dir_okay=False)],
+    picture: Annotated[Path, typer.Argument(help="A PNG made by mos.")],
     word: Annotated[str, typer.Option("--word", "-w", help='The word, as in rules: cat, "red apple", cat#2, *.')],
     block: Annotated[str | None, typer.Option(metavar="A:B", help="Only in these blocks.", show_default="all")] = None,
     step: Annotated[str | None, typer.Option(metavar="A:B", help="Only at these steps.", show_default="all")] = None,

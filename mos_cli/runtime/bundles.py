@@ -13,13 +13,15 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from mos_cli.errors import ModelError
-from mos_cli.runtime.files import atomic_write, sha256_of
+from mos_cli.errors import InputError, ModelError
+from mos_cli.runtime.files import atomic_write, check_writable, sha256_of
 from mos_cli.runtime.folders import models_folder
+from mos_cli.runtime.shapes import UnderstandingShape, read_config
 from mos_cli.runtime.sources import bad_file, hub_snapshot
 from mos_cli.runtime.specs import (
     BUNDLE_SUFFIXES,
     HUB_ID,
+    PLAIN_NAME,
     BundleIndex,
     Canvas,
     Defaults,
@@ -71,7 +73,7 @@ def find_bundle(ref: str) -> Bundle:
         return replace(read_bundle(_from_hub(ref)), hub_id=ref)
     if path.name != ref:
         raise ModelError(f"there is no folder {ref}")
-    raise unknown_name("model", ref, folders)
+    raise _no_model(ref, folders)
 
 
 def edits_of(bundle: Bundle) -> EditDefaults:
@@ -99,7 +101,10 @@ def bundle_folders() -> dict[str, Path]:
 def read_bundle(folder: Path) -> Bundle:
     """Reads the index of a bundle folder; raises ModelError if it is bad or a pickle lies there."""
     if not (folder / INDEX).is_file():
-        raise ModelError(f"{folder} is no bundle: it has no {INDEX}")
+        from mos_cli.runtime.blueprints import BLUEPRINT
+
+        remedy = ", as mos models init --tower FOLDER writes it" if (folder / BLUEPRINT).is_file() else ""
+        raise ModelError(f"{folder} is no bundle: it has no {INDEX}{remedy}")
     _refuse_pickles(folder)
     return Bundle(folder, read_json(BundleIndex, folder / INDEX))
 
@@ -172,7 +177,7 @@ def find_model(ref: str) -> Bundle | TowerSpec:
         return towers[ref]
     if "/" in ref or Path(ref).is_dir() or ref in (bundles := bundle_folders()):
         return find_bundle(ref)
-    raise unknown_name("model", ref, [*bundles, *towers])
+    raise _no_model(ref, [*bundles, *towers])
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ModelError:
@@ -183,6 +188,40 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> ModelError:
     nearest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     guess = f", did you mean {nearest[0]}?" if nearest else ""
     return ModelError(f"there is no {what} named {name!r}{guess} (there is: {', '.join(known) or 'none'})")
+
+
+def check_new_name(folder: Path) -> None:
+    """Raises InputError if a folder has a name that no model can have."""
+    if not re.fullmatch(PLAIN_NAME, folder.name):
+        raise InputError(f"{folder.name!r} cannot be a model's name: use letters, digits, dots and dashes")
+
+
+def check_new_folder(folder: Path) -> None:
+    """Raises InputError if no model can be written there: of its name, what is there, or who may write."""
+    check_new_name(folder)
+    if folder.exists():
+        raise InputError(f"{folder} exists: choose another name")
+    check_writable(folder.parent)
+
+
+def check_tower_folder(folder: Path, name: str, shape: UnderstandingShape) -> None:
+    """Raises ModelError if a folder does not hold an understanding tower of this shape."""
+    config = read_config(folder)
+    text = config.get("text_config", config)
+    found = (text.get("num_hidden_layers"), text.get("hidden_size"))
+    if found != (shape.layers, shape.width):
+        raise ModelError(
+            f"{folder} is not {name}: {found} layers and values of a state, not {shape.layers, shape.width}"
+        )
+
+
+def _no_model(ref: str, known: Iterable[str]) -> ModelError:
+    from mos_cli.runtime.blueprints import list_blueprints
+
+    if ref not in list_blueprints():
+        return unknown_name("model", ref, known)
+    made = f"mos models init {ref} --tower FOLDER gives it random ones"
+    return ModelError(f"{ref} is a blueprint, without weights: mos plan {ref} says what it needs, {made}")
 
 
 def _bundle_or_problem(name: str) -> Bundle | ModelError:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 
 from mos_cli.errors import InputError, ModelError
-from mos_cli.runtime.bundles import INDEX, Bundle, verify_bundle, write_index
+from mos_cli.runtime.bundles import INDEX, Bundle, check_new_name, verify_bundle, write_index
 from mos_cli.runtime.files import make_folder
+from mos_cli.runtime.shapes import Header
 from mos_cli.runtime.specs import PLAIN_NAME, Frozen, first_problem
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def write_quantised_bundle(
         ModelError: the bundle is damaged or quantised already.
     """
     folder = folder.expanduser().absolute()
-    _check_target(bundle, folder, overwrite)
+    check_quantising(bundle, folder, overwrite=overwrite)
     verify_bundle(bundle)
     make_folder(folder.parent)
     made = folder.with_name(f".{secrets.token_hex(6)}")
@@ -157,9 +158,13 @@ def _writing(folder: Path) -> Iterator[None]:
         raise InputError(f"cannot write {folder}: {reason}") from None
 
 
-def _check_target(bundle: Bundle, folder: Path, overwrite: bool) -> None:
-    if not re.fullmatch(PLAIN_NAME, folder.name):
-        raise InputError(f"{folder.name!r} cannot be a model's name: use letters, digits, dots and dashes")
+def check_quantising(bundle: Bundle, folder: Path, *, overwrite: bool = False) -> None:
+    """What `write_quantised_bundle` raises before it does anything, at no cost."""
+    folder = folder.expanduser().absolute()
+    check_new_name(folder)
+    tower = bundle.folder / GENERATION
+    if made := _from_header(tower, Header.of(tower).notes):
+        raise ModelError(f"{bundle.ref} is quantised already ({made.method}): take the model that it was made from")
     source, target = bundle.folder.resolve(), folder.resolve()
     if source.is_relative_to(target) or target.is_relative_to(source):
         raise InputError(f"{folder} and the model it is made from lie in each other: choose another folder")

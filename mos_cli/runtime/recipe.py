@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mos_cli import __version__
 from mos_cli.errors import UsageError
@@ -90,6 +90,11 @@ class Recipe(Frozen):
     def working_size(self) -> tuple[int, int]:
         """Width and height at which the model draws."""
         return (self.width, self.height) if self.edit is None else self.edit.canvas
+
+    @field_validator("feature_cache")
+    @classmethod
+    def _one_is_none(cls, every: int | None) -> int | None:
+        return None if every == 1 else every
 
     @model_validator(mode="after")
     def _feature_cache_has_something_to_take(self) -> Self:
@@ -197,11 +202,11 @@ def check_guidance(cfg: float, options: Mapping[str, Any], image_cfg: float = 1.
         raise UsageError(f"{idle[0]} has no effect at cfg 1, without guidance: raise cfg or leave {idle[0]} out")
 
 
-def check_blocks(feature_cache: int | None, *, compiled: bool, regions: bool) -> None:
+def check_blocks(recipe: Recipe, *, compiled: bool, regions: bool) -> None:
     """Raises UsageError where blocks are to be looked into, compiled or left out, and this does not go together."""
     if compiled and regions:
         raise UsageError("compiled blocks cannot be looked into: drop --regions, or draw with --no-compile")
-    if (feature_cache or 1) > 1 and (compiled or regions):
+    if recipe.feature_cache is not None and (compiled or regions):
         other = "--compile" if compiled else "--regions"
         raise UsageError(f"{other} does not go with --feature-cache, which leaves blocks out: drop one of the two")
 

@@ -150,7 +150,8 @@ def make_settings(**values: Any) -> Settings:
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        raise UsageError(first_problem(error)) from None
+        name, _, problem = first_problem(error).partition(": ")
+        raise UsageError(f"--{name.replace('_', '-')}: {problem}") from None
 
 
 def resolve(flags: Settings, preset: str | None) -> RunSettings:
@@ -214,8 +215,7 @@ def fitted(
         if "offload" in settings.model_fields_set:
             found = [one for one in found if one.setting.offload == settings.offload]
         best = fastest(found, settings.max_vram)
-    setting = best.setting
-    laid = {"offload": setting.offload, "tiled": setting.tiled, "together": setting.together}
+    laid = {name: getattr(best.setting, name) for name in ("offload", "tiled", "together")}
     return settings.model_copy(update={"quant": best.quant, **laid})
 
 
@@ -289,7 +289,10 @@ def check_size(width: int, height: int, canvas: Canvas) -> None:
 
 def _read(path: Path) -> _PresetFile:
     try:
-        return _PresetFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        if "generate" not in table or table.keys() - _PresetFile.model_fields:
+            raise UsageError(f"{path}: all settings stand under [generate]: write that line above them")
+        return _PresetFile.model_validate(table)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid TOML: {error}") from None
     except ValidationError as error:

@@ -196,5 +196,5 @@ def first_problem(error: ValidationError) -> str:
     """The first problem of a validation error, in one line, with the field it is in."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
+    message = "unknown setting" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
     return f"{where}: {message}" if where else message

@@ -24,13 +24,13 @@ WARM_UP = 4
 
 @contextmanager
 def caching(tower: GenerationTower, every: int | None, steps: int) -> Iterator[tuple[Predictor, Callable[[], None]]]:
-    """The tower, within the context with its blocks computed at one step of `every` alone; None or 1 changes nothing.
+    """The tower, within the context with its blocks computed at one step of `every` alone; None changes nothing.
 
     The first quarter of the steps is computed, and the last. Router, embeddings and output layer work at every step.
     Beside it what `sample` is to call where other branches are asked for: it lets the cache begin anew, after which the
     last step may be one of those that are not computed.
     """
-    if every is None or every == 1:
+    if every is None:
         yield tower, lambda: None
         return
     cached = Cached(tower, reusing(every, steps, tower.depth))

@@ -23,12 +23,12 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mos_cli.errors import InputError, ModelError, UsageError
+from mos_cli.errors import InputError
 from mos_cli.runtime.blueprints import BLUEPRINT, Blueprint
-from mos_cli.runtime.bundles import write_index
-from mos_cli.runtime.files import check_writable, make_folder, sha256_of
-from mos_cli.runtime.shapes import UnderstandingShape, read_config
-from mos_cli.runtime.specs import PLAIN_NAME, TOWER_SUFFIXES, FolderSource, TowerSpec
+from mos_cli.runtime.bundles import check_new_folder, check_tower_folder, write_index
+from mos_cli.runtime.files import make_folder, sha256_of
+from mos_cli.runtime.shapes import UnderstandingShape
+from mos_cli.runtime.specs import TOWER_SUFFIXES, FolderSource, TowerSpec
 from mos_cli.towers.generation import GenerationTower
 
 Values = Callable[[str, tuple[int, ...], torch.Generator], Tensor]
@@ -47,15 +47,15 @@ class Start:
 
     Args:
         tower: name of one of the blueprint's understanding towers.
-        understanding: the folder with that tower; without it the bundle has no index yet.
-        shard: bytes of a shard, at most, or as text: "2GB".
+        understanding: the folder with that tower; without it the bundle has no index yet, and cannot draw.
+        shard: bytes of a shard, at most.
     """
 
     blueprint: Blueprint
     tower: str
     understanding: Path | None
     seed: int
-    shard: int | str
+    shard: int
 
 
 def write_fresh_bundle(start: Start, folder: Path, report: Callable[[str], None] = lambda what: None) -> None:
@@ -66,16 +66,11 @@ def write_fresh_bundle(start: Start, folder: Path, report: Callable[[str], None]
     Raises:
         InputError: the folder is there, may not be written or has a name no model can have, or the disk is too full.
         ModelError: the understanding tower does not fit the blueprint.
-        UsageError: the size of a shard makes no sense.
     """
     folder = folder.expanduser().absolute()
     blueprint = start.blueprint
     shape = blueprint.understanding[start.tower]
-    if not re.fullmatch(PLAIN_NAME, folder.name):
-        raise InputError(f"{folder.name!r} cannot be a model's name: use letters, digits, dots and dashes")
-    if folder.exists():
-        raise InputError(f"{folder} exists: choose another name")
-    check_writable(folder.parent)
+    check_new_folder(folder)
     spec = None if start.understanding is None else _tower_in(start.understanding, start.tower, shape)
     with torch.device("meta"):
         tower = GenerationTower(**blueprint.shape(shape).model_dump())
@@ -112,16 +107,13 @@ def write_shards(
     folder: Path,
     values: Values,
     seed: int,
-    shard: int | str,
+    shard: int,
     report: Callable[[str], None] = lambda what: None,
 ) -> None:
     """Writes the config and bf16 weights of a network on the meta device, in shards as diffusers names them."""
     shapes = {name: tensor.to(torch.bfloat16) for name, tensor in network.state_dict().items()}
     pattern = "diffusion_pytorch_model{suffix}.safetensors"
-    try:
-        split = split_torch_state_dict_into_shards(shapes, filename_pattern=pattern, max_shard_size=shard)
-    except ValueError:
-        raise UsageError(f"shards cannot be of {shard}: write 500MB or 2GB") from None
+    split = split_torch_state_dict_into_shards(shapes, filename_pattern=pattern, max_shard_size=shard)
     network.save_config(folder)
     for number, (file, names) in enumerate(split.filename_to_tensors.items(), start=1):
         report(f"{folder.name}, shard {number} of {len(split.filename_to_tensors)}")
@@ -170,13 +162,7 @@ def _check_room(folder: Path, needed: int) -> None:
 def _tower_in(folder: Path, name: str, shape: UnderstandingShape) -> TowerSpec:
     """Describes the understanding tower that lies in a folder; raises ModelError if it is another one."""
     folder = folder.expanduser().absolute()
-    config = read_config(folder)
-    text = config.get("text_config", config)
-    found = (text.get("num_hidden_layers"), text.get("hidden_size"))
-    if found != (shape.layers, shape.width):
-        raise ModelError(
-            f"{folder} is not {name}: {found} layers and values of a state, not {shape.layers, shape.width}"
-        )
+    check_tower_folder(folder, name, shape)
     files = [path for path in sorted(folder.iterdir()) if path.suffix in TOWER_SUFFIXES and path.suffix != ".gguf"]
     return TowerSpec(
         schema="mos-tower/1",

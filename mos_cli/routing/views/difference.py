@@ -57,7 +57,9 @@ def _runs(a: Trace, b: Trace) -> Table:
         rules = "".join(f", {rule}" for rule in recipe.routes or ())
         if (source := recipe.route_from) is not None:
             rules += f", {source.until:.0%} of the steps with the routes of another run"
-        facts = f"{recipe.model}, seed {recipe.seed}, {recipe.steps} steps, {recipe.precision}{rules}"
+        quant = "" if recipe.quant is None else f", {recipe.quant}"
+        cache = "" if recipe.feature_cache is None else f", feature cache {recipe.feature_cache}"
+        facts = f"{recipe.model}, seed {recipe.seed}, {recipe.steps} steps, {recipe.precision}{quant}{cache}{rules}"
         table.add_row(name, Text(printable(f'"{" ".join(recipe.prompt.split())}" ({facts})')))
     return table
 

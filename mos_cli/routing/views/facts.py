@@ -25,6 +25,7 @@ def section_facts(section: Section, asked: Sequence[Word] = ()) -> dict[str, Any
             "model": recipe.model,
             "seed": recipe.seed,
             "steps": recipe.steps,
+            "feature_cache": recipe.feature_cache,
             "layers": list(trace.layers),
             "blocks": trace.blocks,
             "top_k": trace.top_k,

@@ -92,6 +92,7 @@ def _trace(
         "recipe": trace.recipe.model_dump(include=fields),
         "edit": trace.recipe.edit is not None,
         "rules": trace.recipe.routes or (),
+        "feature_cache": trace.recipe.feature_cache,
         "layers": trace.layers,
         "blocks": trace.blocks,
         "times": trace.times,

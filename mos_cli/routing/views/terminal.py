@@ -79,6 +79,9 @@ class RoutesView:
             "strongest": ", ".join(f"{layer} ({share:.0%})" for layer, share in strongest_layers(use_JM)),
             "never used": ", ".join(map(str, dead_layers(use_JM))) or "none",
         }
+        if (every := trace.recipe.feature_cache) is not None:
+            others = "choices of the others were made, not read"
+            facts["feature cache"] = f"{every}: the blocks were computed at some of the steps only; {others}"
         if not section.whole:
             facts["blocks"] = f"{section.blocks[0]} to {section.blocks[-1]}, out of {trace.blocks}"
         if section.changes:

@@ -40,6 +40,8 @@ function setUp() {
   $("step").max = total - 1;
   document.title = `Routes: ${traces[0].recipe.prompt}`;
   $("made").textContent = facts();
+  $("unread").textContent = unread();
+  $("unread").hidden = !$("unread").textContent;
   segments($("branches"), Object.keys(data.rows), "branch");
   $("branches").hidden = Object.keys(data.rows).length < 2;
   if (two) segments($("views"), ["both", 0, 1], "view", ["differences", ...sides]);
@@ -55,6 +57,13 @@ function facts() {
   ]);
   const other = second?.filter((fact) => !first.includes(fact)) ?? [];
   return first.join(" · ") + (other.length ? ` — second: ${other.join(" · ")}` : "");
+}
+
+/** What feature caching left unread, by the picture; nothing where all steps were computed. */
+function unread() {
+  const told = "the blocks were computed at some of the steps only; choices of the others were made, not read";
+  return traces.flatMap(({ feature_cache: every }, at) =>
+    (every > 1 ? [sentence(`${two ? `${sides[at]} picture, ` : ""}feature cache ${every}: ${told}`)] : [])).join(" ");
 }
 
 function segments(box, values, key, labels = values) {
