@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from vlm_towers import LAYERS, WIDTH, qwen3_vl
 
 from mos_cli.errors import InputError, ModelError, UsageError
-from mos_cli.runtime.blueprints import Blueprint, find_blueprint, find_network, list_blueprints
+from mos_cli.runtime.blueprints import Blueprint, find_blueprint, find_network
 from mos_cli.runtime.bundles import find_bundle, verify_bundle
-from mos_cli.runtime.folders import models_folder
+from mos_cli.runtime.folders import list_blueprints, models_folder
 from mos_cli.runtime.shapes import GenerationShape, read_generation
 from mos_cli.runtime.sources import fetch_tower
 from mos_cli.towers.fresh import Start, write_fresh_bundle

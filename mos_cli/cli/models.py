@@ -26,8 +26,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per
 def list_all(as_json: AsJson = False) -> None:
     """List the models, blueprints (models without weights), and the understanding towers that can read prompts."""
     from mos_cli.errors import ModelError
-    from mos_cli.runtime.blueprints import find_blueprint, list_blueprints
+    from mos_cli.runtime.blueprints import find_blueprint
     from mos_cli.runtime.bundles import list_bundles, list_tower_specs
+    from mos_cli.runtime.folders import list_blueprints
 
     rows = []
     for name, bundle in list_bundles().items():

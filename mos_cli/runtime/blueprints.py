@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from mos_cli.errors import ModelError, UsageError
 from mos_cli.runtime.bundles import INDEX, Bundle, bundle_folders, find_bundle, unknown_name
-from mos_cli.runtime.folders import models_folder
+from mos_cli.runtime.folders import BLUEPRINT, list_blueprints
 from mos_cli.runtime.quantising import Quantisation
 from mos_cli.runtime.shapes import (
     AutoencoderShape,
@@ -26,7 +26,6 @@ from mos_cli.runtime.shapes import (
 from mos_cli.runtime.sources import tower_folder
 from mos_cli.runtime.specs import Canvas, Defaults, EditDefaults, Frozen, PlainName, TowerSpec, read_json
 
-BLUEPRINT = "blueprint.json"
 _PERCEPTION_PATCH = 14
 """Pixels along a patch of what PerceptionLM sees with, which its config names in words alone."""
 _BYTES: dict[str, Literal[2, 4]] = {"bf16": 2, "fp32": 4}
@@ -105,11 +104,6 @@ class Network:
     def guided(self) -> bool:
         """Whether guidance asks for a second branch; where pictures can be shown, one is counted in any case."""
         return self.defaults.cfg != 1 or self.references > 0
-
-
-def list_blueprints() -> dict[str, Path]:
-    """The blueprints that come with mos, by name: their files."""
-    return {path.parent.name: path for path in sorted(models_folder().glob(f"*/{BLUEPRINT}"))}
 
 
 def find_blueprint(ref: str) -> Blueprint:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from mos_cli.errors import InputError, ModelError
 from mos_cli.runtime.files import atomic_write, check_writable, sha256_of
-from mos_cli.runtime.folders import models_folder
+from mos_cli.runtime.folders import BLUEPRINT, list_blueprints, models_folder
 from mos_cli.runtime.shapes import UnderstandingShape, read_config
 from mos_cli.runtime.sources import bad_file, hub_snapshot
 from mos_cli.runtime.specs import (
@@ -101,8 +101,6 @@ def bundle_folders() -> dict[str, Path]:
 def read_bundle(folder: Path) -> Bundle:
     """Reads the index of a bundle folder; raises ModelError if it is bad or a pickle lies there."""
     if not (folder / INDEX).is_file():
-        from mos_cli.runtime.blueprints import BLUEPRINT
-
         remedy = ", as mos models init --tower FOLDER writes it" if (folder / BLUEPRINT).is_file() else ""
         raise ModelError(f"{folder} is no bundle: it has no {INDEX}{remedy}")
     _refuse_pickles(folder)
@@ -216,8 +214,6 @@ def check_tower_folder(folder: Path, name: str, shape: UnderstandingShape) -> No
 
 
 def _no_model(ref: str, known: Iterable[str]) -> ModelError:
-    from mos_cli.runtime.blueprints import list_blueprints
-
     if ref not in list_blueprints():
         return unknown_name("model", ref, known)
     made = f"mos models init {ref} --tower FOLDER gives it random ones"

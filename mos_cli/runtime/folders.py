@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+BLUEPRINT = "blueprint.json"
+"""The file of a model without weights."""
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -18,6 +20,11 @@ def cache_folder() -> Path:
 def models_folder() -> Path:
     """The folder of the bundles that come with mos; its `towers/` describes understanding towers."""
     return _data_folder("models")
+
+
+def list_blueprints() -> dict[str, Path]:
+    """The blueprints that come with mos, by name: their files."""
+    return {path.parent.name: path for path in sorted(models_folder().glob(f"*/{BLUEPRINT}"))}
 
 
 def presets_folder() -> Path:

@@ -24,9 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mos_cli.errors import InputError
-from mos_cli.runtime.blueprints import BLUEPRINT, Blueprint
+from mos_cli.runtime.blueprints import Blueprint
 from mos_cli.runtime.bundles import check_new_folder, check_tower_folder, write_index
 from mos_cli.runtime.files import make_folder, sha256_of
+from mos_cli.runtime.folders import BLUEPRINT
 from mos_cli.runtime.shapes import UnderstandingShape
 from mos_cli.runtime.specs import TOWER_SUFFIXES, FolderSource, TowerSpec
 from mos_cli.towers.generation import GenerationTower
