@@ -204,6 +204,13 @@ def test_a_trace_does_not_differ_from_itself(opened: Callable[..., Any], tmp_pat
 
 
 @pytest.mark.slow
+def test_a_feature_cache_is_told_once(opened: Callable[..., Any], tmp_path: Path) -> None:
+    assert not opened(record(tmp_path)).locator("#unread").is_visible()
+    note = opened(record(tmp_path, feature_cache=3)).locator("#unread")
+    assert note.is_visible()
+    assert note.text_content().count("eature cache 3") == 1
+
+
 def test_rules_are_shown_as_asked_and_done(opened: Callable[..., Any], tmp_path: Path) -> None:
     recording = record(tmp_path, routes=("cat=1-2",))
     branch = recording.trace.branches["positive"]
