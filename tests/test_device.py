@@ -1,0 +1,75 @@
+"""A step stays on its device: on "meta", where tensors have no values, reading one fails, and so does mixing devices.
+
+So no step makes the host wait for a GPU to tell it something, and nothing in it lies on the CPU.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from test_fusion import FIXED, ROUTED, name_of
+from test_references import WIDTHS, V
+from test_towers import J, M, S, small_tower
+
+from mos_cli.routing.recorder import Recorder
+from mos_cli.routing.trace import Wanted
+from mos_cli.sampling.caching import caching
+from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, UNSEEN, Guidance, sample
+from mos_cli.towers.bank import StateBank
+from mos_cli.towers.generation import GenerationTower
+from mos_cli.towers.router import Steering
+
+META = torch.device("meta")
+TOKENS = {POSITIVE: 5, NEGATIVE: 2, UNSEEN: 2}
+
+
+def empty(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, device=META)
+
+
+def drawn(
+    tower: GenerationTower, *, together: bool, wanted: Wanted = Wanted(), cache: int | None = None, on: Any = META
+) -> torch.Tensor:
+    """Six steps of an edit, its guidance acting in the middle; the words of its instruction are steered."""
+    tower, recorder = tower.to(META), Recorder(wanted)
+    with torch.inference_mode():
+        banks: dict[str, StateBank] = {name: tower.read(empty(1, tokens, M, S)) for name, tokens in TOKENS.items()}
+        references = tower.remember([empty(1, 3, 32, 24)])
+        for name in (POSITIVE, NEGATIVE):
+            banks[name] = tower.look(banks[name], empty(1, V, M, max(WIDTHS)), references)
+        steering = None
+        if tower.router is not None:
+            tokens = TOKENS[POSITIVE] + V
+            steering = Steering(torch.ones(1, tokens, J, M, dtype=torch.bool, device=on), empty(1, tokens, J, M))
+        with recorder.watching(tower), caching(tower, cache, 6) as (predict, begin_anew):
+            return sample(
+                predict,
+                empty(1, 3, 32, 24),
+                banks,
+                steps=6,
+                guidance=Guidance(3.0, (0.3, 0.8), 1.5),
+                together=together,
+                scheduler=FlowMatchEulerDiscreteScheduler(),
+                observers=[recorder],
+                steer=lambda step, branch: steering if branch == POSITIVE else None,
+                begin_anew=begin_anew,
+            )
+
+
+@pytest.mark.parametrize("variant", [*FIXED, *ROUTED], ids=name_of)
+@pytest.mark.parametrize("together", [True, False], ids=["together", "apart"])
+def test_no_step_reads_or_brings_a_value(variant: dict[str, Any], together: bool) -> None:
+    tower = small_tower(sight_widths=WIDTHS, **variant)
+    assert drawn(tower, together=together).device == META
+
+
+def test_recording_and_caching_stay_there_too() -> None:
+    tower = small_tower(sight_widths=WIDTHS)
+    assert drawn(tower, together=True, wanted=Wanted(probabilities=True, regions=True, previews=True)).device == META
+    assert drawn(tower, together=True, cache=3).device == META
+
+
+def test_what_lies_elsewhere_is_noticed() -> None:
+    with pytest.raises(RuntimeError, match="device"):
+        drawn(small_tower(sight_widths=WIDTHS), together=False, on=torch.device("cpu"))
