@@ -127,6 +127,7 @@ def test_mistakes_are_told_before_anything_is_loaded(mos, bundle, tmp_path) -> N
     assert "at character 7" in refused("--route", "apple=").replace("\n", " ")
     assert "its words are a, red, apple" in refused("--route", "dog=1")
     assert "layers that are not there" in refused("--route", "apple=9")
+    assert "blocks that are not there" in refused("--route", "apple=1 blocks 9", "--dry-run")
     assert "leaves out" in refused("--regions", "--trace", "summary")
     assert "no router is asked" in refused("--trace", "full", "--route", "last")
 

@@ -40,6 +40,19 @@ def make_jobs(
     return jobs
 
 
+def check_recipe(recipe: "Recipe", bundle: "Bundle", *, compiled: bool, regions: bool) -> None:
+    """Raises UsageError for what the model's numbers tell cannot be drawn: better now than when it is loaded."""
+    from mos_cli.routing.rules import check_numbers, parse_rules
+    from mos_cli.runtime.recipe import check_blocks
+    from mos_cli.runtime.shapes import read_generation
+
+    check_blocks(recipe, compiled=compiled, regions=regions)
+    if recipe.routes is not None:
+        tower = read_generation(bundle.folder / "generation")
+        numbers = {"layers": tower.states_layers, "blocks": tower.depth, "steps": recipe.steps}
+        check_numbers(parse_rules(recipe.routes), **numbers)
+
+
 def say_what_would_be_drawn(jobs: list[Job], report: Report) -> None:
     """The answer to --dry-run."""
     for job in jobs:

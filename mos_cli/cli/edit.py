@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from mos_cli.cli.asked import (
+    check_recipe,
     check_sheet,
     make_jobs,
     read_prompts,
@@ -166,7 +167,7 @@ def edit(
     from mos_cli.runtime.inputs import describe_edit, read_inputs
     from mos_cli.runtime.masks import read_mask
     from mos_cli.runtime.pictures import working_size
-    from mos_cli.runtime.recipe import MaskRecipe, check_blocks, check_guidance, pixels_hash
+    from mos_cli.runtime.recipe import MaskRecipe, check_guidance, pixels_hash
 
     inputs = read_inputs([picture, *(reference or [])])
     for note in inputs.notes:
@@ -194,7 +195,7 @@ def edit(
     )
     routes, fields["route_from"] = route_source(route_from, route_until, bundle)
     jobs = make_jobs(instructions, names, fields, seed=seed, count=count, inputs=inputs)
-    check_blocks(jobs[0].recipe, compiled=settings.compile, regions=regions)
+    check_recipe(jobs[0].recipe, bundle, compiled=settings.compile, regions=regions)
     for option, extra in {"--strip": strip, "--sheet": sheet}.items():
         if extra is not None:
             check_sheet(option, extra, names)

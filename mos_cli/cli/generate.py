@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from mos_cli.cli.asked import (
+    check_recipe,
     check_sheet,
     make_jobs,
     read_prompts,
@@ -120,13 +121,13 @@ def generate(
     settings = fit_to_card(bundle, settings, (width, height), report, fetch=not dry_run)
     with report.stage("libraries"):
         fields = shared_fields(settings, bundle, bundle.index.defaults)
-    from mos_cli.runtime.recipe import check_blocks, check_guidance
+    from mos_cli.runtime.recipe import check_guidance
 
     fields["width"], fields["height"] = width, height
     check_guidance(fields["cfg"], {"--negative": settings.negative, "--cfg-interval": flags.cfg_interval})
     routes, fields["route_from"] = route_source(route_from, route_until, bundle)
     jobs = make_jobs(prompts, names, fields, seed=seed, count=count)
-    check_blocks(jobs[0].recipe, compiled=settings.compile, regions=regions)
+    check_recipe(jobs[0].recipe, bundle, compiled=settings.compile, regions=regions)
     if sheet is not None:
         check_sheet("--sheet", sheet, names)
     if dry_run:

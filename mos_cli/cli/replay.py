@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mos_cli.cli.asked import followed_run, what_to_record
+from mos_cli.cli.asked import check_recipe, followed_run, what_to_record
 from mos_cli.cli.drawing import Job, Report, draw_jobs
 from mos_cli.cli.loading import fit_to_card, load_pipeline
 from mos_cli.cli.options import (
@@ -81,7 +81,7 @@ def replay(
     from mos_cli.runtime.devices import cpu_threads
     from mos_cli.runtime.inputs import Finder
     from mos_cli.runtime.outputs import naming, read_drawing
-    from mos_cli.runtime.recipe import check_blocks, check_guidance, make_recipe
+    from mos_cli.runtime.recipe import check_guidance, make_recipe
     from mos_cli.runtime.settings import check_size, make_settings, resolve
 
     report = Report(json=json, quiet=quiet, verbose=verbose)
@@ -112,7 +112,7 @@ def replay(
     guidances = {f"--set {key}": changed.get(key) for key in ("negative", "cfg_interval")}
     check_guidance(recipe.cfg, guidances, image_cfg)
     compiles = record.made.compiled if compiled is None else compiled
-    check_blocks(recipe, compiled=compiles, regions=regions)
+    check_recipe(recipe, bundle, compiled=compiles, regions=regions)
     flags = make_settings(
         output=output, trace=trace, device=device, attention=attention, max_vram=max_vram, offload=offload
     )

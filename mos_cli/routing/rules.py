@@ -93,6 +93,17 @@ def parse_rule(text: str) -> AnyRule:
     return _Reader(text).rule()
 
 
+def check_numbers(rules: Sequence[AnyRule], *, layers: int, blocks: int, steps: int) -> None:
+    """Raises UsageError if a rule names a layer, a block or a step that a run does not have."""
+    for rule in rules:
+        asked = {"layers": (rule.layers, layers)}
+        if isinstance(rule, Rule):
+            asked |= {"blocks": (rule.blocks or (), blocks), "steps": (rule.steps or (), steps)}
+        for kind, (numbers, count) in asked.items():
+            if numbers and max(numbers) >= count:
+                raise UsageError(f"the route rule {rule} names {kind} that are not there: they are 0 to {count - 1}")
+
+
 def tokens_of(rule: Rule, prompt: str, tokens: Sequence[Spanned]) -> tuple[int, ...]:
     """The numbers of the tokens that a rule speaks of, by the characters they stand for; empty if there are none."""
     if rule.target == "*":

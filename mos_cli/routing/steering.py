@@ -13,7 +13,7 @@ from torch import Tensor
 from mos_cli.errors import UsageError
 from mos_cli.routing.alignment import Reading
 from mos_cli.routing.given import Given
-from mos_cli.routing.rules import AnyRule, BaselineRule, Rule, no_such_word, tokens_of
+from mos_cli.routing.rules import AnyRule, BaselineRule, Rule, check_numbers, no_such_word, tokens_of
 from mos_cli.routing.trace import Steered
 from mos_cli.towers.router import Route, Steering, even_route
 
@@ -51,8 +51,7 @@ class Steerer:
         self.baseline = next((rule for rule in rules if isinstance(rule, BaselineRule)), None)
         if self.baseline is not None and self.given:
             raise UsageError(f"the route rule {self.baseline} is for every token: drop it, or --route-from")
-        for rule in rules:
-            self._check(rule)
+        check_numbers(rules, layers=layers, blocks=blocks, steps=steps)
         self._spoken = {
             name: {rule: tokens_of(rule, reading.prompt, reading.tokens) for rule in self.rules}
             for name, reading in readings.items()
@@ -88,14 +87,6 @@ class Steerer:
             blocks = self.blocks if rule.blocks is None else len(rule.blocks)
             done.append(Steered(rule=str(rule), tokens=tokens, decisions=len(tokens) * times * blocks))
         return tuple(done) or None
-
-    def _check(self, rule: AnyRule) -> None:
-        asked = {"layers": (rule.layers, self.layers)}
-        if isinstance(rule, Rule):
-            asked |= {"blocks": (rule.blocks or (), self.blocks), "steps": (rule.steps or (), self.steps)}
-        for kind, (numbers, count) in asked.items():
-            if numbers and max(numbers) >= count:
-                raise UsageError(f"the route rule {rule} names {kind} that are not there: they are 0 to {count - 1}")
 
     def _make(self, branch: str, active: tuple[Rule, ...], step: int | None) -> Steering | Route | None:
         if self.baseline is not None:
