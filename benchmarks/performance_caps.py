@@ -79,7 +79,7 @@ def _cap(size: int, device: torch.device) -> None:
     """What is taken outside of the allocator, by the driver and others, counts: a card of that size would hold it."""
     unused, whole = torch.cuda.mem_get_info(device)
     outside = whole - unused - torch.cuda.memory_reserved(device)
-    torch.cuda.set_per_process_memory_fraction((size - outside) / whole, device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (size - outside) / whole), device.index)
 
 
 def _draw(network: networks.Network, setting: Setting, stages: Stages) -> Tensor:

@@ -59,6 +59,8 @@ class PeakMemory:
 
     def __enter__(self) -> "PeakMemory":
         if self.device.type == "cuda":
+            # There are no statistics of a card that this process has not touched.
+            torch.cuda.init()
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             self._before = psutil.Process().memory_info().rss

@@ -274,9 +274,10 @@ class MoSPipeline:
 
 def _not_compiled(error: RuntimeError) -> Exception:
     """What to say of an error that compiling may have caused."""
-    from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+    from torch._dynamo.exc import ShortenTraceback, Unsupported
 
-    if not isinstance(error, BackendCompilerFailed | Unsupported):
+    # The first are what a backend raises, where a card is too old for Triton, or there is none, too.
+    if not isinstance(error, ShortenTraceback | Unsupported):
         return error
     reason = str(error).strip().splitlines()[0]
     return DeviceError(f"the blocks cannot be compiled here ({reason}): install a C++ compiler, or drop --compile")

@@ -92,11 +92,11 @@ class FetchedBlocks(nn.ModuleList):
         done: list[Any] = []
         try:
             for number, block in enumerate(self._modules.values()):
-                if fetched is not None:
-                    torch.cuda.current_stream().wait_event(fetched)
+                if self.stream is not None:
+                    torch.cuda.current_stream(self.stream.device).wait_event(fetched)
                 yield block  # type: ignore[misc]
                 if self.stream is not None:
-                    done.append(torch.cuda.current_stream().record_event())
+                    done.append(torch.cuda.current_stream(self.stream.device).record_event())
                 if number:
                     # The device is busy with this block meanwhile: only what has computed is let go.
                     self._let_go(number - 1, done)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from test_quantised import small_tower
 
+from mos_cli.errors import DeviceError
+from mos_cli.pipeline import _not_compiled
 from mos_cli.runtime.bundles import write_index
 from mos_cli.runtime.outputs import read_drawing
 
@@ -72,3 +74,13 @@ def test_without_a_compiler_one_line_says_so(bundle, tmp_path: Path) -> None:
     assert run.returncode == 6
     assert run.stderr.strip().splitlines()[-1].startswith("error: the blocks cannot be compiled here")
     assert "Traceback" not in run.stderr
+
+
+def test_a_card_without_triton_is_no_traceback() -> None:
+    from torch._inductor.exc import TritonMissing
+
+    said = _not_compiled(TritonMissing(None))
+    assert isinstance(said, DeviceError)
+    assert "triton" in str(said)
+    other = RuntimeError("of another kind")
+    assert _not_compiled(other) is other

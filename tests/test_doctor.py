@@ -8,7 +8,9 @@ from typer.testing import CliRunner
 from mos_cli import __version__
 from mos_cli.cli.app import MosGroup
 from mos_cli.cli.doctor import doctor
+from mos_cli.errors import DeviceError
 from mos_cli.runtime.bundles import Bundle, write_index
+from mos_cli.runtime.devices import choose_device
 from mos_cli.runtime.sources import tower_folder
 from mos_cli.runtime.specs import Canvas, Defaults, TowerSpec
 
@@ -85,6 +87,16 @@ def test_a_broken_pytorch_is_a_finding_and_no_failure(monkeypatch):
     report = examine()
     assert not report["checks"]["PyTorch"]["ok"]
     assert report["gpus"] == []
+
+
+def test_a_card_with_too_old_a_driver_is_no_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    report = examine()
+    assert report["gpus"] == []
+    assert not report["checks"]["GPU"]["ok"]
+    with pytest.raises(DeviceError, match="no GPU for device 'cuda'"):
+        choose_device("cuda")
 
 
 def test_an_unwritable_cache_is_a_finding(tmp_path, monkeypatch):

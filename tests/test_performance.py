@@ -13,9 +13,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import performance
 import performance_networks as networks
+from performance_caps import _cap
 from performance_model import MoSL, Run, difference
 from performance_steps import place
 
+from mos_cli.runtime.memory import GIB
 from mos_cli.towers.layers import Ragged
 
 CPU = torch.device("cpu")
@@ -103,6 +105,21 @@ def test_every_cap_is_drawn_under_in_the_setting_of_its_card(capsys: pytest.Capt
     assert [row["cap_gib"] for row in rows] == [24, 16, 12, 8]
     assert all(row["passes"] and row["planned_gib"] < row["cap_gib"] for row in rows)
     assert "--offload none" not in rows[-1]["setting"]
+
+
+@pytest.mark.parametrize(("cap", "fraction"), [(8, 7 / 12), (24, 1.0)])
+def test_a_cap_counts_what_others_took_and_is_no_more_than_the_card(
+    monkeypatch: pytest.MonkeyPatch, cap: int, fraction: float
+) -> None:
+    told = []
+    monkeypatch.setattr("torch.cuda.memory._lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (9 * GIB, 12 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * GIB)
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *asked: told.append(asked), raising=False)
+    # As the script names it: without a number.
+    _cap(cap * GIB, torch.device("cuda"))
+    assert told == [(pytest.approx(fraction), 0)]
 
 
 def test_without_a_gpu_the_table_is_not_filled(

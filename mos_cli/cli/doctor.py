@@ -103,7 +103,8 @@ def _cpu(torch: ModuleType | None) -> dict[str, Any]:
 
 def _gpus(torch: Any) -> list[dict[str, Any]]:
     gpus = []
-    for index in range(torch.cuda.device_count()):
+    # A card is counted though its driver is too old to be used.
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         facts = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
         capability = [facts.major, facts.minor]

@@ -28,7 +28,9 @@ def choose_device(asked: str) -> "torch.device":
         raise DeviceError(f"unknown device '{asked}': use auto, cpu or cuda") from None
     if device.type not in ("cpu", "cuda"):
         raise DeviceError(f"device '{asked}' is not supported: use auto, cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    # A card is counted though its driver is too old to be used.
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
         raise DeviceError(f"no GPU for device '{asked}': use --device cpu, or see `mos doctor`")
     return device
 

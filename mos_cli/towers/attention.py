@@ -52,7 +52,7 @@ def xformers_takes(device: torch.device, dtype: torch.dtype, head_width: int) ->
 
         probe = torch.zeros(1, 8, 1, head_width, device=device, dtype=dtype)
         memory_efficient_attention(probe, probe, probe)
-    except (ImportError, NotImplementedError, ValueError, RuntimeError):
+    except (ImportError, OSError, NotImplementedError, ValueError, RuntimeError):
         return False
     return True
 
