@@ -105,6 +105,17 @@ def test_rules_of_one_branch_leave_the_others_alone() -> None:
     same(tower, **dict.fromkeys(TOKENS, even_route([[M - 1]] * J, torch.device("cpu"))))
 
 
+@torch.no_grad()
+def test_rules_are_joined_anew_only_where_they_change() -> None:
+    tower, said = small_tower(), []
+    predict = Branches(lambda *asked, steering: (said.append(steering), tower(*asked))[1], banks(tower), together=True)
+    one, other = (Steering(torch.ones(1, TOKENS["negative"], J, M, dtype=torch.bool)) for _ in range(2))
+    for steering in (one, one, other):
+        predict(("positive", "negative"), inputs(1)[0], 0.6, {"negative": steering}.get)
+    assert said[0] is said[1]
+    assert said[1] is not said[2]
+
+
 @pytest.mark.parametrize("context", ["kv", "tokens", "cross"])
 def test_what_is_recorded_is_the_same(context: Any) -> None:
     wanted = Wanted(probabilities=True, regions=True)

@@ -111,8 +111,11 @@ def replay(
         image_cfg = recipe.edit.image_cfg
     guidances = {f"--set {key}": changed.get(key) for key in ("negative", "cfg_interval")}
     check_guidance(recipe.cfg, guidances, image_cfg)
-    compiles = record.made.compiled if compiled is None else compiled
-    check_recipe(recipe, bundle, compiled=compiles, regions=regions)
+
+    def compiles(made: "Provenance") -> bool:
+        return made.compiled if compiled is None else compiled
+
+    check_recipe(recipe, bundle, compiled=compiles(record.made), regions=regions)
     flags = make_settings(
         output=output, trace=trace, device=device, attention=attention, max_vram=max_vram, offload=offload
     )
@@ -124,7 +127,7 @@ def replay(
     loaded: dict[tuple[Any, ...], MoSPipeline] = {}
 
     def pipeline_of(bundle: "Bundle", recipe: "Recipe", made: "Provenance") -> "MoSPipeline":
-        key = (bundle.hash, recipe.precision, recipe.quant, made.tiled, made.together, made.compiled)
+        key = (bundle.hash, recipe.precision, recipe.quant, made.tiled, made.together, compiles(made))
         if key not in loaded:
             # One at a time: together two models might not fit.
             loaded.clear()
@@ -135,7 +138,7 @@ def replay(
             )
             # As it was made, where that fits: otherwise it would round differently, and only come out close.
             how = {"tiled": placed.tiled or made.tiled, "together": placed.together and made.together}
-            how["compile"] = made.compiled if compiled is None else compiled
+            how["compile"] = compiles(made)
             placed = placed.model_copy(update=how)
             loaded[key] = load_pipeline(bundle, placed, report, precision=recipe.precision, quant=recipe.quant)
         return loaded[key]

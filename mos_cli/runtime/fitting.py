@@ -24,7 +24,6 @@ from mos_cli.runtime.memory import (
     stages,
     weights,
 )
-from mos_cli.runtime.quantising import Method
 
 BUS = 25e9
 """Bytes per second from main memory, PCIe 4.0 x16."""
@@ -87,16 +86,6 @@ def parse_quant(text: str) -> tuple[Quant, Quant]:
     if len(parts) > 2 or any(part not in get_args(Quant) for part in parts):
         raise UsageError(f"--quant {text} is not understood: write none, int8, nf4, or two of them as nf4,none")
     return parts[0], parts[-1]  # type: ignore[return-value]
-
-
-def methods(quant: str | None) -> tuple[Method | None, Method | None]:
-    """What a recipe's `quant` asks of the understanding and the generation tower; None leaves one as it is.
-
-    Raises:
-        UsageError: it is not understood.
-    """
-    first, second = parse_quant(quant or "none")
-    return None if first == "none" else first, None if second == "none" else second
 
 
 def candidates(network: Network, size: tuple[int, int], *, quant: tuple[Quant, Quant] | None = None) -> list[Candidate]:

@@ -35,6 +35,7 @@ class Branches:
     def __init__(self, tower: Predictor, banks: Mapping[str, StateBank], *, together: bool) -> None:
         self.tower, self.banks, self.together = tower, banks, together
         self._made: dict[tuple[str, ...], StateBank] = {}
+        self._steered: dict[tuple[str, ...], tuple[list[Steered], Steered]] = {}
 
     def __call__(
         self, names: Sequence[str], z_BCHW: Tensor, t: float, steer: Callable[[str], Steered]
@@ -61,7 +62,11 @@ class Branches:
         bank, steerings = self._made[group], [steer(name) for name in group]
         assert isinstance(bank.padding, Ragged)
         z_BCHW, t_B = z_1CHW.expand(len(group), -1, -1, -1), z_1CHW.new_full((len(group),), t)
-        steering = _join_steerings(steerings, [self.banks[name] for name in group], bank.padding)
+        before, steering = self._steered.get(group, ([], None))
+        if not before or any(old is not new for old, new in zip(before, steerings, strict=True)):
+            # Most steps share their steering with the one before.
+            steering = _join_steerings(steerings, [self.banks[name] for name in group], bank.padding)
+            self._steered[group] = (steerings, steering)
         x_hat_BCHW, route = self.tower(z_BCHW, t_B, bank, steering=steering)
         for number, (name, steered) in enumerate(zip(group, steerings, strict=True)):
             row = route.row(bank.padding, number)
