@@ -36,6 +36,7 @@ from mos_cli.runtime.quiet import quieten
 from mos_cli.runtime.recipe import Recipe, make_recipe
 from mos_cli.runtime.settings import RunSettings
 from mos_cli.runtime.sheet import COLUMNS, contact_sheet
+from mos_cli.runtime.specs import DEFAULT_SOLVER
 from mos_cli.sampling.caching import CacheConfig, Cached
 from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, Step, sample
 from mos_cli.towers.autoencoder import to_image
@@ -111,6 +112,7 @@ class Bench:
             width=width,
             height=height,
             precision=self.precision,
+            solver=DEFAULT_SOLVER,
             **settings,
         )
 
@@ -125,6 +127,7 @@ class Bench:
             self.pipeline._noise(recipe),
             {name: reading.bank for name, reading in banks.items()},
             steps=recipe.steps,
+            solver=recipe.solver,
             guidance=Guidance(recipe.cfg, recipe.cfg_interval),
             together=self.pipeline.setting.together,
             scheduler=self.pipeline.scheduler,

@@ -177,7 +177,7 @@ def _drawn(tower: GenerationTower, recipe: TrainRecipe, library: Library, bench:
         banks = {branch: _bank(tower, library, captions, bench.device) for branch, captions in texts.items()}
         noise = [torch.randn(3, side, side, generator=torch.Generator().manual_seed(one.seed)) for one in entries]
         z1 = torch.stack(noise).to(bench.device)
-        z = sample(tower, z1, banks, steps=defaults.steps, guidance=guidance, scheduler=scheduler)
+        z = sample(tower, z1, banks, steps=defaults.steps, solver="euler", guidance=guidance, scheduler=scheduler)
         pictures.append(z.clamp(-1, 1).float().cpu())
     return torch.cat(pictures)
 

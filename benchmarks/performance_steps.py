@@ -22,6 +22,7 @@ from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.trace import Wanted
 from mos_cli.runtime.memory import TOKENS
 from mos_cli.runtime.quantising import Method
+from mos_cli.runtime.specs import DEFAULT_SOLVER
 from mos_cli.sampling.sampler import POSITIVE, Guidance, sample
 from mos_cli.towers.router import Steering
 
@@ -131,6 +132,7 @@ def sync(run: Run) -> list[Row]:
             model.z_BCHW,
             model.banks(TOKENS),
             steps=2,
+            solver=DEFAULT_SOLVER,
             guidance=Guidance(model.network.defaults.cfg),
             together=True,
             scheduler=FlowMatchEulerDiscreteScheduler(),

@@ -33,6 +33,7 @@ from mos_cli.runtime.quantising import METHODS, Method, Quantisation
 from mos_cli.runtime.quiet import quieten
 from mos_cli.runtime.recipe import Recipe, make_recipe
 from mos_cli.runtime.settings import RunSettings
+from mos_cli.runtime.specs import DEFAULT_SOLVER
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.quantised import GENERATION_KEPT, quantise, survey
 from mos_cli.towers.quantised_linear import assembled, bitsandbytes, quantised_parts
@@ -92,7 +93,7 @@ class Bench:
         self.pipeline = MoSPipeline(bundle, tower, device=self.device, precision="bf16")
         self.tower = self.pipeline.tower
         width, height = bundle.index.canvas.native
-        settings = {**bundle.index.defaults.model_dump(), "steps": steps}
+        settings = {**bundle.index.defaults.model_dump(), "steps": steps, "solver": DEFAULT_SOLVER}
         self.recipes = [
             make_recipe(
                 prompt=PROMPTS[i], model=bundle.ref, seed=i, width=width, height=height, precision="bf16", **settings

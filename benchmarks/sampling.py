@@ -33,6 +33,7 @@ from mos_cli.runtime.memory import Setting
 from mos_cli.runtime.quiet import quieten
 from mos_cli.runtime.recipe import Recipe, make_recipe
 from mos_cli.runtime.settings import RunSettings
+from mos_cli.runtime.specs import DEFAULT_SOLVER
 
 PROMPTS = ("a dog", "a rocket, flat style", "a cat and a dog", "a rose on a sky blue background")
 SIDE = 1024
@@ -97,6 +98,7 @@ def recipe_of(bundle: Bundle, precision: str, number: int) -> Recipe:
         width=width,
         height=height,
         precision=precision,
+        solver=DEFAULT_SOLVER,
         **bundle.index.defaults.model_dump(),
     )
 

@@ -154,6 +154,7 @@ class MoSPipeline:
                     self._noise(recipe),
                     {branch: reading.bank for branch, reading in readings.items()},
                     steps=recipe.steps,
+                    solver=recipe.solver,
                     guidance=guidance,
                     together=self.setting.together,
                     scheduler=self.scheduler,

@@ -48,6 +48,7 @@ def drawn(
                 empty(1, 3, 32, 24),
                 banks,
                 steps=6,
+                solver="ab2",
                 guidance=Guidance(3.0, (0.3, 0.8), 1.5),
                 together=together,
                 scheduler=FlowMatchEulerDiscreteScheduler(),

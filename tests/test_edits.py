@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mos_cli.training.evaluation.bench import bench_words
-from mos_cli.training.scenes.composition import Item
+from mos_cli.training.scenes.composition import Item, free_spots
 from mos_cli.training.scenes.compositor import Compositor
 from mos_cli.training.scenes.description import DEFAULT_STYLE, held_out, held_out_style
-from mos_cli.training.scenes.edits import EDIT_KINDS, Edit, EditKind, EditWriter
+from mos_cli.training.scenes.edits import EDIT_KINDS, SMALLER, Edit, EditKind, EditWriter
 from mos_cli.training.scenes.referring import confusable, groups, refer
 from mos_cli.training.scenes.vocabulary import COLOURS
 
@@ -72,6 +72,71 @@ def test_what_is_not_named_is_the_same_before_and_after(seed: int, kind: EditKin
     elif kind != "mirror":
         assert was == now
     assert (edit.was == edit.now) == (kind == "nothing")
+
+
+def alike_in(edit: Edit) -> tuple[list[Item], list[Item]]:
+    """What a count counts, before and after."""
+    (key,) = {(item.word, item.colour) for item in set(edit.was.items) ^ set(edit.now.items)}
+    return tuple([item for item in side.items if (item.word, item.colour) == key] for side in (edit.was, edit.now))  # type: ignore[return-value]
+
+
+def reading_order(items: list[Item]) -> list[Item]:
+    return sorted(items, key=lambda item: (round(item.y, 1), item.x))
+
+
+def test_fewer_of_a_thing_are_those_that_come_first_in_reading_order():
+    fewer = [(was, now) for was, now in map(alike_in, edits("count")) if len(now) < len(was)]
+    assert len(fewer) > 10
+    for was, now in fewer:
+        assert reading_order(was)[: len(now)] == reading_order(now)
+
+
+CORNERS = [(0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)]
+
+
+@pytest.mark.parametrize(
+    ("stand", "more", "come"),
+    [
+        ([(0.27, 0.5)], 1, [(0.73, 0.5)]),
+        ([(0.28, 0.49)], 1, [(0.73, 0.5)]),
+        ([(0.5, 0.5)], 2, [(0.18, 0.5), (0.82, 0.5)]),
+        ([(0.27, 0.27)], 1, [(0.73, 0.73)]),
+        ([(0.27, 0.27)], 3, CORNERS[1:]),
+        ([(0.73, 0.27), (0.27, 0.73)], 2, [CORNERS[0], CORNERS[3]]),
+        (CORNERS[:3], 1, CORNERS[3:]),
+    ],
+)
+def test_more_of_a_thing_come_to_spots_that_follow_from_the_picture(
+    stand: list[tuple[float, float]], more: int, come: list[tuple[float, float]]
+):
+    items = [at("cat face", x, y) for x, y in stand]
+    assert [(x, y) for x, y, _ in free_spots(items, more)] == come
+
+
+def test_more_of_a_thing_are_as_large_and_as_the_others():
+    more = [(was, now) for was, now in map(alike_in, edits("count")) if len(now) > len(was)]
+    assert len(more) > 10
+    for was, now in more:
+        for new in set(now) - set(was):
+            assert new == was[0].at(new.x, new.y)
+
+
+def test_smaller_and_bigger_are_always_by_the_same_factor():
+    for edit in edits("resize"):
+        ((old, new),) = [(a, b) for a, b in zip(edit.was.items, edit.now.items, strict=True) if a != b]
+        assert min(old.side, new.side) / max(old.side, new.side) == pytest.approx(SMALLER, abs=1e-3)
+
+
+def test_a_caption_of_the_result_says_which_of_several_alike_changed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mos_cli.training.scenes.edits.result", lambda *_, **__: "CAPTION")
+    told = [edit for edit in random_edits() if edit.instruction == "CAPTION" and edit.kind != "count"]
+    assert {"remove", "replace", "recolour"} <= {edit.kind for edit in told}
+    for edit in told:
+        stay, change = (
+            {(item.word, item.colour) for item in edit.was.items if (item in edit.now.items) == stays}
+            for stays in (True, False)
+        )
+        assert not stay & change
 
 
 def test_a_composition_is_drawn_as_it_says():

@@ -23,9 +23,9 @@ from mos_cli.training.scenes.description import (
     held_out_style,
 )
 from mos_cli.training.scenes.grounds import PAINTS, SCENERIES, WHITE, Ground, ground
-from mos_cli.training.scenes.layout import Placed, Scene, lay_out
+from mos_cli.training.scenes.layout import JITTER, Placed, Scene, lay_out
 from mos_cli.training.scenes.vocabulary import COLOURS, STYLES, Vocabulary, Word, plural, with_article
-from mos_cli.training.scenes.writer import SceneWriter
+from mos_cli.training.scenes.writer import OPEN_ARRANGEMENTS, OPEN_PAIRS, SceneWriter
 
 NAMES = ("dog", "apple", "cat", "owl", "unicorn", "bus", "key", "cheese")
 HANDS = (DEFAULT_STYLE, "noto")
@@ -50,6 +50,10 @@ VOCABULARY = Vocabulary(
     sprites(),
 )
 seeds = st.integers(0, 2**32)
+
+
+def as_thing(word: str) -> Thing:
+    return Thing(word=word)
 
 
 def described(seed: int) -> tuple[Description, Scene, str]:
@@ -147,6 +151,61 @@ def test_arrangements_have_their_shape(arrangement: str) -> None:
         assert np.allclose(distances, 0.3, atol=0.04)
     else:
         assert sorted(ys.round(1))[0] < 0.5 < sorted(ys)[1]
+
+
+@given(seeds, seeds)
+def test_a_description_has_one_layout(seed: int, other: int) -> None:
+    """Taught several layouts for one caption, a small network draws their average."""
+    description, scene, _ = described(seed)
+    again = lay_out(description, VOCABULARY, Random(other))
+    for one, two in zip(scene.objects, again.objects, strict=True):
+        assert (one.picture, one.tint) == (two.picture, two.tint)
+        assert max(abs(one.x - two.x), abs(one.y - two.y)) <= 2 * JITTER
+        assert 0.88 < one.side / two.side < 1.13
+
+
+def test_where_no_relation_is_named_things_stand_left_to_right_as_they_are_named() -> None:
+    for words in (("dog", "key"), ("key", "dog")):
+        scene = lay_out(Description(things=tuple(map(as_thing, words)), style="noto"), VOCABULARY, Random(0))
+        first, second = scene.objects
+        assert NAMES[first.picture // 2] == words[0]
+        assert second.x - first.x > 0.3
+        assert abs(second.y - first.y) <= 2 * JITTER
+
+
+@pytest.mark.parametrize(
+    ("words", "spots"),
+    [
+        (("dog",) * 2, [(0.25, 0.5), (0.75, 0.5)]),
+        (("dog",) * 3, [(0.31, 0.7), (0.69, 0.7), (0.5, 0.36)]),
+        (("dog", "cat", "key"), [(0.31, 0.7), (0.69, 0.7), (0.5, 0.36)]),
+        (("dog",) * 4, [(0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)]),
+        (("dog", "cat", "key", "bus"), [(0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value[0], str) else "",
+)
+def test_where_no_arrangement_is_named_two_are_a_row_three_a_pile_four_the_corners(
+    words: tuple[str, ...], spots: list[tuple[float, float]]
+) -> None:
+    counts = {word: words.count(word) for word in words}
+    things = tuple(Thing(word=word, count=count) for word, count in counts.items())
+    objects = lay_out(Description(things=things, style="noto"), VOCABULARY, Random(0)).objects
+    assert [NAMES[placed.picture // 2] for placed in objects] == list(words)
+    for placed, (x, y) in zip(objects, spots, strict=True):
+        assert (placed.x, placed.y) == pytest.approx((x, y), abs=1.5 * JITTER)
+
+
+def test_open_captions_are_written_as_often_as_they_should_be() -> None:
+    random, open_or_not = Random(0), {"pair": [], "arranged": []}
+    for _ in range(4000):
+        description = SceneWriter(VOCABULARY).describe(random)
+        several = description.objects - len(description.things)
+        if len(description.things) == 2 and not several:
+            open_or_not["pair"].append(description.relation is None)
+        elif description.objects > 1:
+            open_or_not["arranged"].append(description.relation is None and description.arrangement is None)
+    assert np.mean(open_or_not["pair"]) == pytest.approx(OPEN_PAIRS, abs=0.05)
+    assert np.mean(open_or_not["arranged"]) == pytest.approx(OPEN_ARRANGEMENTS, abs=0.05)
 
 
 @given(seeds)

@@ -104,6 +104,7 @@ def shared_fields(settings: "RunSettings", bundle: "Bundle", defaults: "Defaults
         "model": bundle.ref,
         "negative": settings.negative,
         "steps": settings.steps or defaults.steps,
+        "solver": settings.solver,
         "cfg": defaults.cfg if settings.cfg is None else settings.cfg,
         "cfg_interval": settings.cfg_interval or defaults.cfg_interval,
         "precision": precision,

@@ -45,6 +45,7 @@ from mos_cli.cli.options import (
     RouteUntil,
     Seed,
     Sheet,
+    Solver,
     Steps,
     Trace,
     Verbose,
@@ -83,6 +84,7 @@ def edit(
     seed: Seed = None,
     count: Count = 1,
     steps: Steps = None,
+    solver: Solver = None,
     cfg: Cfg = None,
     cfg_interval: CfgInterval = None,
     negative: Negative = None,
@@ -136,6 +138,7 @@ def edit(
     flags = make_settings(
         model=model,
         steps=steps,
+        solver=solver,
         cfg=cfg,
         cfg_interval=cfg_interval,
         negative=negative,

@@ -8,7 +8,7 @@ import typer
 
 from mos_cli.cli import console
 from mos_cli.cli.bars import stage_bars
-from mos_cli.cli.options import ArtFile, Device, Model
+from mos_cli.cli.options import ArtFile, Device, Model, Solver
 from mos_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each category or kind; all by default.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.", show_default="the model's")] = None,
+    solver: Solver = None,
     cfg: Annotated[float | None, typer.Option(min=0, help="Guidance scale.", show_default="the model's")] = None,
     image_cfg: Annotated[
         float | None, typer.Option(min=0, help="Guidance towards the picture, editing.", show_default="the model's")
@@ -58,7 +59,8 @@ def evaluate(
     from mos_cli.runtime.settings import RunSettings, make_settings, parse_size
 
     # The user's config file stays out of it: a table must not depend on whose machine it was made on.
-    flags = make_settings(model=model, steps=steps, cfg=cfg, size=None if size is None else str(size), device=device)
+    side = None if size is None else str(size)
+    flags = make_settings(model=model, steps=steps, solver=solver, cfg=cfg, size=side, device=device)
     settings = RunSettings(**flags.model_dump(exclude_none=True))
     bundle = find_bundle(settings.model)
     editing = edits_of(bundle) if suite is Suite.edit else None

@@ -43,6 +43,7 @@ from mos_cli.cli.options import (
     RouteUntil,
     Seed,
     Sheet,
+    Solver,
     Steps,
     Trace,
     Verbose,
@@ -58,6 +59,7 @@ def generate(
     seed: Seed = None,
     count: Count = 1,
     steps: Steps = None,
+    solver: Solver = None,
     cfg: Cfg = None,
     cfg_interval: CfgInterval = None,
     negative: Negative = None,
@@ -97,6 +99,7 @@ def generate(
     flags = make_settings(
         model=model,
         steps=steps,
+        solver=solver,
         cfg=cfg,
         cfg_interval=cfg_interval,
         negative=negative,

@@ -58,6 +58,15 @@ Seed = Annotated[
 ]
 Count = Annotated[int, typer.Option("--count", "-n", min=1, max=10_000, help="Pictures per prompt; seeds count up.")]
 Steps = Annotated[int | None, typer.Option(envvar="MOS_STEPS", help="Denoising steps.", show_default="the model's")]
+Solver = Annotated[
+    str | None,
+    typer.Option(
+        envvar="MOS_SOLVER",
+        metavar="NAME",
+        help="What integrates the steps: ab2 (Adams-Bashforth, second order) or euler.",
+        show_default="ab2",
+    ),
+]
 Cfg = Annotated[
     float | None,
     typer.Option(envvar="MOS_CFG", help="Guidance scale; 1 turns it off.", show_default="the model's"),

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mos_cli import __version__
 from mos_cli.errors import UsageError
-from mos_cli.runtime.specs import Frozen, Interval, RouteRules, Sha256, first_problem
+from mos_cli.runtime.specs import Frozen, Interval, RouteRules, Sha256, Solver, first_problem
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -65,6 +65,7 @@ class RouteSource(Frozen):
 class Recipe(Frozen):
     """What decides a picture. Sizes are in pixels; `model` is the bundle's name, or its hub id.
 
+    `solver` is "euler" where it is missing: pictures made before it was recorded were drawn so.
     `quant` says how the towers were quantised on load, where they were: "nf4" or, for each of the two, "nf4,none".
     `feature_cache` is the distance of the steps at which the blocks are computed; None computes them at every step.
     `routes` are the rules that steer the routes, as they are written; `route_from` is the run they are taken from.
@@ -75,6 +76,7 @@ class Recipe(Frozen):
     model: str
     seed: int = Field(ge=0, le=MAX_SEED)
     steps: int = Field(ge=1, le=MAX_STEPS)
+    solver: Solver = "euler"
     cfg: float = Field(ge=0, le=100)
     cfg_interval: Interval
     width: int = Field(ge=1)
@@ -166,7 +168,7 @@ class PictureRecord(Frozen):
         edit = {} if recipe.edit is None else {"Image CFG scale": recipe.edit.image_cfg}
         settings = {
             "Steps": recipe.steps,
-            "Sampler": "Euler",
+            "Sampler": {"euler": "Euler", "ab2": "Adams-Bashforth 2"}[recipe.solver],
             "CFG scale": recipe.cfg,
             **edit,
             "Seed": recipe.seed,

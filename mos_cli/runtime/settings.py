@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from mos_cli.errors import InputError, MosError, UsageError
 from mos_cli.runtime.folders import presets_folder
 from mos_cli.runtime.memory import Offload
-from mos_cli.runtime.specs import Canvas, Interval, RouteRules, first_problem
+from mos_cli.runtime.specs import DEFAULT_SOLVER, Canvas, Interval, RouteRules, Solver, first_problem
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +47,7 @@ class Settings(BaseModel):
 
     model: str | None = None
     steps: int | None = Field(default=None, ge=1)
+    solver: Solver | None = None
     cfg: float | None = Field(default=None, ge=0)
     cfg_interval: Interval | None = None
     negative: str | None = None
@@ -76,6 +77,7 @@ class RunSettings(Settings):
     """
 
     model: str = "emoji"
+    solver: Solver = DEFAULT_SOLVER
     negative: str = ""
     precision: Precision = "auto"
     quant: str = "none"

@@ -114,6 +114,11 @@ Interval = Annotated[tuple[float, float], BeforeValidator(_two_times), AfterVali
 """Two times t, where 1 is pure noise and 0 the picture; as text "0.1,0.9"."""
 
 
+Solver = Literal["euler", "ab2"]
+"""What integrates the velocity: Euler's method, or the two-step Adams-Bashforth method."""
+DEFAULT_SOLVER: Solver = "ab2"
+
+
 def _one_rule(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 

@@ -21,6 +21,15 @@ def velocity(z_t: Tensor, x_hat: Tensor, t: Tensor | float) -> Tensor:
     return (z_t - x_hat) / t
 
 
+def extrapolated(v: Tensor, v_before: Tensor, t_before: float, t: float, t_next: float) -> Tensor:
+    """The mean velocity of a step from t to t_next, on the line through the last two velocities.
+
+    This is the two-step Adams-Bashforth method, of second order: with equal steps 1.5 v - 0.5 v_before.
+    """
+    ahead = (t_next - t) / (t - t_before) / 2
+    return (1 + ahead) * v - ahead * v_before
+
+
 def velocity_loss(x_hat_BCHW: Tensor, z0_BCHW: Tensor, t_B: Tensor, importance_B1HW: Tensor | float = 1.0) -> Tensor:
     """Mean squared error of the velocity, written for x-prediction: || x_hat - z_0 ||^2 / max(t, 0.1)^2.
 

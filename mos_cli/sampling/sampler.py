@@ -7,14 +7,16 @@ many are asked for.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from mos_cli.runtime.specs import Solver
 from mos_cli.sampling.branches import Branches, Predictor, Steered
-from mos_cli.sampling.flow import noised, velocity
+from mos_cli.sampling.flow import extrapolated, noised, velocity
 from mos_cli.towers.bank import StateBank
 from mos_cli.towers.router import Route
 
@@ -96,6 +98,7 @@ def sample(
     banks: dict[str, StateBank],
     *,
     steps: int,
+    solver: Solver,
     guidance: Guidance,
     together: bool = False,
     scheduler: FlowMatchEulerDiscreteScheduler,
@@ -108,6 +111,8 @@ def sample(
 
     Args:
         noise_BCHW: z_1, float32.
+        solver: "euler", or "ab2", the two-step Adams-Bashforth method. Its first step is an Euler step; so is a step
+            with other branches than the one before, since the velocity jumps there and cannot be extrapolated.
         banks: the state banks of the branches that guidance asks for.
         together: branches are computed together; see `Branches`.
         observers: called after every step, in order; an exception raised by one ends the run.
@@ -121,16 +126,22 @@ def sample(
         z = noised(origin.z0_BCHW, z, torch.full((z.shape[0],), asked[0], device=z.device))
     predict = Branches(tower, banks, together=together)
     names = guidance.branches(asked[0])
-    for index, t in enumerate(asked):
+    v_before: Tensor | None = None
+    for index, (t, t_next) in enumerate(pairwise([*asked, 0.0])):
         before, names = names, guidance.branches(t)
         if names != before:
             begin_anew()
+            v_before = None
         x_hats, routes = predict(names, z, t, partial(steer, index))
         x_hat = guidance.guided(x_hats)
         if origin is not None and origin.mask_11HW is not None:
             x_hat = torch.lerp(origin.z0_BCHW, x_hat, origin.mask_11HW)
         v = velocity(z, x_hat, t)
-        z = scheduler.step(v, scheduler.timesteps[index], z, return_dict=False)[0]  # type: ignore[arg-type, index]
+        mean_v = v
+        if solver == "ab2" and v_before is not None:
+            mean_v = extrapolated(v, v_before, asked[index - 1], t, t_next)
+        v_before = v
+        z = scheduler.step(mean_v, scheduler.timesteps[index], z, return_dict=False)[0]  # type: ignore[arg-type, index]
         for observe in observers:
             observe(Step(index, steps, t, x_hat, routes))
     return z

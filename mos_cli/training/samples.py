@@ -14,6 +14,7 @@ from mos_cli.reading import Reader
 from mos_cli.runtime.files import atomic_write
 from mos_cli.runtime.outputs import png
 from mos_cli.runtime.sheet import contact_sheet
+from mos_cli.runtime.specs import DEFAULT_SOLVER
 from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, UNSEEN, Guidance, sample
 from mos_cli.towers.autoencoder import to_image
 from mos_cli.towers.generation import GenerationTower
@@ -81,6 +82,7 @@ def _draw(trainer: Trainer, tower: GenerationTower, prompt: str, before: Tensor 
         torch.randn(shape, generator=generator).to(device),
         {branch: reading.bank for branch, reading in readings.items()},
         steps=defaults.steps,
+        solver=DEFAULT_SOLVER,
         guidance=Guidance(defaults.cfg, defaults.cfg_interval, image_cfg),
         together=True,
         scheduler=FlowMatchEulerDiscreteScheduler(),

@@ -3,6 +3,7 @@
 Lengths and places are in canvas widths; x grows to the right, y downwards.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Self
@@ -100,6 +101,23 @@ class Composition:
 def choose_spots(count: int, random: Random) -> list[Spot]:
     """At least `count` spots of one plan in reading order, each a little out of its place."""
     return [jittered(spot, random) for spot in random.choice([plan for plan in PLANS if len(plan) >= count])]
+
+
+def free_spots(items: Sequence[Item], count: int) -> list[Spot]:
+    """The spots for `count` more objects: the first in reading order of the first plan that all items stand on and
+    that has room for so many.
+
+    They follow from what is seen, so that "two more" has one answer.
+    """
+    for plan in PLANS:
+        free = [spot for spot in plan if not any(_stands_on(item, spot) for item in items)]
+        if len(plan) - len(free) == len(items) and len(free) >= count:
+            return free[:count]
+    raise ValueError("these items stand on no plan that has room")
+
+
+def _stands_on(item: Item, spot: Spot) -> bool:
+    return max(abs(item.x - spot[0]), abs(item.y - spot[1])) < 2 * JITTER
 
 
 def jittered(spot: Spot, random: Random) -> Spot:

@@ -1,6 +1,7 @@
 """Thinks up edits: a picture, an instruction, and the picture with just that changed.
 
-What the instruction does not name is the same object in the same spot before and after.
+What the instruction does not name is the same object in the same spot before and after. An instruction has one answer:
+where it names no amount, size or place, these follow from the picture.
 """
 
 from dataclasses import dataclass, replace
@@ -10,7 +11,15 @@ from typing import Literal, get_args
 
 from mos_cli.training.scenes.captions import RELATIONS, noun_phrase
 from mos_cli.training.scenes.composer import Composer, ground_for
-from mos_cli.training.scenes.composition import APART, Composition, Item, choose_spots, relation_of, way
+from mos_cli.training.scenes.composition import (
+    APART,
+    Composition,
+    Item,
+    choose_spots,
+    free_spots,
+    relation_of,
+    way,
+)
 from mos_cli.training.scenes.description import MOST_OBJECTS, Thing, held_out_style
 from mos_cli.training.scenes.instructions import (
     ALL,
@@ -47,6 +56,8 @@ OFTEN = {"mirror": 0.5, "nothing": 0.5}
 """How often a kind is written; the others 1."""
 BY_RESULT = {"remove", "replace", "recolour", "count", "style all", "background", "nothing"}
 """Kinds whose result can be told by a caption without saying where things are."""
+SMALLER = 0.55
+"""How many times its side an object has when it is made smaller, and the other way round when it is made bigger."""
 Change = tuple[Composition, Composition, str]
 """Before, after, instruction."""
 
@@ -84,7 +95,7 @@ class EditWriter:
         was, now, instruction = change
         # A white ground goes unsaid in a caption, so a change to it must be asked for.
         tellable = kind in BY_RESULT and 1 <= len(now.items) < MOST_OBJECTS and (kind != "background" or now.ground)
-        if tellable and random.random() < 0.2:
+        if tellable and random.random() < 0.2 and (kind == "count" or not _mistakable(was, now)):
             instruction = result(now, self.vocabulary, random, style_named=kind == "style all")
         return Edit(kind, instruction, was, now, was.scene(self.vocabulary), now.scene(self.vocabulary))
 
@@ -154,14 +165,12 @@ class EditWriter:
         large = was.items[index]
         if it is None or large.side < 0.25:
             return None
-        factor = random.uniform(0.52, 0.65)
-        shrunk = was.with_item(index, replace(large, side=round(large.side * factor, 4)))
+        shrunk = was.with_item(index, replace(large, side=round(large.side * SMALLER, 4)))
         if random.random() < 0.5:
-            form = "half" if factor < 0.56 and random.random() < 0.5 else "smaller"
-            return was, shrunk, instruct(form, random, it=it)
+            return was, shrunk, instruct(random.choice(("half", "smaller", "smaller")), random, it=it)
         it = self._refer(shrunk, index, random)
-        form = "twice" if factor < 0.56 and random.random() < 0.5 else "bigger"
-        return None if it is None else (shrunk, was, instruct(form, random, it=it))
+        told = random.choice(("twice", "bigger", "bigger"))
+        return None if it is None else (shrunk, was, instruct(told, random, it=it))
 
     def _recolour(self, random: Random) -> Change | None:
         was, index, it = self._one(random)
@@ -173,7 +182,7 @@ class EditWriter:
         return was, was.with_item(index, replace(item, colour=colour)), told
 
     def _count(self, random: Random) -> Change | None:
-        """Of several alike the last in reading order go, and as such new ones come."""
+        """Of several alike the last in reading order go; new ones take the first free spots, as large as the others."""
         style = self._composer.style(random)
         others = 1 if self.unseen else random.choices((0, 1, 2), (5, 3, 2))[0]
         before, after = random.sample(range(1, MOST_OBJECTS - others + 1), 2)
@@ -181,16 +190,17 @@ class EditWriter:
         names = self.vocabulary.words[word].names_for(counted=True, painted=word in self._composer.paintable)
         if not names:
             return None
-        most = max(before, after)
-        spots = choose_spots(most + others, random)
-        taken = random.sample(range(len(spots)), most + others)
+        spots = choose_spots(max(before, after) + others, random)
+        taken = random.sample(range(len(spots)), before + others)
         rest = tuple(
-            self._composer.item(other, style, spots[at], random) for other, at in zip(words, taken[most:], strict=True)
+            self._composer.item(other, style, spots[at], random)
+            for other, at in zip(words, taken[before:], strict=True)
         )
         colour = self._composer.paint(random) if word in self._composer.paintable and random.random() < 0.25 else None
-        alike = tuple(Item(word, style, *spots[at], colour) for at in sorted(taken[:most]))
-        ground = ground_for((*alike, *rest), random)
-        was, now = (Composition((*alike[:count], *rest), ground) for count in (before, after))
+        alike = [Item(word, style, *spots[at], colour) for at in sorted(taken[:before])]
+        was = Composition((*alike, *rest), ground_for((*alike, *rest), random))
+        new = [alike[0].at(x, y) for x, y, _ in free_spots(was.items, max(0, after - before))]
+        now = replace(was, items=(*alike[:after], *new, *rest))
         one = random.choice(names)
         if colour and random.random() < 0.5:
             one = f"{colour_name(colour, random)} {one}"
@@ -291,3 +301,10 @@ class EditWriter:
     @cached_property
     def _composer(self) -> Composer:
         return Composer(self.vocabulary, self.unseen)
+
+
+def _mistakable(was: Composition, now: Composition) -> bool:
+    """Whether something that goes or changes looks like something that stays, so that a caption of the result would
+    not say which of them it is."""
+    kept = {(item.word, item.colour) for item in was.items if item in now.items}
+    return any((item.word, item.colour) in kept for item in was.items if item not in now.items)

@@ -1,19 +1,28 @@
-"""Where the objects of a description stand: one description has many scenes.
+"""Where the objects of a description stand.
+
+A description has one layout: scenes of it differ by a small random shift and scale of each object, and by nothing else.
+What a description leaves open is settled by `OPEN_RELATION` and `OPEN_ARRANGEMENT`. A small network cannot choose among
+layouts: taught several for one caption, it draws their average.
 
 Lengths and places are in canvas widths; x grows to the right, y downwards.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-from mos_cli.training.scenes.description import Description
+from mos_cli.training.scenes.description import Description, Relation, Thing
 from mos_cli.training.scenes.grounds import Ground, ground
 from mos_cli.training.scenes.vocabulary import COLOURS, RGB, Vocabulary
 
 JITTER = 0.02
 NEAR, FAR = 0.27, 0.73
 """Where the middles of the two halves are."""
+OPEN_RELATION: Relation = "left"
+"""The relation of two things when none is named: left to right as they are named."""
+OPEN_ARRANGEMENT = {2: "row", 3: "pile", 4: "corners"}
+"""The arrangement of so many objects when none is named."""
 
 Spot = tuple[float, float, float]
 """Centre and side of an object."""
@@ -42,7 +51,7 @@ class Scene:
 
 def lay_out(description: Description, vocabulary: Vocabulary, random: Random) -> Scene:
     """One of the scenes that a description describes."""
-    spots = _spots(description, random)
+    spots = _spots(description)
     placed = []
     for thing in description.things:
         picture = vocabulary.words[thing.word].pictures[description.style]
@@ -60,16 +69,15 @@ def lay_out(description: Description, vocabulary: Vocabulary, random: Random) ->
     return Scene(tuple(back_to_front), ground(description.ground))
 
 
-def _spots(description: Description, random: Random) -> list[Spot]:
+def _spots(description: Description) -> list[Spot]:
     """A spot for every object, in the order in which the things name them."""
     if description.objects == 1:
         return [_single(description)]
     if description.relation in ("on", "inside", "behind"):
-        return _touching(description.relation, random)
+        return _touching(description.relation)
     if description.relation or (len(description.things) == 2 and not description.arrangement):
-        return _two_groups(description, random)
-    shape = description.arrangement or random.choice(("row", "pile", "ring", "corners"))
-    return _arranged(shape, description.objects)
+        return _two_groups(description.things, description.relation or OPEN_RELATION)
+    return _arranged(description.arrangement or OPEN_ARRANGEMENT[description.objects], description.objects)
 
 
 def _single(description: Description) -> Spot:
@@ -80,22 +88,20 @@ def _single(description: Description) -> Spot:
     return x, y, {"small": 0.32, "big": 0.52, None: 0.45}[description.things[0].size]
 
 
-def _touching(relation: str, random: Random) -> list[Spot]:
-    aside = random.uniform(-0.08, 0.08)
+def _touching(relation: str) -> list[Spot]:
     if relation == "on":
-        return [(0.5 + aside, 0.3, 0.38), (0.5, 0.68, 0.54)]
+        return [(0.5, 0.3, 0.38), (0.5, 0.68, 0.54)]
     if relation == "inside":
         return [(0.5, 0.52, 0.36), (0.5, 0.5, 0.86)]
-    return [(0.5 + 2 * aside, 0.33, 0.52), (0.5, 0.66, 0.52)]
+    return [(0.5, 0.33, 0.52), (0.5, 0.66, 0.52)]
 
 
-def _two_groups(description: Description, random: Random) -> list[Spot]:
+def _two_groups(things: Sequence[Thing], relation: Relation) -> list[Spot]:
     """The first thing's objects on one side, the second's on the other; several of a thing share their side."""
-    relation = description.relation or random.choice(("left", "right"))
     upright = relation in ("above", "below")
     firsts_at, seconds_at = (NEAR, FAR) if relation in ("left", "above") else (FAR, NEAR)
     spots = []
-    for thing, at in zip(description.things, (firsts_at, seconds_at), strict=True):
+    for thing, at in zip(things, (firsts_at, seconds_at), strict=True):
         side = {1: 0.45, 2: 0.4, 3: 0.31}[thing.count]
         for index in range(thing.count):
             across = (index + 0.5) / thing.count
@@ -113,9 +119,7 @@ def _arranged(shape: str, count: int) -> list[Spot]:
         floor = [(0.5 + (index - (below - 1) / 2) * side * 0.92, 0.7, side) for index in range(below)]
         return [*floor, (0.5, 0.7 - side * 0.82, side)]
     if shape == "corners":
-        side = 0.42
-        corners = [(NEAR, NEAR, side), (FAR, FAR, side), (FAR, NEAR, side), (NEAR, FAR, side)]
-        return corners[:count]
+        return [(x, y, 0.42) for y in (NEAR, FAR) for x in (NEAR, FAR)]
     turn = {2: math.pi, 3: -math.pi / 2, 4: -math.pi / 2}[count]
     angles = [turn + 2 * math.pi * index / count for index in range(count)]
     return [(0.5 + 0.3 * math.cos(angle), 0.5 + 0.3 * math.sin(angle), 0.34) for angle in angles]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from random import Random
-from typing import get_args
+from typing import Any, Literal, get_args
 
 from mos_cli.training.scenes.captions import caption
 from mos_cli.training.scenes.description import (
@@ -22,6 +22,13 @@ from mos_cli.training.scenes.vocabulary import COLOURS, Vocabulary
 
 KINDS = {"single": 0.4, "pair": 0.3, "count": 0.15, "group": 0.15}
 """How often each kind of scene is written."""
+OPEN_PAIRS, OPEN_ARRANGEMENTS = 0.45, 0.6
+"""Share of the pairs that name no relation, and of the counts and groups that name no arrangement.
+
+They are drawn in one layout each (see `layout`), and are what people write most.
+"""
+PAINTED, PAINTED_TWICE = 0.3, 0.2
+"""Share of the things that are painted, and of the pairs of which both are."""
 
 
 @dataclass(frozen=True)
@@ -53,22 +60,23 @@ class SceneWriter:
         return {"things": (self._thing(word, random),), "place": place}
 
     def _pair(self, style: str, random: Random) -> dict:
-        things = tuple(self._thing(word, random) for word in self._words(2, style, random))
-        return {"things": things, "relation": random.choice((None, *get_args(Relation)))}
+        painted = 1.0 if random.random() < PAINTED_TWICE else PAINTED
+        things = tuple(self._thing(word, random, painted=painted) for word in self._words(2, style, random))
+        return {"things": things, "relation": _open_or(Relation, OPEN_PAIRS, random)}
 
     def _count(self, style: str, random: Random) -> dict:
         (word,) = self._words(1, style, random, countable=True)
-        arrangement = random.choice((None, *get_args(Arrangement)))
-        return {"things": (self._thing(word, random, random.randint(2, MOST_OBJECTS)),), "arrangement": arrangement}
+        things = (self._thing(word, random, random.randint(2, MOST_OBJECTS)),)
+        return {"things": things, "arrangement": _open_or(Arrangement, OPEN_ARRANGEMENTS, random)}
 
     def _group(self, style: str, random: Random) -> dict:
         if random.random() < 0.5:
             things = tuple(self._thing(word, random) for word in self._words(random.randint(3, 4), style, random))
-            return {"things": things, "arrangement": random.choice((None, *get_args(Arrangement)))}
+            return {"things": things, "arrangement": _open_or(Arrangement, OPEN_ARRANGEMENTS, random)}
         first, second = self._words(2, style, random, countable=True)
         counts = random.choice(((2, 1), (1, 2), (3, 1), (1, 3), (2, 2)))
         things = tuple(self._thing(word, random, count) for word, count in zip((first, second), counts, strict=True))
-        return {"things": things, "relation": random.choice((None, "left", "right"))}
+        return {"things": things, "relation": _open_or(Literal["left", "right"], OPEN_ARRANGEMENTS, random)}
 
     def _words(self, count: int, style: str, random: Random, *, countable: bool = False) -> list[str]:
         """Different words that may meet, in a style they may be drawn in."""
@@ -80,14 +88,19 @@ class SceneWriter:
             if apart and words_fit:
                 return chosen
 
-    def _thing(self, word: str, random: Random, count: int = 1) -> Thing:
-        painted = random.random() < 0.3 and self.vocabulary.words[word].names_for(counted=count > 1, painted=True)
+    def _thing(self, word: str, random: Random, count: int = 1, painted: float = PAINTED) -> Thing:
+        paint = random.random() < painted and self.vocabulary.words[word].names_for(counted=count > 1, painted=True)
         return Thing(
             word=word,
             count=count,
-            colour=random.choice(list(COLOURS)) if painted else None,
+            colour=random.choice(list(COLOURS)) if paint else None,
             size=random.choice(get_args(Size)) if random.random() < 0.15 else None,
         )
+
+
+def _open_or(choices: Any, share: float, random: Random) -> Any:
+    """One of the values of a Literal, or None with the probability `share`."""
+    return None if random.random() < share else random.choice(get_args(choices))
 
 
 def choose_ground(colours: set[str | None], random: Random) -> str | None:
