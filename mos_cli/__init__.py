@@ -1,3 +1,3 @@
 """mos: local, steerable image generation with Mixture of States."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

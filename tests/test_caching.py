@@ -15,6 +15,7 @@ from mos_cli.runtime.memory import Setting
 from mos_cli.runtime.outputs import read_drawing
 from mos_cli.runtime.recipe import Recipe, make_recipe
 from mos_cli.runtime.sources import fetch_tower
+from mos_cli.runtime.specs import DEFAULT_SOLVER
 from mos_cli.sampling.caching import caching
 from mos_cli.towers.generation import GenerationTower
 
@@ -29,7 +30,7 @@ def loaded(bundle: Bundle, **setting: Any) -> MoSPipeline:
 
 
 def asked(bundle: Bundle, prompt: str = "a red apple", **fields: Any) -> Recipe:
-    size = {"width": 32, "height": 32, "precision": "fp32", "seed": 1}
+    size = {"width": 32, "height": 32, "precision": "fp32", "seed": 1, "solver": DEFAULT_SOLVER}
     settings = bundle.index.defaults.model_dump() | size | {"steps": STEPS}
     return make_recipe(prompt=prompt, model=bundle.ref, **(settings | fields))
 

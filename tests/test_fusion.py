@@ -251,9 +251,11 @@ def test_the_default_is_routed_and_has_the_parameters_of_the_shipped_weights() -
     config = GenerationTower(states_width=S).config
     assert (config["fusion"], config["context"], config["routing"]) == ("routed", "kv", "token")
     assert set(config["router_inputs"]) == {"tokens", "latent", "time"}
-    folder = find_bundle("emoji-nano").folder / "generation"
+    folder = find_bundle("emoji").folder / "generation"
     shipped: Any = GenerationTower.load_config(folder)
-    assert "fusion" not in shipped
+    # Configs written before there were rivals have no such fields.
+    rivals = {"fusion", "fusion_layers", "router_inputs", "routing"}
+    shipped = {name: value for name, value in shipped.items() if name not in rivals}
     with torch.device("meta"):
         expected = {name: list(p.shape) for name, p in GenerationTower(**shipped).state_dict().items()}
     (weights,) = folder.glob("*.safetensors")

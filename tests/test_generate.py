@@ -44,7 +44,9 @@ def test_a_picture_its_recipe_and_its_trace(mos, bundle, tmp_path, monkeypatch) 
     assert (record.recipe.prompt, record.recipe.seed, record.recipe.steps) == (PROMPT, 42, 3)
     assert record.made.bundle_hash == bundle.hash
     parameters = Image.open(picture).info["parameters"]
-    assert parameters.startswith("a red apple\nSteps: 3, Sampler: Euler, CFG scale: 2.0, Seed: 42, Size: 32x32")
+    assert parameters.startswith(
+        "a red apple\nSteps: 3, Sampler: Adams-Bashforth 2, CFG scale: 2.0, Seed: 42, Size: 32x32"
+    )
     trace = load_trace(picture)
     assert [t.text for t in trace.branches["positive"].tokens] == ["[CLS]", "a", "red", "apple", "[SEP]"]
     assert [t.text for t in trace.branches["negative"].tokens] == ["[CLS]", "[SEP]"]
@@ -87,6 +89,34 @@ def test_replay_makes_the_same_picture_from_the_png_alone(mos, bundle, tmp_path)
     )
     changed = read_drawing(tmp_path / "3.png")[1].recipe
     assert (changed.seed, changed.cfg_interval, changed.negative, changed.steps) == (4, (0.0, 1.0), "dog", 5)
+
+
+def test_the_solver_is_in_the_recipe_and_is_euler_where_a_picture_does_not_say(mos, bundle, tmp_path) -> None:
+    for solver in ("ab2", "euler"):
+        drawn = mos("generate", PROMPT, "-s", 3, "--solver", solver, "-o", tmp_path / f"{solver}.png")
+        assert drawn.exit_code == 0, drawn.stderr
+        assert read_drawing(tmp_path / f"{solver}.png")[1].recipe.solver == solver
+        assert mos("replay", tmp_path / f"{solver}.png", "--verify").stdout.strip() == "exact"
+    mos("generate", PROMPT, "-s", 3, "-o", tmp_path / "default.png")
+    assert (tmp_path / "default.png").read_bytes() == (tmp_path / "ab2.png").read_bytes()
+    assert "Sampler: Euler," in Image.open(tmp_path / "euler.png").info["parameters"]
+    assert mos("replay", tmp_path / "ab2.png", "--set", "solver=euler", "-o", tmp_path / "set.png").exit_code == 0
+    assert (tmp_path / "set.png").read_bytes() == (tmp_path / "euler.png").read_bytes()
+    # Pictures drawn before solvers were recorded were drawn by Euler's method.
+    image, record = read_drawing(tmp_path / "euler.png")
+    info, old = PngInfo(), json.loads(record.to_json())
+    assert old["recipe"].pop("solver") == "euler"
+    info.add_itxt("mos", json.dumps(old))
+    image.save(tmp_path / "old.png", pnginfo=info)
+    assert mos("replay", tmp_path / "old.png", "--verify").stdout.strip() == "exact"
+
+
+def test_a_solver_that_is_not_there_is_refused(mos, bundle, tmp_path) -> None:
+    result = mos("generate", PROMPT, "--solver", "heun", "-o", tmp_path / "one.png")
+    assert result.exit_code == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert "--solver" in line
+    assert "'euler' or 'ab2'" in line
 
 
 def test_a_replay_takes_as_many_threads_as_the_picture_did(mos, bundle, tmp_path) -> None:

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from mos_cli.runtime.bundles import write_index
+from mos_cli.runtime.bundles import FORMER, find_bundle, write_index
+from mos_cli.runtime.outputs import png, read_drawing
 
 PROMPT = "a red apple"
 
@@ -20,7 +21,7 @@ def errors(result) -> list[str]:
 
 MISTAKES = {
     "empty prompt": (["generate", "  "], 3, "the prompt is empty"),
-    "unknown model": (["generate", PROMPT, "-m", "emoji-nono"], 4, "emoji-nano"),
+    "unknown model": (["generate", PROMPT, "-m", "emoji-nono"], 4, "emoji"),
     "blueprint": (["generate", PROMPT, "-m", "mos-l"], 4, "mos models init mos-l"),
     "blueprint to be shown": (["models", "show", "mos-l"], 4, "is a blueprint"),
     "no feature cache at all": (["generate", PROMPT, "--feature-cache", "0"], 2, "--feature-cache"),
@@ -177,7 +178,25 @@ def test_a_replay_with_another_version_of_the_model_is_refused(mos, bundle, tmp_
     index.write_text(index.read_text().replace("random weights", "other weights"))
     result = mos("replay", tmp_path / "one.png")
     assert result.exit_code == 4
-    assert "another version" in result.stderr
+    theirs, ours = read_drawing(tmp_path / "one.png")[1].made.bundle_hash, find_bundle("tiny").hash
+    assert f"was made by tiny {theirs[:10]}, and here it is {ours[:10]}" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["tiny", "emoji-nano"])
+def test_a_picture_of_a_model_that_came_with_mos_once_is_refused_with_the_version(mos, bundle, tmp_path, name) -> None:
+    mos("generate", PROMPT, "-o", tmp_path / "one.png")
+    image, record = read_drawing(tmp_path / "one.png")
+    for former, version in FORMER.items():
+        update = {"recipe": record.recipe.model_copy(update={"model": name})}
+        update["made"] = record.made.model_copy(update={"bundle_hash": former})
+        (tmp_path / "old.png").write_bytes(png(image, record.model_copy(update=update)))
+        for command in (["replay"], ["routing", "ablate", "--word", "apple"]):
+            result = mos(*command, tmp_path / "old.png")
+            assert result.exit_code == 4
+            (line,) = errors(result)
+            assert f"was made by {name} {former[:10]}, which came with mos {version}" in line
+        drawn = mos("replay", tmp_path / "old.png", "--set", "model=tiny", "-o", tmp_path / "new.png", "--overwrite")
+        assert drawn.exit_code == 0, drawn.stderr
 
 
 def test_a_picture_with_a_damaged_recipe_is_refused(mos, bundle, tmp_path) -> None:

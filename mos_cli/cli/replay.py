@@ -23,7 +23,7 @@ from mos_cli.cli.options import (
     Trace,
     Verbose,
 )
-from mos_cli.errors import ModelError, UsageError
+from mos_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -77,7 +77,7 @@ def replay(
     With --verify the exit code is 0 for exact and close, 1 for different. What an edit was made from is drawn again
     too, if mos made it; other pictures are to be given with --input.
     """
-    from mos_cli.runtime.bundles import edits_of, find_bundle
+    from mos_cli.runtime.bundles import edits_of, find_bundle, find_recorded
     from mos_cli.runtime.devices import cpu_threads
     from mos_cli.runtime.inputs import Finder
     from mos_cli.runtime.outputs import naming, read_drawing
@@ -93,13 +93,11 @@ def replay(
         raise UsageError("--verify draws what the picture holds and writes nothing: drop the other options")
     image, record = read_drawing(picture)
     changed = _changes(changes or [])
-    bundle = find_bundle(changed.get("model", record.recipe.model))
-    if bundle.hash != record.made.bundle_hash and "model" not in changed:
-        name, theirs, ours = record.recipe.model, record.made.bundle_hash[:10], bundle.hash[:10]
-        raise ModelError(
-            f"{picture} was made by another version of {name} ({theirs}, here {ours}): "
-            f"add --set model=FOLDER to draw with that one, or --set model={name} to draw with the one here"
-        )
+    if "model" in changed:
+        bundle = find_bundle(changed["model"])
+    else:
+        otherwise = "add --set model=FOLDER to draw with that one, or --set model=NAME to draw with another"
+        bundle = find_recorded(record.recipe.model, record.made.bundle_hash, str(picture), otherwise)
     fields, image_cfg = record.recipe.model_dump(), 1.0
     if record.recipe.edit is not None:
         edits_of(bundle)
@@ -147,13 +145,11 @@ def replay(
         if earlier.recipe.route_from is not None:
             prompt = earlier.recipe.prompt
             raise UsageError(f"{prompt!r} took its routes from another run: give the picture with --input FILE")
-        bundle = find_bundle(earlier.recipe.model)
+        otherwise = "give the picture with --input FILE"
+        bundle = find_recorded(earlier.recipe.model, earlier.made.bundle_hash, repr(earlier.recipe.prompt), otherwise)
         check_size(*earlier.recipe.working_size, bundle.index.canvas)
         if inputs is not None:
             edits_of(bundle)
-        if bundle.hash != earlier.made.bundle_hash:
-            name, prompt = earlier.recipe.model, earlier.recipe.prompt
-            raise ModelError(f"{prompt!r} was drawn by another version of {name}: give the picture with --input FILE")
         with cpu_threads(earlier.made.threads):
             return pipeline_of(bundle, earlier.recipe, earlier.made).draw(earlier.recipe, inputs=inputs).image
 

@@ -13,7 +13,7 @@ from mos_cli.cli.inspect_routing import refuse_folders
 from mos_cli.cli.interrupt import gentle_interrupt
 from mos_cli.cli.loading import load_pipeline
 from mos_cli.cli.options import Attention, Device, Json, Overwrite, Quiet, Verbose
-from mos_cli.errors import InputError, ModelError, UsageError
+from mos_cli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -139,7 +139,7 @@ def ablate(
     or with --only from each layer alone.
     """
     from mos_cli.routing.rules import BaselineRule, parse_rules
-    from mos_cli.runtime.bundles import edits_of, find_bundle
+    from mos_cli.runtime.bundles import edits_of, find_recorded
     from mos_cli.runtime.devices import cpu_threads
     from mos_cli.runtime.inputs import Finder
     from mos_cli.runtime.outputs import read_drawing
@@ -149,12 +149,8 @@ def ablate(
     report = Report(json=json, quiet=quiet, verbose=verbose)
     rule = _rule(word, block, step, only=only)
     image, record = read_drawing(picture)
-    recipe, bundle = record.recipe, find_bundle(record.recipe.model)
-    if bundle.hash != record.made.bundle_hash:
-        raise ModelError(
-            f"{picture} was made by another version of {recipe.model}: "
-            f"draw it anew with `mos replay --set model={recipe.model}` first"
-        )
+    recipe, otherwise = record.recipe, "draw it anew with `mos replay --set model=NAME` first"
+    bundle = find_recorded(recipe.model, record.made.bundle_hash, str(picture), otherwise)
     check_size(*recipe.working_size, bundle.index.canvas)
     for asked in parse_rules(recipe.routes or ()):
         if isinstance(asked, BaselineRule):

