@@ -1,0 +1,170 @@
+"""Makes the pictures, transcripts and tables of the documents anew, after the default model has changed.
+
+python docs/redraw.py                       pictures and transcripts, with what `mos` on the PATH draws
+python docs/redraw.py SCENES EDITS          also the tables, from the folders that `mos eval` wrote
+python tests/test_shipped.py                the golden pictures
+
+What the text around them says has to be read again by a person. The report's picture needs chromium and playwright, the
+edited pictures the art file of `mos data build`.
+"""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from mos_cli.runtime.sheet import contact_sheet
+from mos_cli.towers.autoencoder import to_image
+from mos_cli.training.art.file import data_folder, load_art
+from mos_cli.training.evaluation.edit_bench import read_edit_bench
+from mos_cli.training.evaluation.examine import TrueScenes
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+TABLED = {
+    "scenes": [ROOT / "README.md", DOCS / "scenebench.md", ROOT / "models" / "emoji" / "card.md"],
+    "edits": [ROOT / "README.md", ROOT / "models" / "emoji" / "card.md"],
+}
+EDITS = ("add", "remove", "replace", "move", "resize", "recolour", "style", "background", "swap")
+"""Kinds of EditBench of which one is shown."""
+BASELINES = ("last", "uniform", "shuffle:7")
+REPORT = {"width": 1100, "height": 640}
+
+
+def run(command: str, folder: Path) -> str:
+    """Runs a command line as a reader would type it; returns what it prints."""
+    done = subprocess.run(shlex.split(command), cwd=folder, capture_output=True, text=True)
+    return (done.stdout + done.stderr).strip()
+
+
+def save(image: Image.Image, name: str) -> None:
+    """Pictures of the documents are small: a palette is enough."""
+    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(DOCS / name, optimize=True)
+
+
+def transcripts(page: Path, folder: Path) -> None:
+    """Types every command of a page's console blocks, in order and in one folder, and replaces what follows it."""
+
+    def again(block: re.Match[str]) -> str:
+        typed = re.findall(r"^\$ (.*)$", block[1], re.MULTILINE)
+        return "```console\n" + "".join(f"$ {line}\n{run(line, folder)}\n" for line in typed) + "```"
+
+    text = page.read_text(encoding="utf-8")
+    page.write_text(re.sub(r"```console\n(.*?)```", again, text, flags=re.DOTALL), encoding="utf-8")
+
+
+def routing_pictures(folder: Path) -> None:
+    """The pictures of the tour, from the files that its transcripts left in `folder`."""
+    run("mos inspect-routing cat.json --word cat --word red --word background --regions map.png", folder)
+    save(Image.open(folder / "map.png"), "routing-regions.png")
+    save(Image.open(folder / "only.png"), "routing-only.png")
+    drawn = [(Image.open(folder / "cat.png"), "as drawn")]
+    for name in BASELINES:
+        run(f'mos generate "a cat on a red background" -s 1 --route {name} --trace off -o {name[:4]}.png', folder)
+        drawn.append((Image.open(folder / f"{name[:4]}.png"), name))
+    save(contact_sheet(drawn), "routing-baselines.png")
+    run("mos inspect-routing cat.json --html report.html", folder)
+    report_picture(folder / "report.html", folder / "report.png")
+    save(Image.open(folder / "report.png"), "routing-report.png")
+
+
+def report_picture(report: Path, picture: Path) -> None:
+    """The report with the second word pinned, two thirds of the way."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport=REPORT)  # type: ignore[arg-type]
+        page.goto(report.as_uri())
+        page.wait_for_selector("html[data-ready]", state="attached")
+        page.locator("#rows button").nth(1).click()
+        last = int(page.locator("#step").get_attribute("max") or 0)
+        page.locator("#step").fill(str(last * 2 // 3))
+        page.wait_for_timeout(500)
+        page.screenshot(path=picture)
+        browser.close()
+
+
+def edited_pictures(folder: Path) -> None:
+    """Edits of EditBench, and of pictures that the compositor did not make."""
+    entries = [next(one for one in read_edit_bench() if one.kind == kind) for kind in EDITS]
+    art = load_art(data_folder())
+    true = TrueScenes(art)
+    scenes, shown = [entry.before.scene(true.vocabulary) for entry in entries], []
+    for entry, before_3HW in zip(entries, true.draw_scenes(scenes, 128), strict=True):
+        path = folder / f"{entry.id}.png"
+        to_image(before_3HW[None]).save(path)
+        shown.append((path, entry.instruction))
+    for name, instruction in {"house": "make it night", "apple": "make the apple blue"}.items():
+        drawing(name).save(folder / f"{name}.png")
+        shown.append((folder / f"{name}.png", instruction))
+    unseen = next(one for one in art.manifest.pictures if (one.name, one.style) == ("cat face", "emojione"))
+    sprite = Image.fromarray(art.pixels[unseen.index].numpy()).resize((112, 112))
+    cat = Image.new("RGB", (128, 128), "#ffe08a")
+    cat.paste(sprite.convert("RGB"), (8, 8), sprite.getchannel("A"))
+    cat.save(folder / "unseen.png")
+    shown.append((folder / "unseen.png", "put it on a green background"))
+    pictures = []
+    for path, instruction in shown:
+        after = path.with_name(f"{path.stem}-edited.png")
+        print(
+            run(
+                shlex.join(["mos", "edit", path.name, instruction, "-s", "1", "--trace", "off", "-o", after.name]),
+                folder,
+            )
+        )
+        pictures += [(Image.open(path), "before"), (Image.open(after), instruction)]
+    save(contact_sheet(pictures), "edits.png")
+
+
+def drawing(name: str) -> Image.Image:
+    """A house with a sun, or an apple, by Pillow."""
+    if name == "house":
+        image = Image.new("RGB", (192, 128), "#87ceeb")
+        pen = ImageDraw.Draw(image)
+        pen.rectangle((0, 86, 192, 128), fill="#4caf50")
+        pen.rectangle((62, 54, 118, 100), fill="#f0c8a0")
+        pen.polygon(((54, 54), (90, 20), (126, 54)), fill="#b03040")
+        pen.rectangle((82, 72, 98, 100), fill="#6a4a3a")
+        pen.ellipse((150, 12, 178, 40), fill="#ffd54f")
+        return image
+    image = Image.new("RGB", (128, 128), "white")
+    pen = ImageDraw.Draw(image)
+    pen.ellipse((24, 30, 104, 110), fill="#d32f2f")
+    pen.rectangle((60, 16, 66, 36), fill="#5d4037")
+    pen.ellipse((66, 12, 90, 26), fill="#4caf50")
+    return image
+
+
+def tables(kind: str, table: str) -> None:
+    """Puts a table of `mos eval` in the place of the one before, with the line below it."""
+    heading = table.splitlines()[0]
+    for page in TABLED[kind]:
+        text = page.read_text(encoding="utf-8")
+        old = re.search(rf"{re.escape(heading)}\n(\|.*\n)+", text)
+        assert old, f"{page} has no table {heading}"
+        new = "".join(line + "\n" for line in table.splitlines() if line.startswith("|"))
+        page.write_text(text.replace(old[0], new), encoding="utf-8")
+
+
+def main() -> None:
+    for kind, folder in zip(("scenes", "edits"), sys.argv[1:], strict=False):
+        name = "eval.md" if kind == "scenes" else "edit.md"
+        tables(kind, (Path(folder) / name).read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        prompts = shlex.quote(f"@{DOCS / 'prompts.txt'}")
+        run(f"mos generate {prompts} -s 1 --trace off -o sheet/ --sheet sheet.png", folder)
+        save(Image.open(folder / "sheet.png"), "emoji.png")
+        edited_pictures(folder)
+        transcripts(DOCS / "routing.md", folder)
+        routing_pictures(folder)
+
+
+if __name__ == "__main__":
+    main()
