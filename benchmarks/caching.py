@@ -27,7 +27,7 @@ from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig
 from PIL import Image
 
 from mos_cli.cli.fetching import fetch_with_progress
-from mos_cli.pipeline import MoSPipeline
+from mos_cli.pipeline import MoSPipeline, make_noise
 from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.trace import Routes, Wanted
 from mos_cli.runtime.bundles import find_bundle
@@ -38,7 +38,7 @@ from mos_cli.runtime.settings import RunSettings
 from mos_cli.runtime.sheet import COLUMNS, contact_sheet
 from mos_cli.runtime.specs import DEFAULT_SOLVER
 from mos_cli.sampling.caching import CacheConfig, Cached
-from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, Step, sample
+from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, Step, make_sigmas, sample
 from mos_cli.towers.autoencoder import to_image
 from mos_cli.towers.blocks import GenerationBlock
 
@@ -124,13 +124,12 @@ class Bench:
         started = self.now()
         z = sample(
             predictor,
-            self.pipeline._noise(recipe),
+            make_noise(self.pipeline.autoencoder, recipe.working_size, recipe.seed, self.device),
             {name: reading.bank for name, reading in banks.items()},
-            steps=recipe.steps,
+            sigmas=make_sigmas(self.pipeline.scheduler, recipe.steps),
             solver=recipe.solver,
             guidance=Guidance(recipe.cfg, recipe.cfg_interval),
             together=self.pipeline.setting.together,
-            scheduler=self.pipeline.scheduler,
             observers=[recorder, lambda step: self._end(step, ends)],
             begin_anew=predictor.begin_anew if isinstance(predictor, Cached) else lambda: None,
         )

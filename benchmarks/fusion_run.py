@@ -16,7 +16,7 @@ from fusion_world import CATEGORIES, Library, Scenes
 from torch import Tensor
 
 from mos_cli.sampling.flow import logit_normal, noised, velocity_loss
-from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, sample
+from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, make_sigmas, sample
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.training.batches import Batch
 from mos_cli.training.ema import PowerEMA
@@ -170,14 +170,15 @@ def _measured(tower: GenerationTower, recipe: TrainRecipe, library: Library, sce
 def _drawn(tower: GenerationTower, recipe: TrainRecipe, library: Library, bench: Bench) -> Tensor:
     """A picture of every prompt, each from the noise of its own seed, [B, 3, H, W]."""
     defaults, side, pictures = recipe.bundle.defaults, recipe.bundle.canvas.native[0], []
-    guidance, scheduler = Guidance(defaults.cfg, defaults.cfg_interval), FlowMatchEulerDiscreteScheduler()
+    guidance = Guidance(defaults.cfg, defaults.cfg_interval)
+    sigmas = make_sigmas(FlowMatchEulerDiscreteScheduler(), defaults.steps)
     for start in range(0, len(bench.entries), BATCH):
         entries = bench.entries[start : start + BATCH]
         texts = {POSITIVE: [entry.prompt for entry in entries], NEGATIVE: [""] * len(entries)}
         banks = {branch: _bank(tower, library, captions, bench.device) for branch, captions in texts.items()}
         noise = [torch.randn(3, side, side, generator=torch.Generator().manual_seed(one.seed)) for one in entries]
         z1 = torch.stack(noise).to(bench.device)
-        z = sample(tower, z1, banks, steps=defaults.steps, solver="euler", guidance=guidance, scheduler=scheduler)
+        z = sample(tower, z1, banks, sigmas=sigmas, solver="euler", guidance=guidance)
         pictures.append(z.clamp(-1, 1).float().cpu())
     return torch.cat(pictures)
 

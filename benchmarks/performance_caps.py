@@ -15,7 +15,7 @@ from mos_cli.runtime.fitting import candidates, fastest
 from mos_cli.runtime.memory import GIB, Quant, Setting
 from mos_cli.runtime.quantising import Method
 from mos_cli.runtime.specs import DEFAULT_SOLVER
-from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, sample
+from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, make_sigmas, sample
 from mos_cli.towers.attention import choose_attention
 
 
@@ -112,13 +112,9 @@ def _draw(network: networks.Network, setting: Setting, stages: Stages) -> Tensor
     states = stages.run("read", read)
     banks = stages.run("bank", lambda: [tower.read(states.pop(0)) for _ in range(2)])
     noise, branches = networks.latents(network, device), {POSITIVE: banks[0], NEGATIVE: banks[1]}
-    guidance, scheduler = Guidance(defaults.cfg, defaults.cfg_interval), FlowMatchEulerDiscreteScheduler()
-    asked: dict[str, Any] = {
-        "steps": defaults.steps,
-        "solver": DEFAULT_SOLVER,
-        "guidance": guidance,
-        "scheduler": scheduler,
-    }
+    sigmas = make_sigmas(FlowMatchEulerDiscreteScheduler(), defaults.steps)
+    guidance = Guidance(defaults.cfg, defaults.cfg_interval)
+    asked: dict[str, Any] = {"sigmas": sigmas, "solver": DEFAULT_SOLVER, "guidance": guidance}
     asked["together"] = setting.together
     z = stages.run("draw", lambda: sample(tower, noise, branches, **asked))
     return stages.run("decode", decode)

@@ -23,7 +23,7 @@ from mos_cli.routing.trace import Wanted
 from mos_cli.runtime.memory import TOKENS
 from mos_cli.runtime.quantising import Method
 from mos_cli.runtime.specs import DEFAULT_SOLVER
-from mos_cli.sampling.sampler import POSITIVE, Guidance, sample
+from mos_cli.sampling.sampler import POSITIVE, Guidance, make_sigmas, sample
 from mos_cli.towers.router import Steering
 
 LENGTHS = (32, 64, TOKENS)
@@ -131,11 +131,10 @@ def sync(run: Run) -> list[Row]:
             model.tower,
             model.z_BCHW,
             model.banks(TOKENS),
-            steps=2,
+            sigmas=make_sigmas(FlowMatchEulerDiscreteScheduler(), 2),
             solver=DEFAULT_SOLVER,
             guidance=Guidance(model.network.defaults.cfg),
             together=True,
-            scheduler=FlowMatchEulerDiscreteScheduler(),
             steer=lambda step, branch, rules=rules: rules.get(branch),
         )
         rows.append({"steering": steered, "host": _waits(lambda draw=draw: draw(observers=[Recorder(Wanted())]), run)})

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mos_cli.cli.fetching import fetch_with_progress
-from mos_cli.pipeline import Drawing, MoSPipeline
+from mos_cli.pipeline import Drawing, MoSPipeline, make_noise
 from mos_cli.routing.diff import compare
 from mos_cli.routing.trace import Wanted
 from mos_cli.runtime.bundles import find_bundle
@@ -112,7 +112,7 @@ class Bench:
         """What was drawn, under the noise it was drawn from, at all times."""
         kept: list[Tensor] = []
         self.pipeline.draw(recipe, [lambda step: kept.append(step.x_hat_BCHW)])
-        clean, noise = kept[-1], self.pipeline._noise(recipe)
+        clean, noise = kept[-1], make_noise(self.pipeline.autoencoder, recipe.working_size, recipe.seed, self.device)
         states = self.pipeline.understanding.read([recipe.prompt]).states_BTMS
         for t in TIMES:
             z, t_B = (1 - t) * clean + t * noise, torch.tensor([t], device=self.device)

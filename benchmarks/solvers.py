@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mos_cli.ablation import difference
 from mos_cli.cli.fetching import fetch_with_progress
-from mos_cli.pipeline import MoSPipeline
+from mos_cli.pipeline import MoSPipeline, make_noise
 from mos_cli.runtime.bundles import find_bundle
 from mos_cli.runtime.devices import choose_device, choose_precision, device_name
 from mos_cli.runtime.quiet import quieten
@@ -89,7 +89,9 @@ class Bench:
         def predict(z: Tensor, t: float) -> Tensor:
             return guidance.guided(branches(guidance.branches(t), z, t, lambda branch: None)[0])
 
-        z = integrate(scheduler, steps, pipeline._noise(recipe), predict)
+        z = integrate(
+            scheduler, steps, make_noise(pipeline.autoencoder, recipe.working_size, recipe.seed, self.device), predict
+        )
         return to_image(pipeline.autoencoder.decode(z))
 
 

@@ -42,7 +42,7 @@ def lay(inputs: Inputs, recipe: Recipe, autoencoder: Autoencoder, device: torch.
     if inputs.mask is not None:
         whole = _tensor(Fit(inputs.mask.size, canvas).forward(inputs.mask)).to(device)
         mask = F.adaptive_max_pool2d(whole, references[0].shape[-2:])
-    return Laid(pictures, references, Origin(references[0], recipe.edit.strength, mask))
+    return Laid(pictures, references, Origin(references[0], mask))
 
 
 def finish(drawn: Image.Image, inputs: Inputs, recipe: Recipe) -> Image.Image:

@@ -1,7 +1,7 @@
 """What can go wrong for a user: one clear line each, with the exit code scripts can rely on."""
 
 
-class MosError(ValueError):
+class MosError(Exception):
     """A mistake or a limit the user can act upon; the command line prints it without a traceback."""
 
     exit_code = 1

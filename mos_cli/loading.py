@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-from mos_cli.errors import ModelError, MosError
+from mos_cli.errors import ModelError
 from mos_cli.placement import Places
 from mos_cli.runtime.bundles import Bundle
 from mos_cli.runtime.memory import Setting
@@ -79,7 +79,7 @@ def load_parts(
         if bundle.index.edits is not None and not tower.sees:
             eyes = Eyes.from_pretrained(folder / "eyes", torch_dtype=torch.float32).to(device)  # type: ignore[arg-type]
             places.add_other(eyes)
-    except (MosError, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise ModelError(f"the bundle in {folder} cannot be loaded: {error}") from None

@@ -6,15 +6,17 @@ pictures to edit -> eyes, autoencoder ----^
 Shapes: B = 1 picture, T context tokens, S steps, J generation blocks, K kept layers, M layers, C channels, H x W.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from mos_cli.editing import finish, lay
+from mos_cli.editing import Laid, finish, lay
 from mos_cli.errors import DeviceError, MemoryLimitError, UsageError
 from mos_cli.loading import load_parts
 from mos_cli.placement import Places, VisitingTower, card
@@ -30,10 +32,11 @@ from mos_cli.runtime.inputs import Inputs
 from mos_cli.runtime.memory import Setting
 from mos_cli.runtime.recipe import PictureRecord, Recipe, check_blocks, pixels_hash, provenance
 from mos_cli.runtime.settings import smaller
+from mos_cli.sampling.branches import Predictor
 from mos_cli.sampling.caching import caching
-from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, UNSEEN, Guidance, Observer, sample, times
+from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, UNSEEN, Guidance, Observer, make_sigmas, sample
 from mos_cli.towers.attention import Asked
-from mos_cli.towers.autoencoder import to_image
+from mos_cli.towers.autoencoder import Autoencoder, to_image
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,47 @@ class Drawing:
     routes: dict[str, Routes]
     previews: tuple[Image.Image, ...] = ()
     """What the tower expected the picture to be, step by step, where it was wanted."""
+
+
+def encode_branches(
+    reader: Reader, prompt: str, negative: str, guidance: Guidance, laid: Laid | None = None
+) -> dict[str, PromptReading]:
+    """What each of guidance's branches reads, by branch; of an edit also what is seen of its pictures."""
+    readings = {POSITIVE: reader.read(prompt), NEGATIVE: reader.read(negative)}
+    if laid is not None:
+        unseen = readings[NEGATIVE]
+        readings = reader.look(readings, laid.pictures, laid.references) | {UNSEEN: unseen}
+    return {branch: readings[branch] for branch in guidance.branches(guidance.interval[0])}
+
+
+def make_noise(autoencoder: Autoencoder, size: tuple[int, int], seed: int, device: torch.device) -> Tensor:
+    """The noise z_1 of a picture of `size` (width, height) in pixels, [1, C, H, W].
+
+    It is made on the CPU, so that it depends on the seed and not on the device.
+    """
+    width, height = (side // autoencoder.factor for side in size)
+    shape = (1, autoencoder.channels, height, width)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def generate_latents(
+    tower: Predictor,
+    readings: Mapping[str, PromptReading],
+    autoencoder: Autoencoder,
+    device: torch.device,
+    *,
+    size: tuple[int, int],
+    seed: int,
+    **sampling: Any,
+) -> Tensor:
+    """The latent of one picture, [1, C, H, W], from its seed and what its branches read.
+
+    Args:
+        size: width and height in pixels.
+        sampling: the other arguments of `sample`.
+    """
+    banks = {branch: reading.bank for branch, reading in readings.items()}
+    return sample(tower, make_noise(autoencoder, size, seed, device), banks, **sampling)
 
 
 class MoSPipeline:
@@ -139,25 +183,24 @@ class MoSPipeline:
         guidance = Guidance(recipe.cfg, recipe.cfg_interval, 1.0 if recipe.edit is None else recipe.edit.image_cfg)
         recorder, laid = Recorder(wanted), None
         try:
-            readings = {POSITIVE: self.reader.read(recipe.prompt), NEGATIVE: self.reader.read(recipe.negative)}
-            if inputs is not None:
-                with self.places.beside():
-                    laid = lay(inputs, recipe, self.autoencoder, self.device)
-                    seen = self.reader.look(readings, laid.pictures, laid.references)
-                readings = seen | {UNSEEN: readings[NEGATIVE]}
-            readings = {branch: readings[branch] for branch in guidance.branches(guidance.interval[0])}
-            steerer = self._steerer(recipe, guidance, readings, wanted, route_from)
+            with self.places.beside() if inputs is not None else nullcontext():
+                laid = None if inputs is None else lay(inputs, recipe, self.autoencoder, self.device)
+                readings = encode_branches(self.reader, recipe.prompt, recipe.negative, guidance, laid)
+            sigmas = make_sigmas(self.scheduler, recipe.steps, 1.0 if recipe.edit is None else recipe.edit.strength)
+            steerer = self._steerer(recipe, sigmas[:-1].tolist(), guidance, readings, wanted, route_from)
             with recorder.watching(self.tower), caching(self.tower, recipe.feature_cache, recipe.steps) as cached:
                 tower, begin_anew = cached
-                z = sample(
+                z = generate_latents(
                     tower,
-                    self._noise(recipe),
-                    {branch: reading.bank for branch, reading in readings.items()},
-                    steps=recipe.steps,
+                    readings,
+                    self.autoencoder,
+                    self.device,
+                    size=recipe.working_size,
+                    seed=recipe.seed,
+                    sigmas=sigmas,
                     solver=recipe.solver,
                     guidance=guidance,
                     together=self.setting.together,
-                    scheduler=self.scheduler,
                     observers=[recorder, *observers],
                     origin=None if laid is None else laid.origin,
                     steer=steerer,
@@ -203,23 +246,17 @@ class MoSPipeline:
             advice = f"{limit}{found.options} should fit, or {otherwise}"
         return MemoryLimitError(f"out of memory at {size[0]}x{size[1]} on {self.device}: {advice}")
 
-    def _noise(self, recipe: Recipe) -> Tensor:
-        factor = self.autoencoder.factor
-        width, height = recipe.working_size
-        shape = (1, self.autoencoder.channels, height // factor, width // factor)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(recipe.seed)).to(self.device)
-
     def _steerer(
         self,
         recipe: Recipe,
+        times: list[float],
         guidance: Guidance,
         readings: dict[str, PromptReading],
         wanted: Wanted,
         route_from: Recording | None,
     ) -> Steerer:
         rules, given = parse_rules(recipe.routes or ()), None
-        asked = times(recipe.steps, self.scheduler, 1.0 if recipe.edit is None else recipe.edit.strength)
-        computed = {name: [step for step, t in enumerate(asked) if name in guidance.branches(t)] for name in readings}
+        computed = {name: [step for step, t in enumerate(times) if name in guidance.branches(t)] for name in readings}
         baseline = any(isinstance(rule, BaselineRule) and rule.name != "shuffle" for rule in rules)
         if recipe.route_from is not None:
             if route_from is None:
@@ -227,7 +264,7 @@ class MoSPipeline:
             if choices_hash(route_from) != recipe.route_from.sha256:
                 raise UsageError(f"{route_from.path} is not the run that {recipe.prompt!r} takes its routes from")
             check_model(route_from, recipe.model, self.bundle_hash)
-            given = given_choices(route_from, readings, asked, recipe.route_from.until)
+            given = given_choices(route_from, readings, times, recipe.route_from.until)
         if self.tower.router is None and (rules or given):
             raise UsageError(f"the routes of {recipe.model} are fixed: there is nothing that a rule could steer")
         if wanted.probabilities and (self.tower.router is None or baseline):

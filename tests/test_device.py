@@ -15,7 +15,7 @@ from test_towers import J, M, S, small_tower
 from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.trace import Wanted
 from mos_cli.sampling.caching import caching
-from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, UNSEEN, Guidance, sample
+from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, UNSEEN, Guidance, make_sigmas, sample
 from mos_cli.towers.bank import StateBank
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.router import Steering
@@ -47,11 +47,10 @@ def drawn(
                 predict,
                 empty(1, 3, 32, 24),
                 banks,
-                steps=6,
+                sigmas=make_sigmas(FlowMatchEulerDiscreteScheduler(), 6),
                 solver="ab2",
                 guidance=Guidance(3.0, (0.3, 0.8), 1.5),
                 together=together,
-                scheduler=FlowMatchEulerDiscreteScheduler(),
                 observers=[recorder],
                 steer=lambda step, branch: steering if branch == POSITIVE else None,
                 begin_anew=begin_anew,

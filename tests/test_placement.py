@@ -12,7 +12,7 @@ from conftest import awake, write_bundle
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 
-from mos_cli.errors import MemoryLimitError
+from mos_cli.errors import InputError, MemoryLimitError
 from mos_cli.pipeline import MoSPipeline
 from mos_cli.placement import FetchedBlocks, Part, _held
 from mos_cli.runtime.blueprints import find_network
@@ -160,7 +160,7 @@ def test_all_prompts_are_read_before_the_first_step_and_nothing_comes_twice(
 def test_a_prompt_that_cannot_be_read_ahead_fails_alone(bundle: Bundle) -> None:
     pipeline, good, bad = loaded(bundle, "understanding"), asked(bundle), asked(bundle, "apple " * 40)
     pipeline.read_ahead([bad, good])
-    with pytest.raises(ValueError, match="shorten it"):
+    with pytest.raises(InputError, match="shorten it"):
         pipeline.draw(bad)
     assert drawn(pipeline, good) == drawn(loaded(bundle), good)
 

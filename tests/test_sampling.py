@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mos_cli.runtime.specs import Solver
 from mos_cli.sampling.flow import logit_normal, noised, velocity, velocity_loss
-from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, Origin, Step, sample, times
+from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, Origin, Step, make_sigmas, sample
 from mos_cli.towers.autoencoder import Latents, Pixels
 from mos_cli.towers.bank import StateBank
 from mos_cli.towers.router import Route
@@ -26,11 +26,9 @@ BANKS = {
 NOISE = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def run(
-    tower, *, steps: int, solver: Solver = "ab2", guidance: Guidance = Guidance(1.0), shift: float = 1.0, **options
-):
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    return sample(tower, NOISE, BANKS, steps=steps, solver=solver, guidance=guidance, scheduler=scheduler, **options)
+def run(tower, *, steps: int, solver: Solver = "ab2", guidance=Guidance(1.0), shift=1.0, first=1.0, **options):
+    sigmas = make_sigmas(FlowMatchEulerDiscreteScheduler(shift=shift), steps, first)
+    return sample(tower, NOISE, BANKS, sigmas=sigmas, solver=solver, guidance=guidance, **options)
 
 
 @given(st.integers(1, 60), st.sampled_from([1.0, 3.0]), st.sampled_from(get_args(Solver)))
@@ -77,7 +75,8 @@ def test_nothing_is_extrapolated_over_a_jump_of_guidance(interval: tuple[float, 
         return z - t.item() * bank.bank_BTMD.item(), ROUTE
 
     guidance, steps = Guidance(3.0, interval), 20
-    times_inside = [t for t in times(steps, FlowMatchEulerDiscreteScheduler()) if interval[0] <= t <= interval[1]]
+    sigmas = make_sigmas(FlowMatchEulerDiscreteScheduler(), steps)[:-1].tolist()
+    times_inside = [t for t in sigmas if interval[0] <= t <= interval[1]]
     # v is 1 alone, and -1 + 3 * 2 = 5 under guidance.
     expected = NOISE - (len(times_inside) * 5 + (steps - len(times_inside))) / steps
     torch.testing.assert_close(run(tower, steps=steps, guidance=guidance), expected)
@@ -89,19 +88,22 @@ def test_what_a_mask_keeps_lands_on_the_origin(solver: Solver, strength: float) 
     z0 = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., 4:] = 1
-    origin = Origin(z0, strength, mask)
-    landed = run(smooth, steps=7, solver=solver, origin=origin)
+    landed = run(smooth, steps=7, solver=solver, first=strength, origin=Origin(z0, mask))
     torch.testing.assert_close(landed[..., :4], z0[..., :4], atol=2e-6, rtol=0)
     assert (landed[..., 4:] - z0[..., 4:]).abs().max() > 0.1
     # The half that is drawn is drawn as without the mask: the predictor looks at each value alone.
-    free = run(smooth, steps=7, solver=solver, origin=Origin(z0, strength))
+    free = run(smooth, steps=7, solver=solver, first=strength, origin=Origin(z0))
     torch.testing.assert_close(landed[..., 4:], free[..., 4:])
 
 
 def test_times_fall_evenly_and_the_shift_is_applied_once() -> None:
-    assert times(4, FlowMatchEulerDiscreteScheduler()) == pytest.approx([1, 0.75, 0.5, 0.25])
-    shifted = [3 * t / (1 + 2 * t) for t in (1, 0.75, 0.5, 0.25)]
-    assert times(4, FlowMatchEulerDiscreteScheduler(shift=3.0)) == pytest.approx(shifted)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    as_it_was = scheduler.sigmas.clone()
+    assert make_sigmas(scheduler, 4).tolist() == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+    assert make_sigmas(scheduler, 2, 0.6).tolist() == pytest.approx([0.6, 0.3, 0])
+    assert torch.equal(scheduler.sigmas, as_it_was)
+    shifted = [3 * t / (1 + 2 * t) for t in (1, 0.75, 0.5, 0.25, 0)]
+    assert make_sigmas(FlowMatchEulerDiscreteScheduler(shift=3.0), 4).tolist() == pytest.approx(shifted)
 
 
 def test_guidance_leads_away_from_the_negative_only_inside_its_interval() -> None:

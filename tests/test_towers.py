@@ -7,6 +7,7 @@ from conftest import awake
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mos_cli.errors import InputError
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.layers import EPS, patchify, unpatchify
 from mos_cli.towers.router import choose_route
@@ -227,5 +228,5 @@ def test_no_words_is_still_something_to_read(encoder_folder, decoder_folder) -> 
 
 
 def test_a_prompt_too_long_is_refused(encoder_folder) -> None:
-    with pytest.raises(ValueError, match="the model reads 24"):
+    with pytest.raises(InputError, match="the model reads 24"):
         UnderstandingTower(encoder_folder).read(["apple " * 30])

@@ -19,7 +19,7 @@ def quantize(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")] = False,
 ) -> None:
     """Write a model again with its generation tower quantised; everything else stays as it is."""
-    from mos_cli.errors import ModelError, MosError, UsageError
+    from mos_cli.errors import ModelError, UsageError
     from mos_cli.runtime.bundles import find_bundle
     from mos_cli.runtime.quantising import METHODS, check_quantising, write_quantised_bundle
     from mos_cli.runtime.quiet import quieten
@@ -36,8 +36,6 @@ def quantize(
     def write_tower(source: Path, folder: Path) -> None:
         try:
             reports.append(quantise_generation(source, folder, quant))
-        except MosError:
-            raise
         except (OSError, ValueError, TypeError) as error:
             raise ModelError(f"the generation tower in {source} cannot be loaded: {error}") from None
 

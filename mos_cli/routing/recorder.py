@@ -40,9 +40,9 @@ class Recorder:
         for name, route in step.routes.items():
             self.steps.setdefault(name, []).append(step.index)
             self._routes.setdefault(name, []).append(route)
-        # The tower was asked for the branches in this order.
+        # The tower computed the branches in this order. Without hooks there are no passes.
         rows = [row for seen in self._passes for row in seen.rows]
-        for name, row in zip(step.routes, rows, strict=False):
+        for name, row in zip(step.routes, rows, strict=True) if rows else ():
             if row.probabilities_JTM is not None:
                 self._probabilities.setdefault(name, []).append(row.probabilities_JTM)
             if row.shares:

@@ -56,13 +56,11 @@ class Origin:
     """The clean latent a picture is drawn over.
 
     Args:
-        z0_BCHW: the latent.
-        strength: the time to begin at; 1 is pure noise, smaller values leave something of z_0 in it.
+        z0_BCHW: the latent; a run that begins before t = 1 leaves something of it.
         mask_11HW: how far each place may change, 0 to 1; None lets everything change.
     """
 
     z0_BCHW: Tensor
-    strength: float = 1.0
     mask_11HW: Tensor | None = None
 
 
@@ -84,11 +82,15 @@ Steer = Callable[[int, str], Steered]
 POSITIVE, NEGATIVE, UNSEEN = "positive", "negative", "unseen"
 
 
-def times(steps: int, scheduler: FlowMatchEulerDiscreteScheduler, first: float = 1.0) -> list[float]:
-    """The times at which the tower is asked; evenly spaced from the first but for the scheduler's own shift."""
+def make_sigmas(scheduler: FlowMatchEulerDiscreteScheduler, steps: int, first: float = 1.0) -> Tensor:
+    """The times of a run, float32 [S + 1] on the CPU: where each step begins, and 0, where the last ends.
+
+    They are evenly spaced from `first` but for the scheduler's shift. The scheduler itself is left as it is.
+    """
+    made: FlowMatchEulerDiscreteScheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)  # type: ignore[assignment]
     # Given a mere number of steps the scheduler would apply its shift twice.
-    scheduler.set_timesteps(sigmas=np.linspace(first, first / steps, steps).tolist())
-    return scheduler.sigmas[:-1].tolist()  # type: ignore[index, union-attr]
+    made.set_timesteps(sigmas=np.linspace(first, first / steps, steps).tolist())
+    return made.sigmas  # type: ignore[return-value]
 
 
 @torch.inference_mode()
@@ -97,20 +99,20 @@ def sample(
     noise_BCHW: Tensor,
     banks: dict[str, StateBank],
     *,
-    steps: int,
+    sigmas: Tensor,
     solver: Solver,
     guidance: Guidance,
     together: bool = False,
-    scheduler: FlowMatchEulerDiscreteScheduler,
     observers: Sequence[Observer] = (),
     origin: Origin | None = None,
     steer: Steer = lambda step, branch: None,
     begin_anew: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Integrates from noise (t = 1) to a latent (t = 0).
+    """Integrates from noise to a latent.
 
     Args:
         noise_BCHW: z_1, float32.
+        sigmas: the times of the run; see `make_sigmas`.
         solver: "euler", or "ab2", the two-step Adams-Bashforth method. Its first step is an Euler step; so is a step
             with other branches than the one before, since the velocity jumps there and cannot be extrapolated.
         banks: the state banks of the branches that guidance asks for.
@@ -120,14 +122,14 @@ def sample(
         steer: what rules say; without it the router decides.
         begin_anew: called before a step that asks for other branches than the one before it.
     """
-    asked = times(steps, scheduler, 1.0 if origin is None else origin.strength)
-    z = noise_BCHW
+    times = sigmas.tolist()
+    z, steps = noise_BCHW, len(times) - 1
     if origin is not None:
-        z = noised(origin.z0_BCHW, z, torch.full((z.shape[0],), asked[0], device=z.device))
+        z = noised(origin.z0_BCHW, z, torch.full((z.shape[0],), times[0], device=z.device))
     predict = Branches(tower, banks, together=together)
-    names = guidance.branches(asked[0])
+    names = guidance.branches(times[0])
     v_before: Tensor | None = None
-    for index, (t, t_next) in enumerate(pairwise([*asked, 0.0])):
+    for index, (t, t_next) in enumerate(pairwise(times)):
         before, names = names, guidance.branches(t)
         if names != before:
             begin_anew()
@@ -139,9 +141,9 @@ def sample(
         v = velocity(z, x_hat, t)
         mean_v = v
         if solver == "ab2" and v_before is not None:
-            mean_v = extrapolated(v, v_before, asked[index - 1], t, t_next)
+            mean_v = extrapolated(v, v_before, times[index - 1], t, t_next)
         v_before = v
-        z = scheduler.step(mean_v, scheduler.timesteps[index], z, return_dict=False)[0]  # type: ignore[arg-type, index]
+        z = z + (sigmas[index + 1] - sigmas[index]) * mean_v
         for observe in observers:
             observe(Step(index, steps, t, x_hat, routes))
     return z

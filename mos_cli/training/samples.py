@@ -10,12 +10,14 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from PIL import Image
 from torch import Tensor
 
+from mos_cli.editing import Laid
+from mos_cli.pipeline import encode_branches, generate_latents
 from mos_cli.reading import Reader
 from mos_cli.runtime.files import atomic_write
 from mos_cli.runtime.outputs import png
 from mos_cli.runtime.sheet import contact_sheet
 from mos_cli.runtime.specs import DEFAULT_SOLVER
-from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, UNSEEN, Guidance, sample
+from mos_cli.sampling.sampler import Guidance, Origin, make_sigmas
 from mos_cli.towers.autoencoder import to_image
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.training.loop import Trainer
@@ -68,23 +70,25 @@ def _edits(trainer: Trainer, tower: GenerationTower, edits: list[tuple[Tensor, s
 
 
 def _draw(trainer: Trainer, tower: GenerationTower, prompt: str, before: Tensor | None, seed: int) -> Image.Image:
-    batches, device, bundle = trainer.batches, trainer.device, trainer.recipe.bundle
+    batches, bundle, autoencoder = trainer.batches, trainer.recipe.bundle, trainer.batches.autoencoder
     reader = Reader(batches.understanding, batches.eyes, tower, bundle.name)
-    readings = {branch: reader.read(text) for branch, text in ((POSITIVE, prompt), (NEGATIVE, ""))}
-    defaults, image_cfg = bundle.defaults, 1.0
-    if before is not None and bundle.edits is not None:
-        defaults, image_cfg, blind = bundle.edits, bundle.edits.image_cfg, {UNSEEN: readings[NEGATIVE]}
-        readings = reader.look(readings, (before,), (batches.autoencoder.encode(before),)) | blind
-    side = trainer.course.stage_at(trainer.step - 1).canvas // batches.autoencoder.factor
-    shape, generator = (1, batches.autoencoder.channels, side, side), torch.Generator().manual_seed(seed)
-    z = sample(
+    side = trainer.course.stage_at(trainer.step - 1).canvas
+    if before is None or bundle.edits is None:
+        defaults, guidance, laid = bundle.defaults, Guidance(bundle.defaults.cfg, bundle.defaults.cfg_interval), None
+    else:
+        latent, defaults = autoencoder.encode(before), bundle.edits
+        guidance = Guidance(defaults.cfg, defaults.cfg_interval, defaults.image_cfg)
+        laid = Laid((before,), (latent,), Origin(latent))
+    z = generate_latents(
         tower,
-        torch.randn(shape, generator=generator).to(device),
-        {branch: reading.bank for branch, reading in readings.items()},
-        steps=defaults.steps,
+        encode_branches(reader, prompt, "", guidance, laid),
+        autoencoder,
+        trainer.device,
+        size=(side, side),
+        seed=seed,
+        sigmas=make_sigmas(FlowMatchEulerDiscreteScheduler(), defaults.steps),
         solver=DEFAULT_SOLVER,
-        guidance=Guidance(defaults.cfg, defaults.cfg_interval, image_cfg),
+        guidance=guidance,
         together=True,
-        scheduler=FlowMatchEulerDiscreteScheduler(),
     )
-    return to_image(batches.autoencoder.decode(z))
+    return to_image(autoencoder.decode(z))
