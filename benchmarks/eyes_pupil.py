@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mos_cli.towers.bank import SIGHT
+from mos_cli.runtime.shapes import IMAGE_GRID
 from mos_cli.towers.understanding import UnderstandingTower
 
 STEM = 24
@@ -44,7 +44,7 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def see(self, pictures_B3HW: Tensor) -> Tensor:
         """As `Eyes.see`."""
-        cells = [F.adaptive_avg_pool2d(stage, SIGHT).flatten(2).mT for stage in self(pictures_B3HW)]
+        cells = [F.adaptive_avg_pool2d(stage, IMAGE_GRID).flatten(2).mT for stage in self(pictures_B3HW)]
         return torch.stack([F.pad(cell, (0, max(self.widths) - cell.shape[-1])) for cell in cells], 2)
 
 
@@ -63,7 +63,7 @@ class Pupil(nn.Module):
         width = STAGES[-1][0]
         self.encoder, self.aligned = Encoder(), nn.Linear(width, sentence)
         self.scale = nn.Parameter(torch.tensor(3.0))
-        self.cell, self.cells = nn.Linear(width, TOKEN), nn.Parameter(torch.randn(SIGHT**2, TOKEN) * 0.02)
+        self.cell, self.cells = nn.Linear(width, TOKEN), nn.Parameter(torch.randn(IMAGE_GRID**2, TOKEN) * 0.02)
         self.word, self.places = nn.Embedding(words, TOKEN), nn.Parameter(torch.randn(longest, TOKEN) * 0.02)
         self.block = nn.TransformerDecoderLayer(
             TOKEN, 4, 2 * TOKEN, dropout=0.0, activation="gelu", batch_first=True, norm_first=True

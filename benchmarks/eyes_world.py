@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mos_cli.towers.bank import SIGHT
+from mos_cli.runtime.shapes import IMAGE_GRID
 from mos_cli.towers.eyes import SIDE
 from mos_cli.training.scenes.compositor import Compositor
 from mos_cli.training.scenes.description import Description, Thing, held_out, held_out_style
@@ -103,7 +103,7 @@ class World:
             ]
             staged.append(Scene(tuple(objects), DARK))
         drawn_B3HW = self._silhouettes.draw(staged, SIDE // 4)
-        return F.adaptive_avg_pool2d((drawn_B3HW[:, 0] + 1) / 2, SIGHT).flatten(1)
+        return F.adaptive_avg_pool2d((drawn_B3HW[:, 0] + 1) / 2, IMAGE_GRID).flatten(1)
 
     def _drawn(self, scenes: list[Scene]) -> Tensor:
         pictures = torch.empty(len(scenes), 3, SIDE, SIDE, dtype=torch.uint8)

@@ -9,7 +9,8 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from mos_cli.errors import ModelError
 from mos_cli.placement import Places
 from mos_cli.runtime.bundles import Bundle
-from mos_cli.runtime.memory import Setting
+from mos_cli.runtime.memory import Setting, reads_in_fp32
+from mos_cli.runtime.shapes import understanding_parameters
 from mos_cli.towers.attention import Asked, choose_attention
 from mos_cli.towers.autoencoder import Autoencoder, Latents, Pixels, load_autoencoder
 from mos_cli.towers.eyes import Eyes
@@ -19,8 +20,6 @@ from mos_cli.towers.seeing import load_understanding
 from mos_cli.towers.understanding import UnderstandingTower
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-LARGE = 2_000_000_000
-"""Bytes of an understanding tower as downloaded, above which it reads in bf16, as it was trained."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,10 @@ def load_parts(
         torch.OutOfMemoryError, MemoryError: there is too little memory for them.
     """
     device, dtype, folder = places.device, DTYPES[precision], bundle.folder
-    # The states are few and computed once: full precision costs nothing that can be felt, but in large towers.
-    large = bundle.index.understanding.size > LARGE or setting.understanding != "none"
+    fp32 = reads_in_fp32(understanding_parameters(understanding), setting.understanding)
     reader = load_understanding(
         understanding,
-        dtype=torch.bfloat16 if large else torch.float32,
+        dtype=torch.float32 if fp32 else torch.bfloat16,
         device=str(device),
         quant=None if setting.understanding == "none" else setting.understanding,
     )

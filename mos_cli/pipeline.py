@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from mos_cli.editing import Laid, finish, lay
-from mos_cli.errors import DeviceError, MemoryLimitError, UsageError
+from mos_cli.errors import DeviceError, MemoryLimitError, ModelError, UsageError
 from mos_cli.loading import load_parts
 from mos_cli.placement import Places, VisitingTower, card
 from mos_cli.reading import PromptReading, Reader
@@ -26,6 +26,7 @@ from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.rules import BaselineRule, parse_rules
 from mos_cli.routing.steering import Steerer
 from mos_cli.routing.trace import Recording, Routes, Trace, Wanted, make_branch
+from mos_cli.runtime.blueprints import network_of
 from mos_cli.runtime.bundles import Bundle, verify_bundle
 from mos_cli.runtime.devices import device_name, device_threads
 from mos_cli.runtime.inputs import Inputs
@@ -238,7 +239,11 @@ class MoSPipeline:
     def _out_of_memory(self, size: tuple[int, int], otherwise: str, references: int = 0) -> MemoryLimitError:
         """What to do where memory ran out: the setting that should fit, if there is one, or something else."""
         room = card(self.device) if self.device.type == "cuda" else None
-        found = smaller(self.bundle.ref, size, self.setting, room, precision=self.precision, references=references)
+        try:
+            network = network_of(self.bundle, precision=self.precision, references=references)
+        except ModelError:  # it cannot be planned: what else there is to do is said
+            network = None
+        found = None if network is None else smaller(network, size, self.setting, room)
         advice = otherwise
         if found is not None:
             # Tiles follow from the memory alone.

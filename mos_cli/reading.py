@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mos_cli.errors import ModelError
 from mos_cli.routing.trace import TraceToken
-from mos_cli.towers.bank import SIGHT, StateBank
+from mos_cli.runtime.shapes import IMAGE_GRID
+from mos_cli.towers.bank import StateBank
 from mos_cli.towers.eyes import Eyes
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.seeing import SeeingTower
@@ -80,7 +81,7 @@ class Reader:
         """
         if self.eyes is None:
             return self._read_in_sight(readings, pictures, latents)
-        cells = [(n, *divmod(cell, SIGHT)) for n in range(len(pictures)) for cell in range(SIGHT * SIGHT)]
+        cells = [(n, *divmod(cell, IMAGE_GRID)) for n in range(len(pictures)) for cell in range(IMAGE_GRID**2)]
         seen = tuple(_traced(Token("", 0, 0, cell)) for cell in cells)
         with torch.inference_mode():
             references = self.tower.remember(latents)

@@ -77,6 +77,7 @@ def decoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache and settings of the test's own."""
     monkeypatch.setenv("MOS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MOS_DATA", str(tmp_path.with_name(f"{tmp_path.name}-data")))
     (tmp_path / "config.toml").write_text("[generate]\n")
     monkeypatch.setenv("MOS_CONFIG", str(tmp_path / "config.toml"))
     return tmp_path / "cache"

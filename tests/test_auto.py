@@ -93,7 +93,7 @@ def on_cpu(bundle: Bundle, gib: float, monkeypatch: pytest.MonkeyPatch, **asked:
     """What is drawn with on a CPU with so much free memory, where "tiny" is as large as MoS-L."""
     has(monkeypatch, gib)
     network = find_network("mos-l", references=1)
-    monkeypatch.setattr("mos_cli.runtime.blueprints.find_network", lambda ref, **run: network)
+    monkeypatch.setattr("mos_cli.runtime.blueprints.network_of", lambda bundle, **run: network)
     settings = RunSettings(model="tiny", device="cpu", max_vram="auto", **asked)
     return fit_to_card(bundle, settings, (1024, 1024), Report(quiet=True), fetch=False)
 
@@ -119,7 +119,7 @@ def test_too_little_memory_is_one_line(
 def test_a_card_is_taken_as_it_is(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory of the card, in place of a number; the rest is that of any --max-vram."""
     network = find_network("mos-l", references=1)
-    monkeypatch.setattr("mos_cli.runtime.blueprints.find_network", lambda ref, **run: network)
+    monkeypatch.setattr("mos_cli.runtime.blueprints.network_of", lambda bundle, **run: network)
     monkeypatch.setattr("mos_cli.runtime.devices.choose_device", lambda asked: torch.device("cuda"))
     monkeypatch.setattr("mos_cli.runtime.devices.device_name", lambda device: "A card")
     card = SimpleNamespace(total_memory=int(11.6 * GIB))

@@ -2,7 +2,7 @@
 
 import torch
 
-from mos_cli.towers.bank import SIGHT
+from mos_cli.runtime.shapes import IMAGE_GRID
 from mos_cli.towers.eyes import STAGES, Eyes
 
 
@@ -11,7 +11,7 @@ def test_a_token_is_a_cell_with_a_state_per_layer(tmp_path) -> None:
     eyes = Eyes()
     pictures = torch.rand(2, 3, 96, 64) * 2 - 1
     sight = eyes.see(pictures)
-    assert sight.shape == (2, SIGHT**2, len(STAGES), max(eyes.widths))
+    assert sight.shape == (2, IMAGE_GRID**2, len(STAGES), max(eyes.widths))
     for layer, width in enumerate(eyes.widths):
         assert sight[:, :, layer, :width].any()
         assert not sight[:, :, layer, width:].any()
@@ -26,8 +26,8 @@ def test_each_picture_is_seen_alone_and_a_cell_is_where_it_is() -> None:
     changed[..., :32, 96:] = 1.0
     apart = (eyes.see(torch.cat([picture, changed])).diff(dim=0) ** 2).sum(dim=(0, 3))
     # The first stage sees a few pixels: the top right cell has changed, hardly anything else has.
-    assert apart[:, 0].argmax() == SIGHT - 1
-    assert apart[SIGHT - 1, 0] > 10 * apart[2 * SIGHT :, 0].sum()
+    assert apart[:, 0].argmax() == IMAGE_GRID - 1
+    assert apart[IMAGE_GRID - 1, 0] > 10 * apart[2 * IMAGE_GRID :, 0].sum()
 
 
 def test_states_are_spread_over_the_stages() -> None:

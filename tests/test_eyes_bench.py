@@ -19,7 +19,7 @@ from eyes_pupil import Encoder
 from eyes_world import UNMET_EVERY, World
 
 from mos_cli.runtime.bundles import Bundle
-from mos_cli.towers.bank import SIGHT
+from mos_cli.runtime.shapes import IMAGE_GRID
 from mos_cli.towers.eyes import Eyes
 from mos_cli.training.scenes.description import DEFAULT_STYLE, held_out, held_out_style
 from mos_cli.training.scenes.grounds import WHITE
@@ -47,10 +47,20 @@ def test_a_cell_shows_what_covers_most_of_it_and_is_not_hidden(world: World) -> 
     scene = Scene((Placed(2, 0.25, 0.5, 0.5), Placed(7, 0.25, 0.375, 0.25, red)), WHITE)
     things_BV, paints_BV, hands_BV, present_BQ = world.truth([scene, Scene((), WHITE)])
     # The box behind is cells of the left half, rows 1 and 2; that in front is the upper half of it, in the middle.
-    assert things_BV[0].view(SIGHT, SIGHT).tolist() == [[0, 0, 0, 0], [2, 2, 0, 0], [2, 2, 0, 0], [0, 0, 0, 0]]
+    assert things_BV[0].view(4, 4).tolist() == [
+        [0, 0, 0, 0],
+        [2, 2, 0, 0],
+        [2, 2, 0, 0],
+        [0, 0, 0, 0],
+    ]
     front = Scene((Placed(2, 0.25, 0.5, 0.5), Placed(7, 0.125, 0.375, 0.25, red)), WHITE)
     things_BV, paints_BV, hands_BV, present_BQ = world.truth([front, Scene((), WHITE)])
-    assert things_BV[0].view(SIGHT, SIGHT).tolist() == [[0, 0, 0, 0], [4, 2, 0, 0], [2, 2, 0, 0], [0, 0, 0, 0]]
+    assert things_BV[0].view(4, 4).tolist() == [
+        [0, 0, 0, 0],
+        [4, 2, 0, 0],
+        [2, 2, 0, 0],
+        [0, 0, 0, 0],
+    ]
     assert paints_BV[0, 4:6].tolist() == [list(COLOURS).index("red"), -1]
     assert hands_BV[0, 3:6].tolist() == [-1, 1, 0]
     assert present_BQ[0].nonzero().flatten().tolist() == [1, 3]
@@ -79,7 +89,7 @@ def test_both_pairs_of_eyes_give_tokens_of_one_shape() -> None:
     pictures = torch.rand(2, 3, 128, 128) * 2 - 1
     for each in (Eyes(), Encoder().eval()):
         seen = each.see(pictures)
-        assert seen.shape == (2, SIGHT**2, 7, max(each.widths))
+        assert seen.shape == (2, IMAGE_GRID**2, 7, max(each.widths))
         assert not seen[:, :, 0, each.widths[0] :].any()
     assert 0.8e6 < sum(weight.numel() for weight in Encoder().parameters()) < 1.2e6
 

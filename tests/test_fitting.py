@@ -25,18 +25,18 @@ def test_max_vram_chooses_what_the_plan_says(name: str) -> None:
     size = find_network(name).canvas.native
     for gib in CARDS:
         best = fastest(candidates(find_network(name), size), gib)
-        chosen = fitted(RunSettings(max_vram=gib), name, size, None)
+        chosen = fitted(RunSettings(max_vram=gib), find_network(name), size, None)
         assert Setting(*parse_quant(chosen.quant), chosen.offload, chosen.tiled, chosen.together) == best.setting
 
 
 def test_what_was_asked_for_is_kept_and_the_rest_chosen() -> None:
     size = find_network("mos-l").canvas.native
-    kept = fitted(RunSettings(max_vram=24, offload="blocks"), "mos-l", size, "nf4")
+    kept = fitted(RunSettings(max_vram=24, offload="blocks"), find_network("mos-l"), size, "nf4")
     assert (kept.quant, kept.offload) == ("nf4", "blocks")
     with pytest.raises(MemoryLimitError, match="nothing fits 8 GiB"):
-        fitted(RunSettings(max_vram=8), "mos-l", size, "none")
+        fitted(RunSettings(max_vram=8), find_network("mos-l"), size, "none")
     with pytest.raises(UsageError):
-        fitted(RunSettings(max_vram=8), "mos-l", size, "nf5")
+        fitted(RunSettings(max_vram=8), find_network("mos-l"), size, "nf5")
 
 
 def test_branches_are_computed_together_unless_that_does_not_fit() -> None:
@@ -72,8 +72,8 @@ def test_together_weights_are_unpacked_and_fetched_once_a_step() -> None:
 
 def test_a_run_in_full_precision_is_planned_as_such() -> None:
     size = find_network("mos-l").canvas.native
-    half = fitted(RunSettings(max_vram=24), "mos-l", size, None)
-    full = fitted(RunSettings(max_vram=24), "mos-l", size, None, precision="fp32")
+    half = fitted(RunSettings(max_vram=24), find_network("mos-l"), size, None)
+    full = fitted(RunSettings(max_vram=24), find_network("mos-l", precision="fp32"), size, None)
     assert (half.quant, half.offload) != (full.quant, full.offload)
     assert fastest(candidates(find_network("mos-l", precision="fp32"), size), 24).quant == full.quant
 
@@ -92,7 +92,7 @@ def test_what_a_model_is_already_is_not_asked_for(bundle: Bundle, mos, tmp_path:
     assert {c.setting.generation for c in found} == {"nf4"}
     assert {c.quant for c in found} == {"none", "int8,none", "nf4,none"}
     for text in ("none", "nf4,none"):
-        assert fitted(RunSettings(max_vram=8), "less", (32, 32), text).quant == text
+        assert fitted(RunSettings(max_vram=8), find_network("less"), (32, 32), text).quant == text
         planned = mos("plan", "less", "--max-vram", 8, "--quant", text)
         assert f"--quant {text} --offload none" in planned.output
     assert mos("generate", "a dog", "-m", "less", "--quant", "none", "-o", tmp_path / "a.png").exit_code == 0
@@ -105,7 +105,7 @@ def test_where_memory_ran_out_a_setting_is_named_that_needs_clearly_less() -> No
     size, now = network.canvas.native, Setting()
     every = {one.setting: one for one in candidates(network, size)}
     for card in (12, 24, None):
-        found = smaller("mos-l", size, now, card)
+        found = smaller(find_network("mos-l"), size, now, card)
         assert found is not None
         assert found.peak < 0.9 * every[now].peak
         if card is not None:
@@ -113,9 +113,8 @@ def test_where_memory_ran_out_a_setting_is_named_that_needs_clearly_less() -> No
         else:
             assert found.setting.offload == "none"
     least = min(every.values(), key=lambda one: one.peak).setting
-    assert smaller("mos-l", size, least, 24) is None
-    assert smaller("mos-l", size, now, 1) is None
-    assert smaller("no-such", size, now, 24) is None
+    assert smaller(find_network("mos-l"), size, least, 24) is None
+    assert smaller(find_network("mos-l"), size, now, 1) is None
 
 
 def test_out_of_memory_names_the_setting_that_should_fit(
@@ -123,7 +122,7 @@ def test_out_of_memory_names_the_setting_that_should_fit(
 ) -> None:
     monkeypatch.setattr(pipeline_module, "sample", no_memory)
     large = find_network("mos-l")
-    monkeypatch.setattr("mos_cli.runtime.blueprints.find_network", lambda ref, **run: large)
+    monkeypatch.setattr("mos_cli.pipeline.network_of", lambda bundle, **run: large)
     result = mos("generate", "a dog", "-o", tmp_path / "a.png")
     assert result.exit_code == 5
     (line,) = [line for line in result.stderr.splitlines() if "memory" in line]

@@ -93,7 +93,7 @@ def test_references_are_counted() -> None:
     with torch.inference_mode():
         references = tower.remember([z])
         banks = [
-            tower.look(tower.read(torch.randn(1, count, 5, 64)), torch.randn(1, memory.SIGHT, 5, 16), references)
+            tower.look(tower.read(torch.randn(1, count, 5, 64)), torch.randn(1, memory.IMAGE_TOKENS, 5, 16), references)
             for count in (words, 2)
         ]
         for bank in (banks[0], join(banks)):
@@ -101,11 +101,11 @@ def test_references_are_counted() -> None:
             z_BCHW, t_B = z.expand(rows, -1, -1, -1), torch.full((rows,), 0.5)
             tower(z_BCHW, t_B, bank)
             measured = peak(lambda: tower(z_BCHW, t_B, bank))  # noqa: B023
-            counted = memory.drawing_activations(numbers, "none", words + memory.SIGHT, 400, rows)
+            counted = memory.drawing_activations(numbers, "none", words + memory.IMAGE_TOKENS, 400, rows)
             assert counted == pytest.approx(measured, rel=0.1), rows
             assert bank.router_BTR is not None
             kept = bank.bank_BTMD.nbytes + bank.router_BTR.nbytes
-            assert memory._bank_of(numbers, rows * (words + memory.SIGHT)) == kept
+            assert memory._bank_of(numbers, rows * (words + memory.IMAGE_TOKENS)) == kept
     kept = sum(kv.nbytes for kv in references.kv) + references.under_BND.nbytes
     assert memory._references(numbers, 400) == {"references": kept}
 

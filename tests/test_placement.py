@@ -15,6 +15,7 @@ from PIL import Image
 from mos_cli.errors import InputError, MemoryLimitError
 from mos_cli.pipeline import MoSPipeline
 from mos_cli.placement import FetchedBlocks, Part, _held
+from mos_cli.runtime import memory
 from mos_cli.runtime.blueprints import find_network
 from mos_cli.runtime.bundles import Bundle, write_index
 from mos_cli.runtime.fitting import candidates, fastest
@@ -155,6 +156,15 @@ def test_all_prompts_are_read_before_the_first_step_and_nothing_comes_twice(
         ("leave", "UnderstandingTower"),
         ("arrive", "GenerationTower"),
     ]
+
+
+@pytest.mark.parametrize("limit", [1, memory.LARGE_TOWER])
+def test_the_understanding_tower_is_as_precise_as_it_is_planned(
+    bundle: Bundle, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "LARGE_TOWER", limit)
+    weights = next(loaded(bundle, "none").understanding.model.parameters())
+    assert weights.dtype.itemsize == memory.understanding_bytes(find_network(bundle.ref))
 
 
 def test_a_prompt_that_cannot_be_read_ahead_fails_alone(bundle: Bundle) -> None:

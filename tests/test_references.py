@@ -8,12 +8,12 @@ from test_fusion import slow_norm
 from test_towers import B, J, M, S, T, inputs, small_tower
 from torch import Tensor
 
-from mos_cli.towers.bank import SIGHT
+from mos_cli.runtime.shapes import IMAGE_GRID
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.layers import Cells, Rotary, Words, patchify, rotary
 
 WIDTHS = tuple(range(6, 6 + M))
-V = SIGHT * SIGHT
+V = IMAGE_GRID * IMAGE_GRID
 
 
 def seeing(**choices: Any) -> GenerationTower:
@@ -42,7 +42,11 @@ def test_memories_are_the_references_own_pass_through_the_blocks_at_time_zero() 
 
     # The same by one long masked attention: the references' patches see themselves alone, the others see everything.
     rows, columns = z.shape[2] // tower.patch, z.shape[3] // tower.patch
-    places = (Cells(rows, columns, -1), Words(T), Cells(SIGHT, SIGHT, -1, (rows / SIGHT, columns / SIGHT)))
+    places = (
+        Cells(rows, columns, -1),
+        Words(T),
+        Cells(IMAGE_GRID, IMAGE_GRID, -1, (rows / IMAGE_GRID, columns / IMAGE_GRID)),
+    )
     at = rotary((*places, Cells(rows, columns)), tower.head_width, 100.0, z.device)
     clean, noised = (tower.patches_in(patchify(part, tower.patch)) for part in (references[0], z))
     noised = noised + tower.under_in(patchify(references[0], tower.patch))

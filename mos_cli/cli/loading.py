@@ -40,6 +40,7 @@ def fit_to_card(
     """
     if settings.max_vram is None and settings.offload == "none":
         return settings
+    from mos_cli.runtime.blueprints import network_of
     from mos_cli.runtime.devices import choose_device, choose_precision, device_name, device_threads
     from mos_cli.runtime.settings import fitted, room
 
@@ -65,8 +66,8 @@ def fit_to_card(
         precision = choose_precision(device) if settings.precision == "auto" else settings.precision
     gib = room(device) if auto else settings.max_vram
     numbered = settings.model_copy(update={"max_vram": gib})
-    run = {"precision": precision, "references": references, "on_cpu": on_cpu}
-    chosen = fitted(numbered, bundle.ref, size, quant, **run)
+    network = network_of(bundle, precision=precision, references=references)
+    chosen = fitted(numbered, network, size, quant, on_cpu=on_cpu)
     name, threads = device_name(device), device_threads(device)
     cores = f"{threads} CPU thread{'' if threads == 1 else 's'}"
     where = f"no GPU: {cores}, {gib:.1f} GiB free" if on_cpu else f"{name}, {gib:.4g} GiB"
@@ -91,6 +92,7 @@ def load_pipeline(
         MosError: as `MoSPipeline` and `choose_device` do.
     """
     from mos_cli.cli.fetching import fetch_with_progress
+    from mos_cli.runtime.bundles import remember
 
     with report.stage("fetching"):
         understanding = fetch_with_progress(bundle.index.understanding)
@@ -107,7 +109,7 @@ def load_pipeline(
     if isinstance(settings.max_vram, float) and device.type == "cuda":
         cap(device, settings.max_vram)
     with report.stage("weights"):
-        return MoSPipeline(
+        pipeline = MoSPipeline(
             bundle,
             understanding,
             device=device,
@@ -116,3 +118,5 @@ def load_pipeline(
             setting=Setting(*parse_quant(quant or "none"), settings.offload, settings.tiled, settings.together),
             compiled=settings.compile,
         )
+    remember(bundle)
+    return pipeline

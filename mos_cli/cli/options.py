@@ -49,6 +49,14 @@ Model = Annotated[
     str | None,
     typer.Option("--model", "-m", envvar="MOS_MODEL", help="Bundle: name, path or hub id.", show_default="emoji"),
 ]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Where the model that drew it is, if it is not found by its hash; repeatable for a chain of edits.",
+    ),
+]
 Preset = Annotated[
     str | None, typer.Option("--preset", "-p", envvar="MOS_PRESET", help="Named settings; see `mos presets ls`.")
 ]

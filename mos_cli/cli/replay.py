@@ -14,6 +14,7 @@ from mos_cli.cli.options import (
     Device,
     Json,
     MaxVram,
+    Models,
     Offload,
     Output,
     Overwrite,
@@ -55,6 +56,7 @@ def replay(
     mask: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="A mask that an edit was made with; repeatable.")
     ] = None,
+    models: Models = None,
     route_from: Annotated[
         Path | None, typer.Option(metavar="TRACE", help="The run that the picture took its routes from.")
     ] = None,
@@ -96,15 +98,17 @@ def replay(
     if "model" in changed:
         bundle = find_bundle(changed["model"])
     else:
-        otherwise = "add --set model=FOLDER to draw with that one, or --set model=NAME to draw with another"
-        bundle = find_recorded(record.recipe.model, record.made.bundle_hash, str(picture), otherwise)
+        otherwise = "name it with --model FOLDER, or draw with another: --set model=NAME"
+        bundle = find_recorded(record.recipe.model, record.made.bundle_hash, str(picture), otherwise, models or ())
     fields, image_cfg = record.recipe.model_dump(), 1.0
     if record.recipe.edit is not None:
         edits_of(bundle)
         fields["edit"] |= {key: changed.pop(key) for key in ("image_cfg", "strength") if key in changed}
     elif given or mask:
         raise UsageError(f"{picture} is no edit: drop --input and --mask")
-    recipe = make_recipe(**{**fields, **changed, "model": bundle.ref})
+    if "model" in changed:
+        changed["model"] = bundle.ref
+    recipe = make_recipe(**fields | changed)
     if recipe.edit is not None:
         image_cfg = recipe.edit.image_cfg
     guidances = {f"--set {key}": changed.get(key) for key in ("negative", "cfg_interval")}
@@ -145,8 +149,9 @@ def replay(
         if earlier.recipe.route_from is not None:
             prompt = earlier.recipe.prompt
             raise UsageError(f"{prompt!r} took its routes from another run: give the picture with --input FILE")
-        otherwise = "give the picture with --input FILE"
-        bundle = find_recorded(earlier.recipe.model, earlier.made.bundle_hash, repr(earlier.recipe.prompt), otherwise)
+        otherwise = "name it with --model FOLDER, or give the picture with --input FILE"
+        subject = repr(earlier.recipe.prompt)
+        bundle = find_recorded(earlier.recipe.model, earlier.made.bundle_hash, subject, otherwise, models or ())
         check_size(*earlier.recipe.working_size, bundle.index.canvas)
         if inputs is not None:
             edits_of(bundle)

@@ -12,7 +12,7 @@ from mos_cli.cli.drawing import Report
 from mos_cli.cli.inspect_routing import refuse_folders
 from mos_cli.cli.interrupt import gentle_interrupt
 from mos_cli.cli.loading import load_pipeline
-from mos_cli.cli.options import Attention, Device, Json, Overwrite, Quiet, Verbose
+from mos_cli.cli.options import Attention, Device, Json, Models, Overwrite, Quiet, Verbose
 from mos_cli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -119,6 +119,7 @@ def ablate(
         typer.Option("--input", "-i", metavar="FILE", help="A picture that was edited; repeatable."),
     ] = None,
     mask: Annotated[Path | None, typer.Option(metavar="FILE", help="The mask that an edit was made with.")] = None,
+    models: Models = None,
     route_from: Annotated[
         Path | None, typer.Option(metavar="TRACE", help="The run that the picture took its routes from.")
     ] = None,
@@ -149,8 +150,8 @@ def ablate(
     report = Report(json=json, quiet=quiet, verbose=verbose)
     rule = _rule(word, block, step, only=only)
     image, record = read_drawing(picture)
-    recipe, otherwise = record.recipe, "draw it anew with `mos replay --set model=NAME` first"
-    bundle = find_recorded(recipe.model, record.made.bundle_hash, str(picture), otherwise)
+    recipe, otherwise = record.recipe, "name it with --model FOLDER"
+    bundle = find_recorded(recipe.model, record.made.bundle_hash, str(picture), otherwise, models or ())
     check_size(*recipe.working_size, bundle.index.canvas)
     for asked in parse_rules(recipe.routes or ()):
         if isinstance(asked, BaselineRule):

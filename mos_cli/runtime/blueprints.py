@@ -137,22 +137,26 @@ def find_network(
     path = Path(ref).expanduser()
     weightless = path.suffix == ".json" or ((path / BLUEPRINT).is_file() and not (path / INDEX).is_file())
     if ref not in bundles and (ref in blueprints or weightless):
-        network, edits = _network_of_blueprint(ref, find_blueprint(ref), understanding)
-    elif "/" not in ref and not path.is_dir() and ref not in bundles:
+        blueprint = find_blueprint(ref)
+        network = _network_of_blueprint(ref, blueprint, understanding)
+        return _asked(network, precision, references, edits=blueprint.edits is not None)
+    if "/" not in ref and not path.is_dir() and ref not in bundles:
         raise unknown_name("model", ref, [*bundles, *blueprints])
-    elif understanding is not None:
+    if understanding is not None:
         raise UsageError(f"--understanding chooses among the towers of a blueprint; {ref} has its own")
-    else:
-        network, edits = _network_of_bundle(ref, find_bundle(ref))
+    return network_of(find_bundle(ref), precision=precision, references=references)
+
+
+def _asked(network: Network, precision: str, references: int, *, edits: bool) -> Network:
     if references and not edits:
-        raise UsageError(f"{ref} does not edit pictures: it draws from none")
+        raise UsageError(f"{network.ref} does not edit pictures: it draws from none")
     return replace(network, each=_BYTES[precision], references=references)
 
 
-def _network_of_blueprint(ref: str, blueprint: Blueprint, understanding: str | None) -> tuple[Network, bool]:
-    """The numbers, for words alone; and whether it edits."""
+def _network_of_blueprint(ref: str, blueprint: Blueprint, understanding: str | None) -> Network:
+    """The numbers, for words alone."""
     name, tower = blueprint.tower(understanding)
-    network = Network(
+    return Network(
         ref=ref,
         generation=blueprint.shape(tower),
         understanding_name=name,
@@ -165,10 +169,10 @@ def _network_of_blueprint(ref: str, blueprint: Blueprint, understanding: str | N
         method=None,
         weightless=True,
     )
-    return network, blueprint.edits is not None
 
 
-def _network_of_bundle(ref: str, bundle: Bundle) -> tuple[Network, bool]:
+def network_of(bundle: Bundle, *, precision: str = "bf16", references: int = 0) -> Network:
+    """The numbers of a bundle that was found, as `find_network` gives them; raises as it does."""
     folder, index = bundle.folder, bundle.index
     autoencoder = None
     if (folder / "autoencoder").is_dir():
@@ -176,7 +180,7 @@ def _network_of_bundle(ref: str, bundle: Bundle) -> tuple[Network, bool]:
         autoencoder = AutoencoderShape(parameters=parameters, config=read_config(folder / "autoencoder"))
     quantised = Header.of(folder / "generation").notes.get("mos_quantisation")
     network = Network(
-        ref=ref,
+        ref=bundle.ref,
         generation=read_generation(folder / "generation"),
         understanding_name=index.understanding.name,
         understanding=_pulled(index.understanding),
@@ -188,7 +192,7 @@ def _network_of_bundle(ref: str, bundle: Bundle) -> tuple[Network, bool]:
         method=None if quantised is None else Quantisation.model_validate_json(quantised).method,
         weightless=False,
     )
-    return network, index.edits is not None
+    return _asked(network, precision, references, edits=index.edits is not None)
 
 
 def _pulled(spec: TowerSpec) -> UnderstandingShape:

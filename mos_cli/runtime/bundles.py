@@ -6,16 +6,18 @@ understanding tower is in there by reference only; `mos_cli.runtime.sources` fet
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from mos_cli.errors import InputError, ModelError
-from mos_cli.runtime.files import atomic_write, check_writable, sha256_of
-from mos_cli.runtime.folders import BLUEPRINT, list_blueprints, models_folder
+from mos_cli.runtime.files import atomic_write, check_writable, make_folder, sha256_of
+from mos_cli.runtime.folders import BLUEPRINT, list_blueprints, models_folder, user_data_folder
 from mos_cli.runtime.shapes import UnderstandingShape, read_config
 from mos_cli.runtime.sources import bad_file, hub_snapshot
 from mos_cli.runtime.specs import (
@@ -84,28 +86,60 @@ def find_bundle(ref: str) -> Bundle:
     raise _no_model(ref, folders)
 
 
-def find_recorded(name: str, bundle_hash: str, subject: str, otherwise: str) -> Bundle:
-    """The bundle that a picture was drawn with.
+def find_recorded(name: str, bundle_hash: str, subject: str, otherwise: str, models: Sequence[str] = ()) -> Bundle:
+    """The bundle that a picture was drawn with, known by its hash.
+
+    It is looked for among `models`, at the recorded name or hub id, where a bundle of that hash was last used, among
+    the bundles that are listed, and in `$MOS_MODEL`.
 
     Args:
         name, bundle_hash: the bundle's, as the picture's record has them.
         subject: what was drawn with it, for an error.
         otherwise: what can be done without it, for an error.
+        models: models that the user named: names, folders or hub ids.
 
     Raises:
-        ModelError: the bundle of that name has another hash, or there is none.
+        ModelError: there is none, or one of `models` is not a model.
     """
-    try:
-        here = find_bundle(name)
-    except ModelError:
-        if bundle_hash not in FORMER:
-            raise
-        here = None
-    if here is not None and here.hash == bundle_hash:
-        return here
+    named = [find_bundle(ref) for ref in models]
+    at_name = _or_none(name)
+    places = (_or_none(ref) for ref in (_last_used(bundle_hash), os.environ.get("MOS_MODEL")) if ref)
+    listed = (bundle for bundle in list_bundles().values() if isinstance(bundle, Bundle))
+    for bundle in chain(named, [at_name], places, listed):
+        if bundle is not None and bundle.hash == bundle_hash:
+            return bundle
     origin = f", which came with mos {FORMER[bundle_hash]}" if bundle_hash in FORMER else ""
-    difference = "is not here" if here is None else f"here it is {here.hash[:10]}"
-    raise ModelError(f"{subject} was made by {name} {bundle_hash[:10]}{origin}, and {difference}: {otherwise}")
+    other = named[0] if named else at_name
+    difference = "is not here" if other is None else f"{other.ref} is {other.hash[:10]} here"
+    raise ModelError(f"{subject} was made by {name} {bundle_hash[:10]}{origin}; {difference}: {otherwise}")
+
+
+def remember(bundle: Bundle) -> None:
+    """Keeps in the user's data folder where a bundle lies, for pictures drawn with it; see `find_recorded`."""
+    if bundle.hub_id is not None or bundle.folder.parent == models_folder():
+        return
+    # What is remembered is a convenience: a data folder that cannot be written to keeps nobody from drawing.
+    with suppress(OSError):
+        make_folder(_places())
+        atomic_write(_places() / bundle.hash, f"{bundle.folder.resolve()}\n".encode(), overwrite=True)
+
+
+def _last_used(bundle_hash: str) -> str | None:
+    try:
+        return (_places() / bundle_hash).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _places() -> Path:
+    return user_data_folder() / "bundles"
+
+
+def _or_none(ref: str) -> Bundle | None:
+    try:
+        return find_bundle(ref)
+    except ModelError:
+        return None
 
 
 def edits_of(bundle: Bundle) -> EditDefaults:

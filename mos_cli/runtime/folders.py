@@ -17,6 +17,15 @@ def cache_folder() -> Path:
     return platformdirs.user_cache_path("mos")
 
 
+def user_data_folder() -> Path:
+    """The folder for what mos remembers: `$MOS_DATA`, else the user's data folder."""
+    if chosen := os.environ.get("MOS_DATA"):
+        return Path(chosen).expanduser()
+    import platformdirs
+
+    return platformdirs.user_data_path("mos")
+
+
 def models_folder() -> Path:
     """The folder of the bundles that come with mos; its `towers/` describes understanding towers."""
     return _data_folder("models")

@@ -13,6 +13,7 @@ from typing import Literal
 
 from mos_cli.errors import ModelError
 from mos_cli.runtime.blueprints import Network
+from mos_cli.runtime.shapes import IMAGE_GRID
 
 Quant = Literal["none", "int8", "nf4"]
 Offload = Literal["none", "understanding", "blocks"]
@@ -23,7 +24,9 @@ RESERVE = GIB
 """What the driver, the libraries' workspaces, gaps between tensors and tables of positions take beside the rest."""
 TILE = 512
 """Pixels along a tile of the picture; diffusers lays one every 448."""
-SIGHT = 16
+LARGE_TOWER = 10**9
+"""Parameters from which on an understanding tower computes in bf16."""
+IMAGE_TOKENS = IMAGE_GRID**2
 """Image tokens of a picture where eyes apart from the understanding tower make them."""
 _BRANCHES = 2
 
@@ -89,17 +92,22 @@ def weights(network: Network, setting: Setting) -> Weights:
 
 
 def understanding_bytes(network: Network) -> int:
-    """Bytes of a parameter, and of a value of a state, where the understanding tower is not quantised.
+    """Bytes of a parameter, and of a value of a state, where the understanding tower is not quantised."""
+    return 4 if reads_in_fp32(network.understanding.parameters, "none") else 2
 
-    Small towers read in fp32, which cannot be felt; of large ones fp32 would be twice the memory.
+
+def reads_in_fp32(parameters: int, quant: Quant) -> bool:
+    """Whether an understanding tower of so many parameters computes in fp32.
+
+    Small ones do, as their states are few and computed once. Large and quantised ones compute in bf16.
     """
-    return 4 if network.understanding.parameters < 10**9 else 2
+    return quant == "none" and parameters < LARGE_TOWER
 
 
 def context_tokens(network: Network, size: tuple[int, int]) -> int:
     """Tokens of a prompt, those of the pictures that it is read in sight of included."""
     tower = network.understanding
-    return TOKENS + network.references * (tower.image_tokens(size) if network.generation.sees else SIGHT)
+    return TOKENS + network.references * (tower.image_tokens(size) if network.generation.sees else IMAGE_TOKENS)
 
 
 def stages(network: Network, setting: Setting, size: tuple[int, int]) -> tuple[Stage, ...]:

@@ -17,6 +17,7 @@ from mos_cli.runtime.specs import DEFAULT_SOLVER, Canvas, Interval, RouteRules, 
 if TYPE_CHECKING:
     import torch
 
+    from mos_cli.runtime.blueprints import Network
     from mos_cli.runtime.fitting import Candidate
     from mos_cli.runtime.memory import Setting
 
@@ -184,30 +185,24 @@ def room(device: "torch.device") -> float:
 
 def fitted(
     settings: RunSettings,
-    ref: str,
+    network: "Network",
     size: tuple[int, int],
     quant: str | None,
     *,
-    precision: str = "bf16",
-    references: int = 0,
     on_cpu: bool = False,
 ) -> RunSettings:
     """The settings with what `max_vram`, a number here, decides: the fastest that fits, as `mos plan` finds it.
 
     Args:
         quant: how the towers are quantised in any case; None leaves it open. `offload` is kept if it is set.
-        precision, references: those of the run, as `find_network` takes them.
         on_cpu: `max_vram` is of main memory, and nothing is offloaded.
 
     Raises:
         MemoryLimitError: nothing fits.
-        ModelError: the model's numbers cannot be read.
     """
-    from mos_cli.runtime.blueprints import find_network
     from mos_cli.runtime.fitting import candidates, fastest, fastest_on_cpu, parse_quant
 
     assert isinstance(settings.max_vram, float)
-    network = find_network(ref, precision=precision, references=references)
     given = settings.model_dump(include={"steps", "cfg", "cfg_interval"}, exclude_none=True)
     network = replace(network, defaults=network.defaults.model_copy(update=given))
     found = candidates(network, size, quant=None if quant is None else parse_quant(quant))
@@ -221,27 +216,16 @@ def fitted(
     return settings.model_copy(update={"quant": best.quant, **laid})
 
 
-def smaller(
-    ref: str,
-    size: tuple[int, int],
-    now: "Setting",
-    card: float | None,
-    *,
-    precision: str = "bf16",
-    references: int = 0,
-) -> "Candidate | None":
+def smaller(network: "Network", size: tuple[int, int], now: "Setting", card: float | None) -> "Candidate | None":
     """The fastest setting that needs clearly less than the one that ran out of memory; None where there is none.
 
     Args:
         card: GiB of the GPU; None for a CPU, where nothing can be offloaded.
-        precision, references: those of the run, as `find_network` takes them.
     """
-    from mos_cli.runtime.blueprints import find_network
     from mos_cli.runtime.fitting import candidates, fastest
     from mos_cli.runtime.memory import stages
 
     try:
-        network = find_network(ref, precision=precision, references=references)
         found = candidates(network, size)
         kept = replace(now, generation=network.method or now.generation)
         peak = max(stage.peak for stage in stages(network, kept, size))

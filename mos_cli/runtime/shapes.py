@@ -5,6 +5,7 @@ P values of a patch.
 """
 
 import json
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -12,6 +13,9 @@ from pydantic import Field, ValidationError
 
 from mos_cli.errors import ModelError
 from mos_cli.runtime.specs import Frozen, first_problem
+
+IMAGE_GRID = 4
+"""Image tokens of a picture along each side, where an image encoder makes them apart from the understanding tower."""
 
 
 class GenerationShape(Frozen):
@@ -197,3 +201,8 @@ class Header(Frozen):
             except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError):
                 raise ModelError(f"{path} is damaged") from None
         return cls(shapes=shapes, notes=notes)
+
+
+def understanding_parameters(folder: Path) -> int:
+    """The parameters of an understanding tower, without an output head, which reading does not need."""
+    return sum(prod(shape) for name, shape in Header.of(folder).shapes.items() if "lm_head" not in name)

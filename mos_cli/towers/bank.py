@@ -12,8 +12,6 @@ from torch import Tensor
 from mos_cli.towers.layers import Cells, Padding, Ragged
 from mos_cli.towers.router import Route
 
-SIGHT = 4
-"""Image tokens of a picture along each side, where they are made by eyes apart from the understanding tower."""
 Grid = tuple[int, int]
 """Rows and columns of the image tokens of a picture."""
 

@@ -13,9 +13,9 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from mos_cli.towers.bank import SIGHT
+from mos_cli.runtime.shapes import IMAGE_GRID
 
-SIDE = 32 * SIGHT
+SIDE = 32 * IMAGE_GRID
 """Pictures are looked at in this size, at which a cell of the last stage is a token."""
 STAGES = (
     # kernel, stride, expansion, channels, blocks
@@ -79,7 +79,7 @@ class Eyes(ModelMixin, ConfigMixin):
         sized = F.interpolate(pictures_B3HW, (SIDE, SIDE), mode="bilinear", antialias=True).to(self.dtype)
         # Convolutions of single channels are three times as fast on a CPU with the channels last.
         stages = self.trunk.stages(sized.contiguous(memory_format=torch.channels_last))
-        cells = [F.adaptive_avg_pool2d(stage.float(), SIGHT).flatten(2).mT for stage in stages]
+        cells = [F.adaptive_avg_pool2d(stage.float(), IMAGE_GRID).flatten(2).mT for stage in stages]
         return torch.stack([F.pad(cells[s], (0, max(self.widths) - cells[s].shape[-1])) for s in self.stages_read], 2)
 
 

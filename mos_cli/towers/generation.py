@@ -15,7 +15,8 @@ from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from mos_cli.towers.bank import SIGHT, Grid, References, StateBank, sight_places
+from mos_cli.runtime.shapes import IMAGE_GRID
+from mos_cli.towers.bank import Grid, References, StateBank, sight_places
 from mos_cli.towers.blocks import Context, GenerationBlock, reading
 from mos_cli.towers.layers import (
     EPS,
@@ -186,7 +187,7 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
         """What the blocks keep of pictures, from their clean latents, each [B, C, H, W], the one that is edited first.
 
         Each passes the blocks alone, at time 0: a clean picture is what the tower ends with. Words have no part in it.
-        `grids` are those of their image tokens, SIGHT x SIGHT if they are made by eyes apart.
+        `grids` are those of their image tokens, IMAGE_GRID x IMAGE_GRID if they are made by eyes apart.
         """
         memories, places = [], []
         patches = [patchify(z_BCHW, self.patch).to(self.patches_in.weight.dtype) for z_BCHW in references]
@@ -203,7 +204,7 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
             places.append(cells)
         assert self.under_in is not None
         kv = tuple(torch.cat(parts, dim=1) for parts in zip(*memories, strict=True))
-        grids = tuple(grids or [(SIGHT, SIGHT)] * len(references))
+        grids = tuple(grids or [(IMAGE_GRID, IMAGE_GRID)] * len(references))
         return References(grids, kv, tuple(places), self.under_in(patches[0]))
 
     def _cells(self, z_BCHW: Tensor, *, order: int = 0) -> Cells:

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mos_cli.errors import InputError, MosError, UsageError
+from mos_cli.runtime.shapes import IMAGE_GRID
 from mos_cli.sampling.flow import logit_normal, noised
 from mos_cli.towers.autoencoder import Autoencoder
-from mos_cli.towers.bank import SIGHT, Grid
+from mos_cli.towers.bank import Grid
 from mos_cli.towers.eyes import Eyes
 from mos_cli.towers.understanding import Picture, Reading, UnderstandingTower
 from mos_cli.training.recipe import TrainTable
@@ -43,7 +44,7 @@ class Batch:
     mask_BT: Tensor
     references_BCHW: Tensor | None = None
     sight_BVMZ: Tensor | None = None
-    grid: Grid = (SIGHT, SIGHT)
+    grid: Grid = (IMAGE_GRID, IMAGE_GRID)
 
 
 Kind = tuple[str, bool]
