@@ -26,21 +26,21 @@ from diffusers.hooks.mag_cache import MagCacheConfig
 from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig
 from PIL import Image
 
+from mos_cli.bundles.bundle import find_bundle
 from mos_cli.cli.fetching import fetch_with_progress
-from mos_cli.pipeline import MoSPipeline, make_noise
+from mos_cli.config.recipe import Recipe, make_recipe
+from mos_cli.config.settings import RunSettings
+from mos_cli.images.sheets import COLUMNS, contact_sheet
+from mos_cli.inference.pipeline import MoSPipeline, make_noise
 from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.trace import Routes, Wanted
-from mos_cli.runtime.bundles import find_bundle
-from mos_cli.runtime.devices import choose_device, choose_precision, device_name
-from mos_cli.runtime.quiet import quieten
-from mos_cli.runtime.recipe import Recipe, make_recipe
-from mos_cli.runtime.settings import RunSettings
-from mos_cli.runtime.sheet import COLUMNS, contact_sheet
-from mos_cli.runtime.specs import DEFAULT_SOLVER
-from mos_cli.sampling.caching import CacheConfig, Cached
+from mos_cli.sampling.feature_cache import CacheConfig, Cached
 from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, Step, make_sigmas, sample
 from mos_cli.towers.autoencoder import to_image
 from mos_cli.towers.blocks import GenerationBlock
+from mos_cli.utils.devices import choose_device, choose_precision, device_name
+from mos_cli.utils.quiet import quieten
+from mos_cli.utils.validation import DEFAULT_SOLVER
 
 PROMPTS = Path(__file__).parent.parent / "docs" / "prompts.txt"
 CALIBRATION = ("a tree", "two cats, flat style", "a boat on a sky blue background")

@@ -26,15 +26,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mos_cli.runtime.bundles import find_bundle
-from mos_cli.runtime.devices import cpu_threads
-from mos_cli.runtime.files import atomic_write
-from mos_cli.towers.eyes import Eyes
+from mos_cli.bundles.bundle import find_bundle
+from mos_cli.datasets.art.file import data_folder, load_art
+from mos_cli.datasets.scenes.vocabulary import load_vocabulary
+from mos_cli.datasets.tables import DataTable
+from mos_cli.towers.image_encoder import Eyes
 from mos_cli.towers.understanding import UnderstandingTower
-from mos_cli.training.art.file import data_folder, load_art
-from mos_cli.training.recipe import DataTable, load_recipe
+from mos_cli.training.recipe import load_recipe
 from mos_cli.training.references import find_understanding
-from mos_cli.training.scenes.vocabulary import load_vocabulary
+from mos_cli.utils.devices import cpu_threads
+from mos_cli.utils.files import atomic_write
 
 RECIPE = "train-emoji"
 BATCH = 128

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mos_cli.runtime.shapes import IMAGE_GRID
+from mos_cli.bundles.shapes import IMAGE_GRID
 from mos_cli.towers.understanding import UnderstandingTower
 
 STEM = 24

@@ -1,6 +1,6 @@
 """Scenes for the comparison of eyes: what a small encoder learns from, and what probes are asked about.
 
-Scenes to learn from never show combinations that are held out (`mos_cli.training.scenes.description`), nor, for the
+Scenes to learn from never show combinations that are held out (`mos_cli.datasets.scenes.description`), nor, for the
 encoder, one word in thirteen: what states know of these they know from elsewhere.
 
 Shapes: B pictures, H x W their size, O objects of a scene, V image tokens (cells), Q words.
@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mos_cli.runtime.shapes import IMAGE_GRID
-from mos_cli.towers.eyes import SIDE
-from mos_cli.training.scenes.compositor import Compositor
-from mos_cli.training.scenes.description import Description, Thing, held_out, held_out_style
-from mos_cli.training.scenes.grounds import Ground
-from mos_cli.training.scenes.layout import Scene, lay_out
-from mos_cli.training.scenes.vocabulary import COLOURS, Vocabulary
-from mos_cli.training.scenes.writer import SceneWriter, choose_ground
+from mos_cli.bundles.shapes import IMAGE_GRID
+from mos_cli.datasets.scenes.compositor import Compositor
+from mos_cli.datasets.scenes.description import Description, Thing, held_out, held_out_style
+from mos_cli.datasets.scenes.grounds import Ground
+from mos_cli.datasets.scenes.layout import Scene, lay_out
+from mos_cli.datasets.scenes.vocabulary import COLOURS, Vocabulary
+from mos_cli.datasets.scenes.writer import SceneWriter, choose_ground
+from mos_cli.towers.image_encoder import SIDE
 
 Kind = Literal["probe", "met", "new"]
 """What probes learn from, and what they are tested on: other scenes of that kind, and held-out combinations."""

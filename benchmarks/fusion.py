@@ -22,12 +22,13 @@ import typer
 from fusion_run import Bench, judged, one_run, parameters
 from fusion_world import CATEGORIES, Scenes, World, read_library
 
-from mos_cli.runtime.devices import choose_device
-from mos_cli.runtime.files import atomic_write
-from mos_cli.training.art.file import data_folder, load_art
-from mos_cli.training.evaluation.judge import Judge, judge_folder
-from mos_cli.training.recipe import DataTable, TrainRecipe, load_recipe
-from mos_cli.training.scenes.vocabulary import load_vocabulary
+from mos_cli.datasets.art.file import data_folder, load_art
+from mos_cli.datasets.scenes.vocabulary import load_vocabulary
+from mos_cli.datasets.tables import DataTable
+from mos_cli.evaluation.judge import Judge, judge_folder
+from mos_cli.training.recipe import TrainRecipe, load_recipe
+from mos_cli.utils.devices import choose_device
+from mos_cli.utils.files import atomic_write
 
 RECIPE = Path(__file__).with_name("fusion.toml")
 HELD_BACK = 512

@@ -15,14 +15,14 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from fusion_world import CATEGORIES, Library, Scenes
 from torch import Tensor
 
+from mos_cli.evaluation.checks import passes
+from mos_cli.evaluation.judge import Judge
+from mos_cli.evaluation.scenebench import Entry
 from mos_cli.sampling.flow import logit_normal, noised, velocity_loss
 from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, make_sigmas, sample
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.training.batches import Batch
 from mos_cli.training.ema import PowerEMA
-from mos_cli.training.evaluation.bench import Entry
-from mos_cli.training.evaluation.checks import passes
-from mos_cli.training.evaluation.judge import Judge
 from mos_cli.training.objective import Objective, layer_use
 from mos_cli.training.optimiser import build_optimisers, set_rates
 from mos_cli.training.recipe import TrainRecipe

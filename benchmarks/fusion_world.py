@@ -18,16 +18,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mos_cli.datasets.scenes.captions import caption
+from mos_cli.datasets.scenes.compositor import Compositor
+from mos_cli.datasets.scenes.description import DEFAULT_STYLE, Description, Thing, held_out
+from mos_cli.datasets.scenes.layout import lay_out
+from mos_cli.datasets.scenes.vocabulary import Vocabulary
+from mos_cli.evaluation.scenebench import Category, Entry
 from mos_cli.towers.layers import EPS
 from mos_cli.towers.router import fixed_route
 from mos_cli.towers.understanding import UnderstandingTower
-from mos_cli.training.evaluation.bench import Category, Entry
 from mos_cli.training.references import find_understanding
-from mos_cli.training.scenes.captions import caption
-from mos_cli.training.scenes.compositor import Compositor
-from mos_cli.training.scenes.description import DEFAULT_STYLE, Description, Thing, held_out
-from mos_cli.training.scenes.layout import lay_out
-from mos_cli.training.scenes.vocabulary import Vocabulary
 
 CATEGORIES: tuple[Category, ...] = ("single", "two", "colour", "position", "binding")
 COLOURS = ("red", "yellow", "blue", "purple")

@@ -9,18 +9,18 @@ from pathlib import Path
 
 from rich.progress import track
 
+from mos_cli.bundles.bundle import edits_of, find_bundle
+from mos_cli.bundles.specs import Defaults
 from mos_cli.cli.asked import shared_fields
 from mos_cli.cli.drawing import Report
 from mos_cli.cli.loading import load_pipeline
-from mos_cli.runtime.bundles import edits_of, find_bundle
-from mos_cli.runtime.quiet import quieten
-from mos_cli.runtime.settings import RunSettings, make_settings
-from mos_cli.runtime.specs import Defaults
-from mos_cli.training.art.file import data_folder, load_art
-from mos_cli.training.evaluation.edit_bench import read_edit_bench
-from mos_cli.training.evaluation.edit_run import EditEvaluation, evaluate_edits
-from mos_cli.training.evaluation.examine import TrueScenes
-from mos_cli.training.evaluation.judge import Judge, judge_folder
+from mos_cli.config.settings import RunSettings, make_settings
+from mos_cli.datasets.art.file import data_folder, load_art
+from mos_cli.evaluation.edit_run import EditEvaluation, evaluate_edits
+from mos_cli.evaluation.editbench import read_edit_bench
+from mos_cli.evaluation.examine import TrueScenes
+from mos_cli.evaluation.judge import Judge, judge_folder
+from mos_cli.utils.quiet import quieten
 
 
 def line(cfg: float, image_cfg: float, found: EditEvaluation) -> str:

@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from mos_cli.config.recipe import Provenance, make_recipe
 from mos_cli.routing.export import export_decisions
 from mos_cli.routing.section import cut, cut_all
 from mos_cli.routing.trace import Routes, Trace, TraceToken, load_recording, make_branch, trace_files
 from mos_cli.routing.views.terminal import RoutesView
-from mos_cli.runtime.files import write_together
-from mos_cli.runtime.recipe import Provenance, make_recipe
+from mos_cli.utils.files import write_together
 
 STEPS, TOKENS, BLOCKS, LAYERS, TOP_K = 28, 512, 40, 33, 2
 MOST_BYTES, MOST_SECONDS = 4e6, 1.0

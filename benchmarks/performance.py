@@ -30,13 +30,13 @@ from performance_model import MoSL, Row, Run, difference, matmul_rate, seconds
 from performance_steps import compiled, sync, together
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from mos_cli.benching import Clock
 from mos_cli.errors import DeviceError, MemoryLimitError
-from mos_cli.runtime.devices import device_name
-from mos_cli.runtime.fitting import CARDS
-from mos_cli.runtime.memory import GIB
-from mos_cli.runtime.quiet import quieten
+from mos_cli.inference.profiling import Clock
+from mos_cli.planning.candidates import CARDS
+from mos_cli.planning.memory import GIB
 from mos_cli.towers.attention import choose_attention
+from mos_cli.utils.devices import device_name
+from mos_cli.utils.quiet import quieten
 
 
 def caps(run: Run) -> list[Row]:

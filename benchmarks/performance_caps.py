@@ -9,14 +9,14 @@ import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from mos_cli.benching import PeakMemory
-from mos_cli.placement import Places
-from mos_cli.runtime.fitting import candidates, fastest
-from mos_cli.runtime.memory import GIB, Quant, Setting
-from mos_cli.runtime.quantising import Method
-from mos_cli.runtime.specs import DEFAULT_SOLVER
+from mos_cli.inference.offload import Places
+from mos_cli.inference.profiling import PeakMemory
+from mos_cli.planning.candidates import candidates, fastest
+from mos_cli.planning.memory import GIB, Quant, Setting
+from mos_cli.quantization.method import Method
 from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, make_sigmas, sample
 from mos_cli.towers.attention import choose_attention
+from mos_cli.utils.validation import DEFAULT_SOLVER
 
 
 class Stages:

@@ -12,9 +12,9 @@ import performance_networks as networks
 import torch
 from torch import Tensor
 
-from mos_cli.benching import Clock
-from mos_cli.runtime.memory import TOKENS
-from mos_cli.runtime.quantising import Method
+from mos_cli.inference.profiling import Clock
+from mos_cli.planning.memory import TOKENS
+from mos_cli.quantization.method import Method
 from mos_cli.sampling.branches import Branches
 from mos_cli.sampling.sampler import NEGATIVE, POSITIVE
 from mos_cli.towers.attention import choose_attention

@@ -19,14 +19,14 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3Model
 
-from mos_cli.runtime.blueprints import Network, find_network
-from mos_cli.runtime.memory import TOKENS
-from mos_cli.runtime.quantising import Method, Quantisation
-from mos_cli.runtime.shapes import AutoencoderShape, GenerationShape, UnderstandingShape
+from mos_cli.bundles.blueprints import Network, find_network
+from mos_cli.bundles.shapes import AutoencoderShape, GenerationShape, UnderstandingShape
+from mos_cli.planning.memory import TOKENS
+from mos_cli.quantization.layers import COMPUTE, assembled, quantised_parts
+from mos_cli.quantization.method import Method, Quantisation
 from mos_cli.towers.bank import StateBank
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.towers.quantised import GENERATION_KEPT, UNDERSTANDING_KEPT, survey
-from mos_cli.towers.quantised_linear import COMPUTE, assembled, quantised_parts
+from mos_cli.towers.quantized import GENERATION_KEPT, UNDERSTANDING_KEPT, survey
 
 _Model = TypeVar("_Model", bound=nn.Module)
 HEAD = 128

@@ -17,14 +17,14 @@ from performance_model import MoSL, Row, Run, difference, seconds
 from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
-from mos_cli.placement import FetchedBlocks
+from mos_cli.inference.offload import FetchedBlocks
+from mos_cli.planning.memory import TOKENS
+from mos_cli.quantization.method import Method
 from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.trace import Wanted
-from mos_cli.runtime.memory import TOKENS
-from mos_cli.runtime.quantising import Method
-from mos_cli.runtime.specs import DEFAULT_SOLVER
 from mos_cli.sampling.sampler import POSITIVE, Guidance, make_sigmas, sample
 from mos_cli.towers.router import Steering
+from mos_cli.utils.validation import DEFAULT_SOLVER
 
 LENGTHS = (32, 64, TOKENS)
 """Tokens of the prompts that are met one after the other: what is made for one may have to be made anew."""

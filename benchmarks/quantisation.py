@@ -23,21 +23,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mos_cli.bundles.bundle import find_bundle
 from mos_cli.cli.fetching import fetch_with_progress
-from mos_cli.pipeline import Drawing, MoSPipeline, make_noise
+from mos_cli.config.recipe import Recipe, make_recipe
+from mos_cli.config.settings import RunSettings
+from mos_cli.inference.pipeline import Drawing, MoSPipeline, make_noise
+from mos_cli.quantization.layers import assembled, bitsandbytes, quantised_parts
+from mos_cli.quantization.method import METHODS, Method, Quantisation
 from mos_cli.routing.diff import compare
 from mos_cli.routing.trace import Wanted
-from mos_cli.runtime.bundles import find_bundle
-from mos_cli.runtime.devices import choose_device, device_name
-from mos_cli.runtime.quantising import METHODS, Method, Quantisation
-from mos_cli.runtime.quiet import quieten
-from mos_cli.runtime.recipe import Recipe, make_recipe
-from mos_cli.runtime.settings import RunSettings
-from mos_cli.runtime.specs import DEFAULT_SOLVER
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.towers.quantised import GENERATION_KEPT, quantise, survey
-from mos_cli.towers.quantised_linear import assembled, bitsandbytes, quantised_parts
+from mos_cli.towers.quantized import GENERATION_KEPT, quantise, survey
 from mos_cli.towers.router import Route
+from mos_cli.utils.devices import choose_device, device_name
+from mos_cli.utils.quiet import quieten
+from mos_cli.utils.validation import DEFAULT_SOLVER
 
 PROMPTS = ("a dog", "a rocket, flat style", "a cat and a dog", "a rose on a sky blue background")
 TIMES = (1.0, 0.7, 0.4, 0.1)

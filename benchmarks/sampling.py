@@ -24,16 +24,16 @@ from torch import nn
 from torch._inductor.utils import fresh_cache
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from mos_cli.bundles.bundle import Bundle, find_bundle
 from mos_cli.cli.fetching import fetch_with_progress
-from mos_cli.loading import DTYPES
-from mos_cli.pipeline import MoSPipeline
-from mos_cli.runtime.bundles import Bundle, find_bundle
-from mos_cli.runtime.devices import choose_device, choose_precision, device_name
-from mos_cli.runtime.memory import Setting
-from mos_cli.runtime.quiet import quieten
-from mos_cli.runtime.recipe import Recipe, make_recipe
-from mos_cli.runtime.settings import RunSettings
-from mos_cli.runtime.specs import DEFAULT_SOLVER
+from mos_cli.config.recipe import Recipe, make_recipe
+from mos_cli.config.settings import RunSettings
+from mos_cli.inference.loading import DTYPES
+from mos_cli.inference.pipeline import MoSPipeline
+from mos_cli.planning.memory import Setting
+from mos_cli.utils.devices import choose_device, choose_precision, device_name
+from mos_cli.utils.quiet import quieten
+from mos_cli.utils.validation import DEFAULT_SOLVER
 
 PROMPTS = ("a dog", "a rocket, flat style", "a cat and a dog", "a rose on a sky blue background")
 SIDE = 1024

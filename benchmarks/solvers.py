@@ -20,19 +20,19 @@ from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepSchedu
 from PIL import Image
 from torch import Tensor
 
-from mos_cli.ablation import difference
+from mos_cli.bundles.bundle import find_bundle
 from mos_cli.cli.fetching import fetch_with_progress
-from mos_cli.pipeline import MoSPipeline, make_noise
-from mos_cli.runtime.bundles import find_bundle
-from mos_cli.runtime.devices import choose_device, choose_precision, device_name
-from mos_cli.runtime.quiet import quieten
-from mos_cli.runtime.recipe import Recipe, make_recipe
-from mos_cli.runtime.settings import RunSettings
-from mos_cli.runtime.specs import DEFAULT_SOLVER, Solver
+from mos_cli.config.recipe import Recipe, make_recipe
+from mos_cli.config.settings import RunSettings
+from mos_cli.inference.ablation import difference
+from mos_cli.inference.pipeline import MoSPipeline, make_noise
 from mos_cli.sampling.branches import Branches
 from mos_cli.sampling.flow import velocity
 from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance
 from mos_cli.towers.autoencoder import to_image
+from mos_cli.utils.devices import choose_device, choose_precision, device_name
+from mos_cli.utils.quiet import quieten
+from mos_cli.utils.validation import DEFAULT_SOLVER, Solver
 
 PROMPTS = Path(__file__).parent.parent / "docs" / "prompts.txt"
 REFERENCE = 200

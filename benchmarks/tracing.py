@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from sampling import recipe_of
 
+from mos_cli.bundles.bundle import find_bundle
 from mos_cli.cli.fetching import fetch_with_progress
-from mos_cli.pipeline import MoSPipeline
+from mos_cli.config.settings import RunSettings
+from mos_cli.inference.pipeline import MoSPipeline
 from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.trace import Wanted
-from mos_cli.runtime.bundles import find_bundle
-from mos_cli.runtime.devices import choose_device, choose_precision, device_name
-from mos_cli.runtime.quiet import quieten
-from mos_cli.runtime.settings import RunSettings
+from mos_cli.utils.devices import choose_device, choose_precision, device_name
+from mos_cli.utils.quiet import quieten
 
 
 def watched(pipeline: MoSPipeline, draw: Callable[[], Any]) -> tuple[float, float]:

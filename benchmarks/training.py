@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mos_cli.runtime.quiet import quieten
+from mos_cli.utils.quiet import quieten
 
 
 def seconds(step: Callable[[], object], steps: int, device: torch.device) -> float:
@@ -33,7 +33,7 @@ def _wait(device: torch.device) -> None:
 
 def main() -> None:
     quieten()
-    from mos_cli.training.art.file import data_folder
+    from mos_cli.datasets.art.file import data_folder
     from mos_cli.training.recipe import load_recipe
     from mos_cli.training.run import prepare
 

@@ -18,11 +18,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from mos_cli.runtime.sheet import contact_sheet
+from mos_cli.datasets.art.file import data_folder, load_art
+from mos_cli.evaluation.editbench import read_edit_bench
+from mos_cli.evaluation.examine import TrueScenes
+from mos_cli.images.sheets import contact_sheet
 from mos_cli.towers.autoencoder import to_image
-from mos_cli.training.art.file import data_folder, load_art
-from mos_cli.training.evaluation.edit_bench import read_edit_bench
-from mos_cli.training.evaluation.examine import TrueScenes
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent

@@ -13,13 +13,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
-from mos_cli.runtime.bundles import Bundle, write_index
-from mos_cli.runtime.files import sha256_of
-from mos_cli.runtime.specs import Canvas, Defaults, EditDefaults, FolderSource, TowerSpec
-from mos_cli.towers.eyes import Eyes
+from mos_cli.bundles.bundle import Bundle, write_index
+from mos_cli.bundles.specs import Canvas, Defaults, EditDefaults, FolderSource, TowerSpec
+from mos_cli.datasets.art.file import SCHEMA, Art, load_art
+from mos_cli.evaluation.scenebench import bench_data
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.training.art.file import SCHEMA, Art, load_art
-from mos_cli.training.evaluation.bench import bench_data
+from mos_cli.towers.image_encoder import Eyes
+from mos_cli.utils.files import sha256_of
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "an", "red", "green", "apple", "dog", "cat", "##s"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mos_cli.config.recipe import Provenance, make_recipe
 from mos_cli.routing.trace import SCHEMA, Recording, RegionGrid, Routes, Trace, TraceToken, make_branch
-from mos_cli.runtime.recipe import Provenance, make_recipe
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 GRID = RegionGrid(rows=4, columns=4)

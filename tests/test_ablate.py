@@ -9,16 +9,16 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from mos_cli.ablation import ablate, difference, shares_read, with_layer
+from mos_cli.bundles.sources import fetch_tower
 from mos_cli.cli.app import app
-from mos_cli.pipeline import Drawing, MoSPipeline
+from mos_cli.config.recipe import Recipe, make_recipe
+from mos_cli.images.pictures import FILTER
+from mos_cli.images.sheets import CELL, GAP
+from mos_cli.inference.ablation import ablate, difference, shares_read, with_layer
+from mos_cli.inference.pipeline import Drawing, MoSPipeline
 from mos_cli.routing.rules import Rule, parse_rule
 from mos_cli.routing.trace import load_recording
-from mos_cli.runtime.devices import choose_device
-from mos_cli.runtime.pictures import FILTER
-from mos_cli.runtime.recipe import Recipe, make_recipe
-from mos_cli.runtime.sheet import CELL, GAP
-from mos_cli.runtime.sources import fetch_tower
+from mos_cli.utils.devices import choose_device
 
 LAYERS = 4
 

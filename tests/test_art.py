@@ -13,13 +13,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mos_cli.cli.data import data_app
+from mos_cli.datasets.art.build import build_art, choose_sets
+from mos_cli.datasets.art.file import ArtManifest, load_art, load_manifest
+from mos_cli.datasets.art.names import SHORTCODES, Annotations
+from mos_cli.datasets.art.rasterise import rasterise, svg_document
+from mos_cli.datasets.art.sets import SETS, ArtSet, Package
 from mos_cli.errors import InputError, ModelError, UsageError
-from mos_cli.runtime.files import sha256_of
-from mos_cli.training.art.build import build_art, choose_sets
-from mos_cli.training.art.file import ArtManifest, load_art, load_manifest
-from mos_cli.training.art.names import SHORTCODES, Annotations
-from mos_cli.training.art.rasterise import rasterise, svg_document
-from mos_cli.training.art.sets import SETS, ArtSet, Package
+from mos_cli.utils.files import sha256_of
 
 SIZE = 32
 RED_DISC = '<circle cx="16" cy="16" r="12" fill="red" fill-opacity="0.5"/>'

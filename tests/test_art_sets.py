@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from mos_cli.datasets.art.sets import SETS, Package, fetch_package
 from mos_cli.errors import ModelError
-from mos_cli.runtime.files import sha256_of
-from mos_cli.training.art.sets import SETS, Package, fetch_package
+from mos_cli.utils.files import sha256_of
 
 
 @pytest.fixture

@@ -11,16 +11,16 @@ import pytest
 import torch
 from typer.testing import Result
 
+from mos_cli.bundles.blueprints import find_network
+from mos_cli.bundles.bundle import Bundle
 from mos_cli.cli import drawing
 from mos_cli.cli.drawing import Report
 from mos_cli.cli.loading import fit_to_card
+from mos_cli.config.settings import RunSettings, make_settings, resolve
 from mos_cli.errors import MemoryLimitError
-from mos_cli.runtime.blueprints import find_network
-from mos_cli.runtime.bundles import Bundle
-from mos_cli.runtime.fitting import candidates, fastest, fastest_on_cpu
-from mos_cli.runtime.memory import GIB
-from mos_cli.runtime.outputs import read_record
-from mos_cli.runtime.settings import RunSettings, make_settings, resolve
+from mos_cli.images.outputs import read_record
+from mos_cli.planning.candidates import candidates, fastest, fastest_on_cpu
+from mos_cli.planning.memory import GIB
 
 Mos = Callable[..., Result]
 
@@ -93,7 +93,7 @@ def on_cpu(bundle: Bundle, gib: float, monkeypatch: pytest.MonkeyPatch, **asked:
     """What is drawn with on a CPU with so much free memory, where "tiny" is as large as MoS-L."""
     has(monkeypatch, gib)
     network = find_network("mos-l", references=1)
-    monkeypatch.setattr("mos_cli.runtime.blueprints.network_of", lambda bundle, **run: network)
+    monkeypatch.setattr("mos_cli.bundles.blueprints.network_of", lambda bundle, **run: network)
     settings = RunSettings(model="tiny", device="cpu", max_vram="auto", **asked)
     return fit_to_card(bundle, settings, (1024, 1024), Report(quiet=True), fetch=False)
 
@@ -119,9 +119,9 @@ def test_too_little_memory_is_one_line(
 def test_a_card_is_taken_as_it_is(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory of the card, in place of a number; the rest is that of any --max-vram."""
     network = find_network("mos-l", references=1)
-    monkeypatch.setattr("mos_cli.runtime.blueprints.network_of", lambda bundle, **run: network)
-    monkeypatch.setattr("mos_cli.runtime.devices.choose_device", lambda asked: torch.device("cuda"))
-    monkeypatch.setattr("mos_cli.runtime.devices.device_name", lambda device: "A card")
+    monkeypatch.setattr("mos_cli.bundles.blueprints.network_of", lambda bundle, **run: network)
+    monkeypatch.setattr("mos_cli.utils.devices.choose_device", lambda asked: torch.device("cuda"))
+    monkeypatch.setattr("mos_cli.utils.devices.device_name", lambda device: "A card")
     card = SimpleNamespace(total_memory=int(11.6 * GIB))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     said: list[str] = []

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mos_cli.benching import PeakMemory, Timing, measure
+from mos_cli.bundles.bundle import Bundle
 from mos_cli.cli.bench import _print_table, measure_preset
-from mos_cli.runtime.bundles import Bundle
-from mos_cli.runtime.fitting import CARDS
-from mos_cli.runtime.settings import Settings, load_preset
+from mos_cli.config.settings import Settings, load_preset
+from mos_cli.inference.profiling import PeakMemory, Timing, measure
+from mos_cli.planning.candidates import CARDS
 
 CPU = torch.device("cpu")
 
@@ -40,8 +40,8 @@ def test_more_steps_take_longer_but_not_each_of_them(bundle: Bundle) -> None:
 
 
 def test_measuring_leaves_the_pipeline_as_it_was(bundle: Bundle, encoder_folder: Path) -> None:
-    from mos_cli.pipeline import MoSPipeline
-    from mos_cli.runtime.recipe import make_recipe
+    from mos_cli.config.recipe import make_recipe
+    from mos_cli.inference.pipeline import MoSPipeline
 
     pipeline = MoSPipeline(bundle, encoder_folder, device=CPU, precision="fp32")
     sizes = {"width": 32, "height": 32, "steps": 2, "cfg": 2.0, "cfg_interval": (0.0, 1.0)}

@@ -17,14 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from vlm_towers import LAYERS, WIDTH, qwen3_vl
 
+from mos_cli.bundles.blueprints import Blueprint, find_blueprint, find_network
+from mos_cli.bundles.bundle import find_bundle, verify_bundle
+from mos_cli.bundles.shapes import GenerationShape, read_generation
+from mos_cli.bundles.sources import fetch_tower
 from mos_cli.errors import InputError, ModelError, UsageError
-from mos_cli.runtime.blueprints import Blueprint, find_blueprint, find_network
-from mos_cli.runtime.bundles import find_bundle, verify_bundle
-from mos_cli.runtime.folders import list_blueprints, models_folder
-from mos_cli.runtime.shapes import GenerationShape, read_generation
-from mos_cli.runtime.sources import fetch_tower
-from mos_cli.towers.fresh import Start, write_fresh_bundle
 from mos_cli.towers.generation import GenerationTower
+from mos_cli.towers.random_weights import Start, write_fresh_bundle
+from mos_cli.utils.folders import list_blueprints, models_folder
 from tests.test_plan import command
 
 NAMES = ("mos-s", "mos-l")
@@ -245,8 +245,8 @@ def test_memory_stays_below_a_shard_and_a_margin(tmp_path: Path) -> None:
     code = """
 import resource
 from pathlib import Path
-from mos_cli.runtime.blueprints import find_blueprint
-from mos_cli.towers.fresh import Start, write_fresh_bundle
+from mos_cli.bundles.blueprints import find_blueprint
+from mos_cli.towers.random_weights import Start, write_fresh_bundle
 for name in ("small", "big"):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     write_fresh_bundle(Start(find_blueprint(f"{name}.json"), "tiny-encoder", None, 0, 8_000_000), Path(name))
@@ -262,8 +262,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
 def test_a_bundle_with_its_tower_draws(tmp_path: Path, cache: Path, encoder_folder: Path) -> None:
-    from mos_cli.pipeline import MoSPipeline
-    from mos_cli.runtime.recipe import Recipe
+    from mos_cli.config.recipe import Recipe
+    from mos_cli.inference.pipeline import MoSPipeline
 
     write_fresh_bundle(start(small(), understanding=encoder_folder), tmp_path / "made")
     bundle = find_bundle(str(tmp_path / "made"))

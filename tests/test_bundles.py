@@ -8,9 +8,7 @@ import pytest
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from mos_cli.cli.app import app
-from mos_cli.errors import ModelError
-from mos_cli.runtime.bundles import (
+from mos_cli.bundles.bundle import (
     INDEX,
     Bundle,
     find_bundle,
@@ -22,8 +20,10 @@ from mos_cli.runtime.bundles import (
     verify_bundle,
     write_index,
 )
-from mos_cli.runtime.folders import models_folder
-from mos_cli.runtime.specs import BundleIndex, Canvas, Defaults, TowerSpec
+from mos_cli.bundles.specs import BundleIndex, Canvas, Defaults, TowerSpec
+from mos_cli.cli.app import app
+from mos_cli.errors import ModelError
+from mos_cli.utils.folders import models_folder
 
 SHA = "0" * 64
 TOWER = {

@@ -7,17 +7,17 @@ import torch
 from conftest import awake
 from PIL import Image
 
-from mos_cli.ablation import difference
-from mos_cli.pipeline import MoSPipeline
-from mos_cli.runtime.bundles import Bundle, find_bundle
-from mos_cli.runtime.inputs import describe_edit, read_inputs
-from mos_cli.runtime.memory import Setting
-from mos_cli.runtime.outputs import read_drawing
-from mos_cli.runtime.recipe import Recipe, make_recipe
-from mos_cli.runtime.sources import fetch_tower
-from mos_cli.runtime.specs import DEFAULT_SOLVER
-from mos_cli.sampling.caching import caching
+from mos_cli.bundles.bundle import Bundle, find_bundle
+from mos_cli.bundles.sources import fetch_tower
+from mos_cli.config.recipe import Recipe, make_recipe
+from mos_cli.images.inputs import describe_edit, read_inputs
+from mos_cli.images.outputs import read_drawing
+from mos_cli.inference.ablation import difference
+from mos_cli.inference.pipeline import MoSPipeline
+from mos_cli.planning.memory import Setting
+from mos_cli.sampling.feature_cache import caching
 from mos_cli.towers.generation import GenerationTower
+from mos_cli.utils.validation import DEFAULT_SOLVER
 
 STEPS = 12
 COMPUTED = {2: {0, 1, 2, 4, 6, 8, 10, 11}, 3: {0, 1, 2, 4, 7, 10, 11}, 11: {0, 1, 2, 4, 11}}

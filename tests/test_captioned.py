@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from tiny_training import write_discs
 
+from mos_cli.datasets.captioned import load_captioned, to_device
+from mos_cli.datasets.tables import CaptionedTable
 from mos_cli.errors import InputError
-from mos_cli.training.captioned import load_captioned, to_device
-from mos_cli.training.recipe import CaptionedTable, load_recipe
+from mos_cli.training.recipe import load_recipe
 
 
 @pytest.fixture

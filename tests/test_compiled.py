@@ -9,10 +9,10 @@ import pytest
 import torch
 from test_quantised import small_tower
 
+from mos_cli.bundles.bundle import write_index
 from mos_cli.errors import DeviceError
-from mos_cli.pipeline import _not_compiled
-from mos_cli.runtime.bundles import write_index
-from mos_cli.runtime.outputs import read_drawing
+from mos_cli.images.outputs import read_drawing
+from mos_cli.inference.pipeline import _not_compiled
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from test_towers import J, M, S, small_tower
 
 from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.trace import Wanted
-from mos_cli.sampling.caching import caching
+from mos_cli.sampling.feature_cache import caching
 from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, UNSEEN, Guidance, make_sigmas, sample
 from mos_cli.towers.bank import StateBank
 from mos_cli.towers.generation import GenerationTower

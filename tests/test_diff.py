@@ -16,7 +16,7 @@ from mos_cli.cli.app import app
 from mos_cli.errors import InputError
 from mos_cli.routing.diff import NEAR, compare
 from mos_cli.routing.trace import Routes, Steered, Trace, TraceToken, make_branch, trace_files
-from mos_cli.runtime.files import write_together
+from mos_cli.utils.files import write_together
 
 Run = tuple[Trace, dict[str, Routes]]
 

@@ -6,13 +6,13 @@ import typer
 from typer.testing import CliRunner
 
 from mos_cli import __version__
+from mos_cli.bundles.bundle import Bundle, write_index
+from mos_cli.bundles.sources import tower_folder
+from mos_cli.bundles.specs import Canvas, Defaults, TowerSpec
 from mos_cli.cli.app import MosGroup
 from mos_cli.cli.doctor import doctor
 from mos_cli.errors import DeviceError
-from mos_cli.runtime.bundles import Bundle, write_index
-from mos_cli.runtime.devices import choose_device
-from mos_cli.runtime.sources import tower_folder
-from mos_cli.runtime.specs import Canvas, Defaults, TowerSpec
+from mos_cli.utils.devices import choose_device
 
 app = typer.Typer(cls=MosGroup)
 app.command()(doctor)

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
-from mos_cli.runtime.outputs import png, read_drawing
-from mos_cli.runtime.recipe import EarlierPicture, make_recipe
+from mos_cli.config.recipe import EarlierPicture, make_recipe
+from mos_cli.images.outputs import png, read_drawing
 
 WORDS = "a red apple"
 

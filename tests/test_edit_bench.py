@@ -8,9 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mos_cli.training.art.file import Art, ArtCounts, ArtManifest, ArtPicture
-from mos_cli.training.evaluation.bench import bench_data, bench_words
-from mos_cli.training.evaluation.edit_bench import (
+from mos_cli.datasets.art.file import Art, ArtCounts, ArtManifest, ArtPicture
+from mos_cli.datasets.scenes.composition import Composition, Item
+from mos_cli.datasets.scenes.description import held_out
+from mos_cli.datasets.scenes.edits import EDIT_KINDS, EditKind
+from mos_cli.evaluation.edit_checks import MOST_DB, may_change, no_op_error, psnr_outside, rivals, shows
+from mos_cli.evaluation.edit_examine import EditExaminer
+from mos_cli.evaluation.editbench import (
     FILE,
     PER_KIND,
     EditEntry,
@@ -18,13 +22,9 @@ from mos_cli.training.evaluation.edit_bench import (
     make_edit_bench,
     read_edit_bench,
 )
-from mos_cli.training.evaluation.edit_checks import MOST_DB, may_change, no_op_error, psnr_outside, rivals, shows
-from mos_cli.training.evaluation.edit_examine import EditExaminer
-from mos_cli.training.evaluation.examine import TrueScenes
-from mos_cli.training.evaluation.judge import Detection, Judge, judge_folder
-from mos_cli.training.scenes.composition import Composition, Item
-from mos_cli.training.scenes.description import held_out
-from mos_cli.training.scenes.edits import EDIT_KINDS, EditKind
+from mos_cli.evaluation.examine import TrueScenes
+from mos_cli.evaluation.judge import Detection, Judge, judge_folder
+from mos_cli.evaluation.scenebench import bench_data, bench_words
 
 BENCH = read_edit_bench()
 CAT, DOG, CAKE = "cat face", "dog face", "shortcake"

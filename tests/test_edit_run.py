@@ -10,26 +10,27 @@ import torch
 from PIL import Image
 from test_eval_run import tiny_judge
 
+from mos_cli.bundles.bundle import Bundle
+from mos_cli.bundles.sources import fetch_tower
+from mos_cli.datasets.art.file import Art
+from mos_cli.datasets.scenes.compositor import Compositor
+from mos_cli.datasets.scenes.edits import EDIT_KINDS
+from mos_cli.datasets.scenes.vocabulary import load_vocabulary
+from mos_cli.datasets.tables import DataTable
 from mos_cli.errors import UsageError
-from mos_cli.pipeline import MoSPipeline
-from mos_cli.runtime.bundles import Bundle
-from mos_cli.runtime.sources import fetch_tower
+from mos_cli.evaluation.edit_run import EditEvaluation, evaluate_edits
+from mos_cli.evaluation.editbench import read_edit_bench
+from mos_cli.evaluation.examine import TrueScenes
+from mos_cli.evaluation.scenebench import bench_data
+from mos_cli.inference.pipeline import MoSPipeline
 from mos_cli.towers.autoencoder import Pixels
-from mos_cli.towers.eyes import Eyes
-from mos_cli.training.art.file import Art
+from mos_cli.towers.image_encoder import Eyes
 from mos_cli.training.batches import Batches, kind_of
-from mos_cli.training.evaluation.bench import bench_data
-from mos_cli.training.evaluation.edit_bench import read_edit_bench
-from mos_cli.training.evaluation.edit_run import EditEvaluation, evaluate_edits
-from mos_cli.training.evaluation.examine import TrueScenes
 from mos_cli.training.launch import start_accelerator
 from mos_cli.training.loop import Trainer
-from mos_cli.training.recipe import DataTable, TrainRecipe
+from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.run import edits_of
 from mos_cli.training.samples import draw_samples
-from mos_cli.training.scenes.compositor import Compositor
-from mos_cli.training.scenes.edits import EDIT_KINDS
-from mos_cli.training.scenes.vocabulary import load_vocabulary
 from mos_cli.training.stages import course
 
 

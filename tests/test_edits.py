@@ -11,13 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mos_cli.training.evaluation.bench import bench_words
-from mos_cli.training.scenes.composition import Item, free_spots
-from mos_cli.training.scenes.compositor import Compositor
-from mos_cli.training.scenes.description import DEFAULT_STYLE, held_out, held_out_style
-from mos_cli.training.scenes.edits import EDIT_KINDS, SMALLER, Edit, EditKind, EditWriter
-from mos_cli.training.scenes.referring import confusable, groups, refer
-from mos_cli.training.scenes.vocabulary import COLOURS
+from mos_cli.datasets.scenes.composition import Item, free_spots
+from mos_cli.datasets.scenes.compositor import Compositor
+from mos_cli.datasets.scenes.description import DEFAULT_STYLE, held_out, held_out_style
+from mos_cli.datasets.scenes.edits import EDIT_KINDS, SMALLER, Edit, EditKind, EditWriter
+from mos_cli.datasets.scenes.referring import confusable, groups, refer
+from mos_cli.datasets.scenes.vocabulary import COLOURS
+from mos_cli.evaluation.scenebench import bench_words
 
 WORDS = bench_words()
 WRITER, UNSEEN = EditWriter(WORDS), EditWriter(WORDS, unseen=True)
@@ -128,7 +128,7 @@ def test_smaller_and_bigger_are_always_by_the_same_factor():
 
 
 def test_a_caption_of_the_result_says_which_of_several_alike_changed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("mos_cli.training.scenes.edits.result", lambda *_, **__: "CAPTION")
+    monkeypatch.setattr("mos_cli.datasets.scenes.edits.result", lambda *_, **__: "CAPTION")
     told = [edit for edit in random_edits() if edit.instruction == "CAPTION" and edit.kind != "count"]
     assert {"remove", "replace", "recolour"} <= {edit.kind for edit in told}
     for edit in told:

@@ -5,7 +5,12 @@ from random import Random
 
 import pytest
 
-from mos_cli.training.evaluation.bench import (
+from mos_cli.datasets.scenes.description import DEFAULT_STYLE, Description, Thing, held_out, held_out_style
+from mos_cli.datasets.scenes.writer import SceneWriter
+from mos_cli.evaluation.checks import passes
+from mos_cli.evaluation.judge import Detection
+from mos_cli.evaluation.results import overall, score
+from mos_cli.evaluation.scenebench import (
     CATEGORIES,
     FILE,
     PER_CATEGORY,
@@ -15,11 +20,6 @@ from mos_cli.training.evaluation.bench import (
     make_bench,
     read_bench,
 )
-from mos_cli.training.evaluation.checks import passes
-from mos_cli.training.evaluation.judge import Detection
-from mos_cli.training.evaluation.results import overall, score
-from mos_cli.training.scenes.description import DEFAULT_STYLE, Description, Thing, held_out, held_out_style
-from mos_cli.training.scenes.writer import SceneWriter
 
 
 def see(word: str, x: float = 0.5, y: float = 0.5, colour: str = "green", style: str = DEFAULT_STYLE) -> Detection:

@@ -14,17 +14,15 @@ from PIL import Image
 from torch import Tensor, nn
 from typer.testing import Result
 
+from mos_cli.bundles.bundle import Bundle
+from mos_cli.bundles.sources import fetch_tower
+from mos_cli.datasets.art.file import Art
 from mos_cli.errors import InputError, ModelError, UsageError
-from mos_cli.pipeline import MoSPipeline
-from mos_cli.runtime.bundles import Bundle
-from mos_cli.runtime.sources import fetch_tower
-from mos_cli.training.art.file import Art
-from mos_cli.training.evaluation.augment import spoilt, turned, turned_point
-from mos_cli.training.evaluation.bench import CATEGORIES, bench_data, read_bench
-from mos_cli.training.evaluation.examine import Examiner, TrueScenes
-from mos_cli.training.evaluation.features import FEATURES, EfficientNetLite0, features_of, features_spec
-from mos_cli.training.evaluation.judge import CELLS, SIDE, Judge, JudgeConfig, JudgeNet, judge_folder, save_judge
-from mos_cli.training.evaluation.judge_training import (
+from mos_cli.evaluation.augment import spoilt, turned, turned_point
+from mos_cli.evaluation.examine import Examiner, TrueScenes
+from mos_cli.evaluation.features import FEATURES, EfficientNetLite0, features_of
+from mos_cli.evaluation.judge import CELLS, SIDE, Judge, JudgeConfig, JudgeNet, judge_folder, save_judge
+from mos_cli.evaluation.judge_training import (
     IGNORED,
     JudgeBatches,
     Sprites,
@@ -33,9 +31,12 @@ from mos_cli.training.evaluation.judge_training import (
     strew,
     train_judge,
 )
-from mos_cli.training.evaluation.kid import kid
-from mos_cli.training.evaluation.results import Evaluation
-from mos_cli.training.evaluation.run import Bench, evaluate
+from mos_cli.evaluation.kid import kid
+from mos_cli.evaluation.results import Evaluation
+from mos_cli.evaluation.run import Bench, evaluate
+from mos_cli.evaluation.scenebench import CATEGORIES, bench_data, read_bench
+from mos_cli.inference.pipeline import MoSPipeline
+from mos_cli.towers.efficientnet import features_spec
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from test_trace import BLOCKS, LAYERS, STEPS, TOP_K, make_trace, tokens_of
 from mos_cli.routing.export import decisions_table
 from mos_cli.routing.section import cut
 from mos_cli.routing.trace import Recording, Routes, make_branch, trace_files
-from mos_cli.runtime.files import write_together
+from mos_cli.utils.files import write_together
 
 PROMPT = 'a "red", apple; naïve 日本'
 

@@ -2,8 +2,9 @@
 
 import torch
 
-from mos_cli.runtime.shapes import IMAGE_GRID
-from mos_cli.towers.eyes import STAGES, Eyes
+from mos_cli.bundles.shapes import IMAGE_GRID
+from mos_cli.towers.efficientnet import STAGES
+from mos_cli.towers.image_encoder import Eyes
 
 
 def test_a_token_is_a_cell_with_a_state_per_layer(tmp_path) -> None:

@@ -18,13 +18,13 @@ import eyes
 from eyes_pupil import Encoder
 from eyes_world import UNMET_EVERY, World
 
-from mos_cli.runtime.bundles import Bundle
-from mos_cli.runtime.shapes import IMAGE_GRID
-from mos_cli.towers.eyes import Eyes
-from mos_cli.training.scenes.description import DEFAULT_STYLE, held_out, held_out_style
-from mos_cli.training.scenes.grounds import WHITE
-from mos_cli.training.scenes.layout import Placed, Scene
-from mos_cli.training.scenes.vocabulary import COLOURS, Vocabulary, Word
+from mos_cli.bundles.bundle import Bundle
+from mos_cli.bundles.shapes import IMAGE_GRID
+from mos_cli.datasets.scenes.description import DEFAULT_STYLE, held_out, held_out_style
+from mos_cli.datasets.scenes.grounds import WHITE
+from mos_cli.datasets.scenes.layout import Placed, Scene
+from mos_cli.datasets.scenes.vocabulary import COLOURS, Vocabulary, Word
+from mos_cli.towers.image_encoder import Eyes
 
 STYLES = (DEFAULT_STYLE, "noto")
 WORDS = 40

@@ -1,7 +1,7 @@
 import pytest
 
 from mos_cli.errors import InputError
-from mos_cli.runtime.files import atomic_file, atomic_write, folder_size, link_or_copy, sha256_of, write_together
+from mos_cli.utils.files import atomic_file, atomic_write, folder_size, link_or_copy, sha256_of, write_together
 
 
 def names(folder):

@@ -8,15 +8,15 @@ import pytest
 from conftest import awake
 from test_placement import no_memory
 
-from mos_cli import pipeline as pipeline_module
+from mos_cli.bundles.blueprints import find_network
+from mos_cli.bundles.bundle import Bundle, write_index
+from mos_cli.bundles.shapes import GenerationShape, UnderstandingShape
+from mos_cli.bundles.sources import fetch_tower
+from mos_cli.config.settings import RunSettings, fitted, smaller
 from mos_cli.errors import MemoryLimitError, UsageError
-from mos_cli.runtime.blueprints import find_network
-from mos_cli.runtime.bundles import Bundle, write_index
-from mos_cli.runtime.fitting import CARDS, candidates, fastest, parse_quant
-from mos_cli.runtime.memory import GIB, Setting
-from mos_cli.runtime.settings import RunSettings, fitted, smaller
-from mos_cli.runtime.shapes import GenerationShape, UnderstandingShape
-from mos_cli.runtime.sources import fetch_tower
+from mos_cli.inference import pipeline as pipeline_module
+from mos_cli.planning.candidates import CARDS, candidates, fastest, parse_quant
+from mos_cli.planning.memory import GIB, Setting
 from mos_cli.towers.generation import GenerationTower
 
 
@@ -122,7 +122,7 @@ def test_out_of_memory_names_the_setting_that_should_fit(
 ) -> None:
     monkeypatch.setattr(pipeline_module, "sample", no_memory)
     large = find_network("mos-l")
-    monkeypatch.setattr("mos_cli.pipeline.network_of", lambda bundle, **run: large)
+    monkeypatch.setattr("mos_cli.inference.pipeline.network_of", lambda bundle, **run: large)
     result = mos("generate", "a dog", "-o", tmp_path / "a.png")
     assert result.exit_code == 5
     (line,) = [line for line in result.stderr.splitlines() if "memory" in line]
@@ -132,7 +132,7 @@ def test_out_of_memory_names_the_setting_that_should_fit(
 
 
 @pytest.mark.parametrize(
-    "moment", ["mos_cli.loading.load_generation", "mos_cli.towers.generation.GenerationTower.read"]
+    "moment", ["mos_cli.inference.loading.load_generation", "mos_cli.towers.generation.GenerationTower.read"]
 )
 def test_memory_that_runs_out_at_another_moment_is_told_too(
     mos, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from test_towers import B, J, M, S, T, inputs, small_tower
 from torch import Tensor
 
-from mos_cli.runtime.bundles import find_bundle
+from mos_cli.bundles.bundle import find_bundle
 from mos_cli.towers.attention import Attention, CrossAttention
 from mos_cli.towers.blocks import GenerationBlock
 from mos_cli.towers.generation import GenerationTower

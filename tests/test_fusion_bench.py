@@ -16,10 +16,11 @@ import fusion
 from fusion_run import handed_sizes, parameters
 from fusion_world import CATEGORIES, Library, World
 
+from mos_cli.datasets.scenes.description import held_out
+from mos_cli.datasets.scenes.vocabulary import Vocabulary, Word
+from mos_cli.datasets.tables import DataTable
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.training.recipe import DataTable, load_recipe
-from mos_cli.training.scenes.description import held_out
-from mos_cli.training.scenes.vocabulary import Vocabulary, Word
+from mos_cli.training.recipe import load_recipe
 
 B, T, M, S = 2, 5, 7, 24
 

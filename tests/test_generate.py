@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from mos_cli.bundles.bundle import write_index
+from mos_cli.images.outputs import read_drawing
 from mos_cli.routing.trace import load_routes, load_trace
-from mos_cli.runtime.bundles import write_index
-from mos_cli.runtime.devices import cpu_threads
-from mos_cli.runtime.outputs import read_drawing
+from mos_cli.utils.devices import cpu_threads
 
 PROMPT = "a red apple"
 

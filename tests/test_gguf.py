@@ -2,10 +2,10 @@ import json
 
 import pytest
 
+from mos_cli.bundles.sources import fetch_tower, verify_tower
+from mos_cli.bundles.specs import TowerSpec
 from mos_cli.errors import ModelError
-from mos_cli.runtime.files import sha256_of
-from mos_cli.runtime.sources import fetch_tower, verify_tower
-from mos_cli.runtime.specs import TowerSpec
+from mos_cli.utils.files import sha256_of
 
 LAYERS, WIDTH, HEADS, INNER = 2, 32, 2, 48
 pytestmark = pytest.mark.slow

@@ -26,7 +26,7 @@ from mos_cli.routing.analysis import Word, find_words, split_words, step_changes
 from mos_cli.routing.section import cut
 from mos_cli.routing.trace import Recording, Routes, Trace, TraceToken, trace_files
 from mos_cli.routing.views.terminal import RoutesView
-from mos_cli.runtime.files import write_together
+from mos_cli.utils.files import write_together
 
 app = typer.Typer(cls=MosGroup, pretty_exceptions_enable=False)
 app.callback()(lambda: None)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from mos_cli.bundles.specs import Canvas
 from mos_cli.errors import InputError, UsageError
-from mos_cli.runtime.masks import composite, estimate_mask, read_mask
-from mos_cli.runtime.pictures import Fit, working_size
-from mos_cli.runtime.sheet import CELL, LARGEST_PANE, strip
-from mos_cli.runtime.specs import Canvas
+from mos_cli.images.masks import composite, estimate_mask, read_mask
+from mos_cli.images.pictures import Fit, working_size
+from mos_cli.images.sheets import CELL, LARGEST_PANE, strip
 
 
 def noise(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:

@@ -12,14 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaModel
 
-from mos_cli.runtime import memory
-from mos_cli.runtime.blueprints import Network, find_network
-from mos_cli.runtime.devices import cpu_threads
-from mos_cli.runtime.memory import Setting, weights
-from mos_cli.runtime.shapes import AutoencoderShape, GenerationShape, UnderstandingShape
+from mos_cli.bundles.blueprints import Network, find_network
+from mos_cli.bundles.shapes import AutoencoderShape, GenerationShape, UnderstandingShape
+from mos_cli.planning import memory
+from mos_cli.planning.memory import Setting, weights
 from mos_cli.towers.autoencoder import Enlarger
 from mos_cli.towers.bank import StateBank, join
 from mos_cli.towers.generation import GenerationTower
+from mos_cli.utils.devices import cpu_threads
 
 DTYPES = {4: torch.float32, 2: torch.bfloat16}
 
@@ -222,8 +222,8 @@ def test_decoding_takes_what_is_counted(kind: str, each: int) -> None:
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])
 def test_quantised_weights_are_counted_as_they_are_kept(method: Any) -> None:
-    from mos_cli.runtime.quantising import Quantisation
-    from mos_cli.towers.quantised import GENERATION_KEPT, survey
+    from mos_cli.quantization.method import Quantisation
+    from mos_cli.towers.quantized import GENERATION_KEPT, survey
 
     numbers = find_network("mos-s")
     with torch.device("meta"):

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from mos_cli.runtime.bundles import FORMER, find_bundle, write_index
-from mos_cli.runtime.outputs import png, read_drawing
+from mos_cli.bundles.bundle import FORMER, find_bundle, write_index
+from mos_cli.images.outputs import png, read_drawing
 
 PROMPT = "a red apple"
 
@@ -230,9 +230,9 @@ CLOSED_FOLDER = """
 import os, tempfile
 from pathlib import Path
 from mos_cli.errors import InputError
-from mos_cli.runtime.files import write_together
-from mos_cli.runtime.outputs import naming
-from mos_cli.runtime.recipe import Recipe
+from mos_cli.utils.files import write_together
+from mos_cli.images.outputs import naming
+from mos_cli.config.recipe import Recipe
 
 os.getuid() or os.seteuid(65534)  # for the administrator no folder is closed
 recipe = Recipe.model_construct(prompt="a", seed=1, model="m")

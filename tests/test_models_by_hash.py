@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from conftest import write_bundle
 
-from mos_cli.runtime import blueprints
-from mos_cli.runtime.bundles import Bundle, find_bundle, read_bundle
+from mos_cli.bundles import blueprints
+from mos_cli.bundles.bundle import Bundle, find_bundle, read_bundle
 
 PROMPT = "a red apple"
 

@@ -15,12 +15,12 @@ import tiny_training as tiny
 import torch
 from torch import Tensor
 
+from mos_cli.bundles.bundle import find_bundle, verify_bundle
+from mos_cli.bundles.sources import tower_folder
+from mos_cli.images.outputs import read_drawing
 from mos_cli.routing.trace import load_recording
-from mos_cli.runtime.bundles import find_bundle, verify_bundle
-from mos_cli.runtime.folders import models_folder
-from mos_cli.runtime.outputs import read_drawing
-from mos_cli.runtime.sources import tower_folder
 from mos_cli.towers.understanding import UnderstandingTower
+from mos_cli.utils.folders import models_folder
 
 OLD = Path(__file__).parent / "fixtures" / "0.1.0"
 PICTURES = OLD / "pictures"

@@ -17,7 +17,7 @@ from performance_caps import _cap
 from performance_model import MoSL, Run, difference
 from performance_steps import place
 
-from mos_cli.runtime.memory import GIB
+from mos_cli.planning.memory import GIB
 from mos_cli.towers.layers import Ragged
 
 CPU = torch.device("cpu")

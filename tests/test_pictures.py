@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from mos_cli.bundles.specs import Canvas
 from mos_cli.errors import InputError, UsageError
-from mos_cli.runtime.masks import read_mask
-from mos_cli.runtime.pictures import Fit, read_picture, working_size
-from mos_cli.runtime.specs import Canvas
+from mos_cli.images.masks import read_mask
+from mos_cli.images.pictures import Fit, read_picture, working_size
 
 CANVAS = Canvas(native=(64, 64), multiple=8, min=32, max=128)
 SIZES = [(37, 91), (300, 200), (1, 1), (2000, 3), (3, 2000), (1, 40), (64, 64), (63, 65), (500, 501), (900, 671)]

@@ -12,21 +12,21 @@ from conftest import awake, write_bundle
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 
+from mos_cli.bundles.blueprints import find_network
+from mos_cli.bundles.bundle import Bundle, write_index
+from mos_cli.bundles.sources import fetch_tower
+from mos_cli.bundles.specs import EditDefaults
+from mos_cli.config.recipe import Recipe, make_recipe
 from mos_cli.errors import InputError, MemoryLimitError
-from mos_cli.pipeline import MoSPipeline
-from mos_cli.placement import FetchedBlocks, Part, _held
-from mos_cli.runtime import memory
-from mos_cli.runtime.blueprints import find_network
-from mos_cli.runtime.bundles import Bundle, write_index
-from mos_cli.runtime.fitting import candidates, fastest
-from mos_cli.runtime.inputs import describe_edit, read_inputs
-from mos_cli.runtime.memory import Setting
-from mos_cli.runtime.quantising import METHODS, Quantisation
-from mos_cli.runtime.recipe import Recipe, make_recipe
-from mos_cli.runtime.sources import fetch_tower
-from mos_cli.runtime.specs import EditDefaults
+from mos_cli.images.inputs import describe_edit, read_inputs
+from mos_cli.inference.offload import FetchedBlocks, Part, _held
+from mos_cli.inference.pipeline import MoSPipeline
+from mos_cli.planning import memory
+from mos_cli.planning.candidates import candidates, fastest
+from mos_cli.planning.memory import Setting
+from mos_cli.quantization.method import METHODS, Quantisation
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.towers.quantised import GENERATION_KEPT, quantise
+from mos_cli.towers.quantized import GENERATION_KEPT, quantise
 
 CPU = torch.device("cpu")
 OFFLOADS = ("understanding", "blocks")

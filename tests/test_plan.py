@@ -14,22 +14,23 @@ import typer
 import vlm_towers
 from typer.testing import CliRunner, Result
 
+from mos_cli.bundles import blueprints
+from mos_cli.bundles.blueprints import find_network
+from mos_cli.bundles.bundle import Bundle
+from mos_cli.bundles.shapes import UnderstandingShape, read_config
+from mos_cli.bundles.sources import fetch_tower
 from mos_cli.cli.app import MosGroup
 from mos_cli.cli.drawing import Report
 from mos_cli.cli.init import init
 from mos_cli.cli.loading import fit_to_card
 from mos_cli.cli.plan import plan
+from mos_cli.config.settings import RunSettings
 from mos_cli.errors import MemoryLimitError, ModelError, UsageError
-from mos_cli.runtime import blueprints, memory
-from mos_cli.runtime.blueprints import find_network
-from mos_cli.runtime.bundles import Bundle
-from mos_cli.runtime.fitting import CARDS, candidates, fastest, parse_quant
-from mos_cli.runtime.memory import GIB, Setting, stages, weights
-from mos_cli.runtime.settings import RunSettings
-from mos_cli.runtime.shapes import UnderstandingShape, read_config
-from mos_cli.runtime.sources import fetch_tower
+from mos_cli.planning import memory
+from mos_cli.planning.candidates import CARDS, candidates, fastest, parse_quant
+from mos_cli.planning.memory import GIB, Setting, stages, weights
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.towers.seeing import load_understanding
+from mos_cli.towers.vision_language import load_understanding
 
 
 def command(*arguments: object) -> Result:
@@ -184,7 +185,7 @@ def test_auto_plans_what_generate_takes_here(
     # What is known of time is that of a card.
     assert "s a picture" not in result.output
     large = find_network("mos-l")
-    monkeypatch.setattr("mos_cli.runtime.blueprints.network_of", lambda bundle, **run: large)
+    monkeypatch.setattr("mos_cli.bundles.blueprints.network_of", lambda bundle, **run: large)
     settings = RunSettings(model="tiny", device="cpu", max_vram="auto", precision="bf16")
     assert fit_to_card(bundle, settings, (1024, 1024), Report(quiet=True), fetch=False).quant == quant
 

@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, BertConfig, BertModel, LlamaConfig, LlamaModel
 
+from mos_cli.bundles.bundle import find_bundle
 from mos_cli.errors import ModelError
-from mos_cli.runtime.bundles import find_bundle
-from mos_cli.runtime.quantising import METHODS, SHARDS, WEIGHTS, Quantisation
-from mos_cli.towers import quantised_linear
+from mos_cli.quantization import layers as quantised_linear
+from mos_cli.quantization.checkpoint import SHARDS, WEIGHTS
+from mos_cli.quantization.method import METHODS, Quantisation
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.towers.quantised import (
+from mos_cli.towers.quantized import (
     GENERATION_KEPT,
     empty_generation,
     load_generation,

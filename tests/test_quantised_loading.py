@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import save_file
 from test_quantised import CPU, output, same, source
 
-from mos_cli.placement import Part, _held
-from mos_cli.runtime.quantising import METHODS, WEIGHTS
+from mos_cli.inference.offload import Part, _held
+from mos_cli.quantization.checkpoint import WEIGHTS
+from mos_cli.quantization.method import METHODS
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.towers.quantised import load_generation
+from mos_cli.towers.quantized import load_generation
 
 __all__ = ["source"]
 
@@ -52,8 +53,8 @@ import sys
 from pathlib import Path
 import torch
 from torch import nn
-from mos_cli.runtime.quantising import Quantisation
-from mos_cli.towers.quantised import load, quantise
+from mos_cli.quantization.method import Quantisation
+from mos_cli.towers.quantized import load, quantise
 
 def megabytes(field):
     lines = Path("/proc/self/status").read_text().splitlines()

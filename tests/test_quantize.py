@@ -11,14 +11,15 @@ import typer
 from conftest import awake, write_bundle
 from typer.testing import CliRunner, Result
 
+from mos_cli.bundles.bundle import Bundle, find_bundle, verify_bundle, write_index
 from mos_cli.cli.app import MosGroup
 from mos_cli.cli.quantize import quantize
-from mos_cli.pipeline import MoSPipeline
-from mos_cli.runtime.bundles import Bundle, find_bundle, verify_bundle, write_index
-from mos_cli.runtime.quantising import METHODS, Checkpoint
-from mos_cli.runtime.recipe import make_recipe
+from mos_cli.config.recipe import make_recipe
+from mos_cli.inference.pipeline import MoSPipeline
+from mos_cli.quantization.checkpoint import Checkpoint
+from mos_cli.quantization.method import METHODS
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.towers.quantised import load_generation
+from mos_cli.towers.quantized import load_generation
 
 
 @pytest.fixture

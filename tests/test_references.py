@@ -8,7 +8,7 @@ from test_fusion import slow_norm
 from test_towers import B, J, M, S, T, inputs, small_tower
 from torch import Tensor
 
-from mos_cli.runtime.shapes import IMAGE_GRID
+from mos_cli.bundles.shapes import IMAGE_GRID
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.layers import Cells, Rotary, Words, patchify, rotary
 

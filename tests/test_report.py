@@ -16,7 +16,7 @@ from recordings import HOSTILE, record
 from mos_cli.errors import InputError
 from mos_cli.routing.trace import trace_files
 from mos_cli.routing.views.html import PARTS, SCRIPTS, html_report, report_data
-from mos_cli.runtime.files import write_together
+from mos_cli.utils.files import write_together
 
 
 def unpacked(text: str) -> np.ndarray:

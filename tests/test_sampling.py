@@ -9,12 +9,12 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, FlowMatchEu
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mos_cli.runtime.specs import Solver
 from mos_cli.sampling.flow import logit_normal, noised, velocity, velocity_loss
 from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, Origin, Step, make_sigmas, sample
 from mos_cli.towers.autoencoder import Latents, Pixels
 from mos_cli.towers.bank import StateBank
 from mos_cli.towers.router import Route
+from mos_cli.utils.validation import Solver
 
 ROUTE = Route(torch.zeros(1, 1, 1, 2, dtype=torch.long), torch.full((1, 1, 1, 2), 0.5))
 BANKS = {

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
-from mos_cli.training.scenes.captions import caption
-from mos_cli.training.scenes.compositor import Compositor
-from mos_cli.training.scenes.description import (
+from mos_cli.datasets.scenes.captions import caption
+from mos_cli.datasets.scenes.compositor import Compositor
+from mos_cli.datasets.scenes.description import (
     DEFAULT_STYLE,
     Arrangement,
     Description,
@@ -22,10 +22,10 @@ from mos_cli.training.scenes.description import (
     held_out,
     held_out_style,
 )
-from mos_cli.training.scenes.grounds import PAINTS, SCENERIES, WHITE, Ground, ground
-from mos_cli.training.scenes.layout import JITTER, Placed, Scene, lay_out
-from mos_cli.training.scenes.vocabulary import COLOURS, STYLES, Vocabulary, Word, plural, with_article
-from mos_cli.training.scenes.writer import OPEN_ARRANGEMENTS, OPEN_PAIRS, SceneWriter
+from mos_cli.datasets.scenes.grounds import PAINTS, SCENERIES, WHITE, Ground, ground
+from mos_cli.datasets.scenes.layout import JITTER, Placed, Scene, lay_out
+from mos_cli.datasets.scenes.vocabulary import COLOURS, STYLES, Vocabulary, Word, plural, with_article
+from mos_cli.datasets.scenes.writer import OPEN_ARRANGEMENTS, OPEN_PAIRS, SceneWriter
 
 NAMES = ("dog", "apple", "cat", "owl", "unicorn", "bus", "key", "cheese")
 HANDS = (DEFAULT_STYLE, "noto")

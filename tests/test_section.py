@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_trace import BLOCKS, LAYERS, STEPS, make_trace
 
+from mos_cli.config.recipe import RouteSource
 from mos_cli.errors import InputError, UsageError
 from mos_cli.routing.analysis import Word
 from mos_cli.routing.section import cut, cut_all, layer_use, parse_range, readers
 from mos_cli.routing.trace import Recording, Steered, TraceToken, make_branch, trace_files
-from mos_cli.runtime.files import write_together
-from mos_cli.runtime.recipe import RouteSource
+from mos_cli.utils.files import write_together
 
 
 def recording_of(**sizes: int) -> Recording:

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, LlavaConfig
 
 from mos_cli.errors import InputError, ModelError
-from mos_cli.towers.seeing import SeeingTower, load_understanding
 from mos_cli.towers.understanding import UnderstandingTower
+from mos_cli.towers.vision_language import SeeingTower, load_understanding
 
 KINDS = ("qwen3_vl", "internvl", "perception_lm")
 LEADS = {"qwen3_vl": vlm_towers.QWEN[:3], "internvl": vlm_towers.INTERN, "perception_lm": ("", "<|image|>", "")}

@@ -8,13 +8,13 @@ import vlm_towers
 from conftest import write_bundle
 from PIL import Image
 
-from mos_cli.reading import Reader
+from mos_cli.bundles.bundle import Bundle
+from mos_cli.bundles.specs import EditDefaults
+from mos_cli.inference.prompt_encoding import Reader
 from mos_cli.routing.trace import load_recording
-from mos_cli.runtime.bundles import Bundle
-from mos_cli.runtime.specs import EditDefaults
 from mos_cli.towers.autoencoder import Pixels
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.towers.seeing import load_understanding
+from mos_cli.towers.vision_language import load_understanding
 from mos_cli.training.batches import Batches
 from mos_cli.training.objective import Objective
 from mos_cli.training.recipe import TrainTable

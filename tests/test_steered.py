@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mos_cli.images.outputs import read_drawing
 from mos_cli.routing.trace import Recording, TraceBranch, load_recording
-from mos_cli.runtime.outputs import read_drawing
 
 PROMPT = "a red apple"
 

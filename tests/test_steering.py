@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mos_cli.errors import UsageError
-from mos_cli.routing.given import given_choices
 from mos_cli.routing.rules import parse_rules
 from mos_cli.routing.steering import Steerer
 from mos_cli.routing.trace import Recording, Routes, Trace, TraceBranch, TraceToken
+from mos_cli.routing.transfer import given_choices
 from mos_cli.towers.router import Route, Steering, choose_route
 
 PROMPT = "a red apple"

@@ -13,10 +13,10 @@ from test_fusion import FIXED, ROUTED, name_of
 from test_references import WIDTHS, V
 from test_towers import J, M, inputs, small_tower
 
+from mos_cli.bundles.bundle import Bundle
+from mos_cli.images.outputs import read_drawing
 from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.trace import Wanted
-from mos_cli.runtime.bundles import Bundle
-from mos_cli.runtime.outputs import read_drawing
 from mos_cli.sampling.branches import Branches, Steered
 from mos_cli.sampling.sampler import Step
 from mos_cli.towers.bank import StateBank

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from pydantic import BaseModel
 
+from mos_cli.config.recipe import EditRecipe, MaskRecipe, Provenance, Recipe, RouteSource, SourcePicture, make_recipe
 from mos_cli.errors import InputError
 from mos_cli.routing.trace import (
     SCHEMA,
@@ -26,8 +27,7 @@ from mos_cli.routing.trace import (
     make_branch,
     trace_files,
 )
-from mos_cli.runtime.files import write_together
-from mos_cli.runtime.recipe import EditRecipe, MaskRecipe, Provenance, Recipe, RouteSource, SourcePicture, make_recipe
+from mos_cli.utils.files import write_together
 
 DOC = Path(__file__).parents[1] / "docs" / "trace.md"
 PROMPT, NEGATIVE = "a red apple", "blurry"

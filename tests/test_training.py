@@ -10,8 +10,8 @@ import tiny_training as tiny
 import torch
 from PIL import Image
 
+from mos_cli.bundles.bundle import find_bundle, verify_bundle
 from mos_cli.errors import InputError, UsageError
-from mos_cli.runtime.bundles import find_bundle, verify_bundle
 from mos_cli.towers.understanding import UnderstandingTower
 from mos_cli.training import batches as training_batches
 from mos_cli.training import references

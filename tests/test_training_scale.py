@@ -10,16 +10,16 @@ import pytest
 import tiny_training as tiny
 import torch
 
+from mos_cli.bundles.bundle import read_bundle, verify_bundle
+from mos_cli.datasets.art.file import data_folder, load_art
 from mos_cli.errors import InputError
-from mos_cli.runtime.bundles import read_bundle, verify_bundle
-from mos_cli.runtime.folders import presets_folder
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.training.art.file import data_folder, load_art
 from mos_cli.training.checkpoint import newest
 from mos_cli.training.metrics import METRICS
 from mos_cli.training.recipe import load_recipe
 from mos_cli.training.run import train
 from mos_cli.training.stages import course
+from mos_cli.utils.folders import presets_folder
 
 RECIPES = sorted(path.stem for path in presets_folder().glob("train-*.toml"))
 

@@ -13,6 +13,10 @@ import torch
 from conftest import tower_spec
 from PIL import Image
 
+from mos_cli.datasets.scenes.compositor import Compositor
+from mos_cli.datasets.scenes.layout import Scene
+from mos_cli.datasets.scenes.vocabulary import Vocabulary, Word
+from mos_cli.datasets.scenes.writer import SceneWriter
 from mos_cli.towers.autoencoder import Pixels
 from mos_cli.towers.understanding import UnderstandingTower
 from mos_cli.training.batches import Batches, Share, Source
@@ -20,10 +24,6 @@ from mos_cli.training.launch import start_accelerator
 from mos_cli.training.loop import Trainer
 from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.run import ScenePicker
-from mos_cli.training.scenes.compositor import Compositor
-from mos_cli.training.scenes.layout import Scene
-from mos_cli.training.scenes.vocabulary import Vocabulary, Word
-from mos_cli.training.scenes.writer import SceneWriter
 from mos_cli.training.stages import course
 
 NAMES = ("dog", "apple", "cat", "bird", "tree", "car", "boat", "house")

@@ -10,13 +10,13 @@ from mos_cli.cli.drawing import Job, Report
 from mos_cli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
+    from mos_cli.bundles.bundle import Bundle
+    from mos_cli.bundles.specs import Defaults
+    from mos_cli.config.recipe import Recipe, RouteSource
+    from mos_cli.config.settings import RunSettings
+    from mos_cli.images.inputs import Inputs
+    from mos_cli.images.outputs import Naming
     from mos_cli.routing.trace import Recording, Wanted
-    from mos_cli.runtime.bundles import Bundle
-    from mos_cli.runtime.inputs import Inputs
-    from mos_cli.runtime.outputs import Naming
-    from mos_cli.runtime.recipe import Recipe, RouteSource
-    from mos_cli.runtime.settings import RunSettings
-    from mos_cli.runtime.specs import Defaults
 
 
 def make_jobs(
@@ -29,7 +29,7 @@ def make_jobs(
     inputs: "Inputs | None" = None,
 ) -> list[Job]:
     """A job for every prompt and seed; without a seed the first is random."""
-    from mos_cli.runtime.recipe import make_recipe
+    from mos_cli.config.recipe import make_recipe
 
     first = int.from_bytes(os.urandom(4)) if seed is None else seed
     jobs = []
@@ -42,9 +42,9 @@ def make_jobs(
 
 def check_recipe(recipe: "Recipe", bundle: "Bundle", *, compiled: bool, regions: bool) -> None:
     """Raises UsageError for what the model's numbers tell cannot be drawn: better now than when it is loaded."""
+    from mos_cli.bundles.shapes import read_generation
+    from mos_cli.config.recipe import check_blocks
     from mos_cli.routing.rules import check_numbers, parse_rules
-    from mos_cli.runtime.recipe import check_blocks
-    from mos_cli.runtime.shapes import read_generation
 
     check_blocks(recipe, compiled=compiled, regions=regions)
     if recipe.routes is not None:
@@ -62,7 +62,7 @@ def say_what_would_be_drawn(jobs: list[Job], report: Report) -> None:
 
 def check_sheet(option: str, sheet: Path, names: "Naming") -> None:
     """Raises UsageError or InputError if a sheet cannot be written under its name; better now than at the end."""
-    from mos_cli.runtime.files import refuse_existing
+    from mos_cli.utils.files import refuse_existing
 
     if sheet.suffix.lower() != ".png" or sheet in names.given:
         raise UsageError(f"{option} {sheet}: name a .png of its own")
@@ -93,9 +93,9 @@ def _lines(data: bytes, source: str) -> list[str]:
 
 def shared_fields(settings: "RunSettings", bundle: "Bundle", defaults: "Defaults") -> dict[str, Any]:
     """The settings all pictures of a run share, but for their size; what nobody set comes from the bundle."""
+    from mos_cli.planning.candidates import parse_quant
     from mos_cli.routing.rules import parse_rules
-    from mos_cli.runtime.devices import choose_device, choose_precision
-    from mos_cli.runtime.fitting import parse_quant
+    from mos_cli.utils.devices import choose_device, choose_precision
 
     precision = settings.precision
     if precision == "auto":
@@ -139,9 +139,9 @@ def route_source(
         if until is not None:
             raise UsageError("--route-until says how far to follow another run: name it with --route-from")
         return None, None
-    from mos_cli.routing.given import check_model, choices_hash
+    from mos_cli.config.recipe import RouteSource
     from mos_cli.routing.trace import load_recording
-    from mos_cli.runtime.recipe import RouteSource
+    from mos_cli.routing.transfer import check_model, choices_hash
 
     percent = re.fullmatch(r"(\d{1,3}(?:\.\d{1,3})?)%", "100%" if until is None else until)
     if percent is None or not 0 < float(percent[1]) <= 100:

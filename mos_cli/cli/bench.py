@@ -9,7 +9,7 @@ from mos_cli.cli.options import Model, Steps
 from mos_cli.errors import PARTLY_FAILED, MosError
 
 if TYPE_CHECKING:
-    from mos_cli.runtime.settings import Settings
+    from mos_cli.config.settings import Settings
 
 PROMPT = "a dog"
 
@@ -37,7 +37,7 @@ def bench(
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
-    from mos_cli.runtime.settings import make_settings, resolve
+    from mos_cli.config.settings import make_settings, resolve
 
     flags = make_settings(model=model, size=size, steps=steps)
     names = list(dict.fromkeys(preset or [])) or [None]
@@ -68,17 +68,17 @@ def measure_preset(flags: "Settings", preset: str | None, rounds: int) -> dict[s
     Raises:
         MosError: the model cannot be found or loaded, or does not fit the device.
     """
-    from mos_cli.runtime.quiet import quieten
+    from mos_cli.utils.quiet import quieten
 
     quieten()
-    from mos_cli.benching import PeakMemory, measure
+    from mos_cli.bundles.bundle import find_bundle
     from mos_cli.cli.asked import shared_fields
     from mos_cli.cli.drawing import Report
     from mos_cli.cli.loading import fit_to_card, load_pipeline
-    from mos_cli.runtime.bundles import find_bundle
-    from mos_cli.runtime.devices import choose_device, device_name, device_threads
-    from mos_cli.runtime.recipe import make_recipe
-    from mos_cli.runtime.settings import parse_size, resolve
+    from mos_cli.config.recipe import make_recipe
+    from mos_cli.config.settings import parse_size, resolve
+    from mos_cli.inference.profiling import PeakMemory, measure
+    from mos_cli.utils.devices import choose_device, device_name, device_threads
 
     settings, report = resolve(flags, preset), Report(quiet=True)
     bundle = find_bundle(settings.model)

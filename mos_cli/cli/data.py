@@ -20,8 +20,8 @@ def build(
     """Fetch the open emoji sets with npm, draw their objects, and write one art file with its manifest."""
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from mos_cli.training.art.build import build_art, choose_sets
-    from mos_cli.training.art.file import data_folder
+    from mos_cli.datasets.art.build import build_art, choose_sets
+    from mos_cli.datasets.art.file import data_folder
 
     with Progress(
         *Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), console=console.err
@@ -42,7 +42,7 @@ def show(
     path: Annotated[Path | None, typer.Argument(help="An art manifest, or its folder; the cache by default.")] = None,
 ) -> None:
     """Show what an art file holds: its styles, pictures, licences and credits."""
-    from mos_cli.training.art.file import data_folder, manifest_path
+    from mos_cli.datasets.art.file import data_folder, manifest_path
 
     _print(manifest_path(path or data_folder()))
 
@@ -50,7 +50,7 @@ def show(
 def _print(path: Path) -> None:
     from rich.table import Table
 
-    from mos_cli.training.art.file import load_manifest
+    from mos_cli.datasets.art.file import load_manifest
 
     manifest = load_manifest(path)
     counts = manifest.counts

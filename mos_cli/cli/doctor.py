@@ -115,17 +115,17 @@ def _gpus(torch: Any) -> list[dict[str, Any]]:
 def _caches() -> list[dict[str, Any]]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from mos_cli.runtime.files import folder_size
-    from mos_cli.runtime.folders import cache_folder
+    from mos_cli.utils.files import folder_size
+    from mos_cli.utils.folders import cache_folder
 
     folders = {"mos": cache_folder(), "hub": Path(HF_HUB_CACHE)}
     return [{"name": name, "folder": str(path), "size": folder_size(path)} for name, path in folders.items()]
 
 
 def _models() -> list[dict[str, Any]]:
+    from mos_cli.bundles.bundle import bundle_folders, find_bundle
+    from mos_cli.bundles.sources import tower_folder
     from mos_cli.errors import ModelError
-    from mos_cli.runtime.bundles import bundle_folders, find_bundle
-    from mos_cli.runtime.sources import tower_folder
 
     models = []
     for name, folder in bundle_folders().items():
@@ -141,8 +141,8 @@ def _models() -> list[dict[str, Any]]:
 
 
 def _towers() -> list[dict[str, Any]]:
-    from mos_cli.runtime.bundles import list_tower_specs
-    from mos_cli.runtime.sources import tower_folder
+    from mos_cli.bundles.bundle import list_tower_specs
+    from mos_cli.bundles.sources import tower_folder
 
     return [{"name": spec.name, "pulled": tower_folder(spec).is_dir()} for spec in list_tower_specs()]
 
@@ -213,7 +213,7 @@ def _check_package(what: str, module: str, remedy: str) -> dict[str, Any]:
 
 
 def _check_folders() -> list[dict[str, Any]]:
-    from mos_cli.runtime.folders import cache_folder
+    from mos_cli.utils.folders import cache_folder
 
     checks = []
     for what, folder in (("cache folder", cache_folder()), ("current folder", Path.cwd())):

@@ -18,10 +18,10 @@ from mos_cli.errors import PARTLY_FAILED, MosError, UsageError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from mos_cli.pipeline import Drawing, MoSPipeline
+    from mos_cli.config.recipe import Recipe
+    from mos_cli.images.inputs import Inputs
+    from mos_cli.inference.pipeline import Drawing, MoSPipeline
     from mos_cli.routing.trace import Recording, Wanted
-    from mos_cli.runtime.inputs import Inputs
-    from mos_cli.runtime.recipe import Recipe
     from mos_cli.sampling.sampler import Step
 
 
@@ -147,12 +147,12 @@ def draw_jobs(
                 if not report.json:
                     report.event("file", f"{file}")
     if drawn and sheet is not None:
-        from mos_cli.runtime.sheet import contact_sheet
+        from mos_cli.images.sheets import contact_sheet
 
         _write_extra("sheet", sheet, contact_sheet(drawn), overwrite, report)
     if drawn and strip is not None and (inputs := jobs[0].inputs) is not None:
-        from mos_cli.runtime.pictures import Fit
-        from mos_cli.runtime.sheet import strip as before_and_after
+        from mos_cli.images.pictures import Fit
+        from mos_cli.images.sheets import strip as before_and_after
 
         after, instruction = drawn[0]
         before = inputs.pictures[0].rgb
@@ -165,8 +165,8 @@ def draw_jobs(
 
 
 def _write_extra(kind: str, path: Path, image: "Image", overwrite: bool, report: Report) -> None:
-    from mos_cli.runtime.files import atomic_write
-    from mos_cli.runtime.outputs import png
+    from mos_cli.images.outputs import png
+    from mos_cli.utils.files import atomic_write
 
     atomic_write(path, png(image, None), overwrite)
     report.event(kind, str(path), file=str(path))
@@ -174,9 +174,9 @@ def _write_extra(kind: str, path: Path, image: "Image", overwrite: bool, report:
 
 def write_drawing(drawing: "Drawing", path: Path, *, trace: str, overwrite: bool) -> list[Path]:
     """Writes the picture, its previews and, as far as `trace` says, its trace; all of them or none."""
+    from mos_cli.images.outputs import animation, companions, png
     from mos_cli.routing.trace import trace_files
-    from mos_cli.runtime.files import write_together
-    from mos_cli.runtime.outputs import animation, companions, png
+    from mos_cli.utils.files import write_together
 
     files = {path: png(drawing.image, drawing.record)}
     if trace != "off":

@@ -129,9 +129,9 @@ def edit(
 
     Editing a picture that mos made keeps its history: mos replay can draw the whole chain again.
     """
-    from mos_cli.runtime.bundles import edits_of, find_bundle
-    from mos_cli.runtime.outputs import naming
-    from mos_cli.runtime.settings import make_settings, parse_size, resolve
+    from mos_cli.bundles.bundle import edits_of, find_bundle
+    from mos_cli.config.settings import make_settings, parse_size, resolve
+    from mos_cli.images.outputs import naming
 
     report = Report(json=json, quiet=quiet, verbose=verbose)
     instructions = read_prompts(instruction, 'what to change, for example: mos edit cat.png "make it blue"')
@@ -167,10 +167,10 @@ def edit(
     defaults = edits_of(bundle)
     if strip is not None and (count > 1 or len(instructions) > 1):
         raise UsageError("--strip shows one edit: leave it out, or ask for one picture")
-    from mos_cli.runtime.inputs import describe_edit, read_inputs
-    from mos_cli.runtime.masks import read_mask
-    from mos_cli.runtime.pictures import working_size
-    from mos_cli.runtime.recipe import MaskRecipe, check_guidance, pixels_hash
+    from mos_cli.config.recipe import MaskRecipe, check_guidance, pixels_hash
+    from mos_cli.images.inputs import describe_edit, read_inputs
+    from mos_cli.images.masks import read_mask
+    from mos_cli.images.pictures import working_size
 
     inputs = read_inputs([picture, *(reference or [])])
     for note in inputs.notes:

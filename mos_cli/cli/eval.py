@@ -12,9 +12,9 @@ from mos_cli.cli.options import ArtFile, Device, Model, Solver
 from mos_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from mos_cli.pipeline import MoSPipeline
-    from mos_cli.training.evaluation.examine import TrueScenes
-    from mos_cli.training.evaluation.judge import Judge
+    from mos_cli.evaluation.examine import TrueScenes
+    from mos_cli.evaluation.judge import Judge
+    from mos_cli.inference.pipeline import MoSPipeline
 
 JudgeFolder = Annotated[
     Path | None, typer.Option("--judge", help="Folder of the judge.", show_default="the one that comes with mos")
@@ -51,12 +51,12 @@ def evaluate(
 
     A run that was interrupted goes on where it stopped when it is given the same --output.
     """
+    from mos_cli.bundles.bundle import edits_of, find_bundle
     from mos_cli.cli.asked import shared_fields
     from mos_cli.cli.drawing import Report
     from mos_cli.cli.loading import load_pipeline
-    from mos_cli.runtime.bundles import edits_of, find_bundle
-    from mos_cli.runtime.quiet import quieten
-    from mos_cli.runtime.settings import RunSettings, make_settings, parse_size
+    from mos_cli.config.settings import RunSettings, make_settings, parse_size
+    from mos_cli.utils.quiet import quieten
 
     # The user's config file stays out of it: a table must not depend on whose machine it was made on.
     side = None if size is None else str(size)
@@ -69,9 +69,9 @@ def evaluate(
     common = shared_fields(settings, bundle, editing or bundle.index.defaults)
     common["width"], common["height"] = parse_size(settings.size, bundle.index.canvas)
     quieten()
-    from mos_cli.training.art.file import data_folder, load_art
-    from mos_cli.training.evaluation.examine import TrueScenes
-    from mos_cli.training.evaluation.judge import Judge, judge_folder
+    from mos_cli.datasets.art.file import data_folder, load_art
+    from mos_cli.evaluation.examine import TrueScenes
+    from mos_cli.evaluation.judge import Judge, judge_folder
 
     judging, true = Judge(judge or judge_folder()), TrueScenes(load_art(art or data_folder()))
     pipeline = load_pipeline(bundle, settings, Report(), precision=common["precision"], quant=common["quant"])
@@ -92,11 +92,12 @@ def _evaluate_scenes(
     limit: int | None,
 ) -> None:
     from mos_cli.cli.fetching import fetch_with_progress
-    from mos_cli.training.evaluation.bench import read_bench
-    from mos_cli.training.evaluation.features import features_spec, load_features
-    from mos_cli.training.evaluation.results import HEADINGS, markdown, table
-    from mos_cli.training.evaluation.run import Bench
-    from mos_cli.training.evaluation.run import evaluate as run_evaluation
+    from mos_cli.evaluation.features import load_features
+    from mos_cli.evaluation.results import HEADINGS, markdown, table
+    from mos_cli.evaluation.run import Bench
+    from mos_cli.evaluation.run import evaluate as run_evaluation
+    from mos_cli.evaluation.scenebench import read_bench
+    from mos_cli.towers.efficientnet import features_spec
 
     features = load_features(fetch_with_progress(features_spec()))
     with stage_bars() as advance:
@@ -113,8 +114,8 @@ def _evaluate_edits(
     limit: int | None,
     image_cfg: float,
 ) -> None:
-    from mos_cli.training.evaluation.edit_bench import read_edit_bench
-    from mos_cli.training.evaluation.edit_run import HEADINGS, evaluate_edits, markdown, rows
+    from mos_cli.evaluation.edit_run import HEADINGS, evaluate_edits, markdown, rows
+    from mos_cli.evaluation.editbench import read_edit_bench
 
     with stage_bars() as advance:
         entries = read_edit_bench(limit)

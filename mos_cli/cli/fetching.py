@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 from mos_cli.cli import console
 
 if TYPE_CHECKING:
-    from mos_cli.runtime.specs import TowerSpec
+    from mos_cli.bundles.specs import TowerSpec
 
 
 def fetch_with_progress(spec: "TowerSpec") -> Path:
     """Fetches a tower as `fetch_tower` does, with a progress bar on stderr if it is not cached yet."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from mos_cli.runtime.sources import fetch_tower, tower_folder
+    from mos_cli.bundles.sources import fetch_tower, tower_folder
 
     if tower_folder(spec).is_dir():
         return fetch_tower(spec)

@@ -90,9 +90,9 @@ def generate(
     verbose: Verbose = False,
 ) -> None:
     """Draw pictures from a prompt, each with its recipe inside and its routing trace beside it."""
-    from mos_cli.runtime.bundles import find_bundle
-    from mos_cli.runtime.outputs import naming
-    from mos_cli.runtime.settings import make_settings, parse_size, resolve
+    from mos_cli.bundles.bundle import find_bundle
+    from mos_cli.config.settings import make_settings, parse_size, resolve
+    from mos_cli.images.outputs import naming
 
     report = Report(json=json, quiet=quiet, verbose=verbose)
     prompts = read_prompts(prompt, 'what to draw, for example: mos generate "a red apple"')
@@ -124,7 +124,7 @@ def generate(
     settings = fit_to_card(bundle, settings, (width, height), report, fetch=not dry_run)
     with report.stage("libraries"):
         fields = shared_fields(settings, bundle, bundle.index.defaults)
-    from mos_cli.runtime.recipe import check_guidance
+    from mos_cli.config.recipe import check_guidance
 
     fields["width"], fields["height"] = width, height
     check_guidance(fields["cfg"], {"--negative": settings.negative, "--cfg-interval": flags.cfg_interval})

@@ -26,8 +26,8 @@ def init(
     shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest size of a file: 500MB, 2GB.")] = "2GB",
 ) -> None:
     """Make a bundle with random weights: for planning, benchmarks and as the start of training."""
-    from mos_cli.runtime.blueprints import find_blueprint
-    from mos_cli.runtime.bundles import check_new_folder, check_tower_folder
+    from mos_cli.bundles.blueprints import find_blueprint
+    from mos_cli.bundles.bundle import check_new_folder, check_tower_folder
 
     blueprint = find_blueprint(name)
     chosen, shape = blueprint.tower(understanding)
@@ -35,10 +35,10 @@ def init(
     check_new_folder(out.expanduser().absolute())
     if tower is not None:
         check_tower_folder(tower.expanduser().absolute(), chosen, shape)
-    from mos_cli.runtime.quiet import quieten
+    from mos_cli.utils.quiet import quieten
 
     quieten()
-    from mos_cli.towers.fresh import Start, write_fresh_bundle
+    from mos_cli.towers.random_weights import Start, write_fresh_bundle
 
     with console.err.status(f"making {name}") as status:
         write_fresh_bundle(Start(blueprint, chosen, tower, seed, shard), out, status.update)

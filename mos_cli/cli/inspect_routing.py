@@ -121,7 +121,7 @@ def refuse_folders(*traces: Path | None) -> None:
 def _check_outputs(outputs: dict[str, Path], *traces: Path | None) -> None:
     """Raises UsageError if a file to write is one that is read, or named twice, or a report is not named as a page."""
     from mos_cli.errors import UsageError
-    from mos_cli.runtime.outputs import companions
+    from mos_cli.images.outputs import companions
 
     taken = [other for path in traces if path is not None for other in (*companions(path), path.with_suffix(".png"))]
     for option, path in outputs.items():
@@ -135,7 +135,7 @@ def _check_outputs(outputs: dict[str, Path], *traces: Path | None) -> None:
 def _write_report(recording: "Recording", compare: Path | None, path: Path, overwrite: bool) -> None:
     from mos_cli.routing.trace import load_recording
     from mos_cli.routing.views.html import html_report
-    from mos_cli.runtime.files import atomic_write, refuse_existing
+    from mos_cli.utils.files import atomic_write, refuse_existing
 
     refuse_existing(path, overwrite)
     second = None if compare is None else load_recording(compare)

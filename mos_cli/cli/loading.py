@@ -6,9 +6,9 @@ from mos_cli.cli.drawing import Report
 from mos_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from mos_cli.pipeline import MoSPipeline
-    from mos_cli.runtime.bundles import Bundle
-    from mos_cli.runtime.settings import RunSettings
+    from mos_cli.bundles.bundle import Bundle
+    from mos_cli.config.settings import RunSettings
+    from mos_cli.inference.pipeline import MoSPipeline
 
 
 def fit_to_card(
@@ -40,9 +40,9 @@ def fit_to_card(
     """
     if settings.max_vram is None and settings.offload == "none":
         return settings
-    from mos_cli.runtime.blueprints import network_of
-    from mos_cli.runtime.devices import choose_device, choose_precision, device_name, device_threads
-    from mos_cli.runtime.settings import fitted, room
+    from mos_cli.bundles.blueprints import network_of
+    from mos_cli.config.settings import fitted, room
+    from mos_cli.utils.devices import choose_device, choose_precision, device_name, device_threads
 
     with report.stage("libraries"):
         device = choose_device(settings.device)
@@ -91,20 +91,20 @@ def load_pipeline(
     Raises:
         MosError: as `MoSPipeline` and `choose_device` do.
     """
+    from mos_cli.bundles.bundle import remember
     from mos_cli.cli.fetching import fetch_with_progress
-    from mos_cli.runtime.bundles import remember
 
     with report.stage("fetching"):
         understanding = fetch_with_progress(bundle.index.understanding)
     with report.stage("libraries"):
-        from mos_cli.runtime.quiet import quieten
+        from mos_cli.utils.quiet import quieten
 
         quieten()
-        from mos_cli.pipeline import MoSPipeline
-        from mos_cli.placement import cap
-        from mos_cli.runtime.devices import choose_device
-        from mos_cli.runtime.fitting import parse_quant
-        from mos_cli.runtime.memory import Setting
+        from mos_cli.inference.offload import cap
+        from mos_cli.inference.pipeline import MoSPipeline
+        from mos_cli.planning.candidates import parse_quant
+        from mos_cli.planning.memory import Setting
+        from mos_cli.utils.devices import choose_device
     device = choose_device(settings.device)
     if isinstance(settings.max_vram, float) and device.type == "cuda":
         cap(device, settings.max_vram)

@@ -12,9 +12,9 @@ from mos_cli.cli.init import init
 from mos_cli.cli.quantize import quantize
 
 if TYPE_CHECKING:
-    from mos_cli.runtime.blueprints import Blueprint
-    from mos_cli.runtime.bundles import Bundle
-    from mos_cli.runtime.specs import TowerSpec
+    from mos_cli.bundles.blueprints import Blueprint
+    from mos_cli.bundles.bundle import Bundle
+    from mos_cli.bundles.specs import TowerSpec
 
 models_app = typer.Typer(name="models", no_args_is_help=True, help="List, fetch and check models.")
 
@@ -25,10 +25,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per
 @models_app.command("ls")
 def list_all(as_json: AsJson = False) -> None:
     """List the models, blueprints (models without weights), and the understanding towers that can read prompts."""
+    from mos_cli.bundles.blueprints import find_blueprint
+    from mos_cli.bundles.bundle import list_bundles, list_tower_specs
     from mos_cli.errors import ModelError
-    from mos_cli.runtime.blueprints import find_blueprint
-    from mos_cli.runtime.bundles import list_bundles, list_tower_specs
-    from mos_cli.runtime.folders import list_blueprints
+    from mos_cli.utils.folders import list_blueprints
 
     rows = []
     for name, bundle in list_bundles().items():
@@ -58,7 +58,7 @@ def list_all(as_json: AsJson = False) -> None:
 @models_app.command("show")
 def show(name: Name, as_json: AsJson = False) -> None:
     """Show what a model is: what it needs, what it can draw, where it comes from."""
-    from mos_cli.runtime.bundles import Bundle, find_model
+    from mos_cli.bundles.bundle import Bundle, find_model
 
     model = find_model(name)
     if isinstance(model, Bundle):
@@ -94,7 +94,7 @@ def show(name: Name, as_json: AsJson = False) -> None:
 @models_app.command("pull")
 def pull(name: Name) -> None:
     """Fetch an understanding tower, or the one a model needs, into the cache and check it."""
-    from mos_cli.runtime.bundles import find_model
+    from mos_cli.bundles.bundle import find_model
 
     spec = _tower_of(find_model(name))
     console.out.print(fetch_with_progress(spec), soft_wrap=True)
@@ -103,8 +103,8 @@ def pull(name: Name) -> None:
 @models_app.command("verify")
 def verify(name: Name) -> None:
     """Check every file of a model and of its understanding tower against the known hashes."""
-    from mos_cli.runtime.bundles import Bundle, find_model, verify_bundle
-    from mos_cli.runtime.sources import tower_files, verify_tower
+    from mos_cli.bundles.bundle import Bundle, find_model, verify_bundle
+    from mos_cli.bundles.sources import tower_files, verify_tower
 
     model = find_model(name)
     if isinstance(model, Bundle):
@@ -116,14 +116,14 @@ def verify(name: Name) -> None:
 
 
 def _tower_of(model: "Bundle | TowerSpec") -> "TowerSpec":
-    from mos_cli.runtime.bundles import Bundle
+    from mos_cli.bundles.bundle import Bundle
 
     return model.index.understanding if isinstance(model, Bundle) else model
 
 
 def _bundle_row(bundle: "Bundle") -> dict[str, Any]:
-    from mos_cli.runtime.files import folder_size
-    from mos_cli.runtime.sources import tower_folder
+    from mos_cli.bundles.sources import tower_folder
+    from mos_cli.utils.files import folder_size
 
     index = bundle.index
     return {
@@ -153,8 +153,8 @@ def _blueprint_row(blueprint: "Blueprint", file: Path) -> dict[str, Any]:
 
 
 def _tower_row(spec: "TowerSpec") -> dict[str, Any]:
-    from mos_cli.runtime.files import folder_size
-    from mos_cli.runtime.sources import tower_folder
+    from mos_cli.bundles.sources import tower_folder
+    from mos_cli.utils.files import folder_size
 
     folder = tower_folder(spec)
     pulled = folder.is_dir()

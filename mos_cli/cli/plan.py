@@ -9,8 +9,8 @@ from mos_cli.cli import console
 from mos_cli.errors import MemoryLimitError
 
 if TYPE_CHECKING:
-    from mos_cli.runtime.blueprints import Network
-    from mos_cli.runtime.fitting import Candidate
+    from mos_cli.bundles.blueprints import Network
+    from mos_cli.planning.candidates import Candidate
 
 Precision = Literal["bf16", "fp32"]
 _STAGES = ("read", "bank", "draw", "decode")
@@ -74,9 +74,9 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per card.")] = False,
 ) -> None:
     """Say what a model needs on a card, stage by stage, and which setting is fastest there; load no weights."""
-    from mos_cli.runtime.blueprints import find_network
-    from mos_cli.runtime.fitting import CARDS, candidates, parse_quant
-    from mos_cli.runtime.settings import parse_size
+    from mos_cli.bundles.blueprints import find_network
+    from mos_cli.config.settings import parse_size
+    from mos_cli.planning.candidates import CARDS, candidates, parse_quant
 
     rooms = [_Room(card, f"{card:g}") for card in CARDS]
     if max_vram is not None:
@@ -112,19 +112,19 @@ def plan(
 
 def _room_of(max_vram: str, precision: Precision | None) -> tuple[_Room, Precision | None]:
     """The room that --max-vram names, and the precision that is drawn in there; torch is imported for auto only."""
-    from mos_cli.runtime.settings import make_settings, room
+    from mos_cli.config.settings import make_settings, room
 
     gib = make_settings(max_vram=max_vram).max_vram
     if isinstance(gib, float):
         return _Room(gib, f"{gib:g}"), precision
-    from mos_cli.runtime.devices import choose_device, choose_precision
+    from mos_cli.utils.devices import choose_device, choose_precision
 
     device = choose_device("auto")
     return _Room(room(device), "auto", on_cpu=device.type == "cpu"), precision or choose_precision(device)
 
 
 def _answer(found: "list[Candidate]", room: _Room) -> "Candidate | MemoryLimitError":
-    from mos_cli.runtime.fitting import fastest, fastest_on_cpu
+    from mos_cli.planning.candidates import fastest, fastest_on_cpu
 
     try:
         return fastest_on_cpu(found, room.gib) if room.on_cpu else fastest(found, room.gib)
@@ -148,7 +148,7 @@ def _command(network: "Network", best: "Candidate", room: _Room, size: str | Non
 
 
 def _row(best: "Candidate | MemoryLimitError", room: _Room) -> dict[str, Any]:
-    from mos_cli.runtime.memory import RESERVE
+    from mos_cli.planning.memory import RESERVE
 
     if isinstance(best, MemoryLimitError):
         return {"setting": None, "why": str(best)}
@@ -181,7 +181,7 @@ def _print_head(network: "Network", canvas: tuple[int, int]) -> None:
 def _print_room(room: _Room, best: "Candidate", command: str) -> None:
     from rich.table import Table
 
-    from mos_cli.runtime.memory import GIB, RESERVE
+    from mos_cli.planning.memory import GIB, RESERVE
 
     names = list(dict.fromkeys(name for stage in best.stages for name in stage.parts))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -207,8 +207,8 @@ def _print_room(room: _Room, best: "Candidate", command: str) -> None:
 
 
 def _print_foot(network: "Network", understanding: str | None, *, on_cpu: bool, numbered: bool) -> None:
-    from mos_cli.runtime.fitting import BUS, FLOPS, MEMORY
-    from mos_cli.runtime.memory import TOKENS
+    from mos_cli.planning.candidates import BUS, FLOPS, MEMORY
+    from mos_cli.planning.memory import TOKENS
 
     counted = f"Prompts of {TOKENS} tokens, one picture at a time."
     if not on_cpu:
@@ -226,7 +226,7 @@ def _print_foot(network: "Network", understanding: str | None, *, on_cpu: bool, 
 
 
 def _gib(size: int) -> str:
-    from mos_cli.runtime.memory import GIB
+    from mos_cli.planning.memory import GIB
 
     return f"{size / GIB:.2f}" if size else "-"
 

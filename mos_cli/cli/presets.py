@@ -7,7 +7,7 @@ import typer
 from mos_cli.cli import console
 
 if TYPE_CHECKING:
-    from mos_cli.runtime.settings import Preset
+    from mos_cli.config.settings import Preset
 
 presets_app = typer.Typer(name="presets", help="Named settings for drawing.", no_args_is_help=True)
 
@@ -19,7 +19,7 @@ def ls(json: Json = False) -> None:
     """List the presets."""
     from rich.table import Table
 
-    from mos_cli.runtime.settings import list_presets
+    from mos_cli.config.settings import list_presets
 
     presets = list_presets()
     if json:
@@ -37,7 +37,7 @@ def ls(json: Json = False) -> None:
 @presets_app.command("show")
 def show(name: Annotated[str, typer.Argument(help="A preset.")], json: Json = False) -> None:
     """Show one preset."""
-    from mos_cli.runtime.settings import load_preset
+    from mos_cli.config.settings import load_preset
 
     preset = load_preset(name)
     if json:

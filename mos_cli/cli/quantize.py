@@ -9,7 +9,7 @@ from mos_cli.cli import console
 from mos_cli.cli.fetching import size_text
 
 if TYPE_CHECKING:
-    from mos_cli.towers.quantised import Report
+    from mos_cli.towers.quantized import Report
 
 
 def quantize(
@@ -19,17 +19,18 @@ def quantize(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")] = False,
 ) -> None:
     """Write a model again with its generation tower quantised; everything else stays as it is."""
+    from mos_cli.bundles.bundle import find_bundle
+    from mos_cli.bundles.quantized import check_quantising, write_quantised_bundle
     from mos_cli.errors import ModelError, UsageError
-    from mos_cli.runtime.bundles import find_bundle
-    from mos_cli.runtime.quantising import METHODS, check_quantising, write_quantised_bundle
-    from mos_cli.runtime.quiet import quieten
+    from mos_cli.quantization.method import METHODS
+    from mos_cli.utils.quiet import quieten
 
     if quant not in METHODS:
         raise UsageError(f"--quant cannot be {quant!r}: choose from {', '.join(METHODS)}")
     bundle = find_bundle(name)
     check_quantising(bundle, out, overwrite=overwrite)
     quieten()
-    from mos_cli.towers.quantised import quantise_generation
+    from mos_cli.towers.quantized import quantise_generation
 
     reports: list[Report] = []
 

@@ -29,10 +29,10 @@ from mos_cli.errors import UsageError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from mos_cli.pipeline import MoSPipeline
-    from mos_cli.runtime.bundles import Bundle
-    from mos_cli.runtime.inputs import Inputs
-    from mos_cli.runtime.recipe import EarlierPicture, Provenance, Recipe
+    from mos_cli.bundles.bundle import Bundle
+    from mos_cli.config.recipe import EarlierPicture, Provenance, Recipe
+    from mos_cli.images.inputs import Inputs
+    from mos_cli.inference.pipeline import MoSPipeline
 
 CLOSE_PSNR = 40.0
 """Decibels above which two pictures look the same; bf16 against fp32 lies beyond it, another seed far below."""
@@ -79,12 +79,12 @@ def replay(
     With --verify the exit code is 0 for exact and close, 1 for different. What an edit was made from is drawn again
     too, if mos made it; other pictures are to be given with --input.
     """
-    from mos_cli.runtime.bundles import edits_of, find_bundle, find_recorded
-    from mos_cli.runtime.devices import cpu_threads
-    from mos_cli.runtime.inputs import Finder
-    from mos_cli.runtime.outputs import naming, read_drawing
-    from mos_cli.runtime.recipe import check_guidance, make_recipe
-    from mos_cli.runtime.settings import check_size, make_settings, resolve
+    from mos_cli.bundles.bundle import edits_of, find_bundle, find_recorded
+    from mos_cli.config.recipe import check_guidance, make_recipe
+    from mos_cli.config.settings import check_size, make_settings, resolve
+    from mos_cli.images.inputs import Finder
+    from mos_cli.images.outputs import naming, read_drawing
+    from mos_cli.utils.devices import cpu_threads
 
     report = Report(json=json, quiet=quiet, verbose=verbose)
     sources = [
@@ -210,6 +210,6 @@ def _changes(assignments: list[str]) -> dict[str, str]:
 
 def _psnr(first: "Image", second: "Image") -> float:
     """Peak signal-to-noise ratio of two 8-bit pictures in dB; infinite for equal ones, 0 for those of another kind."""
-    from mos_cli.ablation import difference
+    from mos_cli.inference.ablation import difference
 
     return difference(first, second)[1] if (first.size, first.mode) == (second.size, second.mode) else 0.0

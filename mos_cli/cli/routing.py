@@ -18,13 +18,13 @@ from mos_cli.errors import InputError, UsageError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from mos_cli.ablation import Ablated
-    from mos_cli.pipeline import Drawing
+    from mos_cli.config.recipe import EarlierPicture, Recipe
+    from mos_cli.images.inputs import Inputs
+    from mos_cli.inference.ablation import Ablated
+    from mos_cli.inference.pipeline import Drawing
     from mos_cli.routing.diff import Difference, Tally
     from mos_cli.routing.rules import Rule
     from mos_cli.routing.trace import Trace
-    from mos_cli.runtime.inputs import Inputs
-    from mos_cli.runtime.recipe import EarlierPicture, Recipe
     from mos_cli.sampling.sampler import Observer, Step
 
 routing_app = typer.Typer(
@@ -139,13 +139,13 @@ def ablate(
     The layers are ranked by how much the picture changes. A strip shows the picture as it is, then without each layer,
     or with --only from each layer alone.
     """
+    from mos_cli.bundles.bundle import edits_of, find_recorded
+    from mos_cli.config.recipe import pixels_hash
+    from mos_cli.config.settings import check_size, make_settings, resolve
+    from mos_cli.images.inputs import Finder
+    from mos_cli.images.outputs import read_drawing
     from mos_cli.routing.rules import BaselineRule, parse_rules
-    from mos_cli.runtime.bundles import edits_of, find_recorded
-    from mos_cli.runtime.devices import cpu_threads
-    from mos_cli.runtime.inputs import Finder
-    from mos_cli.runtime.outputs import read_drawing
-    from mos_cli.runtime.recipe import pixels_hash
-    from mos_cli.runtime.settings import check_size, make_settings, resolve
+    from mos_cli.utils.devices import cpu_threads
 
     report = Report(json=json, quiet=quiet, verbose=verbose)
     rule = _rule(word, block, step, only=only)
@@ -168,11 +168,11 @@ def ablate(
     finder.check_all_used()
     pipeline = load_pipeline(bundle, settings, report, precision=recipe.precision, quant=recipe.quant)
 
-    from mos_cli.ablation import ablate as ablate_layers
-    from mos_cli.ablation import check_rule
-    from mos_cli.runtime.files import atomic_write
-    from mos_cli.runtime.outputs import png
-    from mos_cli.runtime.sheet import contact_sheet
+    from mos_cli.images.outputs import png
+    from mos_cli.images.sheets import contact_sheet
+    from mos_cli.inference.ablation import ablate as ablate_layers
+    from mos_cli.inference.ablation import check_rule
+    from mos_cli.utils.files import atomic_write
 
     with report.progress() as bars, gentle_interrupt() as check_interrupt, cpu_threads(record.made.threads):
 
@@ -229,8 +229,8 @@ def _strip_path(picture: Path, word: str, output: Path | None, overwrite: bool) 
     """Where the strip goes: where it is asked for, else beside the picture under a name that is free."""
     from itertools import count
 
-    from mos_cli.runtime.files import check_writable, refuse_existing
-    from mos_cli.runtime.outputs import slug
+    from mos_cli.images.outputs import slug
+    from mos_cli.utils.files import check_writable, refuse_existing
 
     if output is None:
         names = (f"{picture.stem}_ablate-{slug(word)}{f'-{n}' if n > 1 else ''}.png" for n in count(1))

@@ -37,8 +37,8 @@ def train(
 
     On several GPUs or machines: accelerate launch -m mos_cli train RECIPE; with --use_fsdp the network is sharded.
     """
-    from mos_cli.runtime.quiet import quieten
     from mos_cli.training.recipe import load_recipe, recipe_path
+    from mos_cli.utils.quiet import quieten
 
     if show:
         console.out.print(
@@ -46,7 +46,7 @@ def train(
         )
         return
     quieten()
-    from mos_cli.training.art.file import data_folder
+    from mos_cli.datasets.art.file import data_folder
     from mos_cli.training.run import export as export_bundle
     from mos_cli.training.run import train as run_training
     from mos_cli.training.stages import course
@@ -89,17 +89,17 @@ def train_judge(
     The same command gives another judge on another machine: tables compare only where the judge's hash is the same.
     """
     from mos_cli.cli.eval import print_table
-    from mos_cli.runtime.quiet import quieten
+    from mos_cli.utils.quiet import quieten
 
     quieten()
-    from mos_cli.training.art.file import data_folder, load_art
-    from mos_cli.training.evaluation.bench import bench_data, read_bench
-    from mos_cli.training.evaluation.examine import Examiner, TrueScenes
-    from mos_cli.training.evaluation.judge import SIDE, Judge
-    from mos_cli.training.evaluation.judge_training import load_sprites
-    from mos_cli.training.evaluation.judge_training import train_judge as run_training
-    from mos_cli.training.evaluation.results import HEADINGS, table
-    from mos_cli.training.evaluation.run import scores
+    from mos_cli.datasets.art.file import data_folder, load_art
+    from mos_cli.evaluation.examine import Examiner, TrueScenes
+    from mos_cli.evaluation.judge import SIDE, Judge
+    from mos_cli.evaluation.judge_training import load_sprites
+    from mos_cli.evaluation.judge_training import train_judge as run_training
+    from mos_cli.evaluation.results import HEADINGS, table
+    from mos_cli.evaluation.run import scores
+    from mos_cli.evaluation.scenebench import bench_data, read_bench
 
     opened, entries = load_art(art or data_folder()), read_bench()
     with stage_bars("loss {task.fields[loss]:.3f}") as advance:
@@ -122,18 +122,19 @@ def train_enlarger(
     steps: Annotated[int, typer.Option(min=10, help="Training steps.")] = 1500,
 ) -> None:
     """Train the enlarger: the autoencoder of the small models, which draws pictures twice as large as their latents."""
+    from mos_cli.datasets.tables import DataTable
     from mos_cli.errors import UsageError
-    from mos_cli.runtime.quiet import quieten
-    from mos_cli.training.recipe import DataTable, load_recipe
+    from mos_cli.training.recipe import load_recipe
+    from mos_cli.utils.quiet import quieten
 
     scenes = load_recipe(recipe).data
     if not isinstance(scenes, DataTable):
         raise UsageError(f"{recipe} has captioned pictures for data: the enlarger learns from scenes")
     quieten()
-    from mos_cli.runtime.devices import choose_device
-    from mos_cli.training.art.file import data_folder
+    from mos_cli.datasets.art.file import data_folder
     from mos_cli.training.enlarging import train_enlarger as run_training
     from mos_cli.training.run import find_sources
+    from mos_cli.utils.devices import choose_device
 
     source, _ = find_sources(scenes, art or data_folder(), choose_device("auto"))
     with stage_bars("loss {task.fields[loss]:.4f}") as advance:

@@ -12,7 +12,7 @@ import numpy as np
 from mos_cli.errors import UsageError
 from mos_cli.routing.analysis import Word
 from mos_cli.routing.section import Section
-from mos_cli.runtime.files import atomic_file, refuse_existing
+from mos_cli.utils.files import atomic_file, refuse_existing
 
 if TYPE_CHECKING:
     import pyarrow as pa

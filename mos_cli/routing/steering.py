@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mos_cli.errors import UsageError
 from mos_cli.routing.alignment import Reading
-from mos_cli.routing.given import Given
 from mos_cli.routing.rules import AnyRule, BaselineRule, Rule, check_numbers, no_such_word, tokens_of
 from mos_cli.routing.trace import Steered
+from mos_cli.routing.transfer import Given
 from mos_cli.towers.router import Route, Steering, even_route
 
 

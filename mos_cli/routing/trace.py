@@ -14,11 +14,11 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, ValidationError, model_validator
 
+from mos_cli.config.recipe import Provenance, Recipe
 from mos_cli.errors import InputError
+from mos_cli.images.outputs import companions
 from mos_cli.routing.analysis import summarise
-from mos_cli.runtime.outputs import companions
-from mos_cli.runtime.recipe import Provenance, Recipe
-from mos_cli.runtime.specs import Frozen, first_problem
+from mos_cli.utils.validation import Frozen, first_problem
 
 SCHEMA = "mos-trace/1"
 

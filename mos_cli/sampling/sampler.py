@@ -14,11 +14,11 @@ import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from mos_cli.runtime.specs import Solver
 from mos_cli.sampling.branches import Branches, Predictor, Steered
 from mos_cli.sampling.flow import extrapolated, noised, velocity
 from mos_cli.towers.bank import StateBank
 from mos_cli.towers.router import Route
+from mos_cli.utils.validation import Solver
 
 
 @dataclass(frozen=True)

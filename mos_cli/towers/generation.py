@@ -15,7 +15,7 @@ from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from mos_cli.runtime.shapes import IMAGE_GRID
+from mos_cli.bundles.shapes import IMAGE_GRID
 from mos_cli.towers.bank import Grid, References, StateBank, sight_places
 from mos_cli.towers.blocks import Context, GenerationBlock, reading
 from mos_cli.towers.layers import (

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, BatchEncoding, PreTrainedModel
 
 from mos_cli.errors import InputError, ModelError
-from mos_cli.runtime.quantising import Method
-from mos_cli.towers.quantised import understanding_config
+from mos_cli.quantization.method import Method
+from mos_cli.towers.quantized import understanding_config
 
 SAFELY = {"local_files_only": True, "trust_remote_code": False}
 Picture = Image.Image | Tensor

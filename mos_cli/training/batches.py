@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from mos_cli.bundles.shapes import IMAGE_GRID
 from mos_cli.errors import InputError, MosError, UsageError
-from mos_cli.runtime.shapes import IMAGE_GRID
 from mos_cli.sampling.flow import logit_normal, noised
 from mos_cli.towers.autoencoder import Autoencoder
 from mos_cli.towers.bank import Grid
-from mos_cli.towers.eyes import Eyes
+from mos_cli.towers.image_encoder import Eyes
 from mos_cli.towers.understanding import Picture, Reading, UnderstandingTower
 from mos_cli.training.recipe import TrainTable
 from mos_cli.training.stages import Course

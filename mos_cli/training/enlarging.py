@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mos_cli.runtime.devices import choose_device, choose_precision
 from mos_cli.towers.autoencoder import Enlarger
 from mos_cli.training.batches import Source
+from mos_cli.utils.devices import choose_device, choose_precision
 
 CANVAS = 128
 NOISE = 0.1

@@ -18,7 +18,6 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from mos_cli.errors import InputError
-from mos_cli.runtime.files import atomic_write, make_folder
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.training import checkpoint
 from mos_cli.training.batches import Batch, Batches
@@ -29,6 +28,7 @@ from mos_cli.training.optimiser import build_optimisers, set_rates, start_states
 from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.stages import course
 from mos_cli.training.start import start_tower
+from mos_cli.utils.files import atomic_write, make_folder
 
 RECIPE = "recipe.json"
 MAY_CHANGE = {"steps", "compile", "ema", "log_every", "save_every", "sample_every", "sample_prompts"}

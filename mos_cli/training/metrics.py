@@ -9,7 +9,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from mos_cli.runtime.files import atomic_file, atomic_write
+from mos_cli.utils.files import atomic_file, atomic_write
 
 METRICS, PLOT, TENSORBOARD = "metrics.csv", "loss.png", "tensorboard"
 

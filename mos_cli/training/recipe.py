@@ -1,14 +1,15 @@
 """A training recipe: everything that decides what a run learns, read from one TOML file."""
 
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from mos_cli.bundles.specs import Canvas, Defaults, EditDefaults
+from mos_cli.datasets.tables import Data, read_toml, with_words
 from mos_cli.errors import InputError, UsageError
-from mos_cli.runtime.folders import presets_folder
-from mos_cli.runtime.specs import Canvas, Defaults, EditDefaults, Frozen, PlainName, first_problem
+from mos_cli.utils.folders import presets_folder
+from mos_cli.utils.validation import Frozen, PlainName, first_problem
 
 
 class BundleTable(Frozen):
@@ -26,44 +27,6 @@ class BundleTable(Frozen):
         if self.canvas.native[0] != self.canvas.native[1]:
             raise ValueError("training pictures are square")
         return self
-
-
-class DataTable(Frozen):
-    """Scenes composed from the art file: which words and styles they are made of."""
-
-    kind: Literal["scenes"] = "scenes"
-    styles: tuple[str, ...] = Field(min_length=1)
-    words: dict[str, tuple[str, ...]]
-    """Names in the art file to the names captions use; in a recipe also a TOML file, its own or a preset."""
-    edits: float = Field(default=0.0, ge=0, le=1)
-    """Share of the steps that learn to edit scenes; such a step learns nothing else."""
-
-    @model_validator(mode="after")
-    def _enough_words(self) -> Self:
-        if len(self.words) < 2:
-            raise ValueError("a pair takes two words at least")
-        if self.edits and (len(self.words) < 8 or len(self.styles) < 2):
-            raise ValueError("edits take eight words and two styles at least")
-        return self
-
-
-class CaptionedTable(Frozen):
-    """Pictures with captions in files: a folder of both, or of webdataset shards; see `training.captioned`."""
-
-    kind: Literal["captioned"]
-    path: str
-    edits: float = Field(default=0.0, ge=0, le=1)
-    """Share of the steps that learn from its edits."""
-
-
-def _kind(data: Any) -> str:
-    return data.get("kind", "scenes") if isinstance(data, dict) else data.kind
-
-
-Data = Annotated[
-    Annotated[DataTable, Tag("scenes")] | Annotated[CaptionedTable, Tag("captioned")],
-    Discriminator(_kind),
-]
 
 
 class StageTable(Frozen):
@@ -166,11 +129,10 @@ def load_recipe(name_or_path: str, overrides: dict[str, Any] | None = None) -> T
         UsageError: a value is missing, unknown or out of range.
     """
     path = recipe_path(name_or_path)
-    table = _read_toml(path)
-    for data in [table.get("data"), *(stage.get("data") for stage in table.get("stages", []))]:
-        if data and isinstance(data.get("words"), str):
-            own = path.parent / data["words"]
-            data["words"] = _read_toml(own if own.is_file() else presets_folder() / data["words"])
+    table = read_toml(path)
+    for part in (table, *table.get("stages", [])):
+        if part.get("data"):
+            part["data"] = with_words(part["data"], path.parent)
     overrides = dict(overrides or {})
     if table.get("stages") and (steps := overrides.pop("steps", None)):
         before = sum(stage["steps"] for stage in table["stages"][:-1])
@@ -181,12 +143,3 @@ def load_recipe(name_or_path: str, overrides: dict[str, Any] | None = None) -> T
         return TrainRecipe.model_validate({**table, "train": {**table.get("train", {}), **overrides}})
     except ValidationError as error:
         raise UsageError(f"{path}: {first_problem(error)}") from None
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is not there") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid TOML: {error}") from None

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import torch
 
-from mos_cli.runtime.bundles import load_tower_spec
-from mos_cli.runtime.files import sha256_of
-from mos_cli.runtime.folders import models_folder
-from mos_cli.runtime.sources import fetch_tower, hub_snapshot
-from mos_cli.runtime.specs import TOWER_SUFFIXES, HubSource, TowerSpec
+from mos_cli.bundles.bundle import load_tower_spec
+from mos_cli.bundles.sources import fetch_tower, hub_snapshot
+from mos_cli.bundles.specs import TOWER_SUFFIXES, HubSource, TowerSpec
 from mos_cli.towers.autoencoder import Autoencoder, Pixels, load_autoencoder
-from mos_cli.towers.eyes import Eyes
-from mos_cli.training.evaluation.features import features_spec, read_weights
+from mos_cli.towers.efficientnet import features_spec, read_weights
+from mos_cli.towers.image_encoder import Eyes
+from mos_cli.utils.files import sha256_of
+from mos_cli.utils.folders import models_folder
 
 
 def find_understanding(reference: str) -> tuple[TowerSpec, Path]:

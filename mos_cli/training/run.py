@@ -13,23 +13,24 @@ import numpy as np
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
+from mos_cli.bundles.bundle import Bundle, write_index
+from mos_cli.datasets.art.file import load_art
+from mos_cli.datasets.captioned import load_captioned, to_device
+from mos_cli.datasets.scenes.compositor import Compositor
+from mos_cli.datasets.scenes.edits import Edit, EditWriter
+from mos_cli.datasets.scenes.layout import Scene
+from mos_cli.datasets.scenes.vocabulary import Vocabulary, load_vocabulary
+from mos_cli.datasets.scenes.writer import SceneWriter
+from mos_cli.datasets.tables import CaptionedTable, DataTable
 from mos_cli.errors import InputError, UsageError
-from mos_cli.runtime.bundles import Bundle, write_index
 from mos_cli.towers.autoencoder import Pixels
-from mos_cli.towers.seeing import SeeingTower, load_understanding
-from mos_cli.training.art.file import load_art
+from mos_cli.towers.vision_language import SeeingTower, load_understanding
 from mos_cli.training.batches import Batches, Draw, Kind, Share, Source
-from mos_cli.training.captioned import load_captioned, to_device
 from mos_cli.training.launch import start_accelerator
 from mos_cli.training.loop import Metrics, Trainer
-from mos_cli.training.recipe import CaptionedTable, DataTable, TrainRecipe
+from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.references import find_autoencoder, find_eyes, find_understanding
 from mos_cli.training.samples import draw_samples
-from mos_cli.training.scenes.compositor import Compositor
-from mos_cli.training.scenes.edits import Edit, EditWriter
-from mos_cli.training.scenes.layout import Scene
-from mos_cli.training.scenes.vocabulary import Vocabulary, load_vocabulary
-from mos_cli.training.scenes.writer import SceneWriter
 from mos_cli.training.stages import course
 
 

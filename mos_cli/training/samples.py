@@ -10,17 +10,17 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from PIL import Image
 from torch import Tensor
 
-from mos_cli.editing import Laid
-from mos_cli.pipeline import encode_branches, generate_latents
-from mos_cli.reading import Reader
-from mos_cli.runtime.files import atomic_write
-from mos_cli.runtime.outputs import png
-from mos_cli.runtime.sheet import contact_sheet
-from mos_cli.runtime.specs import DEFAULT_SOLVER
+from mos_cli.images.outputs import png
+from mos_cli.images.sheets import contact_sheet
+from mos_cli.inference.edit_canvas import Laid
+from mos_cli.inference.pipeline import encode_branches, generate_latents
+from mos_cli.inference.prompt_encoding import Reader
 from mos_cli.sampling.sampler import Guidance, Origin, make_sigmas
 from mos_cli.towers.autoencoder import to_image
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.training.loop import Trainer
+from mos_cli.utils.files import atomic_write
+from mos_cli.utils.validation import DEFAULT_SOLVER
 
 EDITS = 8
 """Edits on a sheet, where the stage at hand edits."""

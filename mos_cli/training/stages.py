@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from mos_cli.training.recipe import CaptionedTable, DataTable, TrainRecipe
+from mos_cli.datasets.tables import CaptionedTable, DataTable
+from mos_cli.training.recipe import TrainRecipe
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ Shapes: D width, C channels, p side of a patch.
 import torch
 from torch import Tensor
 
+from mos_cli.bundles.bundle import find_bundle, verify_bundle
 from mos_cli.errors import UsageError
-from mos_cli.runtime.bundles import find_bundle, verify_bundle
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.training.recipe import TrainRecipe
 

@@ -16,7 +16,7 @@ from mos_cli.errors import UsageError
 from mos_cli.routing.analysis import Word, word_layers
 from mos_cli.routing.regions import WordMap, special_share, word_maps
 from mos_cli.routing.section import Section, summary_only
-from mos_cli.runtime.files import atomic_file
+from mos_cli.utils.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,0 +1,286 @@
+"""Where the settings of a run come from: flag or environment, then preset, then config file, then the bundle."""
+
+import os
+import re
+import tomllib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from mos_cli.bundles.specs import Canvas
+from mos_cli.errors import InputError, MosError, UsageError
+from mos_cli.planning.memory import Offload
+from mos_cli.utils.folders import presets_folder
+from mos_cli.utils.validation import DEFAULT_SOLVER, Interval, RouteRules, Solver, first_problem
+
+if TYPE_CHECKING:
+    import torch
+
+    from mos_cli.bundles.blueprints import Network
+    from mos_cli.planning.candidates import Candidate
+    from mos_cli.planning.memory import Setting
+
+TraceLevel = Literal["off", "summary", "topk", "full"]
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+def _gib_or_auto(value: object) -> object:
+    if value == "auto":
+        return value
+    try:
+        gib = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        gib = 0.0
+    if not 0 < gib < float("inf"):
+        raise ValueError(f"write GiB as a number above 0, or auto, not {value}")
+    return gib
+
+
+MaxVram = Annotated[float | Literal["auto"], BeforeValidator(_gib_or_auto)]
+"""GiB that a device may take; "auto": all that there is."""
+
+
+class Settings(BaseModel):
+    """What a preset or a config file may set; None leaves it to the next in line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str | None = None
+    steps: int | None = Field(default=None, ge=1)
+    solver: Solver | None = None
+    cfg: float | None = Field(default=None, ge=0)
+    cfg_interval: Interval | None = None
+    negative: str | None = None
+    size: str | None = None
+    precision: Precision | None = None
+    quant: str | None = None
+    feature_cache: int | None = Field(default=None, ge=1)
+    max_vram: MaxVram | None = None
+    offload: Offload | None = None
+    device: str | None = None
+    attention: Literal["auto", "xformers", "sdpa"] | None = None
+    compile: bool | None = None
+    trace: TraceLevel | None = None
+    routes: RouteRules | None = None
+    output: str | None = None
+
+    def over(self, other: "Settings") -> "Settings":
+        """These settings, with the gaps filled from `other`."""
+        return Settings(**{**other.model_dump(), **self.model_dump(exclude_none=True)})
+
+
+class RunSettings(Settings):
+    """Settings of a run: only what the bundle itself decides may still be open.
+
+    `tiled` and `together` follow from `max_vram`: the picture is decoded tile by tile, and the branches of guidance are
+    computed in one pass.
+    """
+
+    model: str = "emoji"
+    solver: Solver = DEFAULT_SOLVER
+    negative: str = ""
+    precision: Precision = "auto"
+    quant: str = "none"
+    offload: Offload = "none"
+    tiled: bool = False
+    together: bool = True
+    device: str = "auto"
+    attention: Literal["auto", "xformers", "sdpa"] = "auto"
+    compile: bool = False
+    trace: TraceLevel = "topk"
+    output: str = "outputs/{date}/{number}_{prompt}_s{seed}.png"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named way to draw."""
+
+    name: str
+    description: str
+    settings: Settings
+
+
+class _PresetFile(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    description: str = ""
+    generate: Settings
+
+
+def config_path() -> Path | None:
+    """The user's config file: $MOS_CONFIG, or config.toml in the user's config folder; None if there is none.
+
+    Raises:
+        InputError: $MOS_CONFIG names a file that is not there.
+    """
+    from platformdirs import user_config_path
+
+    if named := os.environ.get("MOS_CONFIG"):
+        if not Path(named).is_file():
+            raise InputError(f"MOS_CONFIG names {named}, which is no file: mend it, or unset it to go without")
+        return Path(named)
+    path = user_config_path("mos") / "config.toml"
+    return path if path.is_file() else None
+
+
+def list_presets() -> list[Preset]:
+    """The presets to draw with; recipes to train (train-*.toml) lie beside them and are not among these."""
+    files = sorted(presets_folder().glob("*.toml"))
+    return [load_preset(file.stem) for file in files if not file.stem.startswith("train-")]
+
+
+def load_preset(name: str) -> Preset:
+    """Loads a preset by name.
+
+    Raises:
+        UsageError: there is no preset of that name, or it is wrong.
+    """
+    path = presets_folder() / f"{name}.toml"
+    known = [file.stem for file in sorted(presets_folder().glob("*.toml")) if not file.stem.startswith("train-")]
+    if name not in known:
+        raise UsageError(f"no preset '{name}': choose one of {', '.join(known)}")
+    file = _read(path)
+    return Preset(name, file.description, file.generate)
+
+
+def make_settings(**values: Any) -> Settings:
+    """Builds settings from flags; strings are parsed.
+
+    Raises:
+        UsageError: a value is out of range or of the wrong kind.
+    """
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        name, _, problem = first_problem(error).partition(": ")
+        raise UsageError(f"--{name.replace('_', '-')}: {problem}") from None
+
+
+def resolve(flags: Settings, preset: str | None) -> RunSettings:
+    """Flags over the preset over the config file; what is left open is the bundle's to say.
+
+    Raises:
+        UsageError, InputError: a preset or the config file is missing or wrong.
+    """
+    settings = flags
+    if preset is not None:
+        settings = settings.over(load_preset(preset).settings)
+    if config := config_path():
+        settings = settings.over(_read(config).generate)
+    return RunSettings(**settings.model_dump(exclude_none=True))
+
+
+def room(device: "torch.device") -> float:
+    """The GiB there are for a model: the memory of a card, or what of main memory is free."""
+    import psutil
+    import torch
+
+    from mos_cli.planning.memory import GIB
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / GIB
+    return psutil.virtual_memory().available / GIB
+
+
+def fitted(
+    settings: RunSettings,
+    network: "Network",
+    size: tuple[int, int],
+    quant: str | None,
+    *,
+    on_cpu: bool = False,
+) -> RunSettings:
+    """The settings with what `max_vram`, a number here, decides: the fastest that fits, as `mos plan` finds it.
+
+    Args:
+        quant: how the towers are quantised in any case; None leaves it open. `offload` is kept if it is set.
+        on_cpu: `max_vram` is of main memory, and nothing is offloaded.
+
+    Raises:
+        MemoryLimitError: nothing fits.
+    """
+    from mos_cli.planning.candidates import candidates, fastest, fastest_on_cpu, parse_quant
+
+    assert isinstance(settings.max_vram, float)
+    given = settings.model_dump(include={"steps", "cfg", "cfg_interval"}, exclude_none=True)
+    network = replace(network, defaults=network.defaults.model_copy(update=given))
+    found = candidates(network, size, quant=None if quant is None else parse_quant(quant))
+    if on_cpu:
+        best = fastest_on_cpu(found, settings.max_vram)
+    else:
+        if "offload" in settings.model_fields_set:
+            found = [one for one in found if one.setting.offload == settings.offload]
+        best = fastest(found, settings.max_vram)
+    laid = {name: getattr(best.setting, name) for name in ("offload", "tiled", "together")}
+    return settings.model_copy(update={"quant": best.quant, **laid})
+
+
+def smaller(network: "Network", size: tuple[int, int], now: "Setting", card: float | None) -> "Candidate | None":
+    """The fastest setting that needs clearly less than the one that ran out of memory; None where there is none.
+
+    Args:
+        card: GiB of the GPU; None for a CPU, where nothing can be offloaded.
+    """
+    from mos_cli.planning.candidates import candidates, fastest
+    from mos_cli.planning.memory import stages
+
+    try:
+        found = candidates(network, size)
+        kept = replace(now, generation=network.method or now.generation)
+        peak = max(stage.peak for stage in stages(network, kept, size))
+        # The plan may be a tenth off, and what it counted with did not fit.
+        less = [one for one in found if one.peak < 0.9 * peak]
+        if card is None:
+            # Tiles, and branches one after the other, cannot be asked for there.
+            asked = [one for one in less if not one.setting.tiled and one.setting.together]
+            less = [one for one in asked if one.setting.offload == "none"]
+        return fastest(less, float("inf") if card is None else card) if less else None
+    except MosError:
+        # A model that cannot be planned, or nothing that fits: then only a smaller picture helps.
+        return None
+
+
+def parse_size(text: str | None, canvas: Canvas) -> tuple[int, int]:
+    """Width and height in pixels from "96", "96x64" or "3:2" (the native area in that shape).
+
+    Raises:
+        UsageError: the text makes no size, or none that the model can draw.
+    """
+    if text is None:
+        return canvas.native
+    if match := re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text):
+        width, height = int(match[1]), int(match[2] or match[1])
+    elif match := re.fullmatch(r"(\d{1,4}):(\d{1,4})", text):
+        across, down = int(match[1]), int(match[2])
+        if not across or not down:
+            raise UsageError(f"size '{text}' is empty")
+        side = (canvas.native[0] * canvas.native[1] / (across * down)) ** 0.5
+        width, height = (max(1, round(part * side / canvas.multiple)) * canvas.multiple for part in (across, down))
+    else:
+        raise UsageError(f"size '{text}' is not understood: write 64, 96x64 or 3:2")
+    check_size(width, height, canvas)
+    return width, height
+
+
+def check_size(width: int, height: int, canvas: Canvas) -> None:
+    """Raises UsageError if a model with this canvas cannot draw the size, in pixels."""
+    if not all(canvas.min <= side <= canvas.max and side % canvas.multiple == 0 for side in (width, height)):
+        native = "{}x{}".format(*canvas.native)
+        raise UsageError(
+            f"size {width}x{height} cannot be drawn by this model: both sides must be multiples of "
+            f"{canvas.multiple} from {canvas.min} to {canvas.max} (it was trained at {native})"
+        )
+
+
+def _read(path: Path) -> _PresetFile:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        if "generate" not in table or table.keys() - _PresetFile.model_fields:
+            raise UsageError(f"{path}: all settings stand under [generate]: write that line above them")
+        return _PresetFile.model_validate(table)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid TOML: {error}") from None
+    except ValidationError as error:
+        raise UsageError(f"{path}: {first_problem(error)}") from None

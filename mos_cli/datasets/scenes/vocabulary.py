@@ -1,0 +1,121 @@
+"""The words scenes are made of: things with their pictures, colours, styles; and the English around them.
+
+Shapes: V pictures, H x W a picture's size.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import inflect
+from torch import Tensor
+
+from mos_cli.datasets.art.file import Art
+from mos_cli.datasets.scenes.description import DEFAULT_STYLE, held_out_style
+from mos_cli.datasets.tables import DataTable
+from mos_cli.errors import InputError
+
+RGB = tuple[float, float, float]
+
+STYLES = {
+    "fluent-3d": ("3d", "3d render"),
+    "fluent": ("gradient", "soft gradient"),
+    "fluent-flat": ("flat", "flat vector"),
+    "noto": ("noto",),
+    "noto-v1": ("vintage", "retro"),
+    "fxemoji": ("fx",),
+    "twemoji": ("twemoji",),
+    "emojione": ("emojione",),
+}
+"""How captions name the hand of each art set."""
+
+COLOURS: dict[str, tuple[RGB, tuple[str, ...]]] = {
+    "red": ((0.87, 0.13, 0.16), ("red", "crimson", "scarlet")),
+    "orange": ((0.97, 0.53, 0.08), ("orange",)),
+    "yellow": ((0.98, 0.83, 0.12), ("yellow", "golden")),
+    "green": ((0.2, 0.65, 0.24), ("green", "emerald")),
+    "blue": ((0.13, 0.36, 0.85), ("blue", "azure")),
+    "purple": ((0.52, 0.22, 0.74), ("purple", "violet")),
+    "pink": ((0.97, 0.47, 0.7), ("pink", "rosy")),
+    "brown": ((0.47, 0.29, 0.15), ("brown", "chestnut")),
+    "grey": ((0.52, 0.52, 0.54), ("grey", "gray")),
+    "black": ((0.12, 0.12, 0.14), ("black",)),
+    "white": ((0.97, 0.97, 0.97), ("white",)),
+}
+"""The colours a thing can be painted in: the paint and its names."""
+COLOUR_NAMES = {name for _, names in COLOURS.values() for name in names}
+
+NO_SINGULAR = {
+    "cherries",
+    "fries",
+    "french fries",
+    "glasses",
+    "sunglasses",
+    "headphones",
+    "grapes",
+    "pancakes",
+    "books",
+}
+NO_SINGULAR |= {"scissors", "dice"}
+NO_PLURAL = {"bread", "corn", "milk", "coffee", "beer", "sushi", "fire", "chocolate", "cheese", "poo"}
+
+_english = inflect.engine()
+
+
+@dataclass(frozen=True)
+class Word:
+    """A concept the model learns: the names captions use for it, and its picture's row in each style."""
+
+    names: tuple[str, ...]
+    pictures: dict[str, int]
+
+    def names_for(self, *, counted: bool, painted: bool) -> list[str]:
+        """The names that can be counted, if they must be, and that say no colour themselves, if a colour is said."""
+        return [
+            name
+            for name in self.names
+            if not (counted and name in NO_SINGULAR | NO_PLURAL) and not (painted and COLOUR_NAMES & set(name.split()))
+        ]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Words by their names in the art file, the styles they are drawn in, and their sprites, uint8 [V, H, W, 4]."""
+
+    words: dict[str, Word]
+    styles: tuple[str, ...]
+    sprites_VHW4: Tensor
+
+    def learned(self, style: str) -> list[str]:
+        """The words that training may draw in a style."""
+        return [word for word in self.words if not held_out_style(word, style)]
+
+
+def load_vocabulary(art: Art, data: DataTable) -> Vocabulary:
+    """The recipe's words with their pictures.
+
+    Raises:
+        InputError: a word has no picture in one of the styles, or the default style is not among them.
+    """
+    if DEFAULT_STYLE not in data.styles:
+        raise InputError(f"the recipe's styles must include {DEFAULT_STYLE}: it is what an unnamed style means")
+    found = {(picture.name, picture.style): picture.index for picture in art.manifest.pictures}
+    words, rows = {}, []
+    for name, names in data.words.items():
+        missing = [style for style in data.styles if (name, style) not in found]
+        if missing:
+            raise InputError(f"the art file has no '{name}' in {', '.join(missing)}: drop the word or the style")
+        words[name] = Word(names, {style: len(rows) + offset for offset, style in enumerate(data.styles)})
+        rows += [found[name, style] for style in data.styles]
+    return Vocabulary(words, data.styles, art.pixels[rows])
+
+
+@cache
+def with_article(noun_phrase: str) -> str:
+    """'an owl', 'a unicorn'."""
+    return _english.a(noun_phrase)  # type: ignore[arg-type]
+
+
+@cache
+def plural(noun_phrase: str) -> str:
+    """'slices of cake', 'mice'."""
+    return _english.plural_noun(noun_phrase)  # type: ignore[arg-type]

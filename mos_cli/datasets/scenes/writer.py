@@ -1,0 +1,116 @@
+"""Thinks up the scenes that are trained on, never those held out for measuring."""
+
+from dataclasses import dataclass
+from random import Random
+from typing import Any, Literal, get_args
+
+from mos_cli.datasets.scenes.captions import caption
+from mos_cli.datasets.scenes.description import (
+    DEFAULT_STYLE,
+    MOST_OBJECTS,
+    Arrangement,
+    Description,
+    Place,
+    Relation,
+    Size,
+    Thing,
+    held_out,
+)
+from mos_cli.datasets.scenes.grounds import PAINTS, SCENERIES
+from mos_cli.datasets.scenes.layout import Scene, lay_out
+from mos_cli.datasets.scenes.vocabulary import COLOURS, Vocabulary
+
+KINDS = {"single": 0.4, "pair": 0.3, "count": 0.15, "group": 0.15}
+"""How often each kind of scene is written."""
+OPEN_PAIRS, OPEN_ARRANGEMENTS = 0.45, 0.6
+"""Share of the pairs that name no relation, and of the counts and groups that name no arrangement.
+
+They are drawn in one layout each (see `layout`), and are what people write most.
+"""
+PAINTED, PAINTED_TWICE = 0.3, 0.2
+"""Share of the things that are painted, and of the pairs of which both are."""
+
+
+@dataclass(frozen=True)
+class SceneWriter:
+    """Scenes with captions, at random."""
+
+    vocabulary: Vocabulary
+
+    def write(self, random: Random) -> tuple[Scene, str]:
+        """One scene and its caption; everything random comes from `random`."""
+        description = self.describe(random)
+        return lay_out(description, self.vocabulary, random), caption(description, self.vocabulary, random)
+
+    def describe(self, random: Random) -> Description:
+        """What one picture shows."""
+        style = DEFAULT_STYLE if random.random() < 0.2 else random.choice(self.vocabulary.styles)
+        (kind,) = random.choices(list(KINDS), list(KINDS.values()))
+        layout = getattr(self, f"_{kind}")(style, random)
+        return Description(
+            **layout,
+            style=style,
+            style_named=style != DEFAULT_STYLE or random.random() < 0.4,
+            ground=choose_ground({thing.colour for thing in layout["things"]}, random),
+        )
+
+    def _single(self, style: str, random: Random) -> dict:
+        (word,) = self._words(1, style, random)
+        place = random.choice(get_args(Place)) if random.random() < 0.2 else None
+        return {"things": (self._thing(word, random),), "place": place}
+
+    def _pair(self, style: str, random: Random) -> dict:
+        painted = 1.0 if random.random() < PAINTED_TWICE else PAINTED
+        things = tuple(self._thing(word, random, painted=painted) for word in self._words(2, style, random))
+        return {"things": things, "relation": _open_or(Relation, OPEN_PAIRS, random)}
+
+    def _count(self, style: str, random: Random) -> dict:
+        (word,) = self._words(1, style, random, countable=True)
+        things = (self._thing(word, random, random.randint(2, MOST_OBJECTS)),)
+        return {"things": things, "arrangement": _open_or(Arrangement, OPEN_ARRANGEMENTS, random)}
+
+    def _group(self, style: str, random: Random) -> dict:
+        if random.random() < 0.5:
+            things = tuple(self._thing(word, random) for word in self._words(random.randint(3, 4), style, random))
+            return {"things": things, "arrangement": _open_or(Arrangement, OPEN_ARRANGEMENTS, random)}
+        first, second = self._words(2, style, random, countable=True)
+        counts = random.choice(((2, 1), (1, 2), (3, 1), (1, 3), (2, 2)))
+        things = tuple(self._thing(word, random, count) for word, count in zip((first, second), counts, strict=True))
+        return {"things": things, "relation": _open_or(Literal["left", "right"], OPEN_ARRANGEMENTS, random)}
+
+    def _words(self, count: int, style: str, random: Random, *, countable: bool = False) -> list[str]:
+        """Different words that may meet, in a style they may be drawn in."""
+        words = self.vocabulary.learned(style)
+        while True:
+            chosen = random.sample(words, count)
+            apart = not any(held_out(a, b) for i, a in enumerate(chosen) for b in chosen[:i])
+            words_fit = all(self.vocabulary.words[word].names_for(counted=countable, painted=False) for word in chosen)
+            if apart and words_fit:
+                return chosen
+
+    def _thing(self, word: str, random: Random, count: int = 1, painted: float = PAINTED) -> Thing:
+        paint = random.random() < painted and self.vocabulary.words[word].names_for(counted=count > 1, painted=True)
+        return Thing(
+            word=word,
+            count=count,
+            colour=random.choice(list(COLOURS)) if paint else None,
+            size=random.choice(get_args(Size)) if random.random() < 0.15 else None,
+        )
+
+
+def _open_or(choices: Any, share: float, random: Random) -> Any:
+    """One of the values of a Literal, or None with the probability `share`."""
+    return None if random.random() < share else random.choice(get_args(choices))
+
+
+def choose_ground(colours: set[str | None], random: Random) -> str | None:
+    """A ground that none of the painted things vanishes into."""
+    paints = [paint for paint in PAINTS if not any(colour and colour in paint for colour in colours)]
+    kind = random.random()
+    if kind < 0.4 and "white" not in colours:
+        return None
+    if kind < 0.8:
+        return random.choice(paints)
+    if kind < 0.9:
+        return " to ".join(random.sample(paints, 2))
+    return random.choice(list(SCENERIES))

@@ -1,0 +1,70 @@
+"""What a model is trained on, as the `[data]` table of a recipe says it."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from mos_cli.errors import InputError
+from mos_cli.utils.folders import presets_folder
+from mos_cli.utils.validation import Frozen
+
+
+class DataTable(Frozen):
+    """Scenes composed from the art file: which words and styles they are made of."""
+
+    kind: Literal["scenes"] = "scenes"
+    styles: tuple[str, ...] = Field(min_length=1)
+    words: dict[str, tuple[str, ...]]
+    """Names in the art file to the names captions use; in a recipe also a TOML file, its own or a preset."""
+    edits: float = Field(default=0.0, ge=0, le=1)
+    """Share of the steps that learn to edit scenes; such a step learns nothing else."""
+
+    @model_validator(mode="after")
+    def _enough_words(self) -> Self:
+        if len(self.words) < 2:
+            raise ValueError("a pair takes two words at least")
+        if self.edits and (len(self.words) < 8 or len(self.styles) < 2):
+            raise ValueError("edits take eight words and two styles at least")
+        return self
+
+
+class CaptionedTable(Frozen):
+    """Pictures with captions in files: a folder of both, or of webdataset shards; see `training.captioned`."""
+
+    kind: Literal["captioned"]
+    path: str
+    edits: float = Field(default=0.0, ge=0, le=1)
+    """Share of the steps that learn from its edits."""
+
+
+def _kind(data: Any) -> str:
+    return data.get("kind", "scenes") if isinstance(data, dict) else data.kind
+
+
+Data = Annotated[
+    Annotated[DataTable, Tag("scenes")] | Annotated[CaptionedTable, Tag("captioned")],
+    Discriminator(_kind),
+]
+
+
+def with_words(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A `[data]` table whose words are read, where it names a file: one in `folder`, or one of the presets.
+
+    Raises:
+        InputError: the file is not there, or it is not TOML.
+    """
+    if not isinstance(data.get("words"), str):
+        return data
+    own = folder / data["words"]
+    return data | {"words": read_toml(own if own.is_file() else presets_folder() / data["words"])}
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is not there") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid TOML: {error}") from None

@@ -1,0 +1,66 @@
+"""EditBench: edits of every kind, with the pictures before and after, on things that never met in training.
+
+The edits are fixed in editbench.jsonl; `python -m mos_cli.evaluation.editbench` writes that file again.
+"""
+
+import json
+from pathlib import Path
+from random import Random
+
+from mos_cli.datasets.scenes.composition import Composition
+from mos_cli.datasets.scenes.edits import EDIT_KINDS, EditKind, EditWriter
+from mos_cli.datasets.scenes.vocabulary import Vocabulary
+from mos_cli.evaluation.scenebench import bench_words
+from mos_cli.utils.files import atomic_write
+from mos_cli.utils.validation import Frozen
+
+PER_KIND = 40
+FILE = Path(__file__).with_name("editbench.jsonl")
+
+
+class EditEntry(Frozen):
+    """One edit and the seed it is drawn with. What the result must show follows from `before` and `after`."""
+
+    id: str
+    kind: EditKind
+    seed: int
+    instruction: str
+    before: Composition
+    after: Composition
+
+
+def read_edit_bench(limit: int | None = None) -> tuple[EditEntry, ...]:
+    """The edits by kind; the first `limit` of each if given."""
+    entries = [EditEntry.model_validate_json(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
+    groups = [[entry for entry in entries if entry.kind == kind] for kind in EDIT_KINDS]
+    return tuple(entry for group in groups for entry in group[:limit])
+
+
+def make_edit_bench(vocabulary: Vocabulary, count: int = PER_KIND) -> tuple[EditEntry, ...]:
+    """`count` edits of every kind, always the same ones."""
+    writer, entries = EditWriter(vocabulary, unseen=True), []
+    for kind in EDIT_KINDS:
+        random = Random(f"editbench/{kind}")
+        for number in range(count):
+            edit = writer.write(random, kind)
+            entries.append(
+                EditEntry(
+                    id=f"{kind.replace(' ', '-')}-{number:03d}",
+                    kind=kind,
+                    seed=len(entries),
+                    instruction=edit.instruction,
+                    before=edit.was,
+                    after=edit.now,
+                )
+            )
+    return tuple(entries)
+
+
+def edit_bench_text(entries: tuple[EditEntry, ...]) -> str:
+    """The entries as JSON lines; what is at its default is left out."""
+    lines = [json.dumps(entry.model_dump(exclude_defaults=True), ensure_ascii=False) for entry in entries]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    atomic_write(FILE, edit_bench_text(make_edit_bench(bench_words())).encode(), overwrite=True)

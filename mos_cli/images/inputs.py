@@ -1,0 +1,133 @@
+"""The pictures of an edit: read, described in its recipe, and found again when it is replayed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from pydantic import ValidationError
+
+from mos_cli.config.recipe import (
+    EarlierPicture,
+    EditRecipe,
+    MaskRecipe,
+    Recipe,
+    SourcePicture,
+    pixels_hash,
+)
+from mos_cli.errors import InputError, UsageError
+from mos_cli.images.masks import read_mask
+from mos_cli.images.outputs import read_record
+from mos_cli.images.pictures import Picture, read_picture
+from mos_cli.utils.validation import first_problem
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The pictures of an edit, the one to be edited first, and where it may change: L, 255 may, of its size.
+
+    `earlier` are those pictures that mos made, and all that they go back to.
+    """
+
+    pictures: tuple[Picture, ...]
+    mask: Image.Image | None = None
+    earlier: tuple[EarlierPicture, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(note for picture in self.pictures for note in picture.notes)
+
+
+def read_inputs(paths: Sequence[Path]) -> Inputs:
+    """Reads pictures for an edit, without a mask; raises InputError."""
+    pictures = tuple(read_picture(path) for path in paths)
+    earlier: dict[str, EarlierPicture] = {}
+    for path, picture in zip(paths, pictures, strict=True):
+        record, sha256 = read_record(path), pixels_hash(picture.image)
+        # Of a picture that another program has changed since, the record says nothing any more.
+        if record is not None and record.sha256 == sha256:
+            for one in (*record.earlier, EarlierPicture(sha256=sha256, recipe=record.recipe, made=record.made)):
+                earlier.setdefault(one.sha256, one)
+    return Inputs(pictures, earlier=tuple(earlier.values()))
+
+
+def describe_edit(inputs: Inputs, **settings: Any) -> EditRecipe:
+    """An edit's recipe from its pictures and the settings that `EditRecipe` has beside them.
+
+    Raises:
+        UsageError: a setting is out of range.
+    """
+    sources = tuple(
+        SourcePicture(sha256=pixels_hash(picture.image), width=picture.image.width, height=picture.image.height)
+        for picture in inputs.pictures
+    )
+    try:
+        return EditRecipe(sources=sources, **settings)
+    except ValidationError as error:
+        raise UsageError(first_problem(error)) from None
+
+
+Redraw = Callable[[EarlierPicture, "Inputs | None"], Image.Image]
+"""Makes a picture of ours again, from the inputs it had."""
+
+
+class Finder:
+    """Finds what an edit was made from: among files given, or drawn again from the records of our own pictures.
+
+    Args:
+        pictures, masks: the files given, in any order; each is known by its pixels.
+    """
+
+    def __init__(self, pictures: Sequence[Path], masks: Sequence[Path], redraw: Redraw) -> None:
+        self.given = {path: read_picture(path) for path in pictures}
+        self.masks, self.redraw = masks, redraw
+        self.used: set[Path] = set()
+        self._redrawn: dict[str, Picture] = {}
+
+    def inputs_of(self, recipe: Recipe, earlier: tuple[EarlierPicture, ...]) -> Inputs | None:
+        """The inputs of a recipe that goes back to `earlier` pictures; None if it is no edit.
+
+        Raises:
+            InputError: a picture or a mask is missing.
+        """
+        if recipe.edit is None:
+            return None
+        pictures = tuple(self._picture(source, earlier) for source in recipe.edit.sources)
+        mask = None if recipe.edit.mask is None else self._mask(recipe.edit.mask, pictures[0].image.size)
+        return Inputs(pictures, mask, earlier)
+
+    def check_all_used(self) -> None:
+        """Raises InputError naming a file that was given and has no part in the chain."""
+        for path in (*self.given, *self.masks):
+            if path not in self.used:
+                raise InputError(f"{path} is not what this picture was made from: its pixels are others")
+
+    def _picture(self, source: SourcePicture, earlier: tuple[EarlierPicture, ...]) -> Picture:
+        for path, picture in self.given.items():
+            if pixels_hash(picture.image) == source.sha256:
+                self.used.add(path)
+                return picture
+        for index, one in enumerate(earlier):
+            if one.sha256 == source.sha256:
+                if source.sha256 not in self._redrawn:
+                    # A picture goes back to those before it alone: a record made up to go in circles comes to an end.
+                    redrawn = self.redraw(one, self.inputs_of(one.recipe, earlier[:index]))
+                    note = f"{one.recipe.prompt!r} did not come out exactly as it was: give the picture with --input"
+                    same = pixels_hash(redrawn) == source.sha256
+                    self._redrawn[source.sha256] = Picture(redrawn, () if same else (note,))
+                return self._redrawn[source.sha256]
+        size = f"{source.width}x{source.height}"
+        raise InputError(f"a picture ({size}) that this was made from is not in the PNG: give it with --input FILE")
+
+    def _mask(self, mask: MaskRecipe, size: tuple[int, int]) -> Image.Image:
+        for path in self.masks:
+            try:
+                read = read_mask(path, size, invert=mask.invert, feather=mask.feather)
+            except InputError:
+                # The mask of another step of the chain may have any shape.
+                continue
+            if pixels_hash(read) == mask.sha256:
+                self.used.add(path)
+                return read
+        raise InputError("a mask that this was made with is not in the PNG: give it with --mask FILE")

@@ -1,0 +1,66 @@
+"""Contact sheets: many pictures in one, each with its prompt below; strips: what an edit did."""
+
+import textwrap
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from PIL.ImageDraw import ImageDraw
+
+COLUMNS = 8
+CELL = 128
+"""Side of the square a picture is fitted into, in pixels."""
+LARGEST_PANE = 512
+"""Largest side of the square a picture of a strip is fitted into, in pixels."""
+GAP = 8
+LINE, LINES, CHARACTERS = 12, 3, 22
+
+
+def contact_sheet(pictures: list[tuple["Image", str]]) -> "Image":
+    """Lays out pictures with their captions, rows first, up to eight in a row."""
+    columns = min(COLUMNS, len(pictures))
+    rows = -(-len(pictures) // columns)
+    across, down = CELL + GAP, CELL + LINE * LINES + GAP
+    sheet, draw = _blank(columns * across + GAP, rows * down + GAP)
+    for index, (picture, caption) in enumerate(pictures):
+        x, y = GAP + index % columns * across, GAP + index // columns * down
+        _paste(sheet, picture, x, y, CELL)
+        _write(draw, caption, x, y + CELL, CHARACTERS)
+    return sheet
+
+
+def strip(before: "Image", after: "Image", instruction: str) -> "Image":
+    """An edit at a glance: before, after and their difference (white where they are equal), the instruction below.
+
+    Both RGB and of one size. The panes are as large as the pictures, within the limits of the sheet.
+    """
+    from PIL import ImageChops
+
+    side = min(max(CELL, *before.size), LARGEST_PANE)
+    panes = (before, after, ImageChops.invert(ImageChops.difference(before, after)))
+    sheet, draw = _blank(len(panes) * (side + GAP) + GAP, GAP + side + LINE * LINES + GAP)
+    for index, pane in enumerate(panes):
+        _paste(sheet, pane, GAP + index * (side + GAP), GAP, side)
+    _write(draw, instruction, GAP, GAP + side, sheet.width * CHARACTERS // CELL)
+    return sheet
+
+
+def _blank(width: int, height: int) -> tuple["Image", "ImageDraw"]:
+    from PIL import Image, ImageDraw
+
+    sheet = Image.new("RGB", (width, height), "white")
+    return sheet, ImageDraw.Draw(sheet)
+
+
+def _paste(sheet: "Image", picture: "Image", x: int, y: int, side: int) -> None:
+    from mos_cli.images.pictures import FILTER, Fit
+
+    fit = Fit(picture.size, (side, side))
+    sheet.paste(picture.resize(fit.inner, FILTER), (x + fit.corner[0], y + fit.corner[1]))
+
+
+def _write(draw: "ImageDraw", caption: str, x: int, y: int, characters: int) -> None:
+    from PIL import ImageFont
+
+    lines = textwrap.wrap(caption, characters, max_lines=LINES, placeholder="...")
+    draw.text((x, y + 2), "\n".join(lines), fill="black", font=ImageFont.load_default(LINE - 2), spacing=2)

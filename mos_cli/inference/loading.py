@@ -1,0 +1,84 @@
+"""From a bundle on the disk to networks on a device, one after the other."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+from mos_cli.bundles.bundle import Bundle
+from mos_cli.bundles.shapes import understanding_parameters
+from mos_cli.errors import ModelError
+from mos_cli.inference.offload import Places
+from mos_cli.planning.memory import Setting, reads_in_fp32
+from mos_cli.towers.attention import Asked, choose_attention
+from mos_cli.towers.autoencoder import Autoencoder, Latents, Pixels, load_autoencoder
+from mos_cli.towers.generation import GenerationTower
+from mos_cli.towers.image_encoder import Eyes
+from mos_cli.towers.quantized import load_generation
+from mos_cli.towers.understanding import UnderstandingTower
+from mos_cli.towers.vision_language import load_understanding
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The networks of a model and its scheduler; `attention` names what computes the generation tower's."""
+
+    understanding: UnderstandingTower
+    tower: GenerationTower
+    attention: str
+    scheduler: FlowMatchEulerDiscreteScheduler
+    autoencoder: Autoencoder
+    eyes: Eyes | None
+
+
+def load_parts(
+    bundle: Bundle, understanding: Path, places: Places, *, precision: str, attention: Asked, setting: Setting
+) -> Parts:
+    """Loads all parts of a verified bundle; each leaves the device before the next comes, if it is to.
+
+    Raises:
+        ModelError: the bundle's parts cannot be loaded.
+        DeviceError: what is to compute the attention cannot do so here.
+        torch.OutOfMemoryError, MemoryError: there is too little memory for them.
+    """
+    device, dtype, folder = places.device, DTYPES[precision], bundle.folder
+    fp32 = reads_in_fp32(understanding_parameters(understanding), setting.understanding)
+    reader = load_understanding(
+        understanding,
+        dtype=torch.float32 if fp32 else torch.bfloat16,
+        device=str(device),
+        quant=None if setting.understanding == "none" else setting.understanding,
+    )
+    places.add_reader(reader)
+    autoencoder: Autoencoder = Pixels()
+    eyes: Eyes | None = None
+    try:
+        tower = load_generation(
+            folder / "generation",
+            None if setting.generation == "none" else setting.generation,
+            device=places.loading,
+            quantised_on=device,
+            dtype=dtype,
+        )
+        with places.glimpsed(tower):
+            backend = choose_attention(tower, attention)
+        places.add_tower(tower)
+        scheduler: FlowMatchEulerDiscreteScheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(  # type: ignore[assignment]
+            folder / "scheduler"
+        )
+        if (folder / "autoencoder").is_dir():
+            autoencoder = load_autoencoder(folder / "autoencoder", dtype=dtype, device=str(device))
+            if setting.tiled and isinstance(autoencoder, Latents):
+                autoencoder.model.enable_tiling()
+            places.add_other(autoencoder)
+        if bundle.index.edits is not None and not tower.sees:
+            eyes = Eyes.from_pretrained(folder / "eyes", torch_dtype=torch.float32).to(device)  # type: ignore[arg-type]
+            places.add_other(eyes)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise ModelError(f"the bundle in {folder} cannot be loaded: {error}") from None
+    return Parts(reader, tower, backend, scheduler, autoencoder, eyes)

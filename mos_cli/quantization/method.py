@@ -1,0 +1,30 @@
+"""How a network is quantised. Imports no torch."""
+
+from typing import Literal
+
+from mos_cli.utils.validation import Frozen
+
+Method = Literal["nf4", "int8"]
+METHODS: dict[Method, str] = {"nf4": "4-bit NF4, double quantisation", "int8": "8-bit integers"}
+
+HEADER = "mos_quantisation"
+"""The field of a safetensors header that says how its tensors are quantised."""
+
+
+class Quantisation(Frozen):
+    """How a network is quantised: the method, and what stays in high precision.
+
+    `kept` names modules; everything below a module is kept with it.
+    """
+
+    method: Method
+    kept: tuple[str, ...]
+
+    def keeps(self, module: str) -> bool:
+        """Whether a module is kept, by its full name."""
+        return any(module == name or module.startswith(f"{name}.") for name in self.kept)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the header of a quantised file says."""
+        return {"format": "pt", HEADER: self.model_dump_json()}
