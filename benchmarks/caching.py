@@ -33,7 +33,7 @@ from mos_cli.config.settings import RunSettings
 from mos_cli.images.sheets import COLUMNS, contact_sheet
 from mos_cli.inference.pipeline import MoSPipeline, make_noise
 from mos_cli.routing.recorder import Recorder
-from mos_cli.routing.trace import Routes, Wanted
+from mos_cli.routing.trace import RecordOptions, Routes
 from mos_cli.sampling.feature_cache import CacheConfig, Cached
 from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, Step, make_sigmas, sample
 from mos_cli.towers.autoencoder import to_image
@@ -118,8 +118,11 @@ class Bench:
 
     def draw(self, recipe: Recipe, config: CacheConfig | None) -> Outcome:
         """Draws as the pipeline does, with any cache."""
-        banks = {POSITIVE: self.pipeline.reader.read(recipe.prompt), NEGATIVE: self.pipeline.reader.read("")}
-        recorder, ends, self.passes = Recorder(Wanted()), [], 0
+        banks = {
+            POSITIVE: self.pipeline.prompt_encoder.encode(recipe.prompt),
+            NEGATIVE: self.pipeline.prompt_encoder.encode(""),
+        }
+        recorder, ends, self.passes = Recorder(RecordOptions()), [], 0
         predictor = self.tower if config is None else Cached(self.tower, config)
         started = self.now()
         z = sample(
@@ -131,7 +134,7 @@ class Bench:
             guidance=Guidance(recipe.cfg, recipe.cfg_interval),
             together=self.pipeline.setting.together,
             observers=[recorder, lambda step: self._end(step, ends)],
-            begin_anew=predictor.begin_anew if isinstance(predictor, Cached) else lambda: None,
+            reset_cache=predictor.reset_cache if isinstance(predictor, Cached) else lambda: None,
         )
         if isinstance(predictor, Cached):
             predictor.end()

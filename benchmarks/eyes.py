@@ -30,7 +30,7 @@ from mos_cli.bundles.bundle import find_bundle
 from mos_cli.datasets.art.file import data_folder, load_art
 from mos_cli.datasets.scenes.vocabulary import load_vocabulary
 from mos_cli.datasets.tables import DataTable
-from mos_cli.towers.image_encoder import Eyes
+from mos_cli.towers.image_encoder import ImageEncoder
 from mos_cli.towers.understanding import UnderstandingTower
 from mos_cli.training.recipe import load_recipe
 from mos_cli.training.references import find_understanding
@@ -107,7 +107,9 @@ def probe(
     world = make_world(art or data_folder())
     sheets = {kind: world.sheet(kind, scenes if kind == "probe" else scenes // 3) for kind in ("probe", "met", "new")}
     stages = find_bundle("emoji").folder / "eyes"
-    eyes: dict[str, Eyes | Encoder] = {"(a) frozen": Eyes.from_pretrained(stages, torch_dtype=torch.float32)}  # type: ignore[dict-item]
+    eyes: dict[str, ImageEncoder | Encoder] = {
+        "(a) frozen": ImageEncoder.from_pretrained(stages, torch_dtype=torch.float32)
+    }  # type: ignore[dict-item]
     kept = json.loads((folder / "training.json").read_text())
     for entry in kept:
         encoder = Encoder().eval()
@@ -142,9 +144,9 @@ def make_world(art: Path) -> World:
     return World(load_vocabulary(load_art(art), data))
 
 
-def look(eyes: Eyes | Encoder, pictures_B3HW: Tensor) -> list[Tensor]:
+def look(eyes: ImageEncoder | Encoder, pictures_B3HW: Tensor) -> list[Tensor]:
     """Every state of the image tokens of pictures in bytes, [B, V, width] each."""
-    seen = torch.cat([eyes.see(unpacked(part)) for part in pictures_B3HW.split(BATCH)])
+    seen = torch.cat([eyes.encode_images(unpacked(part)) for part in pictures_B3HW.split(BATCH)])
     return [seen[:, :, state, :width] for state, width in enumerate(eyes.widths)]
 
 
@@ -208,13 +210,13 @@ def fitted(inputs_ND: Tensor, targets: Tensor, classes: int, steps: int) -> nn.M
     return linear.requires_grad_(False)
 
 
-def seconds_a_picture(eyes: Eyes | Encoder, picture_13HW: Tensor) -> float:
+def seconds_a_picture(eyes: ImageEncoder | Encoder, picture_13HW: Tensor) -> float:
     """Of one thread; what else runs on its core does not count."""
     times = []
     with cpu_threads(1):
         for _ in range(60):
             started = time.process_time()
-            eyes.see(picture_13HW)
+            eyes.encode_images(picture_13HW)
             times.append(time.process_time() - started)
     return statistics.median(times[10:])
 

@@ -19,7 +19,7 @@ TOKEN = 128
 
 
 class Encoder(nn.Module):
-    """Pictures to image tokens as `Eyes` gives them, from seven plain convolutions."""
+    """Pictures to image tokens as `ImageEncoder` gives them, from seven plain convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Encoder(nn.Module):
         return seen
 
     @torch.no_grad()
-    def see(self, pictures_B3HW: Tensor) -> Tensor:
+    def encode_images(self, pictures_B3HW: Tensor) -> Tensor:
         """As `Eyes.see`."""
         cells = [F.adaptive_avg_pool2d(stage, IMAGE_GRID).flatten(2).mT for stage in self(pictures_B3HW)]
         return torch.stack([F.pad(cell, (0, max(self.widths) - cell.shape[-1])) for cell in cells], 2)
@@ -93,7 +93,7 @@ def read(captions: list[str], tower: UnderstandingTower, batch: int = 128) -> tu
     ids, sentences = [torch.empty(0)] * len(captions), torch.empty(len(captions), tower.width)
     order = sorted(range(len(captions)), key=lambda row: len(captions[row]))
     for rows in (order[at : at + batch] for at in range(0, len(order), batch)):
-        reading = tower.read([captions[row] for row in rows])
+        reading = tower.encode([captions[row] for row in rows])
         last, mask = reading.states_BTMS[:, :, -1].float(), reading.mask_BT.float()[:, :, None]
         sentences[rows] = (last * mask).sum(1) / mask.sum(1)
         for row, encoding in zip(rows, reading.encodings, strict=True):

@@ -26,7 +26,7 @@ from mos_cli.training.ema import PowerEMA
 from mos_cli.training.objective import Objective, layer_use
 from mos_cli.training.optimiser import build_optimisers, set_rates
 from mos_cli.training.recipe import TrainRecipe
-from mos_cli.training.stages import course
+from mos_cli.training.stages import curriculum
 
 BATCH = 100
 """Pictures drawn or measured at once."""
@@ -89,7 +89,7 @@ def handed_sizes(generation: dict[str, Any]) -> dict[str, Any]:
 
 def _trained(recipe: TrainRecipe, library: Library, bench: Bench, router_rate: float) -> tuple[GenerationTower, float]:
     """The averaged network, and the median of the processor's seconds that a step took."""
-    train, plan, device = recipe.train, course(recipe), bench.device
+    train, plan, device = recipe.train, curriculum(recipe), bench.device
     torch.manual_seed(train.seed)
     tower = GenerationTower(**handed_sizes(recipe.generation)).to(device)  # type: ignore[arg-type]
     objective, optimisers = Objective(tower, train.epsilon), build_optimisers(tower)
@@ -157,7 +157,7 @@ def _measured(tower: GenerationTower, recipe: TrainRecipe, library: Library, sce
     losses, uses, firsts = [], [], []
     for part in torch.arange(len(rows)).split(BATCH):
         batch = _batch(scenes.pictures_N3HW[part], rows[part], recipe, library, chance, tower.device)
-        x_hat, route = tower(batch.z_BCHW, batch.t_B, tower.read(batch.states_BTMS, batch.mask_BT))
+        x_hat, route = tower(batch.z_BCHW, batch.t_B, tower.project_states(batch.states_BTMS, batch.mask_BT))
         losses.append(velocity_loss(x_hat, batch.z0_BCHW, batch.t_B).item() * len(part))
         uses.append(layer_use(route, batch.mask_BT, tower.states_shape[0]))
         firsts.append(route.weights_BTJK[batch.mask_BT][..., 0].mean().item())
@@ -186,7 +186,7 @@ def _drawn(tower: GenerationTower, recipe: TrainRecipe, library: Library, bench:
 @torch.no_grad()
 def _bank(tower: GenerationTower, library: Library, captions: list[str], device: torch.device) -> Any:
     rows = library.rows_of(captions)
-    return tower.read(library.states_NTMS[rows].to(device), library.mask_NT[rows].to(device))
+    return tower.project_states(library.states_NTMS[rows].to(device), library.mask_NT[rows].to(device))
 
 
 def judged(judge: Judge, entries: list[Entry], pictures: Tensor) -> dict[str, dict[str, float]]:

@@ -146,7 +146,7 @@ def read_library(tower: str, captions: Iterator[str], folder: Path, report: Call
         report(f"{tower} reads {len(texts)} captions")
         folder.mkdir(parents=True, exist_ok=True)
         understanding = UnderstandingTower(find_understanding(tower)[1], dtype=torch.bfloat16)
-        readings = [understanding.read(texts[start : start + 64]) for start in range(0, len(texts), 64)]
+        readings = [understanding.encode(texts[start : start + 64]) for start in range(0, len(texts), 64)]
         longest = max(reading.mask_BT.shape[1] for reading in readings)
         states = torch.zeros(len(texts), longest, *readings[0].states_BTMS.shape[2:], dtype=torch.bfloat16)
         mask = torch.zeros(len(texts), longest, dtype=torch.bool)

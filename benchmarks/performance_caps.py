@@ -9,7 +9,7 @@ import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from mos_cli.inference.offload import Places
+from mos_cli.inference.offload import Offloader
 from mos_cli.inference.profiling import PeakMemory
 from mos_cli.planning.candidates import candidates, fastest
 from mos_cli.planning.memory import GIB, Quant, Setting
@@ -85,32 +85,32 @@ def _cap(size: int, device: torch.device) -> None:
 
 def _draw(network: networks.Network, setting: Setting, stages: Stages) -> Tensor:
     """The picture [1, 3, height, width]; towers come and go as in `load_parts` and `MoSPipeline`, by the same code."""
-    device, defaults, places = stages.device, network.defaults, Places(stages.device, setting.offload)
+    device, defaults, offloader = stages.device, network.defaults, Offloader(stages.device, setting.offload)
 
     def load() -> tuple[Any, ...]:
         reader = networks.understanding_tower(network.understanding, device, _method(setting.understanding))
-        places.add_reader(reader)  # type: ignore[arg-type]
-        tower = networks.generation_tower(network.generation, places.loading, _method(setting.generation))
-        with places.glimpsed(tower):
+        offloader.add_understanding(reader)  # type: ignore[arg-type]
+        tower = networks.generation_tower(network.generation, offloader.loading, _method(setting.generation))
+        with offloader.briefly_onloaded(tower):
             choose_attention(tower, "auto")
-        places.add_tower(tower)
+        offloader.add_tower(tower)
         autoencoder = networks.autoencoder(network, device)
         if setting.tiled:
             autoencoder.enable_tiling()
-        places.add_other(autoencoder)
+        offloader.add_other(autoencoder)
         return reader, tower, autoencoder
 
     def read() -> list[Tensor]:
-        with places.reading():
+        with offloader.understanding_onloaded():
             return [networks.read_states(reader) for _ in range(2)]
 
     def decode() -> Tensor:
-        with places.beside():
+        with offloader.others_onloaded():
             return autoencoder.decode(z.bfloat16(), return_dict=False)[0]
 
     reader, tower, autoencoder = stages.run("load", load)
     states = stages.run("read", read)
-    banks = stages.run("bank", lambda: [tower.read(states.pop(0)) for _ in range(2)])
+    banks = stages.run("bank", lambda: [tower.project_states(states.pop(0)) for _ in range(2)])
     noise, branches = networks.latents(network, device), {POSITIVE: banks[0], NEGATIVE: banks[1]}
     sigmas = make_sigmas(FlowMatchEulerDiscreteScheduler(), defaults.steps)
     guidance = Guidance(defaults.cfg, defaults.cfg_interval)

@@ -110,7 +110,7 @@ def bank(network: Network, tower: GenerationTower, device: torch.device, tokens:
     """The bank of a prompt of so many tokens whose states are noise, the same for every call."""
     layers, width = network.understanding.states
     noise = torch.Generator(device).manual_seed(tokens)
-    return tower.read(torch.randn(1, tokens, layers, width, generator=noise, device=device, dtype=COMPUTE))
+    return tower.project_states(torch.randn(1, tokens, layers, width, generator=noise, device=device, dtype=COMPUTE))
 
 
 @dataclass(frozen=True)

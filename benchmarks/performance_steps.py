@@ -17,11 +17,11 @@ from performance_model import MoSL, Row, Run, difference, seconds
 from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
-from mos_cli.inference.offload import FetchedBlocks
+from mos_cli.inference.offload import StreamedBlocks
 from mos_cli.planning.memory import TOKENS
 from mos_cli.quantization.method import Method
 from mos_cli.routing.recorder import Recorder
-from mos_cli.routing.trace import Wanted
+from mos_cli.routing.trace import RecordOptions
 from mos_cli.sampling.sampler import POSITIVE, Guidance, make_sigmas, sample
 from mos_cli.towers.router import Steering
 from mos_cli.utils.validation import DEFAULT_SOLVER
@@ -40,7 +40,7 @@ def together(run: Run) -> list[Row]:
             model = MoSL(run, method, scale=scale)
             joined, apart = model.step(), model.step(together=False)
             if blocks.endswith("fetched"):
-                model.tower.blocks = FetchedBlocks(list(model.tower.blocks), run.device)
+                model.tower.blocks = StreamedBlocks(list(model.tower.blocks), run.device)
             differs = difference(joined(), apart())
             times = {"apart_seconds": (two := seconds(apart, run)), "together_seconds": (one := seconds(joined, run))}
             rows.append({"blocks": blocks, "tokens": model.patches, **times, "ratio": one / two, "difference": differs})
@@ -137,7 +137,9 @@ def sync(run: Run) -> list[Row]:
             together=True,
             steer=lambda step, branch, rules=rules: rules.get(branch),
         )
-        rows.append({"steering": steered, "host": _waits(lambda draw=draw: draw(observers=[Recorder(Wanted())]), run)})
+        rows.append(
+            {"steering": steered, "host": _waits(lambda draw=draw: draw(observers=[Recorder(RecordOptions())]), run)}
+        )
     return rows
 
 

@@ -31,7 +31,7 @@ from mos_cli.inference.pipeline import Drawing, MoSPipeline, make_noise
 from mos_cli.quantization.layers import assembled, bitsandbytes, quantised_parts
 from mos_cli.quantization.method import METHODS, Method, Quantisation
 from mos_cli.routing.diff import compare
-from mos_cli.routing.trace import Wanted
+from mos_cli.routing.trace import RecordOptions
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.quantized import GENERATION_KEPT, quantise, survey
 from mos_cli.towers.router import Route
@@ -71,10 +71,10 @@ class Input:
     edited: tuple[Tensor, Tensor] | None = None
 
     def to_tower(self, tower: GenerationTower) -> tuple[Tensor, Route]:
-        bank = tower.read(self.states_BTMS)
+        bank = tower.project_states(self.states_BTMS)
         if self.edited is not None:
             latent_BCHW, sight_BVMZ = self.edited
-            bank = tower.look(bank, sight_BVMZ, tower.remember([latent_BCHW]))
+            bank = tower.add_image_tokens(bank, sight_BVMZ, tower.cache_references([latent_BCHW]))
         return tower(self.z_BCHW, self.t_B, bank)
 
 
@@ -113,12 +113,12 @@ class Bench:
         kept: list[Tensor] = []
         self.pipeline.draw(recipe, [lambda step: kept.append(step.x_hat_BCHW)])
         clean, noise = kept[-1], make_noise(self.pipeline.autoencoder, recipe.working_size, recipe.seed, self.device)
-        states = self.pipeline.understanding.read([recipe.prompt]).states_BTMS
+        states = self.pipeline.understanding.encode([recipe.prompt]).states_BTMS
         for t in TIMES:
             z, t_B = (1 - t) * clean + t * noise, torch.tensor([t], device=self.device)
             self.draws.append(Input(z, t_B, states))
             if self.pipeline.eyes is not None:
-                sight = self.pipeline.eyes.see(self.pipeline.autoencoder.decode(clean))
+                sight = self.pipeline.eyes.encode_images(self.pipeline.autoencoder.decode(clean))
                 self.edits.append(Input(z, t_B, states, (clean, sight)))
 
     @torch.inference_mode()
@@ -138,9 +138,9 @@ class Bench:
         drawings, seconds = [], []
         for recipe in self.recipes:
             # A reading holds the bank that another tower projected.
-            self.pipeline.reader.forget()
+            self.pipeline.prompt_encoder.forget()
             started = clock()
-            drawings.append(self.pipeline.draw(recipe, wanted=Wanted(probabilities=True)))
+            drawings.append(self.pipeline.draw(recipe, record_options=RecordOptions(probabilities=True)))
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             seconds.append(clock() - started)
@@ -148,9 +148,9 @@ class Bench:
         return Outcome(drawings, min(seconds))
 
     def _take(self, tower: GenerationTower) -> None:
-        self.pipeline.tower = self.pipeline.reader.tower = tower
+        self.pipeline.tower = self.pipeline.prompt_encoder.tower = tower
         # A reading holds the bank that another tower projected.
-        self.pipeline.reader.forget()
+        self.pipeline.prompt_encoder.forget()
 
     def row(self, tower: GenerationTower, size: int) -> str:
         """A line of the second table."""
@@ -217,11 +217,11 @@ def main() -> None:
         "| one group rounded | weights, thousands | " + " | ".join(f"{m}: error | same layers" for m in METHODS) + " |"
     )
     print("| --- |" + " ---: |" * 5)
-    for group, wanted in GROUPS.items():
+    for group, record_options in GROUPS.items():
         cells, weights = [], 0
         for method in METHODS:
             tower = copy.deepcopy(bench.tower)
-            weights = round_layers(tower, method, wanted)
+            weights = round_layers(tower, method, record_options)
             error, same = bench.compare(tower, edits=True)
             cells.append(f"{error:.4f} | {same:.3f}")
         print(f"| {group} | {weights / 1e3:.0f} | {' | '.join(cells)} |", flush=True)

@@ -117,7 +117,7 @@ def where_time_goes(pipeline: MoSPipeline, precision: str, pictures: int) -> Non
     rates: list[dict[str, float]] = []
     for number in range(pictures + 1):
         # A picture drawn alone reads both of its prompts.
-        pipeline.reader.forget()
+        pipeline.prompt_encoder.forget()
         recipe = recipe_of(pipeline.bundle, precision, number)
         drawn.append(watch.time(lambda recipe=recipe: pipeline.draw(recipe)))
         rates.append({name: matmul_rate(dtype, watch) for name, dtype in DTYPES.items()})
@@ -150,7 +150,7 @@ def compare(pipeline: MoSPipeline, other: MoSPipeline, against: str, precision: 
     for number in range(len(PROMPTS) + pictures):
         recipe, images = recipe_of(pipeline.bundle, precision, number), []
         for name in ways if number % 2 else reversed(ways):
-            ways[name].reader.forget()
+            ways[name].prompt_encoder.forget()
             took[name].append(watch.time(lambda way=ways[name]: images.append(way.draw(recipe).image))["all"])  # noqa: B023
         alike.append(psnr(*images))
     first = {name: seconds[: len(PROMPTS)] for name, seconds in took.items()}

@@ -83,7 +83,7 @@ class Bench:
         recipe, pipeline = self.recipe(prompt, seed, steps, DEFAULT_SOLVER), self.pipeline
         guidance = Guidance(recipe.cfg, recipe.cfg_interval)
         texts = {POSITIVE: recipe.prompt, NEGATIVE: recipe.negative}
-        banks = {name: pipeline.reader.read(text).bank for name, text in texts.items()}
+        banks = {name: pipeline.prompt_encoder.encode(text).bank for name, text in texts.items()}
         branches = Branches(pipeline.tower, banks, together=pipeline.setting.together)
 
         def predict(z: Tensor, t: float) -> Tensor:

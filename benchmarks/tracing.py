@@ -20,7 +20,7 @@ from mos_cli.cli.fetching import fetch_with_progress
 from mos_cli.config.settings import RunSettings
 from mos_cli.inference.pipeline import MoSPipeline
 from mos_cli.routing.recorder import Recorder
-from mos_cli.routing.trace import Wanted
+from mos_cli.routing.trace import RecordOptions
 from mos_cli.utils.devices import choose_device, choose_precision, device_name
 from mos_cli.utils.quiet import quieten
 
@@ -68,9 +68,9 @@ def main() -> None:
     kinds: dict[str, Callable[[], Any]] = {
         "nothing but the decisions": lambda: pipeline.draw(plain),
         "two rules": lambda: pipeline.draw(ruled),
-        "--trace full": lambda: pipeline.draw(plain, wanted=Wanted(probabilities=True)),
-        "--regions": lambda: pipeline.draw(plain, wanted=Wanted(regions=True)),
-        "--preview-steps": lambda: pipeline.draw(plain, wanted=Wanted(previews=True)),
+        "--trace full": lambda: pipeline.draw(plain, record_options=RecordOptions(probabilities=True)),
+        "--regions": lambda: pipeline.draw(plain, record_options=RecordOptions(regions=True)),
+        "--preview-steps": lambda: pipeline.draw(plain, record_options=RecordOptions(previews=True)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     shares: list[float] = []

@@ -43,7 +43,7 @@ def main() -> None:
     print("| stage | canvas | batch | whole step, images/s | fixed batch, images/s | ratio |\n" + "| --- " * 6 + "|")
     with tempfile.TemporaryDirectory() as folder:
         trainer = prepare(recipe, art, Path(folder))
-        for stage in trainer.course.stages:
+        for stage in trainer.curriculum.stages:
             trainer.step = stage.first
             batches = trainer.batches.stream(stage.first)
             fixed = next(batches)

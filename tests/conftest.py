@@ -18,7 +18,7 @@ from mos_cli.bundles.specs import Canvas, Defaults, EditDefaults, FolderSource, 
 from mos_cli.datasets.art.file import SCHEMA, Art, load_art
 from mos_cli.evaluation.scenebench import bench_data
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.towers.image_encoder import Eyes
+from mos_cli.towers.image_encoder import ImageEncoder
 from mos_cli.utils.files import sha256_of
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "an", "red", "green", "apple", "dog", "cat", "##s"]
@@ -127,7 +127,7 @@ def editor(tmp_path: Path, encoder_folder: Path, bundle: Bundle, monkeypatch: py
     monkeypatch.setenv("MOS_MODEL", "editor")
     torch.manual_seed(2)
     edits = EditDefaults(steps=3, cfg=2.0, cfg_interval=(0.0, 1.0), image_cfg=1.0)
-    return write_bundle(tmp_path / "models" / "editor", encoder_folder, eyes=Eyes(layers=4), edits=edits)
+    return write_bundle(tmp_path / "models" / "editor", encoder_folder, eyes=ImageEncoder(layers=4), edits=edits)
 
 
 @pytest.fixture

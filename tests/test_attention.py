@@ -55,7 +55,7 @@ def test_xformers_is_attention(case) -> None:
 
 def test_the_shares_are_those_that_mix_the_values(case) -> None:
     layer, x, positions, kv = case
-    (shares,) = layer.shares(x, positions, kv)
+    (shares,) = layer.attention_weights(x, positions, kv)
     assert shares.shape == (TOKENS, CONTEXT + TOKENS)
     torch.testing.assert_close(shares.sum(dim=-1), torch.ones(TOKENS))
     q, k, _ = layer._qkv(x, positions, kv)

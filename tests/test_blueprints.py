@@ -215,7 +215,7 @@ def test_what_is_made_starts_as_the_network_does(tmp_path: Path) -> None:
         else:
             assert weight.std() == pytest.approx(real[name].std().item(), rel=0.15), name
             assert abs(weight.mean()) < 0.1 * weight.std(), name
-    draws = made.eval().read(torch.randn(1, 4, 4, 32))
+    draws = made.eval().project_states(torch.randn(1, 4, 4, 32))
     picture, _ = made(torch.randn(1, 4, 8, 8), torch.tensor([0.5]), draws)
     assert not picture.any()
 

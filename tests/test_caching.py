@@ -183,7 +183,7 @@ def test_what_makes_no_sense_is_refused(mos, bundle, tmp_path, options: list[str
 
 def test_a_tower_of_one_block_can_be_cached_too() -> None:
     tower = awake(GenerationTower(width=32, depth=1, heads=2, hidden=48, states_layers=2, states_width=8))
-    bank, z_BCHW = tower.read(torch.randn(1, 5, 2, 8)), torch.randn(1, 3, 16, 16)
+    bank, z_BCHW = tower.project_states(torch.randn(1, 5, 2, 8)), torch.randn(1, 3, 16, 16)
     computed: list[object] = []
     tower.blocks[0].mlp.register_forward_pre_hook(lambda *_: computed.append(_))  # type: ignore[operator, union-attr]
     with caching(tower, 2, 4) as (predict, _):

@@ -13,15 +13,15 @@ from test_references import WIDTHS, V
 from test_towers import J, M, S, small_tower
 
 from mos_cli.routing.recorder import Recorder
-from mos_cli.routing.trace import Wanted
+from mos_cli.routing.trace import RecordOptions
 from mos_cli.sampling.feature_cache import caching
-from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, UNSEEN, Guidance, make_sigmas, sample
+from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, WITHOUT_IMAGE, Guidance, make_sigmas, sample
 from mos_cli.towers.bank import StateBank
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.router import Steering
 
 META = torch.device("meta")
-TOKENS = {POSITIVE: 5, NEGATIVE: 2, UNSEEN: 2}
+TOKENS = {POSITIVE: 5, NEGATIVE: 2, WITHOUT_IMAGE: 2}
 
 
 def empty(*shape: int) -> torch.Tensor:
@@ -29,20 +29,27 @@ def empty(*shape: int) -> torch.Tensor:
 
 
 def drawn(
-    tower: GenerationTower, *, together: bool, wanted: Wanted = Wanted(), cache: int | None = None, on: Any = META
+    tower: GenerationTower,
+    *,
+    together: bool,
+    record_options: RecordOptions = RecordOptions(),
+    cache: int | None = None,
+    on: Any = META,
 ) -> torch.Tensor:
     """Six steps of an edit, its guidance acting in the middle; the words of its instruction are steered."""
-    tower, recorder = tower.to(META), Recorder(wanted)
+    tower, recorder = tower.to(META), Recorder(record_options)
     with torch.inference_mode():
-        banks: dict[str, StateBank] = {name: tower.read(empty(1, tokens, M, S)) for name, tokens in TOKENS.items()}
-        references = tower.remember([empty(1, 3, 32, 24)])
+        banks: dict[str, StateBank] = {
+            name: tower.project_states(empty(1, tokens, M, S)) for name, tokens in TOKENS.items()
+        }
+        references = tower.cache_references([empty(1, 3, 32, 24)])
         for name in (POSITIVE, NEGATIVE):
-            banks[name] = tower.look(banks[name], empty(1, V, M, max(WIDTHS)), references)
+            banks[name] = tower.add_image_tokens(banks[name], empty(1, V, M, max(WIDTHS)), references)
         steering = None
         if tower.router is not None:
             tokens = TOKENS[POSITIVE] + V
             steering = Steering(torch.ones(1, tokens, J, M, dtype=torch.bool, device=on), empty(1, tokens, J, M))
-        with recorder.watching(tower), caching(tower, cache, 6) as (predict, begin_anew):
+        with recorder.watching(tower), caching(tower, cache, 6) as (predict, reset_cache):
             return sample(
                 predict,
                 empty(1, 3, 32, 24),
@@ -53,7 +60,7 @@ def drawn(
                 together=together,
                 observers=[recorder],
                 steer=lambda step, branch: steering if branch == POSITIVE else None,
-                begin_anew=begin_anew,
+                reset_cache=reset_cache,
             )
 
 
@@ -66,7 +73,12 @@ def test_no_step_reads_or_brings_a_value(variant: dict[str, Any], together: bool
 
 def test_recording_and_caching_stay_there_too() -> None:
     tower = small_tower(sight_widths=WIDTHS)
-    assert drawn(tower, together=True, wanted=Wanted(probabilities=True, regions=True, previews=True)).device == META
+    assert (
+        drawn(
+            tower, together=True, record_options=RecordOptions(probabilities=True, regions=True, previews=True)
+        ).device
+        == META
+    )
     assert drawn(tower, together=True, cache=3).device == META
 
 

@@ -24,14 +24,14 @@ from mos_cli.evaluation.examine import TrueScenes
 from mos_cli.evaluation.scenebench import bench_data
 from mos_cli.inference.pipeline import MoSPipeline
 from mos_cli.towers.autoencoder import Pixels
-from mos_cli.towers.image_encoder import Eyes
+from mos_cli.towers.image_encoder import ImageEncoder
 from mos_cli.training.batches import Batches, kind_of
 from mos_cli.training.launch import start_accelerator
 from mos_cli.training.loop import Trainer
 from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.run import edits_of
 from mos_cli.training.samples import draw_samples
-from mos_cli.training.stages import course
+from mos_cli.training.stages import curriculum
 
 
 def test_an_evaluation_of_edits_from_bundle_to_table(editor: Bundle, art: Art, tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def _editing(**train: object) -> TrainRecipe:
     table["data"] = {"styles": list(data.styles), "words": {k: list(v) for k, v in data.words.items()}, "edits": 0.5}
     table["eyes"] = "efficientnet-lite0"
     table["bundle"]["edits"] = {"steps": 2, "cfg": 2.0, "cfg_interval": [0.0, 1.0], "image_cfg": 1.0}
-    table["generation"] |= {"sight_widths": list(Eyes(layers=4).widths)}
+    table["generation"] |= {"sight_widths": list(ImageEncoder(layers=4).widths)}
     table["train"] |= train
     return TrainRecipe.model_validate(table)
 
@@ -80,13 +80,13 @@ def _trainer(recipe: TrainRecipe, understanding, art: Art, folder: Path) -> Trai
     short = replace(source, pick=lambda random, canvas: (source.pick(random, canvas)[0], "a dog"))
     torch.manual_seed(0)
     batches = Batches(
-        course(recipe),
+        curriculum(recipe),
         recipe.train,
         {("train", False): tiny.scenes(), ("train", True): short},
         understanding,
         Pixels(),
         torch.device("cpu"),
-        eyes=Eyes(layers=4),
+        eyes=ImageEncoder(layers=4),
     )
     return Trainer(recipe, batches, folder, start_accelerator(recipe.train, folder))
 
@@ -101,7 +101,7 @@ def understanding(encoder_folder: Path):
 def test_a_run_learns_both_and_shows_both(understanding, art: Art, tmp_path: Path) -> None:
     recipe = _editing()
     trainer = _trainer(recipe, understanding, art, tmp_path)
-    kinds = [kind_of(trainer.course, recipe.train.seed, step)[1] for step in range(trainer.course.steps)]
+    kinds = [kind_of(trainer.curriculum, recipe.train.seed, step)[1] for step in range(trainer.curriculum.steps)]
     assert set(kinds) == {False, True}
     batches = list(trainer.batches.stream(0))
     assert [batch.references_BCHW is not None for batch in batches] == kinds
@@ -122,7 +122,7 @@ def test_a_run_stopped_before_its_first_edit_goes_on(understanding, art: Art, tm
     """Parts that only edits use have no gradient until the first of them; seed 4 begins with two steps without."""
     recipe = _editing(seed=4, save_every=2, steps=6)
     whole = _trainer(recipe, understanding, art, tmp_path / "whole")
-    assert [kind_of(whole.course, 4, step)[1] for step in range(3)] == [False, False, True]
+    assert [kind_of(whole.curriculum, 4, step)[1] for step in range(3)] == [False, False, True]
     stopped = _trainer(recipe, understanding, art, tmp_path / "stopped")
 
     def stop(metrics) -> None:

@@ -24,7 +24,7 @@ from mos_cli.datasets.scenes.description import DEFAULT_STYLE, held_out, held_ou
 from mos_cli.datasets.scenes.grounds import WHITE
 from mos_cli.datasets.scenes.layout import Placed, Scene
 from mos_cli.datasets.scenes.vocabulary import COLOURS, Vocabulary, Word
-from mos_cli.towers.image_encoder import Eyes
+from mos_cli.towers.image_encoder import ImageEncoder
 
 STYLES = (DEFAULT_STYLE, "noto")
 WORDS = 40
@@ -87,8 +87,8 @@ def test_new_scenes_show_held_out_combinations_alone(world: World) -> None:
 
 def test_both_pairs_of_eyes_give_tokens_of_one_shape() -> None:
     pictures = torch.rand(2, 3, 128, 128) * 2 - 1
-    for each in (Eyes(), Encoder().eval()):
-        seen = each.see(pictures)
+    for each in (ImageEncoder(), Encoder().eval()):
+        seen = each.encode_images(pictures)
         assert seen.shape == (2, IMAGE_GRID**2, 7, max(each.widths))
         assert not seen[:, :, 0, each.widths[0] :].any()
     assert 0.8e6 < sum(weight.numel() for weight in Encoder().parameters()) < 1.2e6

@@ -112,7 +112,7 @@ def slow_tower(tower: Any, z: Tensor, t: Tensor, states: Tensor, weights_BTJM: T
 @torch.no_grad()
 def test_every_variant_draws_what_a_slow_reference_draws(tower: GenerationTower) -> None:
     z, t, states = inputs()
-    x_hat, route = tower(z, t, tower.read(states))
+    x_hat, route = tower(z, t, tower.project_states(states))
     assert route.ids_BTJK.shape == route.weights_BTJK.shape == (B, T, J, tower.kept_layers)
     weights_BTJM = torch.zeros(B, T, J, M).scatter_(-1, route.ids_BTJK, route.weights_BTJK)
     torch.testing.assert_close(x_hat, slow_tower(tower, z, t, states, weights_BTJM), atol=1e-4, rtol=1e-4)
@@ -122,8 +122,8 @@ def test_every_variant_draws_what_a_slow_reference_draws(tower: GenerationTower)
 def test_every_variant_draws_the_same_whatever_else_is_in_the_batch(tower: GenerationTower) -> None:
     z, t, states = inputs()
     mask = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
-    together, route = tower(z, t, tower.read(states, mask))
-    alone, route_alone = tower(z[:1], t[:1], tower.read(states[:1, :3]))
+    together, route = tower(z, t, tower.project_states(states, mask))
+    alone, route_alone = tower(z[:1], t[:1], tower.project_states(states[:1, :3]))
     torch.testing.assert_close(together[:1], alone, atol=1e-4, rtol=1e-4)
     assert torch.equal(route.ids_BTJK[:1, :3], route_alone.ids_BTJK)
     torch.testing.assert_close(route.weights_BTJK[:1, :3], route_alone.weights_BTJK, atol=1e-5, rtol=1e-5)
@@ -131,7 +131,7 @@ def test_every_variant_draws_the_same_whatever_else_is_in_the_batch(tower: Gener
 
 def test_every_parameter_of_every_variant_learns(tower: GenerationTower) -> None:
     z, t, states = inputs()
-    tower(z, t, tower.read(states))[0].square().mean().backward()
+    tower(z, t, tower.project_states(states))[0].square().mean().backward()
     assert [name for name, p in tower.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
@@ -142,7 +142,7 @@ def test_every_block_of_a_fresh_variant_is_the_identity(variant: dict) -> None:
     calls = []
     for block in fresh.blocks:
         block.register_forward_hook(lambda _, given, result: calls.append((given[0][:, -12:], result[:, -12:])))
-    fresh(z, t, fresh.read(states))
+    fresh(z, t, fresh.project_states(states))
     assert len(calls) == J
     assert all(torch.equal(before, after) for before, after in calls)
 
@@ -152,7 +152,7 @@ def test_every_variant_is_saved_with_its_choices_and_can_be_counted(tower: Gener
     tower.save_pretrained(tmp_path)
     loaded = GenerationTower.from_pretrained(tmp_path)
     z, t, states = inputs()
-    assert torch.equal(tower(z, t, tower.read(states))[0], loaded(z, t, loaded.read(states))[0])
+    assert torch.equal(tower(z, t, tower.project_states(states))[0], loaded(z, t, loaded.project_states(states))[0])
     config = {key: value for key, value in tower.config.items() if not key.startswith("_")}
     with torch.device("meta"):
         counted = [GenerationTower(**{**config, "hidden": hidden}).num_parameters() for hidden in (48, 49)]
@@ -181,7 +181,7 @@ def test_a_fixed_fusion_has_no_router_and_never_explores(variant: dict) -> None:
     tower = small_tower(**variant)
     assert [name for name, _ in tower.named_parameters() if name.startswith("router")] == []
     z, t, states = inputs()
-    bank = tower.read(states)
+    bank = tower.project_states(states)
     calm, exploring = tower(z, t, bank)[1], tower(z / 2, t / 2, bank, epsilon=0.9)[1]
     assert torch.equal(calm.ids_BTJK, exploring.ids_BTJK)
 
@@ -192,7 +192,7 @@ def test_sample_routing_follows_the_mean_of_the_logits_of_the_real_tokens() -> N
     one.load_state_dict(each.state_dict())
     z, t, states = inputs()
     mask = torch.tensor([[True, True, True, False, False], [True, False, False, False, False]])
-    seen = each.read(states).router_BTR, patchify(z, 8), t, (), Cells(4, 3), mask
+    seen = each.project_states(states).router_BTR, patchify(z, 8), t, (), Cells(4, 3), mask
     assert one.router is not None
     assert each.router is not None
     logits, every = one.router(*seen), each.router(*seen)
@@ -207,7 +207,7 @@ def test_sample_routing_gives_every_token_of_a_prompt_one_route(epsilon: float) 
     tower = small_tower(routing="sample", depth=20)
     z, t, states = inputs()
     for mask in (None, torch.tensor([[True] * 3 + [False] * 2, [True] * 5])):
-        _, route = tower(z, t, tower.read(states, mask), epsilon=epsilon)
+        _, route = tower(z, t, tower.project_states(states, mask), epsilon=epsilon)
         assert torch.equal(route.ids_BTJK, route.ids_BTJK[:, :1].expand_as(route.ids_BTJK))
         assert torch.equal(route.weights_BTJK, route.weights_BTJK[:, :1].expand_as(route.weights_BTJK))
         assert not torch.equal(route.ids_BTJK[0], route.ids_BTJK[1])
@@ -218,11 +218,11 @@ def test_sample_routing_gives_every_token_of_a_prompt_one_route(epsilon: float) 
 def test_a_route_depends_on_what_the_router_sees_and_on_nothing_else(seen: tuple[str, ...]) -> None:
     tower = small_tower(router_inputs=seen)
     z, t, states = inputs()
-    bank = tower.read(states)
+    bank = tower.project_states(states)
     base = tower(z, t, bank)[1].weights_BTJK
     assert torch.equal(base, tower(z + 1, t, bank)[1].weights_BTJK) == ("latent" not in seen)
     assert torch.equal(base, tower(z, t / 2, bank)[1].weights_BTJK) == ("time" not in seen)
-    assert not torch.equal(base, tower(z, t, tower.read(states.flip(1)))[1].weights_BTJK)
+    assert not torch.equal(base, tower(z, t, tower.project_states(states.flip(1)))[1].weights_BTJK)
     names = " ".join(name for name, _ in tower.named_parameters() if name.startswith("router"))
     assert ("router.patches_in" in names, "router.norm_patches" in names) == ("latent" in seen,) * 2
     assert ("router.time_in" in names, "router.norm_time" in names) == ("time" in seen,) * 2

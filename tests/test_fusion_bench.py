@@ -76,6 +76,6 @@ def test_states_that_no_block_reads_change_nothing(choice: str, context: str) ->
     handed = Library(states, mask, {}).handed(choice, 3).states_NTMS
     assert handed.shape[2] == {"last": 1, "aligned": 3, "mean": 1}[choice]
     z, t = torch.randn(B, 3, 8, 8), torch.rand(B)
-    expected, _ = whole(z, t, whole.read(states, mask))
-    found, _ = short(z, t, short.read(handed, mask))
+    expected, _ = whole(z, t, whole.project_states(states, mask))
+    found, _ = short(z, t, short.project_states(handed, mask))
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()

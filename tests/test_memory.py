@@ -56,7 +56,7 @@ SIZES: dict[str, Any] = {
 
 def bank_of(tower: GenerationTower, *lengths: int) -> StateBank:
     """The banks of prompts of so many tokens, as they are drawn from."""
-    banks = [tower.read(torch.randn(1, tokens, 5, 64)) for tokens in lengths]
+    banks = [tower.project_states(torch.randn(1, tokens, 5, 64)) for tokens in lengths]
     return banks[0] if len(banks) == 1 else join(banks)
 
 
@@ -91,9 +91,13 @@ def test_references_are_counted() -> None:
     z, words = torch.randn(1, 32, 20, 20), 4
     numbers = network(GenerationShape(**config), references=1)
     with torch.inference_mode():
-        references = tower.remember([z])
+        references = tower.cache_references([z])
         banks = [
-            tower.look(tower.read(torch.randn(1, count, 5, 64)), torch.randn(1, memory.IMAGE_TOKENS, 5, 16), references)
+            tower.add_image_tokens(
+                tower.project_states(torch.randn(1, count, 5, 64)),
+                torch.randn(1, memory.IMAGE_TOKENS, 5, 16),
+                references,
+            )
             for count in (words, 2)
         ]
         for bank in (banks[0], join(banks)):
@@ -151,7 +155,7 @@ def test_projecting_takes_what_is_counted() -> None:
         numbers = network(shape, understanding=reader, each=each)
         states = torch.randn(1, tokens, layers, width, dtype=dtype)
         with torch.inference_mode():
-            measured = peak(lambda: tower.read(states))  # noqa: B023
+            measured = peak(lambda: tower.project_states(states))  # noqa: B023
         # What comes of it may already be there at the peak: it is counted as the bank.
         counted = memory._projecting(numbers, tokens)
         assert 0.9 * measured - memory._bank_of(numbers, tokens) < counted < 1.1 * measured

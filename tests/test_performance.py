@@ -18,7 +18,7 @@ from performance_model import MoSL, Run, difference
 from performance_steps import place
 
 from mos_cli.planning.memory import GIB
-from mos_cli.towers.layers import Ragged
+from mos_cli.towers.layers import VariableLengths
 
 CPU = torch.device("cpu")
 
@@ -93,7 +93,7 @@ def test_the_host_never_waits_within_the_steps(fill: Callable[[str], list[dict]]
 
 def test_the_place_where_the_host_waits_is_one_of_ours() -> None:
     with pytest.raises(RuntimeError) as caught:
-        Ragged((1,)).join([torch.zeros(2, 2)])
+        VariableLengths((1,)).join([torch.zeros(2, 2)])
     assert place(caught.value).startswith("waits in layers.py, line ")
 
 

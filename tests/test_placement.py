@@ -19,7 +19,7 @@ from mos_cli.bundles.specs import EditDefaults
 from mos_cli.config.recipe import Recipe, make_recipe
 from mos_cli.errors import InputError, MemoryLimitError
 from mos_cli.images.inputs import describe_edit, read_inputs
-from mos_cli.inference.offload import FetchedBlocks, Part, _held
+from mos_cli.inference.offload import Part, StreamedBlocks, _held
 from mos_cli.inference.pipeline import MoSPipeline
 from mos_cli.planning import memory
 from mos_cli.planning.candidates import candidates, fastest
@@ -62,7 +62,7 @@ def moves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
         return run
 
-    for move in ("arrive", "leave"):
+    for move in ("onload", "offload"):
         monkeypatch.setattr(Part, move, recorded(move))
     return log
 
@@ -70,15 +70,15 @@ def moves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is away has other values: a picture that used any of it would change."""
-    leave, arrive = Part.leave, Part.arrive
+    leave, onload = Part.leave, Part.onload
     taken: dict[Part, list[tuple[torch.Tensor, Callable[[torch.Tensor], None]]]] = {}
 
     def gone(part: Part) -> None:
         if part.here:
             leave(part)
             # Norms that come for a glimpse stay in other hands, which know of no poison.
-            glimpsed = isinstance(part.owners[0], torch.nn.RMSNorm)
-            taken[part] = [] if glimpsed else list(_held(part.owners))
+            briefly_onloaded = isinstance(part.owners[0], torch.nn.RMSNorm)
+            taken[part] = [] if briefly_onloaded else list(_held(part.owners))
             for tensor, put in taken[part]:
                 put(torch.full_like(tensor, float("nan") if tensor.is_floating_point() else 0))
 
@@ -86,10 +86,10 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         if not part.here:
             for tensor, put in taken.pop(part):
                 put(tensor)
-            arrive(part)
+            onload(part)
 
-    monkeypatch.setattr(Part, "leave", gone)
-    monkeypatch.setattr(Part, "arrive", back)
+    monkeypatch.setattr(Part, "offload", gone)
+    monkeypatch.setattr(Part, "onload", back)
 
 
 @pytest.mark.usefixtures("poison")
@@ -98,8 +98,8 @@ def test_no_byte_of_a_picture_changes(bundle: Bundle, offload: str) -> None:
     pipeline, recipe = loaded(bundle, offload), asked(bundle)
     expected = drawn(loaded(bundle), recipe)
     assert drawn(pipeline, recipe) == expected
-    pipeline.read_ahead([recipe])
-    pipeline.reader.forget()
+    pipeline.encode_ahead([recipe])
+    pipeline.prompt_encoder.forget()
     assert drawn(pipeline, recipe) == expected
 
 
@@ -146,15 +146,15 @@ def test_all_prompts_are_read_before_the_first_step_and_nothing_comes_twice(
     events: list[str] = []
     monkeypatch.setattr(pipeline.understanding, "read", lambda *a: events.append("read") or read(*a))
     moves.clear()
-    pipeline.read_ahead(recipes)
+    pipeline.encode_ahead(recipes)
     for recipe in recipes:
         pipeline.draw(recipe, [lambda _: events.append("step")])
     # The prompts and the negative they share.
     assert events == ["read"] * 7 + ["step"] * 18
     assert moves == [
-        ("arrive", "UnderstandingTower"),
-        ("leave", "UnderstandingTower"),
-        ("arrive", "GenerationTower"),
+        ("onload", "UnderstandingTower"),
+        ("offload", "UnderstandingTower"),
+        ("onload", "GenerationTower"),
     ]
 
 
@@ -169,7 +169,7 @@ def test_the_understanding_tower_is_as_precise_as_it_is_planned(
 
 def test_a_prompt_that_cannot_be_read_ahead_fails_alone(bundle: Bundle) -> None:
     pipeline, good, bad = loaded(bundle, "understanding"), asked(bundle), asked(bundle, "apple " * 40)
-    pipeline.read_ahead([bad, good])
+    pipeline.encode_ahead([bad, good])
     with pytest.raises(InputError, match="shorten it"):
         pipeline.draw(bad)
     assert drawn(pipeline, good) == drawn(loaded(bundle), good)
@@ -197,7 +197,7 @@ def test_an_autoencoder_is_there_when_it_is_used_and_decodes_in_tiles(bundle: Bu
 def test_two_blocks_are_on_the_device_at_a_time(bundle: Bundle) -> None:
     tower = loaded(bundle, "blocks").tower
     blocks = tower.blocks
-    assert isinstance(blocks, FetchedBlocks)
+    assert isinstance(blocks, StreamedBlocks)
     assert not any(part.here for part in blocks.parts)
     for number, _ in enumerate(blocks):
         there = [index for index, part in enumerate(blocks.parts) if part.here]
@@ -212,7 +212,7 @@ def test_a_pass_that_is_broken_off_leaves_nothing_on_the_device(
     pipeline, recipe = loaded(bundle, "blocks"), asked(bundle)
     whole = drawn(pipeline, recipe)
     blocks = pipeline.tower.blocks
-    assert isinstance(blocks, FetchedBlocks)
+    assert isinstance(blocks, StreamedBlocks)
     with monkeypatch.context() as broken:
         broken.setattr(blocks[1], "forward", no_memory)
         with pytest.raises(MemoryLimitError):
@@ -236,13 +236,13 @@ def test_quantised_weights_move_with_all_that_belongs_to_them(method: Any) -> No
 
     part, x = Part(tower, device=CPU), torch.randn(3, 64, dtype=torch.bfloat16)
     home = storages()
-    part.leave()
+    part.offload()
     assert storages() == home
-    part.arrive()
+    part.onload()
     assert not storages() & home
     once = layer(x)
-    part.leave()
-    part.arrive()
+    part.offload()
+    part.onload()
     assert torch.equal(layer(x), once)
 
 
@@ -271,7 +271,7 @@ def test_blocks_need_less_of_a_gpu(bundle: Bundle) -> None:
     tower = awake(GenerationTower(width=512, depth=16, heads=4, hidden=2048, states_layers=4, states_width=32))
     tower.requires_grad_(False)
     block = sum(p.nbytes for p in tower.blocks[0].parameters())
-    tower.blocks = FetchedBlocks(list(tower.blocks), torch.device("cuda"))
+    tower.blocks = StreamedBlocks(list(tower.blocks), torch.device("cuda"))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     for module in tower.blocks:

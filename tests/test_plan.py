@@ -157,7 +157,7 @@ def test_image_tokens_are_those_that_the_tower_makes(
     shape = UnderstandingShape(layers=1, width=1, hidden=1, linear=1, other=1, vision=1, cell=cell, seen=seen)
     size = (96, 128)
     tower = load_understanding(folder)
-    (sight,) = tower.read(["paint it"], [[torch.zeros(3, size[1], size[0])]]).sights[0]
+    (sight,) = tower.encode(["paint it"], [[torch.zeros(3, size[1], size[0])]]).image_spans[0]
     assert shape.image_tokens(size) == sight.rows * sight.columns
 
 

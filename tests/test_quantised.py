@@ -53,7 +53,7 @@ def output(tower: GenerationTower) -> Tensor:
     z, states = (torch.randn(shape, generator=generator) for shape in ((1, 3, 64, 64), (1, 6, layers, width)))
     z, t, states = (tensor.to(tower.device) for tensor in (z, torch.ones(1), states))
     with torch.inference_mode():
-        return tower(z, t, tower.read(states))[0]
+        return tower(z, t, tower.project_states(states))[0]
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -144,7 +144,7 @@ def test_a_trained_tower_stays_near_what_it_was(method: Any, bound: float) -> No
     for asked in (None, method):
         tower = load_generation(folder, asked, device=CPU, dtype=torch.float32)
         with torch.inference_mode():
-            made.append(tower(0.7 * square + 0.3 * noise, torch.tensor([0.3]), tower.read(states))[0])
+            made.append(tower(0.7 * square + 0.3 * noise, torch.tensor([0.3]), tower.project_states(states))[0])
     error = (made[1] - made[0]).norm() / made[0].norm()
     assert 0 < error < bound
 

@@ -42,8 +42,8 @@ def test_a_tower_quantised_on_the_card_and_kept_at_home_is_the_one_on_the_card(s
     assert places(home) == {"cpu"}
     assert same(there, home)
     part = Part(home, device=card)
-    part.leave()
-    part.arrive()
+    part.offload()
+    part.onload()
     assert places(home) == {"cuda"}
     assert torch.equal(output(there), output(home))
 

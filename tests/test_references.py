@@ -37,7 +37,7 @@ def test_memories_are_the_references_own_pass_through_the_blocks_at_time_zero() 
     tower = seeing(fusion="last", context="kv")
     z, t, states = inputs()
     sight, references = pictures()
-    bank = tower.look(tower.read(states), sight, tower.remember(references))
+    bank = tower.add_image_tokens(tower.project_states(states), sight, tower.cache_references(references))
     x_hat, _ = tower(z, t, bank)
 
     # The same by one long masked attention: the references' patches see themselves alone, the others see everything.
@@ -96,7 +96,7 @@ def _masked(layer: Any, q: Tensor, k: Tensor, v: Tensor, at: Rotary, queries: Te
 def test_image_tokens_are_routed_like_words(tower: GenerationTower) -> None:
     z, t, states = inputs()
     sight, references = pictures(2)
-    bank = tower.look(tower.read(states), sight, tower.remember(references))
+    bank = tower.add_image_tokens(tower.project_states(states), sight, tower.cache_references(references))
     _, route = tower(z, t, bank)
     assert route.ids_BTJK.shape == (B, T + 2 * V, J, 2)
     assert len({tuple(ids) for ids in route.ids_BTJK[0, T:, 0].tolist()}) > 1
@@ -106,9 +106,9 @@ def test_image_tokens_are_routed_like_words(tower: GenerationTower) -> None:
 def test_what_is_remembered_depends_on_neither_words_nor_noise(tower: GenerationTower) -> None:
     _, _, states = inputs()
     sight, references = pictures()
-    one = tower.look(tower.read(states), sight, tower.remember(references)).references
-    other = tower.look(
-        tower.read(torch.randn(B, T, M, S)), torch.randn_like(sight), tower.remember(references)
+    one = tower.add_image_tokens(tower.project_states(states), sight, tower.cache_references(references)).references
+    other = tower.add_image_tokens(
+        tower.project_states(torch.randn(B, T, M, S)), torch.randn_like(sight), tower.cache_references(references)
     ).references
     assert one is not None
     assert other is not None
@@ -120,8 +120,8 @@ def test_what_is_remembered_depends_on_neither_words_nor_noise(tower: Generation
 def test_the_first_reference_is_not_the_second(tower: GenerationTower) -> None:
     z, t, states = inputs()
     sight, (a, b) = pictures(2)
-    there = tower(z, t, tower.look(tower.read(states), sight, tower.remember([a, b])))[0]
-    back = tower(z, t, tower.look(tower.read(states), sight, tower.remember([b, a])))[0]
+    there = tower(z, t, tower.add_image_tokens(tower.project_states(states), sight, tower.cache_references([a, b])))[0]
+    back = tower(z, t, tower.add_image_tokens(tower.project_states(states), sight, tower.cache_references([b, a])))[0]
     assert (there - back).abs().max() > 1e-4
 
 
@@ -130,9 +130,15 @@ def test_a_picture_does_not_depend_on_the_others_of_its_batch(tower: GenerationT
     z, t, states = inputs()
     sight, references = pictures()
     mask = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
-    together, route = tower(z, t, tower.look(tower.read(states, mask), sight, tower.remember(references)))
+    together, route = tower(
+        z, t, tower.add_image_tokens(tower.project_states(states, mask), sight, tower.cache_references(references))
+    )
     alone, route_alone = tower(
-        z[:1], t[:1], tower.look(tower.read(states[:1, :3]), sight[:1], tower.remember([references[0][:1]]))
+        z[:1],
+        t[:1],
+        tower.add_image_tokens(
+            tower.project_states(states[:1, :3]), sight[:1], tower.cache_references([references[0][:1]])
+        ),
     )
     torch.testing.assert_close(together[:1], alone, atol=1e-4, rtol=1e-4)
     real = [0, 1, 2, *range(T, T + V)]
@@ -143,7 +149,9 @@ def test_everything_that_sees_learns() -> None:
     tower = seeing()
     z, t, states = inputs()
     sight, references = pictures()
-    tower(z, t, tower.look(tower.read(states), sight, tower.remember(references)))[0].square().mean().backward()
+    tower(z, t, tower.add_image_tokens(tower.project_states(states), sight, tower.cache_references(references)))[
+        0
+    ].square().mean().backward()
     assert [name for name, p in tower.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mos_cli.sampling.flow import logit_normal, noised, velocity, velocity_loss
-from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, Origin, Step, make_sigmas, sample
+from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, InitialLatent, Step, make_sigmas, sample
 from mos_cli.towers.autoencoder import Latents, Pixels
 from mos_cli.towers.bank import StateBank
 from mos_cli.towers.router import Route
@@ -88,11 +88,11 @@ def test_what_a_mask_keeps_lands_on_the_origin(solver: Solver, strength: float) 
     z0 = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., 4:] = 1
-    landed = run(smooth, steps=7, solver=solver, first=strength, origin=Origin(z0, mask))
+    landed = run(smooth, steps=7, solver=solver, first=strength, initial=InitialLatent(z0, mask))
     torch.testing.assert_close(landed[..., :4], z0[..., :4], atol=2e-6, rtol=0)
     assert (landed[..., 4:] - z0[..., 4:]).abs().max() > 0.1
     # The half that is drawn is drawn as without the mask: the predictor looks at each value alone.
-    free = run(smooth, steps=7, solver=solver, first=strength, origin=Origin(z0))
+    free = run(smooth, steps=7, solver=solver, first=strength, initial=InitialLatent(z0))
     torch.testing.assert_close(landed[..., 4:], free[..., 4:])
 
 

@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, LlavaC
 
 from mos_cli.errors import InputError, ModelError
 from mos_cli.towers.understanding import UnderstandingTower
-from mos_cli.towers.vision_language import SeeingTower, load_understanding
+from mos_cli.towers.vision_language import VisionLanguageTower, load_understanding
 
 KINDS = ("qwen3_vl", "internvl", "perception_lm")
 LEADS = {"qwen3_vl": vlm_towers.QWEN[:3], "internvl": vlm_towers.INTERN, "perception_lm": ("", "<|image|>", "")}
@@ -33,9 +33,9 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def tower(folders: dict[str, Path], kind: str) -> SeeingTower:
+def tower(folders: dict[str, Path], kind: str) -> VisionLanguageTower:
     tower = load_understanding(folders[kind])
-    assert isinstance(tower, SeeingTower)
+    assert isinstance(tower, VisionLanguageTower)
     return tower
 
 
@@ -49,8 +49,8 @@ def levels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
 
 
-def test_words_alone_are_read_as_by_the_language_part_alone(tower: SeeingTower, folders, kind: str) -> None:
-    reading = tower.read([TEXT])
+def test_words_alone_are_read_as_by_the_language_part_alone(tower: VisionLanguageTower, folders, kind: str) -> None:
+    reading = tower.encode([TEXT])
     language = AutoModelForImageTextToText.from_pretrained(folders[kind]).eval().model.language_model
     ids = tower.tokenizer(TEXT, return_tensors="pt")["input_ids"]
     with torch.no_grad():
@@ -65,16 +65,18 @@ def test_words_alone_are_read_as_by_the_language_part_alone(tower: SeeingTower, 
 
 @pytest.mark.parametrize("sizes", [[(128, 128)], [(256, 64)], [(64, 128), (256, 64)]])
 @torch.no_grad()
-def test_entry_i_is_what_enters_layer_i(tower: SeeingTower, folders, kind: str, sizes) -> None:
+def test_entry_i_is_what_enters_layer_i(tower: VisionLanguageTower, folders, kind: str, sizes) -> None:
     pictures = [picture(*size, seed=seed) for seed, size in enumerate(sizes)]
-    reading = tower.read([TEXT], [pictures])
+    reading = tower.encode([TEXT], [pictures])
     slow, normed = slow_states(tower, folders[kind], kind, pictures)
     torch.testing.assert_close(reading.states_BTMS[0], slow, **EXACT)
     # The walk itself ends where the whole model ends.
     torch.testing.assert_close(tower.model.get_submodule("norm")(slow[:, -1]), normed, **EXACT)
 
 
-def slow_states(tower: SeeingTower, folder: Path, kind: str, pictures: list[Image.Image]) -> tuple[Tensor, Tensor]:
+def slow_states(
+    tower: VisionLanguageTower, folder: Path, kind: str, pictures: list[Image.Image]
+) -> tuple[Tensor, Tensor]:
     """A prompt walked through the model layer by layer: what enters each, and where the model's own run ends."""
     whole = AutoModelForImageTextToText.from_pretrained(folder).eval().model
     language, image_id = whole.language_model, whole.config.image_token_id
@@ -122,20 +124,20 @@ def slow_states(tower: SeeingTower, folder: Path, kind: str, pictures: list[Imag
     return torch.stack(states, dim=1), whole(input_ids=ids, **shown, **types).last_hidden_state[0]
 
 
-def test_image_tokens_are_the_cells_of_their_picture(tower: SeeingTower, kind: str) -> None:
+def test_image_tokens_are_the_cells_of_their_picture(tower: VisionLanguageTower, kind: str) -> None:
     square, wide = picture(128, 128), picture(256, 64)
     square_grid, wide_grid = (4, 4), (2, 8) if kind == "qwen3_vl" else (4, 4)
-    reading = tower.read([TEXT, TEXT, "", TEXT], [[square], [wide], [square, wide], []])
+    reading = tower.encode([TEXT, TEXT, "", TEXT], [[square], [wide], [square, wide], []])
     grids = [[square_grid], [wide_grid], [square_grid, wide_grid], []]
-    for tokens, expected, sights in zip(reading.tokens, grids, reading.sights, strict=True):
+    for tokens, expected, image_spans in zip(reading.tokens, grids, reading.image_spans, strict=True):
         assert [token.patch for token in tokens if token.patch] == [
             (number, row, column)
             for number, (rows, columns) in enumerate(expected)
             for row in range(rows)
             for column in range(columns)
         ]
-        assert [(sight.rows, sight.columns) for sight in sights] == expected
-        assert all(tokens[sight.first].patch == (number, 0, 0) for number, sight in enumerate(sights))
+        assert [(sight.rows, sight.columns) for sight in image_spans] == expected
+        assert all(tokens[sight.first].patch == (number, 0, 0) for number, sight in enumerate(image_spans))
     # The words behind the pictures are those of the prompt, and stand for its characters.
     words = [[(token.text, token.start, token.end) for token in tokens if token.end] for tokens in reading.tokens]
     assert words[0] == words[1] == words[3]
@@ -145,37 +147,37 @@ def test_image_tokens_are_the_cells_of_their_picture(tower: SeeingTower, kind: s
 
 
 @pytest.mark.parametrize("cell", [(0, 0), (1, 3), (3, 1)])
-def test_a_token_shows_what_is_in_its_cell(tower: SeeingTower, cell: tuple[int, int]) -> None:
+def test_a_token_shows_what_is_in_its_cell(tower: VisionLanguageTower, cell: tuple[int, int]) -> None:
     before = Image.new("RGB", (128, 128), "grey")
     after = before.copy()
     left, top = cell[1] * 32, cell[0] * 32
     ImageDraw.Draw(after).rectangle((left, top, left + 31, top + 31), "red")
-    one, other = (tower.read([TEXT], [[each]]).states_BTMS[0, :, 0] for each in (before, after))
+    one, other = (tower.encode([TEXT], [[each]]).states_BTMS[0, :, 0] for each in (before, after))
     changed = int((one - other).square().sum(-1).argmax())
-    assert tower.read([TEXT], [[after]]).tokens[0][changed].patch == (0, *cell)
+    assert tower.encode([TEXT], [[after]]).tokens[0][changed].patch == (0, *cell)
 
 
-def test_neither_padding_nor_another_prompt_shows(tower: SeeingTower) -> None:
+def test_neither_padding_nor_another_prompt_shows(tower: VisionLanguageTower) -> None:
     shown = [[picture(256, 64)], [], [picture(64, 64), picture(96, 128)]]
     prompts = ["remove the dog on the left", TEXT, "a cat"]
-    together = tower.read(prompts, shown)
+    together = tower.encode(prompts, shown)
     for index, (prompt, pictures) in enumerate(zip(prompts, shown, strict=True)):
-        alone = tower.read([prompt], [pictures])
+        alone = tower.encode([prompt], [pictures])
         assert alone.mask_BT.all()
         states = together.states_BTMS[index][together.mask_BT[index]]
         torch.testing.assert_close(states, alone.states_BTMS[0], **EXACT)
         assert together.tokens[index] == alone.tokens[0]
 
 
-def test_words_depend_on_the_picture_they_stand_behind(tower: SeeingTower) -> None:
-    readings = [tower.read([TEXT], [[picture(128, 128, seed)]]).states_BTMS[0, -3:] for seed in (1, 2)]
+def test_words_depend_on_the_picture_they_stand_behind(tower: VisionLanguageTower) -> None:
+    readings = [tower.encode([TEXT], [[picture(128, 128, seed)]]).states_BTMS[0, -3:] for seed in (1, 2)]
     assert (readings[0][:, 0] == readings[1][:, 0]).all()
     assert (readings[0][:, -1] - readings[1][:, -1]).abs().max() > 1e-2
 
 
-def test_a_picture_may_be_a_tensor(tower: SeeingTower) -> None:
+def test_a_picture_may_be_a_tensor(tower: VisionLanguageTower) -> None:
     image = picture(64, 96)
-    states = [tower.read([TEXT], [[shown]]).states_BTMS for shown in (image, levels(image))]
+    states = [tower.encode([TEXT], [[shown]]).states_BTMS for shown in (image, levels(image))]
     assert torch.equal(*states)
 
 
@@ -194,16 +196,16 @@ def test_vision_is_loaded_when_the_first_picture_is_shown(folders, kind: str, tm
     whole = load_understanding(folders[kind])
     vision = "visual" if kind == "qwen3_vl" else "vision_tower"
     blind = load_understanding(copied(folders[kind], tmp_path, without=vision))
-    assert isinstance(whole, SeeingTower)
+    assert isinstance(whole, VisionLanguageTower)
     # Words are read without any of it, also where pictures could be given but are not.
-    words = whole.read([TEXT]).states_BTMS
-    assert torch.equal(blind.read([TEXT], [[]]).states_BTMS, words)
+    words = whole.encode([TEXT]).states_BTMS
+    assert torch.equal(blind.encode([TEXT], [[]]).states_BTMS, words)
     assert not whole.vision_loaded
     with pytest.raises(ModelError, match=r"the vision part of .* cannot be loaded: .* weights are missing"):
-        blind.read([TEXT], [[picture(64, 64)]])
-    whole.read([TEXT], [[picture(64, 64)]])
+        blind.encode([TEXT], [[picture(64, 64)]])
+    whole.encode([TEXT], [[picture(64, 64)]])
     assert whole.vision_loaded
-    assert torch.equal(whole.read([TEXT]).states_BTMS, words)
+    assert torch.equal(whole.encode([TEXT]).states_BTMS, words)
 
 
 def test_a_language_part_that_is_not_whole_is_an_error(folders, kind: str, tmp_path: Path) -> None:
@@ -214,13 +216,13 @@ def test_a_language_part_that_is_not_whole_is_an_error(folders, kind: str, tmp_p
 def test_a_tower_that_does_not_say_how_to_prepare_pictures_is_an_error(folders, kind: str, tmp_path: Path) -> None:
     tower = load_understanding(copied(folders[kind], tmp_path, without="preprocessor_config.json"))
     with pytest.raises(ModelError, match="does not say how pictures are prepared"):
-        tower.read([TEXT], [[picture(64, 64)]])
+        tower.encode([TEXT], [[picture(64, 64)]])
 
 
 def test_half_precision_goes_into_both_parts(folders, kind: str) -> None:
     tower = load_understanding(folders[kind], dtype=torch.bfloat16)
-    exact = load_understanding(folders[kind]).read([TEXT], [[picture(64, 64)]]).states_BTMS
-    states = tower.read([TEXT], [[picture(64, 64)]]).states_BTMS
+    exact = load_understanding(folders[kind]).encode([TEXT], [[picture(64, 64)]]).states_BTMS
+    states = tower.encode([TEXT], [[picture(64, 64)]]).states_BTMS
     assert states.dtype == torch.bfloat16
     assert (states - exact).square().mean().sqrt() < 0.05 * exact.square().mean().sqrt()
 
@@ -232,8 +234,8 @@ def test_the_language_part_alone_is_quantised_but_for_sizes_that_cannot_be(
     monkeypatch.setitem(vlm_towers.TEXT, "intermediate_size", 96)
     folder, shown = getattr(vlm_towers, kind)(tmp_path), ([TEXT], [[picture(64, 64)]])
     exact, tower = (load_understanding(folder, dtype=torch.bfloat16, quant=quant) for quant in (None, method))
-    assert isinstance(tower, SeeingTower)
-    states, expected = (each.read(*shown).states_BTMS.float() for each in (tower, exact))
+    assert isinstance(tower, VisionLanguageTower)
+    states, expected = (each.encode(*shown).states_BTMS.float() for each in (tower, exact))
     assert 0 < (states - expected).norm() / expected.norm() < bound
     linears = {name: layer for name, layer in tower._whole.named_modules() if isinstance(layer, torch.nn.Linear)}
     full = {name for name, layer in linears.items() if type(layer) is torch.nn.Linear}
@@ -243,7 +245,7 @@ def test_the_language_part_alone_is_quantised_but_for_sizes_that_cannot_be(
     assert {name for name in linears if not name.startswith("language_model.")} < full
 
 
-def test_what_cannot_be_shown_is_said_in_one_line(tower: SeeingTower, kind: str) -> None:
+def test_what_cannot_be_shown_is_said_in_one_line(tower: VisionLanguageTower, kind: str) -> None:
     image = picture(128, 128)
     mark = LEADS[kind][1]
     for prompt, pictures, said in [
@@ -253,13 +255,13 @@ def test_what_cannot_be_shown_is_said_in_one_line(tower: SeeingTower, kind: str)
         ("apple " * 500, [], "the model reads 400: shorten it$"),
     ]:
         with pytest.raises(InputError, match=said) as error:
-            tower.read([prompt], [pictures])
+            tower.encode([prompt], [pictures])
         assert "\n" not in str(error.value)
 
 
 def test_a_picture_of_an_impossible_shape_is_refused(folders) -> None:
     with pytest.raises(InputError, match="a picture cannot be shown") as error:
-        load_understanding(folders["qwen3_vl"]).read([TEXT], [[picture(500, 2)]])
+        load_understanding(folders["qwen3_vl"]).encode([TEXT], [[picture(500, 2)]])
     assert "\n" not in str(error.value)
 
 
@@ -268,14 +270,14 @@ def test_a_tower_of_words_cannot_be_shown_a_picture(encoder_folder: Path, decode
         tower = load_understanding(folder)
         assert type(tower) is UnderstandingTower
         with pytest.raises(InputError, match="cannot be shown a picture"):
-            tower.read(["a dog"], [[picture(64, 64)]])
+            tower.encode(["a dog"], [[picture(64, 64)]])
 
 
 def test_timm_is_asked_for_where_it_is_needed(tmp_path: Path) -> None:
     tower = load_understanding(vlm_towers.perception_lm(tmp_path, timm=True))
-    assert tower.read([TEXT]).states_BTMS.isfinite().all()
+    assert tower.encode([TEXT]).states_BTMS.isfinite().all()
     with pytest.raises(ModelError, match="sees through timm, which is not installed: pip install timm"):
-        tower.read([TEXT], [[picture(64, 64)]])
+        tower.encode([TEXT], [[picture(64, 64)]])
 
 
 def test_other_models_that_see_are_refused_by_name(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mos_cli.bundles.bundle import Bundle
 from mos_cli.bundles.specs import EditDefaults
-from mos_cli.inference.prompt_encoding import Reader
+from mos_cli.inference.prompt_encoding import PromptEncoder
 from mos_cli.routing.trace import load_recording
 from mos_cli.towers.autoencoder import Pixels
 from mos_cli.towers.generation import GenerationTower
@@ -73,10 +73,10 @@ def test_training_sees_what_drawing_sees(qwen: Path) -> None:
     before = torch.rand(1, 3, 64, 64) * 2 - 1
     states, mask, grid = batches._read_in_sight([INSTRUCTION], before)
     assert states.shape[1] == mask.shape[1] == 30 + grid[0] * grid[1]
-    reading = Reader(understanding, None, tower, "tiny").look(
-        {"positive": Reader(understanding, None, tower, "tiny").read(INSTRUCTION)}, [before], [before]
+    reading = PromptEncoder(understanding, None, tower, "tiny").encode_with_images(
+        {"positive": PromptEncoder(understanding, None, tower, "tiny").encode(INSTRUCTION)}, [before], [before]
     )["positive"]
-    trained = tower.read(states, mask).bank_BTMD[:, mask[0]]
+    trained = tower.project_states(states, mask).bank_BTMD[:, mask[0]]
     torch.testing.assert_close(trained, reading.bank.bank_BTMD)
     assert reading.bank.references is not None
     assert reading.bank.references.grids == (grid,)
@@ -86,8 +86,8 @@ def test_a_step_of_training_learns_from_what_is_seen(qwen: Path) -> None:
     torch.manual_seed(0)
     tower, understanding = tiny_tower(), load_understanding(qwen)
     pictures = torch.rand(2, 3, 64, 64) * 2 - 1
-    reading = understanding.read([INSTRUCTION, INSTRUCTION], [[picture] for picture in pictures])
-    (sight,) = reading.sights[0]
+    reading = understanding.encode([INSTRUCTION, INSTRUCTION], [[picture] for picture in pictures])
+    (sight,) = reading.image_spans[0]
     seen = range(sight.first, sight.first + sight.rows * sight.columns)
     order = [n for n in range(reading.mask_BT.shape[1]) if n not in seen] + list(seen)
     loss, _ = Objective(tower, 0.0)._plain(

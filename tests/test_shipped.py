@@ -82,7 +82,7 @@ def test_a_decoder_language_model_serves_as_understanding_tower() -> None:
     from mos_cli.bundles.sources import fetch_tower
 
     understanding = UnderstandingTower(fetch_tower(load_tower_spec("smollm2-135m")))
-    reading = understanding.read(["a red apple left of a dog"])
+    reading = understanding.encode(["a red apple left of a dog"])
     assert reading.states_BTMS.shape[2:] == (31, 576)
     spans = [(token.start, token.end) for token in reading.tokens[0]]
     assert ["a red apple left of a dog"[slice(*span)].strip() for span in spans] == [
@@ -96,7 +96,7 @@ def test_a_decoder_language_model_serves_as_understanding_tower() -> None:
     ]
     tower = GenerationTower(states_layers=31, states_width=576)
     z, t = torch.randn(1, 3, 64, 64), torch.tensor([0.5])
-    _, route = tower(z, t, tower.read(reading.states_BTMS))
+    _, route = tower(z, t, tower.project_states(reading.states_BTMS))
     assert route.ids_BTJK.shape == (1, 7, 8, 2)
     assert route.ids_BTJK.max() < 31
 

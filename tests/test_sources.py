@@ -116,7 +116,7 @@ def test_fetching_leaves_the_process_able_to_compile(original, cache, tmp_path):
     (tmp_path / "spec.json").write_text(spec_of(original, wheel_source()).model_dump_json(by_alias=True))
     script = (
         "import sys; from pathlib import Path; from mos_cli.bundles.sources import fetch_tower; "
-        "from mos_cli.bundles.specs import TowerSpec, read_json; "
+        "from mos_cli.bundles.specs import TowerSpec; from mos_cli.utils.validation import read_json; "
         "fetch_tower(read_json(TowerSpec, Path(sys.argv[1]))); import setuptools"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "spec.json")]

@@ -26,8 +26,8 @@ def test_larger_patches_start_as_the_same_picture_enlarged(factor: int) -> None:
     states, t = torch.randn(2, 5, 4, 32), torch.tensor([0.3, 0.8])
     small = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
-        expected, _ = start(small, t, start.read(states))
-        drawn, _ = grown(F.interpolate(small, scale_factor=factor), t, grown.read(states))
+        expected, _ = start(small, t, start.project_states(states))
+        drawn, _ = grown(F.interpolate(small, scale_factor=factor), t, grown.project_states(states))
     assert torch.allclose(drawn, F.interpolate(expected, scale_factor=factor), atol=1e-4)
 
 

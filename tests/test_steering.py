@@ -12,7 +12,7 @@ from mos_cli.errors import UsageError
 from mos_cli.routing.rules import parse_rules
 from mos_cli.routing.steering import Steerer
 from mos_cli.routing.trace import Recording, Routes, Trace, TraceBranch, TraceToken
-from mos_cli.routing.transfer import given_choices
+from mos_cli.routing.transfer import transfer_routes
 from mos_cli.towers.router import Route, Steering, choose_route
 
 PROMPT = "a red apple"
@@ -138,5 +138,5 @@ def test_a_share_of_the_steps_is_rounded_up_and_never_too_far(steps: int) -> Non
     trace = Trace.model_construct(layers=("a", "b", "c"), top_k=2, times=(1.0,), branches={"positive": branch})
     recording = Recording(Path("x"), trace, {"positive": Routes(ids, ids)}, None, None)
     for percent in range(1, 101):
-        given = given_choices(recording, {"positive": Reading()}, [1.0] * steps, percent / 100)
+        given = transfer_routes(recording, {"positive": Reading()}, [1.0] * steps, percent / 100)
         assert len(given["positive"].steps) == -(-percent * steps // 100)

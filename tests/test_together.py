@@ -16,12 +16,12 @@ from test_towers import J, M, inputs, small_tower
 from mos_cli.bundles.bundle import Bundle
 from mos_cli.images.outputs import read_drawing
 from mos_cli.routing.recorder import Recorder
-from mos_cli.routing.trace import Wanted
+from mos_cli.routing.trace import RecordOptions
 from mos_cli.sampling.branches import Branches, Steered
 from mos_cli.sampling.sampler import Step
 from mos_cli.towers.bank import StateBank
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.towers.layers import Ragged
+from mos_cli.towers.layers import VariableLengths
 from mos_cli.towers.router import Steering, even_route
 
 TOKENS = {"positive": 6, "negative": 2, "unseen": 2}
@@ -31,7 +31,7 @@ CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(0, 3), st.integers(0, 3))
 def test_rows_come_back_from_a_padded_batch(lengths: list[int], before: int, after: int) -> None:
     rows = [torch.randn(1, before + length + after, 2) for length in lengths]
-    ragged = Ragged(tuple(lengths), first=before)
+    ragged = VariableLengths(tuple(lengths), first=before)
     joined = ragged.join(rows, fill=float("nan"))
     assert joined.shape == (len(lengths), before + max(lengths) + after, 2)
     assert all(torch.equal(ragged.row(joined, number), row) for number, row in enumerate(rows))
@@ -39,21 +39,21 @@ def test_rows_come_back_from_a_padded_batch(lengths: list[int], before: int, aft
 
 def banks(tower: GenerationTower) -> dict[str, StateBank]:
     """Of prompts of unlike lengths; where the tower sees, the first two are in sight of a picture."""
-    made = {name: tower.read(inputs(1, tokens)[2]) for name, tokens in TOKENS.items()}
+    made = {name: tower.project_states(inputs(1, tokens)[2]) for name, tokens in TOKENS.items()}
     if not tower.sight_widths:
         return made
-    references = tower.remember([torch.randn(1, 3, 32, 24, generator=torch.Generator().manual_seed(1))])
+    references = tower.cache_references([torch.randn(1, 3, 32, 24, generator=torch.Generator().manual_seed(1))])
     sight = torch.randn(1, V, M, max(WIDTHS), generator=torch.Generator().manual_seed(2))
-    seeing = {name: tower.look(made[name], sight, references) for name in ("positive", "negative")}
+    seeing = {name: tower.add_image_tokens(made[name], sight, references) for name in ("positive", "negative")}
     return made | seeing
 
 
 @torch.no_grad()
 def step(
-    tower: GenerationTower, together: bool, wanted: Wanted = Wanted(), **steerings: Steered
+    tower: GenerationTower, together: bool, record_options: RecordOptions = RecordOptions(), **steerings: Steered
 ) -> tuple[Step, Recorder]:
     """One step, as the sampler takes it, and what was recorded of it."""
-    z, recorder = inputs(1)[0], Recorder(wanted)
+    z, recorder = inputs(1)[0], Recorder(record_options)
     predict = Branches(tower, banks(tower), together=together)
     with recorder.watching(tower):
         x_hats, routes = predict(tuple(TOKENS), z, 0.6, steerings.get)
@@ -62,8 +62,12 @@ def step(
     return seen, recorder
 
 
-def same(tower: GenerationTower, wanted: Wanted = Wanted(), **steerings: Steered) -> tuple[Recorder, Recorder]:
-    (one, recorded), (other, expected) = (step(tower, together, wanted, **steerings) for together in (True, False))
+def same(
+    tower: GenerationTower, record_options: RecordOptions = RecordOptions(), **steerings: Steered
+) -> tuple[Recorder, Recorder]:
+    (one, recorded), (other, expected) = (
+        step(tower, together, record_options, **steerings) for together in (True, False)
+    )
     torch.testing.assert_close(one.x_hat_BCHW, other.x_hat_BCHW, **CLOSE)
     assert list(one.routes) == list(other.routes) == list(TOKENS)
     for name, route in other.routes.items():
@@ -118,8 +122,8 @@ def test_rules_are_joined_anew_only_where_they_change() -> None:
 
 @pytest.mark.parametrize("context", ["kv", "tokens", "cross"])
 def test_what_is_recorded_is_the_same(context: Any) -> None:
-    wanted = Wanted(probabilities=True, regions=True)
-    recorded, expected = same(small_tower(context=context, sight_widths=WIDTHS), wanted)
+    record_options = RecordOptions(probabilities=True, regions=True)
+    recorded, expected = same(small_tower(context=context, sight_widths=WIDTHS), record_options)
     ours, theirs = recorded.routes(), expected.routes()
     for name, tokens in TOKENS.items():
         tokens += V if name != "unseen" else 0

@@ -80,14 +80,14 @@ def test_what_renormalising_does_reaches_the_picture(context: str) -> None:
     for renormalise in (True, False):
         tower = small_tower(context=context, renormalise=renormalise)
         with torch.no_grad():
-            pictures.append(tower(z, t, tower.read(states))[0])
+            pictures.append(tower(z, t, tower.project_states(states))[0])
     assert (pictures[0] - pictures[1]).abs().mean() > 5e-4 * pictures[0].abs().mean()
 
 
 def test_a_router_that_keeps_one_layer_can_learn() -> None:
     tower = small_tower(top_k=1, renormalise=False)
     z, t, states = inputs()
-    tower(z, t, tower.read(states))[0].square().mean().backward()
+    tower(z, t, tower.project_states(states))[0].square().mean().backward()
     assert tower.router is not None
     assert tower.router.head.weight.grad is not None
     assert tower.router.head.weight.grad.abs().max() > 1e-4
@@ -96,7 +96,7 @@ def test_a_router_that_keeps_one_layer_can_learn() -> None:
 def test_the_bank_equals_mixing_raw_states_and_then_projecting() -> None:
     tower = small_tower()
     _, _, states = inputs()
-    bank = tower.read(states)
+    bank = tower.project_states(states)
     route = choose_route(torch.randn(B, T, M, J), K, renormalise=True)
     for block in range(J):
         slow = torch.zeros(B, T, 32)
@@ -117,8 +117,8 @@ def test_a_prompt_draws_the_same_whatever_else_is_in_the_batch(context: str) -> 
     z, t, states = inputs()
     mask = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
     with torch.no_grad():
-        together, route = tower(z, t, tower.read(states, mask))
-        alone, route_alone = tower(z[:1], t[:1], tower.read(states[:1, :3]))
+        together, route = tower(z, t, tower.project_states(states, mask))
+        alone, route_alone = tower(z[:1], t[:1], tower.project_states(states[:1, :3]))
     torch.testing.assert_close(together[:1], alone, atol=1e-4, rtol=1e-4)
     assert torch.equal(route.ids_BTJK[:1, :3], route_alone.ids_BTJK)
 
@@ -129,7 +129,7 @@ def test_the_route_depends_on_prompt_picture_and_time() -> None:
 
     def weights(z: torch.Tensor, t: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return tower(z, t, tower.read(states))[1].weights_BTJK
+            return tower(z, t, tower.project_states(states))[1].weights_BTJK
 
     base = weights(z, t, states)
     assert not torch.allclose(base, weights(z + 1, t, states), atol=1e-4)
@@ -144,7 +144,7 @@ def test_the_route_depends_on_prompt_picture_and_time() -> None:
 def test_every_parameter_learns(context: str) -> None:
     tower = small_tower(context=context)
     z, t, states = inputs()
-    x_hat, _ = tower(z, t, tower.read(states))
+    x_hat, _ = tower(z, t, tower.project_states(states))
     x_hat.square().mean().backward()
     still = [name for name, parameter in tower.named_parameters() if parameter.grad is None or not parameter.grad.any()]
     assert still == []
@@ -153,7 +153,7 @@ def test_every_parameter_learns(context: str) -> None:
 def test_a_fresh_tower_is_grey_and_routes_evenly() -> None:
     tower = GenerationTower(width=32, depth=J, heads=2, hidden=48, router_width=32, states_layers=M, states_width=S)
     z, t, states = inputs()
-    x_hat, route = tower(z, t, tower.read(states))
+    x_hat, route = tower(z, t, tower.project_states(states))
     assert x_hat.abs().max() == 0
     assert route.weights_BTJK.min() > 0.3
 
@@ -189,20 +189,20 @@ def test_a_saved_tower_is_the_same(tmp_path) -> None:
     loaded = GenerationTower.from_pretrained(tmp_path)
     z, t, states = inputs()
     with torch.no_grad():
-        assert torch.equal(tower(z, t, tower.read(states))[0], loaded(z, t, loaded.read(states))[0])
+        assert torch.equal(tower(z, t, tower.project_states(states))[0], loaded(z, t, loaded.project_states(states))[0])
 
 
 @pytest.mark.parametrize(("kind", "layers"), [("encoder_folder", 4), ("decoder_folder", 5)])
 def test_an_understanding_tower_hands_over_every_layer(kind: str, layers: int, request) -> None:
     tower = UnderstandingTower(request.getfixturevalue(kind))
-    reading = tower.read(["a red apple", "dogs"])
+    reading = tower.encode(["a red apple", "dogs"])
     assert reading.states_BTMS.shape[2:] == (layers, 32) == (tower.layers, tower.width)
     spans = [(t.start, t.end) for t in reading.tokens[0] if t.end]
     assert [reading_text("a red apple", span) for span in spans] == ["a", "red", "apple"]
     assert [t.text for t in reading.tokens[1] if t.end] == ["dog", "##s"]
     assert reading.mask_BT.sum(1).tolist() == [len(tokens) for tokens in reading.tokens]
     # Neither padding nor the other prompt shows in a prompt's states.
-    alone = tower.read(["dogs"]).states_BTMS[0]
+    alone = tower.encode(["dogs"]).states_BTMS[0]
     torch.testing.assert_close(reading.states_BTMS[1, : len(alone)], alone, atol=1e-5, rtol=1e-5)
 
 
@@ -212,7 +212,7 @@ def reading_text(prompt: str, span: tuple[int, int]) -> str:
 
 def test_the_last_state_of_a_decoder_is_raw(decoder_folder) -> None:
     tower = UnderstandingTower(decoder_folder)
-    states = tower.read(["a red apple"]).states_BTMS[0]
+    states = tower.encode(["a red apple"]).states_BTMS[0]
     ids = tower.tokenizer("a red apple", return_tensors="pt")["input_ids"]
     normed = tower.model(ids).last_hidden_state[0]
     assert not torch.allclose(states[:, -1], normed, atol=1e-3)
@@ -221,7 +221,7 @@ def test_the_last_state_of_a_decoder_is_raw(decoder_folder) -> None:
 
 def test_no_words_is_still_something_to_read(encoder_folder, decoder_folder) -> None:
     for folder in (encoder_folder, decoder_folder):
-        reading = UnderstandingTower(folder).read(["", "a dog"])
+        reading = UnderstandingTower(folder).encode(["", "a dog"])
         assert len(reading.tokens[0]) >= 1
         assert all((t.start, t.end) == (0, 0) for t in reading.tokens[0])
         assert reading.states_BTMS.isfinite().all()
@@ -229,4 +229,4 @@ def test_no_words_is_still_something_to_read(encoder_folder, decoder_folder) -> 
 
 def test_a_prompt_too_long_is_refused(encoder_folder) -> None:
     with pytest.raises(InputError, match="the model reads 24"):
-        UnderstandingTower(encoder_folder).read(["apple " * 30])
+        UnderstandingTower(encoder_folder).encode(["apple " * 30])

@@ -23,7 +23,7 @@ from mos_cli.training.loop import Trainer
 from mos_cli.training.metrics import METRICS, PLOT, TENSORBOARD
 from mos_cli.training.optimiser import build_optimisers, set_rates
 from mos_cli.training.recipe import load_recipe
-from mos_cli.training.stages import course
+from mos_cli.training.stages import curriculum
 
 STAGES = ({"name": "small", "steps": 3, "canvas": 16}, {"name": "large", "steps": 3, "canvas": 32, "batch": 4})
 
@@ -89,11 +89,11 @@ def test_every_parameter_is_in_one_group(understanding, tmp_path: Path) -> None:
 
 
 def test_the_rate_warms_up_once_and_ends_at_nothing() -> None:
-    plan = course(tiny.recipe(warmup=4, steps=20))
+    plan = curriculum(tiny.recipe(warmup=4, steps=20))
     assert [plan.rate(step) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]
     assert [plan.rate(step) for step in (12, 16, 20)] == [1, 0.5, 0]
     quiet = ({**STAGES[0], "steps": 10}, {**STAGES[1], "steps": 10, "muon_lr": 1e-3})
-    plan = course(tiny.recipe(quiet, steps=None, warmup=4))
+    plan = curriculum(tiny.recipe(quiet, steps=None, warmup=4))
     optimisers = build_optimisers(torch.nn.ModuleDict({"blocks": torch.nn.Linear(2, 2)}))
     rates = []
     for step in (9, 10, 16):

@@ -18,7 +18,7 @@ from mos_cli.training.checkpoint import newest
 from mos_cli.training.metrics import METRICS
 from mos_cli.training.recipe import load_recipe
 from mos_cli.training.run import train
-from mos_cli.training.stages import course
+from mos_cli.training.stages import curriculum
 from mos_cli.utils.folders import presets_folder
 
 RECIPES = sorted(path.stem for path in presets_folder().glob("train-*.toml"))
@@ -100,7 +100,7 @@ def test_every_recipe_fits_together(name: str) -> None:
     parameters = sum(parameter.numel() for parameter in tower.parameters())
     expected = {"train-mos-s": 3e9, "train-mos-l": 5e9}.get(name, parameters)
     assert parameters == pytest.approx(expected, rel=0.1)
-    plan, canvas = course(recipe), recipe.bundle.canvas
+    plan, canvas = curriculum(recipe), recipe.bundle.canvas
     assert all(canvas.min <= stage.canvas <= canvas.max for stage in plan.stages)
     assert recipe.bundle.canvas.native[0] in [stage.canvas for stage in plan.stages]
     if name.startswith("train-mos"):

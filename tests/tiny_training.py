@@ -24,7 +24,7 @@ from mos_cli.training.launch import start_accelerator
 from mos_cli.training.loop import Trainer
 from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.run import ScenePicker
-from mos_cli.training.stages import course
+from mos_cli.training.stages import curriculum
 
 NAMES = ("dog", "apple", "cat", "bird", "tree", "car", "boat", "house")
 STYLES = ("fluent-3d", "noto")
@@ -81,7 +81,7 @@ def scenes() -> Source:
 
 
 def batches(tiny: TrainRecipe, understanding: UnderstandingTower, share: Share = Share()) -> Batches:
-    plan = course(tiny)
+    plan = curriculum(tiny)
     sources = {(stage.name, False): scenes() for stage in plan.stages}
     return Batches(plan, tiny.train, sources, understanding, Pixels(), torch.device("cpu"), share)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mos_cli.config.settings import RunSettings
     from mos_cli.images.inputs import Inputs
     from mos_cli.images.outputs import Naming
-    from mos_cli.routing.trace import Recording, Wanted
+    from mos_cli.routing.trace import Recording, RecordOptions
 
 
 def make_jobs(
@@ -114,17 +114,17 @@ def shared_fields(settings: "RunSettings", bundle: "Bundle", defaults: "Defaults
     }
 
 
-def what_to_record(trace: str, *, regions: bool, previews: bool) -> "Wanted":
+def make_record_options(trace: str, *, regions: bool, previews: bool) -> "RecordOptions":
     """What is recorded beside the routes.
 
     Raises:
         UsageError: regions are asked for without the arrays they would be written into.
     """
-    from mos_cli.routing.trace import Wanted
+    from mos_cli.routing.trace import RecordOptions
 
     if regions and trace not in ("topk", "full"):
         raise UsageError(f"--regions are written into the trace's arrays, which --trace {trace} leaves out")
-    return Wanted(probabilities=trace == "full", regions=regions, previews=previews)
+    return RecordOptions(probabilities=trace == "full", regions=regions, previews=previews)
 
 
 def route_source(

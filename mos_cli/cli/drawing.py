@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mos_cli.config.recipe import Recipe
     from mos_cli.images.inputs import Inputs
     from mos_cli.inference.pipeline import Drawing, MoSPipeline
-    from mos_cli.routing.trace import Recording, Wanted
+    from mos_cli.routing.trace import Recording, RecordOptions
     from mos_cli.sampling.sampler import Step
 
 
@@ -96,7 +96,7 @@ def draw_jobs(
     trace: str,
     overwrite: bool,
     report: Report,
-    wanted: "Wanted",
+    record_options: "RecordOptions",
     route_from: "Recording | None" = None,
     sheet: Path | None = None,
     strip: Path | None = None,
@@ -113,7 +113,7 @@ def draw_jobs(
     """
     failed, drawn = 0, []
     with report.stage("reading"):
-        pipeline.read_ahead([job.recipe for job in jobs])
+        pipeline.encode_ahead([job.recipe for job in jobs])
     with report.progress() as bars, gentle_interrupt() as check_interrupt:
         for number, job in enumerate(jobs, start=1):
             name = f"picture {number} of {len(jobs)}" if len(jobs) > 1 else "drawing"
@@ -127,7 +127,9 @@ def draw_jobs(
 
             try:
                 with report.stage("sampling"):
-                    drawing = pipeline.draw(job.recipe, [observe], job.inputs, wanted=wanted, route_from=route_from)
+                    drawing = pipeline.draw(
+                        job.recipe, [observe], job.inputs, record_options=record_options, route_from=route_from
+                    )
                 with report.stage("writing"):
                     files = write_drawing(drawing, job.path, trace=trace, overwrite=overwrite)
             except MosError as error:

@@ -10,11 +10,11 @@ from mos_cli.cli.asked import (
     check_recipe,
     check_sheet,
     make_jobs,
+    make_record_options,
     read_prompts,
     route_source,
     say_what_would_be_drawn,
     shared_fields,
-    what_to_record,
 )
 from mos_cli.cli.drawing import Report, draw_jobs
 from mos_cli.cli.loading import fit_to_card, load_pipeline
@@ -155,7 +155,7 @@ def edit(
         compile=compiled,
     )
     settings = resolve(flags, preset)
-    wanted = what_to_record(settings.trace, regions=regions, previews=preview_steps)
+    record_options = make_record_options(settings.trace, regions=regions, previews=preview_steps)
     if size is not None and max_pixels is not None:
         raise UsageError("--size and --max-pixels exclude each other: choose one")
     if mask is None and (invert_mask or feather):
@@ -212,7 +212,7 @@ def edit(
         trace=settings.trace,
         overwrite=overwrite,
         report=report,
-        wanted=wanted,
+        record_options=record_options,
         route_from=routes,
         sheet=sheet,
         strip=strip,

@@ -8,11 +8,11 @@ from mos_cli.cli.asked import (
     check_recipe,
     check_sheet,
     make_jobs,
+    make_record_options,
     read_prompts,
     route_source,
     say_what_would_be_drawn,
     shared_fields,
-    what_to_record,
 )
 from mos_cli.cli.drawing import Report, draw_jobs
 from mos_cli.cli.loading import fit_to_card, load_pipeline
@@ -117,7 +117,7 @@ def generate(
         compile=compiled,
     )
     settings = resolve(flags, preset)
-    wanted = what_to_record(settings.trace, regions=regions, previews=preview_steps)
+    record_options = make_record_options(settings.trace, regions=regions, previews=preview_steps)
     names = naming(settings.output, overwrite=overwrite)
     bundle = find_bundle(settings.model)
     width, height = parse_size(settings.size, bundle.index.canvas)
@@ -143,7 +143,7 @@ def generate(
         trace=settings.trace,
         overwrite=overwrite,
         report=report,
-        wanted=wanted,
+        record_options=record_options,
         route_from=routes,
         sheet=sheet,
     )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mos_cli.cli.asked import check_recipe, followed_run, what_to_record
+from mos_cli.cli.asked import check_recipe, followed_run, make_record_options
 from mos_cli.cli.drawing import Job, Report, draw_jobs
 from mos_cli.cli.loading import fit_to_card, load_pipeline
 from mos_cli.cli.options import (
@@ -123,7 +123,7 @@ def replay(
     )
     settings = resolve(flags, None)
     check_size(*recipe.working_size, bundle.index.canvas)
-    wanted = what_to_record(settings.trace, regions=regions, previews=preview_steps)
+    record_options = make_record_options(settings.trace, regions=regions, previews=preview_steps)
     routes = followed_run(picture, recipe, route_from)
     path = None if verify else naming(settings.output, overwrite=overwrite).path(recipe)
     loaded: dict[tuple[Any, ...], MoSPipeline] = {}
@@ -174,7 +174,7 @@ def replay(
                 trace=settings.trace,
                 overwrite=overwrite,
                 report=report,
-                wanted=wanted,
+                record_options=record_options,
                 route_from=routes,
             )
             return

@@ -49,7 +49,7 @@ def train(
     from mos_cli.datasets.art.file import data_folder
     from mos_cli.training.run import export as export_bundle
     from mos_cli.training.run import train as run_training
-    from mos_cli.training.stages import course
+    from mos_cli.training.stages import curriculum
 
     given = {"steps": steps, "ema": ema}
     loaded = load_recipe(recipe, {name: value for name, value in given.items() if value is not None})
@@ -66,7 +66,7 @@ def train(
         Progress(*columns, console=console.err, disable=not main_process) as bars,
         gentle_interrupt() as check_interrupt,
     ):
-        task = bars.add_task("training", total=course(loaded).steps, loss=float("nan"), speed=0.0)
+        task = bars.add_task("training", total=curriculum(loaded).steps, loss=float("nan"), speed=0.0)
 
         def log(metrics: Any) -> None:
             bars.update(task, completed=metrics.step, loss=metrics.loss, speed=metrics.images_per_second)

@@ -15,22 +15,22 @@ from mos_cli.config.recipe import Recipe
 from mos_cli.images.inputs import Inputs
 from mos_cli.images.masks import composite, estimate_mask
 from mos_cli.images.pictures import Fit
-from mos_cli.sampling.sampler import Origin
+from mos_cli.sampling.sampler import InitialLatent
 from mos_cli.towers.autoencoder import Autoencoder
 
 
 @dataclass(frozen=True)
-class Laid:
+class EditConditioning:
     """Inputs on the canvas: what the towers need of them."""
 
     pictures: tuple[Tensor, ...]
     """The pictures themselves, each [B, 3, height, width] in -1..1."""
     references: tuple[Tensor, ...]
     """Clean latents, each [B, C, H, W]."""
-    origin: Origin
+    initial: InitialLatent
 
 
-def lay(inputs: Inputs, recipe: Recipe, autoencoder: Autoencoder, device: torch.device) -> Laid:
+def prepare_edit(inputs: Inputs, recipe: Recipe, autoencoder: Autoencoder, device: torch.device) -> EditConditioning:
     """Lays every picture on the recipe's canvas, and encodes it."""
     assert recipe.edit is not None
     canvas = recipe.edit.canvas
@@ -42,10 +42,10 @@ def lay(inputs: Inputs, recipe: Recipe, autoencoder: Autoencoder, device: torch.
     if inputs.mask is not None:
         whole = _tensor(Fit(inputs.mask.size, canvas).forward(inputs.mask)).to(device)
         mask = F.adaptive_max_pool2d(whole, references[0].shape[-2:])
-    return Laid(pictures, references, Origin(references[0], mask))
+    return EditConditioning(pictures, references, InitialLatent(references[0], mask))
 
 
-def finish(drawn: Image.Image, inputs: Inputs, recipe: Recipe) -> Image.Image:
+def restore_size(drawn: Image.Image, inputs: Inputs, recipe: Recipe) -> Image.Image:
     """What was drawn, at the size the recipe asks for; where it is not to change, the source itself."""
     assert recipe.edit is not None
     source, canvas, size = inputs.pictures[0], recipe.edit.canvas, (recipe.width, recipe.height)

@@ -9,12 +9,12 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from mos_cli.bundles.bundle import Bundle
 from mos_cli.bundles.shapes import understanding_parameters
 from mos_cli.errors import ModelError
-from mos_cli.inference.offload import Places
+from mos_cli.inference.offload import Offloader
 from mos_cli.planning.memory import Setting, reads_in_fp32
-from mos_cli.towers.attention import Asked, choose_attention
+from mos_cli.towers.attention import AttentionBackend, choose_attention
 from mos_cli.towers.autoencoder import Autoencoder, Latents, Pixels, load_autoencoder
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.towers.image_encoder import Eyes
+from mos_cli.towers.image_encoder import ImageEncoder
 from mos_cli.towers.quantized import load_generation
 from mos_cli.towers.understanding import UnderstandingTower
 from mos_cli.towers.vision_language import load_understanding
@@ -31,11 +31,17 @@ class Parts:
     attention: str
     scheduler: FlowMatchEulerDiscreteScheduler
     autoencoder: Autoencoder
-    eyes: Eyes | None
+    eyes: ImageEncoder | None
 
 
 def load_parts(
-    bundle: Bundle, understanding: Path, places: Places, *, precision: str, attention: Asked, setting: Setting
+    bundle: Bundle,
+    understanding: Path,
+    offloader: Offloader,
+    *,
+    precision: str,
+    attention: AttentionBackend,
+    setting: Setting,
 ) -> Parts:
     """Loads all parts of a verified bundle; each leaves the device before the next comes, if it is to.
 
@@ -44,28 +50,28 @@ def load_parts(
         DeviceError: what is to compute the attention cannot do so here.
         torch.OutOfMemoryError, MemoryError: there is too little memory for them.
     """
-    device, dtype, folder = places.device, DTYPES[precision], bundle.folder
+    device, dtype, folder = offloader.device, DTYPES[precision], bundle.folder
     fp32 = reads_in_fp32(understanding_parameters(understanding), setting.understanding)
-    reader = load_understanding(
+    prompt_encoder = load_understanding(
         understanding,
         dtype=torch.float32 if fp32 else torch.bfloat16,
         device=str(device),
         quant=None if setting.understanding == "none" else setting.understanding,
     )
-    places.add_reader(reader)
+    offloader.add_understanding(prompt_encoder)
     autoencoder: Autoencoder = Pixels()
-    eyes: Eyes | None = None
+    eyes: ImageEncoder | None = None
     try:
         tower = load_generation(
             folder / "generation",
             None if setting.generation == "none" else setting.generation,
-            device=places.loading,
+            device=offloader.loading,
             quantised_on=device,
             dtype=dtype,
         )
-        with places.glimpsed(tower):
+        with offloader.briefly_onloaded(tower):
             backend = choose_attention(tower, attention)
-        places.add_tower(tower)
+        offloader.add_tower(tower)
         scheduler: FlowMatchEulerDiscreteScheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(  # type: ignore[assignment]
             folder / "scheduler"
         )
@@ -73,12 +79,12 @@ def load_parts(
             autoencoder = load_autoencoder(folder / "autoencoder", dtype=dtype, device=str(device))
             if setting.tiled and isinstance(autoencoder, Latents):
                 autoencoder.model.enable_tiling()
-            places.add_other(autoencoder)
+            offloader.add_other(autoencoder)
         if bundle.index.edits is not None and not tower.sees:
-            eyes = Eyes.from_pretrained(folder / "eyes", torch_dtype=torch.float32).to(device)  # type: ignore[arg-type]
-            places.add_other(eyes)
+            eyes = ImageEncoder.from_pretrained(folder / "eyes", torch_dtype=torch.float32).to(device)  # type: ignore[arg-type]
+            offloader.add_other(eyes)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise ModelError(f"the bundle in {folder} cannot be loaded: {error}") from None
-    return Parts(reader, tower, backend, scheduler, autoencoder, eyes)
+    return Parts(prompt_encoder, tower, backend, scheduler, autoencoder, eyes)

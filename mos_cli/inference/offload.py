@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mos_cli.errors import MosError
 from mos_cli.planning.memory import GIB, Offload
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.towers.understanding import Picture, Reading, UnderstandingTower
+from mos_cli.towers.understanding import HiddenStates, ImageInput, UnderstandingTower
 
 _CPU = torch.device("cpu")
 
@@ -46,7 +46,7 @@ class Part:
         self.here = True
         self._copies: dict[tuple[object, ...], Tensor] = {}
 
-    def leave(self) -> None:
+    def offload(self) -> None:
         """Frees the device; what has no copy in main memory yet gets one."""
         if not self.here:
             return
@@ -58,7 +58,7 @@ class Part:
             put(self._copies[key])
         self.here = False
 
-    def arrive(self) -> None:
+    def onload(self) -> None:
         """Copies the part to the device; where that has too little memory, the part stays where it was."""
         if self.here:
             return
@@ -74,7 +74,7 @@ class Part:
         self.here = True
 
 
-class FetchedBlocks(nn.ModuleList):
+class StreamedBlocks(nn.ModuleList):
     """Blocks of which two are on the device at a time: while one computes, the next is fetched.
 
     To go through them in their order is all that can be done with them.
@@ -85,7 +85,7 @@ class FetchedBlocks(nn.ModuleList):
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.parts = [Part(block, device=device, pinned=self.stream is not None) for block in blocks]
         for part in self.parts:
-            part.leave()
+            part.offload()
 
     def __iter__(self) -> Iterator[nn.Module]:
         fetched = self._fetch(0)
@@ -106,20 +106,20 @@ class FetchedBlocks(nn.ModuleList):
             if self.stream is not None:
                 torch.cuda.synchronize(self.stream.device)
             for part in self.parts:
-                part.leave()
+                part.offload()
 
     def _fetch(self, number: int) -> Any:
         with torch.cuda.stream(self.stream):
-            self.parts[number].arrive()
+            self.parts[number].onload()
         return None if self.stream is None else self.stream.record_event()
 
     def _let_go(self, number: int, done: list[Any]) -> None:
         if done:
             done[number].synchronize()
-        self.parts[number].leave()
+        self.parts[number].offload()
 
 
-class Places:
+class Offloader:
     """What is on the device when: the understanding tower while it reads, the rest while a picture is drawn.
 
     Args:
@@ -129,7 +129,7 @@ class Places:
 
     def __init__(self, device: torch.device, offload: Offload) -> None:
         self.device, self.offload = device, offload
-        self.reader: Part | None = None
+        self.prompt_encoder: Part | None = None
         self.drawing: list[Part] = []
         self.others: list[Part] = []
 
@@ -139,107 +139,111 @@ class Places:
         return _CPU if self.offload == "blocks" else self.device
 
     @contextmanager
-    def glimpsed(self, tower: GenerationTower) -> Iterator[None]:
+    def briefly_onloaded(self, tower: GenerationTower) -> Iterator[None]:
         """What `choose_attention` looks at is on the device within the block, wherever the tower was loaded to."""
         if self.offload != "blocks":
             yield
             return
         norms = Part(*(module for module in tower.modules() if isinstance(module, nn.RMSNorm)), device=self.device)
-        norms.leave()
-        norms.arrive()
+        norms.offload()
+        norms.onload()
         yield
-        norms.leave()
+        norms.offload()
 
-    def add_reader(self, understanding: UnderstandingTower) -> None:
+    def add_understanding(self, understanding: UnderstandingTower) -> None:
         """Takes over an understanding tower that is on the device."""
         if self.offload != "none":
-            self.reader = Part(understanding, device=self.device)
-            self._leave([self.reader])
+            self.prompt_encoder = Part(understanding, device=self.device)
+            self._offload([self.prompt_encoder])
 
     def add_tower(self, tower: GenerationTower) -> None:
         """Takes over a generation tower that was loaded to `loading`."""
         if self.offload == "blocks":
-            tower.blocks = FetchedBlocks(list(tower.blocks), self.device)
+            tower.blocks = StreamedBlocks(list(tower.blocks), self.device)
             rest = [child for child in tower.children() if child is not tower.blocks]
             self.drawing.append(Part(*rest, device=self.device))
         elif self.offload == "understanding":
             self.drawing.append(Part(tower, device=self.device))
-        self._leave(self.drawing)
+        self._offload(self.drawing)
 
     def add_other(self, other: object) -> None:
         """Takes over an autoencoder or eyes on the device."""
         if self.offload != "none":
             part = Part(other, device=self.device)
             (self.others if self.offload == "blocks" else self.drawing).append(part)
-            self._leave([part])
+            self._offload([part])
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
+    def understanding_onloaded(self) -> Iterator[None]:
         """The understanding tower is on the device within the block, alone; after it, what draws is there."""
-        if self.reader is None:
+        if self.prompt_encoder is None:
             yield
             return
         after = [*self.drawing, *(part for part in self.others if part.here)]
-        self._leave([*self.drawing, *self.others])
+        self._offload([*self.drawing, *self.others])
         try:
-            self.reader.arrive()
+            self.prompt_encoder.onload()
             yield
         finally:
-            self._leave([self.reader])
+            self._offload([self.prompt_encoder])
             for part in after:
-                part.arrive()
+                part.onload()
 
     @contextmanager
-    def beside(self) -> Iterator[None]:
+    def others_onloaded(self) -> Iterator[None]:
         """Autoencoder and eyes are on the device within the block."""
         for part in self.others:
-            part.arrive()
+            part.onload()
         try:
             yield
         finally:
-            self._leave(self.others)
+            self._offload(self.others)
 
-    def _leave(self, parts: Sequence[Part]) -> None:
+    def _offload(self, parts: Sequence[Part]) -> None:
         for part in parts:
-            part.leave()
+            part.offload()
         if parts and self.device.type == "cuda":
             # What comes next has tensors of other sizes, and finds no room between the pieces that are kept.
             torch.cuda.empty_cache()
 
 
-class VisitingTower:
+class OffloadedTower:
     """An understanding tower that comes to the device when there is something to read.
 
     What it reads ahead is kept in main memory: for a long run of prompts, one visit.
     """
 
-    def __init__(self, understanding: UnderstandingTower, places: Places) -> None:
-        self.understanding, self.places = understanding, places
-        self._ahead: dict[str, Reading] = {}
+    def __init__(self, understanding: UnderstandingTower, offloader: Offloader) -> None:
+        self.understanding, self.offloader = understanding, offloader
+        self._encoded: dict[str, HiddenStates] = {}
 
-    def read_ahead(self, prompts: Sequence[str]) -> None:
+    def encode_ahead(self, prompts: Sequence[str]) -> None:
         """Reads prompts; one that cannot be read is left to `read`, which says why."""
-        unread = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._ahead]
+        unread = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
         if not unread:
             return
-        with self.places.reading():
+        with self.offloader.understanding_onloaded():
             for prompt in unread:
                 try:
-                    reading = self.understanding.read([prompt])
+                    understanding_onloaded = self.understanding.encode([prompt])
                 except MosError:
                     continue
-                self._ahead[prompt] = _on(reading, _CPU)
+                self._encoded[prompt] = _on(understanding_onloaded, _CPU)
 
-    def read(self, prompts: list[str], pictures: Sequence[Sequence[Picture]] = ()) -> Reading:
+    def encode(self, prompts: list[str], pictures: Sequence[Sequence[ImageInput]] = ()) -> HiddenStates:
         """Reads as the tower does, with the same result."""
-        if len(prompts) == 1 and prompts[0] in self._ahead and not any(pictures):
-            return _on(self._ahead[prompts[0]], self.places.device)
-        with self.places.reading():
-            return self.understanding.read(prompts, pictures)
+        if len(prompts) == 1 and prompts[0] in self._encoded and not any(pictures):
+            return _on(self._encoded[prompts[0]], self.offloader.device)
+        with self.offloader.understanding_onloaded():
+            return self.understanding.encode(prompts, pictures)
 
 
-def _on(reading: Reading, device: torch.device) -> Reading:
-    return replace(reading, states_BTMS=reading.states_BTMS.to(device), mask_BT=reading.mask_BT.to(device))
+def _on(understanding_onloaded: HiddenStates, device: torch.device) -> HiddenStates:
+    return replace(
+        understanding_onloaded,
+        states_BTMS=understanding_onloaded.states_BTMS.to(device),
+        mask_BT=understanding_onloaded.mask_BT.to(device),
+    )
 
 
 def _held(owners: Sequence[object]) -> Iterator[tuple[Tensor, Callable[[Tensor], None]]]:

@@ -22,20 +22,20 @@ from mos_cli.config.recipe import PictureRecord, Recipe, check_blocks, pixels_ha
 from mos_cli.config.settings import smaller
 from mos_cli.errors import DeviceError, MemoryLimitError, ModelError, UsageError
 from mos_cli.images.inputs import Inputs
-from mos_cli.inference.edit_canvas import Laid, finish, lay
+from mos_cli.inference.edit_canvas import EditConditioning, prepare_edit, restore_size
 from mos_cli.inference.loading import load_parts
-from mos_cli.inference.offload import Places, VisitingTower, card
-from mos_cli.inference.prompt_encoding import PromptReading, Reader
+from mos_cli.inference.offload import OffloadedTower, Offloader, card
+from mos_cli.inference.prompt_encoding import PromptEncoder, PromptEncoding
 from mos_cli.planning.memory import Setting
 from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.rules import BaselineRule, parse_rules
 from mos_cli.routing.steering import Steerer
-from mos_cli.routing.trace import Recording, Routes, Trace, Wanted, make_branch
-from mos_cli.routing.transfer import check_model, choices_hash, given_choices
+from mos_cli.routing.trace import Recording, RecordOptions, Routes, Trace, make_branch
+from mos_cli.routing.transfer import check_model, choices_hash, transfer_routes
 from mos_cli.sampling.branches import Predictor
 from mos_cli.sampling.feature_cache import caching
-from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, UNSEEN, Guidance, Observer, make_sigmas, sample
-from mos_cli.towers.attention import Asked
+from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, WITHOUT_IMAGE, Guidance, Observer, make_sigmas, sample
+from mos_cli.towers.attention import AttentionBackend
 from mos_cli.towers.autoencoder import Autoencoder, to_image
 from mos_cli.utils.devices import device_name, device_threads
 
@@ -53,14 +53,20 @@ class Drawing:
 
 
 def encode_branches(
-    reader: Reader, prompt: str, negative: str, guidance: Guidance, laid: Laid | None = None
-) -> dict[str, PromptReading]:
+    prompt_encoder: PromptEncoder,
+    prompt: str,
+    negative: str,
+    guidance: Guidance,
+    conditioning: EditConditioning | None = None,
+) -> dict[str, PromptEncoding]:
     """What each of guidance's branches reads, by branch; of an edit also what is seen of its pictures."""
-    readings = {POSITIVE: reader.read(prompt), NEGATIVE: reader.read(negative)}
-    if laid is not None:
-        unseen = readings[NEGATIVE]
-        readings = reader.look(readings, laid.pictures, laid.references) | {UNSEEN: unseen}
-    return {branch: readings[branch] for branch in guidance.branches(guidance.interval[0])}
+    encodings = {POSITIVE: prompt_encoder.encode(prompt), NEGATIVE: prompt_encoder.encode(negative)}
+    if conditioning is not None:
+        unseen = encodings[NEGATIVE]
+        encodings = prompt_encoder.encode_with_images(encodings, conditioning.pictures, conditioning.references) | {
+            WITHOUT_IMAGE: unseen
+        }
+    return {branch: encodings[branch] for branch in guidance.branches(guidance.interval[0])}
 
 
 def make_noise(autoencoder: Autoencoder, size: tuple[int, int], seed: int, device: torch.device) -> Tensor:
@@ -75,7 +81,7 @@ def make_noise(autoencoder: Autoencoder, size: tuple[int, int], seed: int, devic
 
 def generate_latents(
     tower: Predictor,
-    readings: Mapping[str, PromptReading],
+    encodings: Mapping[str, PromptEncoding],
     autoencoder: Autoencoder,
     device: torch.device,
     *,
@@ -89,7 +95,7 @@ def generate_latents(
         size: width and height in pixels.
         sampling: the other arguments of `sample`.
     """
-    banks = {branch: reading.bank for branch, reading in readings.items()}
+    banks = {branch: encoding.bank for branch, encoding in encodings.items()}
     return sample(tower, make_noise(autoencoder, size, seed, device), banks, **sampling)
 
 
@@ -116,17 +122,17 @@ class MoSPipeline:
         *,
         device: torch.device,
         precision: str,
-        attention: Asked = "auto",
+        attention: AttentionBackend = "auto",
         setting: Setting = Setting(),
         compiled: bool = False,
     ) -> None:
         verify_bundle(bundle)
         self.bundle, self.bundle_hash, self.device = bundle, bundle.hash, device
         self.precision, self.setting, self.compiled = precision, setting, compiled
-        self.places = Places(device, setting.offload)
+        self.offloader = Offloader(device, setting.offload)
         try:
             parts = load_parts(
-                bundle, understanding, self.places, precision=precision, attention=attention, setting=setting
+                bundle, understanding, self.offloader, precision=precision, attention=attention, setting=setting
             )
         except (torch.OutOfMemoryError, MemoryError):
             raise self._out_of_memory(bundle.index.canvas.native, "take a smaller model") from None
@@ -134,9 +140,10 @@ class MoSPipeline:
         self.scheduler, self.autoencoder, self.eyes = parts.scheduler, parts.autoencoder, parts.eyes
         if compiled:
             self._compile()
-        self._visitor = VisitingTower(self.understanding, self.places)
-        name, read = bundle.index.name, self._visitor.read
-        self.reader = Reader(self.understanding, self.eyes, self.tower, name, read=read)
+        self._offloaded_tower = OffloadedTower(self.understanding, self.offloader)
+        self.prompt_encoder = PromptEncoder(
+            self.understanding, self.eyes, self.tower, bundle.index.name, encode=self._offloaded_tower.encode
+        )
 
     def _compile(self) -> None:
         if self.device.type == "cpu" and any(hasattr(weight, "quant_state") for weight in self.tower.parameters()):
@@ -145,7 +152,7 @@ class MoSPipeline:
         # For any length of a prompt at once: a picture does not depend on those drawn before it.
         self.tower.compile_repeated_blocks(dynamic=True)
 
-    def read_ahead(self, recipes: Sequence[Recipe]) -> None:
+    def encode_ahead(self, recipes: Sequence[Recipe]) -> None:
         """Reads the prompts of a run at once where the understanding tower would have to come back for each.
 
         Raises:
@@ -154,7 +161,9 @@ class MoSPipeline:
         if self.setting.offload == "none":
             return
         try:
-            self._visitor.read_ahead([prompt for recipe in recipes for prompt in (recipe.prompt, recipe.negative)])
+            self._offloaded_tower.encode_ahead(
+                [prompt for recipe in recipes for prompt in (recipe.prompt, recipe.negative)]
+            )
         except (torch.OutOfMemoryError, MemoryError):
             raise self._out_of_memory(recipes[0].working_size, "shorten the prompts") from None
 
@@ -164,7 +173,7 @@ class MoSPipeline:
         observers: Sequence[Observer] = (),
         inputs: Inputs | None = None,
         *,
-        wanted: Wanted = Wanted(),
+        record_options: RecordOptions = RecordOptions(),
         route_from: Recording | None = None,
     ) -> Drawing:
         """Draws one picture. Its noise depends on its own seed alone, made on the CPU whatever the device.
@@ -180,20 +189,20 @@ class MoSPipeline:
             DeviceError: the blocks are to be compiled, and cannot be.
             UsageError: what is wanted cannot be had of compiled blocks.
         """
-        check_blocks(recipe, compiled=self.compiled, regions=wanted.regions)
+        check_blocks(recipe, compiled=self.compiled, regions=record_options.regions)
         guidance = Guidance(recipe.cfg, recipe.cfg_interval, 1.0 if recipe.edit is None else recipe.edit.image_cfg)
-        recorder, laid = Recorder(wanted), None
+        recorder, conditioning = Recorder(record_options), None
         try:
-            with self.places.beside() if inputs is not None else nullcontext():
-                laid = None if inputs is None else lay(inputs, recipe, self.autoencoder, self.device)
-                readings = encode_branches(self.reader, recipe.prompt, recipe.negative, guidance, laid)
+            with self.offloader.others_onloaded() if inputs is not None else nullcontext():
+                conditioning = None if inputs is None else prepare_edit(inputs, recipe, self.autoencoder, self.device)
+                encodings = encode_branches(self.prompt_encoder, recipe.prompt, recipe.negative, guidance, conditioning)
             sigmas = make_sigmas(self.scheduler, recipe.steps, 1.0 if recipe.edit is None else recipe.edit.strength)
-            steerer = self._steerer(recipe, sigmas[:-1].tolist(), guidance, readings, wanted, route_from)
+            steerer = self._steerer(recipe, sigmas[:-1].tolist(), guidance, encodings, record_options, route_from)
             with recorder.watching(self.tower), caching(self.tower, recipe.feature_cache, recipe.steps) as cached:
-                tower, begin_anew = cached
+                tower, reset_cache = cached
                 z = generate_latents(
                     tower,
-                    readings,
+                    encodings,
                     self.autoencoder,
                     self.device,
                     size=recipe.working_size,
@@ -203,15 +212,15 @@ class MoSPipeline:
                     guidance=guidance,
                     together=self.setting.together,
                     observers=[recorder, *observers],
-                    origin=None if laid is None else laid.origin,
+                    initial=None if conditioning is None else conditioning.initial,
                     steer=steerer,
-                    begin_anew=begin_anew,
+                    reset_cache=reset_cache,
                 )
-            with self.places.beside():
+            with self.offloader.others_onloaded():
                 image = to_image(self.autoencoder.decode(z))
                 previews = tuple(to_image(self.autoencoder.decode(x_hat)) for x_hat in recorder.x_hats)
             if inputs is not None:
-                image = finish(image, inputs, recipe)
+                image = restore_size(image, inputs, recipe)
         except (torch.OutOfMemoryError, MemoryError):
             option, shown = ("--size", 0) if inputs is None else ("--max-pixels", len(inputs.pictures))
             raise self._out_of_memory(recipe.working_size, f"take a smaller {option}", shown) from None
@@ -234,7 +243,7 @@ class MoSPipeline:
             earlier=() if inputs is None else inputs.earlier,
         )
         routes = recorder.routes()
-        return Drawing(image, record, self._trace(record, readings, recorder, routes, steerer), routes, previews)
+        return Drawing(image, record, self._trace(record, encodings, recorder, routes, steerer), routes, previews)
 
     def _out_of_memory(self, size: tuple[int, int], otherwise: str, references: int = 0) -> MemoryLimitError:
         """What to do where memory ran out: the setting that should fit, if there is one, or something else."""
@@ -256,12 +265,12 @@ class MoSPipeline:
         recipe: Recipe,
         times: list[float],
         guidance: Guidance,
-        readings: dict[str, PromptReading],
-        wanted: Wanted,
+        encodings: dict[str, PromptEncoding],
+        record_options: RecordOptions,
         route_from: Recording | None,
     ) -> Steerer:
         rules, given = parse_rules(recipe.routes or ()), None
-        computed = {name: [step for step, t in enumerate(times) if name in guidance.branches(t)] for name in readings}
+        computed = {name: [step for step, t in enumerate(times) if name in guidance.branches(t)] for name in encodings}
         baseline = any(isinstance(rule, BaselineRule) and rule.name != "shuffle" for rule in rules)
         if recipe.route_from is not None:
             if route_from is None:
@@ -269,14 +278,14 @@ class MoSPipeline:
             if choices_hash(route_from) != recipe.route_from.sha256:
                 raise UsageError(f"{route_from.path} is not the run that {recipe.prompt!r} takes its routes from")
             check_model(route_from, recipe.model, self.bundle_hash)
-            given = given_choices(route_from, readings, times, recipe.route_from.until)
+            given = transfer_routes(route_from, encodings, times, recipe.route_from.until)
         if self.tower.router is None and (rules or given):
             raise UsageError(f"the routes of {recipe.model} are fixed: there is nothing that a rule could steer")
-        if wanted.probabilities and (self.tower.router is None or baseline):
+        if record_options.probabilities and (self.tower.router is None or baseline):
             raise UsageError("--trace full records what the router thinks of every layer, and no router is asked here")
         return Steerer(
             rules,
-            readings,
+            encodings,
             computed,
             steps=recipe.steps,
             blocks=self.tower.depth,
@@ -288,7 +297,7 @@ class MoSPipeline:
     def _trace(
         self,
         record: PictureRecord,
-        readings: dict[str, PromptReading],
+        encodings: dict[str, PromptEncoding],
         recorder: Recorder,
         routes: dict[str, Routes],
         steerer: Steerer,
@@ -296,8 +305,8 @@ class MoSPipeline:
         layers = self.understanding.layers
         branches = {}
         for name, branch in routes.items():
-            reading = readings[name]
-            summed = make_branch(reading.prompt, reading.tokens, recorder.steps[name], branch, layers)
+            encoding = encodings[name]
+            summed = make_branch(encoding.prompt, encoding.tokens, recorder.steps[name], branch, layers)
             branches[name] = summed.model_copy(
                 update={"steered": steerer.done(name), "changed": recorder.changed(name)}
             )
@@ -310,7 +319,7 @@ class MoSPipeline:
             top_k=next(iter(routes.values())).ids_SJTK.shape[-1],
             times=tuple(recorder.times),
             branches=branches,
-            probabilities=recorder.wanted.probabilities or None,
+            probabilities=recorder.record_options.probabilities or None,
             regions=recorder.grid,
         )
 

@@ -139,7 +139,7 @@ class Clock:
 
 def _watched(pipeline: MoSPipeline, recipe: Recipe) -> _Moments:
     clock, entered = Clock(pipeline.device), []
-    pipeline.reader.forget()
+    pipeline.prompt_encoder.forget()
     started, moments = time.perf_counter(), _Moments(began=clock.now())
     hooks = [pipeline.tower.register_forward_pre_hook(lambda *_: moments.asked.append(clock.now()))]
     if (router := pipeline.tower.router) is not None:

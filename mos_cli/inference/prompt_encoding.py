@@ -15,13 +15,13 @@ from mos_cli.errors import ModelError
 from mos_cli.routing.trace import TraceToken
 from mos_cli.towers.bank import StateBank
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.towers.image_encoder import Eyes
-from mos_cli.towers.understanding import Reading, Token, UnderstandingTower
-from mos_cli.towers.vision_language import SeeingTower
+from mos_cli.towers.image_encoder import ImageEncoder
+from mos_cli.towers.understanding import HiddenStates, Token, UnderstandingTower
+from mos_cli.towers.vision_language import VisionLanguageTower
 
 
 @dataclass(frozen=True)
-class PromptReading:
+class PromptEncoding:
     """A prompt, its state bank and its tokens, image tokens behind those of words."""
 
     prompt: str
@@ -29,11 +29,11 @@ class PromptReading:
     tokens: tuple[TraceToken, ...]
 
 
-class Reader:
+class PromptEncoder:
     """The understanding tower, its eyes if they are apart, and the part of the generation tower that takes its states.
 
     Args:
-        read: reads as the understanding tower does, where something else decides when it does.
+        encode: encodes as the understanding tower does, where something else decides when it does.
 
     Raises:
         ModelError: they do not fit together.
@@ -42,13 +42,13 @@ class Reader:
     def __init__(
         self,
         understanding: UnderstandingTower,
-        eyes: Eyes | None,
+        eyes: ImageEncoder | None,
         tower: GenerationTower,
         name: str,
         *,
-        read: Callable[..., Reading] | None = None,
+        encode: Callable[..., HiddenStates] | None = None,
     ) -> None:
-        self.eyes, self.tower, self._states_of = eyes, tower, read or understanding.read
+        self.eyes, self.tower, self._states_of = eyes, tower, encode or understanding.encode
         handed = (understanding.layers, understanding.width)
         if handed != tower.states_shape:
             raise ModelError(
@@ -57,22 +57,22 @@ class Reader:
             )
         if tower.sight_widths != (() if eyes is None else eyes.widths):
             raise ModelError(f"the eyes of {name} do not fit its generation tower")
-        if tower.sees and not isinstance(understanding, SeeingTower):
+        if tower.sees and not isinstance(understanding, VisionLanguageTower):
             raise ModelError(f"{name} needs an understanding tower that sees pictures")
         # The prompts of a batch share the negative; a picture needs two at a time.
-        self._readings = lru_cache(maxsize=4)(self._read)
+        self._encodings = lru_cache(maxsize=4)(self._encode)
 
-    def read(self, prompt: str) -> PromptReading:
+    def encode(self, prompt: str) -> PromptEncoding:
         """Reads a prompt, once however many pictures are drawn; raises InputError if it is too long."""
-        return self._readings(prompt, torch.get_num_threads())
+        return self._encodings(prompt, torch.get_num_threads())
 
     def forget(self) -> None:
         """Lets go of what was read, so that the next prompt is read anew."""
-        self._readings.cache_clear()
+        self._encodings.cache_clear()
 
-    def look(
-        self, readings: dict[str, PromptReading], pictures: Sequence[Tensor], latents: Sequence[Tensor]
-    ) -> dict[str, PromptReading]:
+    def encode_with_images(
+        self, encodings: dict[str, PromptEncoding], pictures: Sequence[Tensor], latents: Sequence[Tensor]
+    ) -> dict[str, PromptEncoding]:
         """The prompts in sight of pictures, whose image tokens stand behind the words.
 
         Args:
@@ -80,40 +80,44 @@ class Reader:
             latents: the same pictures, encoded.
         """
         if self.eyes is None:
-            return self._read_in_sight(readings, pictures, latents)
+            return self._encode_in_sight(encodings, pictures, latents)
         cells = [(n, *divmod(cell, IMAGE_GRID)) for n in range(len(pictures)) for cell in range(IMAGE_GRID**2)]
         seen = tuple(_traced(Token("", 0, 0, cell)) for cell in cells)
         with torch.inference_mode():
-            references = self.tower.remember(latents)
-            sight_BVMZ = torch.cat([self.eyes.see(picture) for picture in pictures], dim=1)
+            references = self.tower.cache_references(latents)
+            sight_BVMZ = torch.cat([self.eyes.encode_images(picture) for picture in pictures], dim=1)
             return {
-                name: PromptReading(
-                    reading.prompt, self.tower.look(reading.bank, sight_BVMZ, references), (*reading.tokens, *seen)
+                name: PromptEncoding(
+                    encoding.prompt,
+                    self.tower.add_image_tokens(encoding.bank, sight_BVMZ, references),
+                    (*encoding.tokens, *seen),
                 )
-                for name, reading in readings.items()
+                for name, encoding in encodings.items()
             }
 
-    def _read(self, prompt: str, _threads: int) -> PromptReading:
+    def _encode(self, prompt: str, _threads: int) -> PromptEncoding:
         """The number of threads, by which the states are rounded, tells readings apart."""
-        reading = self._states_of([prompt])
+        encoding = self._states_of([prompt])
         with torch.inference_mode():
-            return PromptReading(prompt, self.tower.read(reading.states_BTMS), tuple(map(_traced, reading.tokens[0])))
+            return PromptEncoding(
+                prompt, self.tower.project_states(encoding.states_BTMS), tuple(map(_traced, encoding.tokens[0]))
+            )
 
-    def _read_in_sight(
-        self, readings: dict[str, PromptReading], pictures: Sequence[Tensor], latents: Sequence[Tensor]
-    ) -> dict[str, PromptReading]:
+    def _encode_in_sight(
+        self, encodings: dict[str, PromptEncoding], pictures: Sequence[Tensor], latents: Sequence[Tensor]
+    ) -> dict[str, PromptEncoding]:
         """By a tower that sees, which also understands the words in sight of the pictures."""
         seen, references = {}, None
-        for name, reading in readings.items():
-            states = self._states_of([reading.prompt], [[picture[0] for picture in pictures]])
+        for name, encoding in encodings.items():
+            states = self._states_of([encoding.prompt], [[picture[0] for picture in pictures]])
             tokens = states.tokens[0]
             order = _words_first(tokens)
             with torch.inference_mode():
                 if references is None:
-                    grids = [(sight.rows, sight.columns) for sight in states.sights[0]]
-                    references = self.tower.remember(latents, grids)
-                bank = replace(self.tower.read(states.states_BTMS[:, order]), references=references)
-            seen[name] = PromptReading(reading.prompt, bank, tuple(_traced(tokens[n]) for n in order))
+                    grids = [(sight.rows, sight.columns) for sight in states.image_spans[0]]
+                    references = self.tower.cache_references(latents, grids)
+                bank = replace(self.tower.project_states(states.states_BTMS[:, order]), references=references)
+            seen[name] = PromptEncoding(encoding.prompt, bank, tuple(_traced(tokens[n]) for n in order))
         return seen
 
 

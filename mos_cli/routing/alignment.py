@@ -10,7 +10,7 @@ import numpy as np
 from mos_cli.routing.analysis import Spanned, split_words
 
 
-class Reading(Protocol):
+class EncodedPrompt(Protocol):
     """What a branch reads: its prompt and its tokens."""
 
     @property
@@ -29,28 +29,28 @@ class WordKey:
     text: str = field(compare=False)
 
 
-def keyed_words(reading: Reading) -> dict[WordKey, dict[Hashable, int]]:
+def keyed_words(encoding: EncodedPrompt) -> dict[WordKey, dict[Hashable, int]]:
     """The words of a branch, each with the numbers of its tokens by what they are aligned by."""
     seen: Counter[tuple[str, str]] = Counter()
     words = {}
-    for word in split_words(reading.prompt, reading.tokens):
-        first = reading.tokens[word.tokens[0]]
+    for word in split_words(encoding.prompt, encoding.tokens):
+        first = encoding.tokens[word.tokens[0]]
         kind = "special" if word.special else "word" if first.patch is None else "picture"
         name = _bare(word.text) if kind == "word" else word.text
         seen[kind, name] += 1
         pieces: dict[Hashable, int] = {}
         spelled: Counter[Hashable] = Counter()
         for number in word.tokens:
-            token = reading.tokens[number]
+            token = encoding.tokens[number]
             # The tokenizer's own spelling depends on what stands before a word; the characters do not.
-            piece = token.patch or reading.prompt[token.start : token.end].strip().casefold()
+            piece = token.patch or encoding.prompt[token.start : token.end].strip().casefold()
             spelled[piece] += 1
             pieces[piece, spelled[piece]] = number
         words[WordKey(kind, name, seen[kind, name], word.text)] = pieces
     return words
 
 
-def partners(mine: Reading, theirs: Reading) -> tuple[int, ...]:
+def partners(mine: EncodedPrompt, theirs: EncodedPrompt) -> tuple[int, ...]:
     """For every token of one reading the number of its like in the other, -1 where it has none."""
     others, found = keyed_words(theirs), [-1] * len(mine.tokens)
     for key, pieces in keyed_words(mine).items():

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mos_cli.routing.trace import RegionGrid, Routes, Wanted
+from mos_cli.routing.trace import RecordOptions, RegionGrid, Routes
 from mos_cli.sampling.sampler import Step
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.towers.layers import Ragged
+from mos_cli.towers.layers import VariableLengths
 from mos_cli.towers.router import Route
 
 
@@ -23,7 +23,7 @@ from mos_cli.towers.router import Route
 class Recorder:
     """An observer of the sampler that keeps every route, and what else is wanted of a step."""
 
-    wanted: Wanted
+    record_options: RecordOptions
     times: list[float] = field(default_factory=list)
     steps: dict[str, list[int]] = field(default_factory=dict)
     x_hats: list[Tensor] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Recorder:
 
     def __call__(self, step: Step) -> None:
         self.times.append(step.t)
-        if self.wanted.previews:
+        if self.record_options.previews:
             self.x_hats.append(step.x_hat_BCHW)
         for name, route in step.routes.items():
             self.steps.setdefault(name, []).append(step.index)
@@ -54,11 +54,11 @@ class Recorder:
     def watching(self, tower: GenerationTower) -> Iterator[None]:
         """Looks into the tower while it draws, as far as it is wanted: nothing else pays for it."""
         handles = []
-        if self.wanted.probabilities or self.wanted.regions:
+        if self.record_options.probabilities or self.record_options.regions:
             handles.append(tower.register_forward_pre_hook(self._begin_pass))
-        if self.wanted.probabilities and tower.router is not None:
+        if self.record_options.probabilities and tower.router is not None:
             handles.append(tower.router.register_forward_hook(self._see_logits))
-        if self.wanted.regions:
+        if self.record_options.regions:
             for block in tower.blocks:
                 attention: Any = block.cross if hasattr(block, "cross") else block.attention
                 handles.append(attention.register_forward_pre_hook(self._see_attention))
@@ -93,16 +93,16 @@ class Recorder:
     def _begin_pass(self, tower: nn.Module, inputs: tuple[Any, ...]) -> None:
         z_BCHW, _, bank = inputs
         rows, columns = (side // tower.patch for side in z_BCHW.shape[-2:])
-        self.grid = RegionGrid(rows=rows, columns=columns) if self.wanted.regions else None
+        self.grid = RegionGrid(rows=rows, columns=columns) if self.record_options.regions else None
         self._passes.append(
-            _Pass(rows * columns, bank.bank_BTMD.shape[1], bank.padding or Ragged((bank.bank_BTMD.shape[1],)))
+            _Pass(rows * columns, bank.bank_BTMD.shape[1], bank.padding or VariableLengths((bank.bank_BTMD.shape[1],)))
         )
 
     def _see_logits(self, router: nn.Module, inputs: tuple[Any, ...], logits_BTMJ: Tensor) -> None:
         self._passes[-1].see_logits(logits_BTMJ)
 
     def _see_attention(self, attention: Any, inputs: tuple[Any, ...]) -> None:
-        self._passes[-1].see_attention(attention.shares(*inputs))
+        self._passes[-1].see_attention(attention.attention_weights(*inputs))
 
 
 @dataclass
@@ -116,7 +116,7 @@ class _Row:
 class _Pass:
     """One call of the tower: the number of its patches, and what was seen of each row."""
 
-    def __init__(self, patches: int, tokens: int, padding: Ragged) -> None:
+    def __init__(self, patches: int, tokens: int, padding: VariableLengths) -> None:
         self.patches, self.padding = patches, padding
         self.tokens = [tokens - max(padding.lengths) + length for length in padding.lengths]
         self.rows = [_Row() for _ in padding.lengths]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from mos_cli.errors import UsageError
-from mos_cli.routing.alignment import Reading
+from mos_cli.routing.alignment import EncodedPrompt
 from mos_cli.routing.rules import AnyRule, BaselineRule, Rule, check_numbers, no_such_word, tokens_of
 from mos_cli.routing.trace import Steered
-from mos_cli.routing.transfer import Given
+from mos_cli.routing.transfer import SourceRoutes
 from mos_cli.towers.router import Route, Steering, even_route
 
 
@@ -35,16 +35,16 @@ class Steerer:
     def __init__(
         self,
         rules: Sequence[AnyRule],
-        readings: Mapping[str, Reading],
+        encodings: Mapping[str, EncodedPrompt],
         computed: Mapping[str, Sequence[int]],
         *,
         steps: int,
         blocks: int,
         layers: int,
         device: torch.device,
-        given: Mapping[str, Given] | None = None,
+        given: Mapping[str, SourceRoutes] | None = None,
     ) -> None:
-        self.readings, self.computed = readings, computed
+        self.encodings, self.computed = encodings, computed
         self.steps, self.blocks, self.layers = steps, blocks, layers
         self.device, self.given = device, given or {}
         self.rules = tuple(rule for rule in rules if isinstance(rule, Rule))
@@ -53,20 +53,20 @@ class Steerer:
             raise UsageError(f"the route rule {self.baseline} is for every token: drop it, or --route-from")
         check_numbers(rules, layers=layers, blocks=blocks, steps=steps)
         self._spoken = {
-            name: {rule: tokens_of(rule, reading.prompt, reading.tokens) for rule in self.rules}
-            for name, reading in readings.items()
+            name: {rule: tokens_of(rule, encoding.prompt, encoding.tokens) for rule in self.rules}
+            for name, encoding in encodings.items()
         }
         for rule in self.rules:
             if not any(spoken[rule] for spoken in self._spoken.values()):
-                first = next(iter(readings.values()))
+                first = next(iter(encodings.values()))
                 raise no_such_word(rule, first.prompt, first.tokens)
         # Rules hold over ranges of steps: most steps share their steering with others.
         self._made = lru_cache(maxsize=None)(self._make)
-        for name in readings:
+        for name in encodings:
             for step in computed[name]:
                 self(step, name)
         for number, rule in enumerate(self.rules):
-            if not any((self.done(name) or ())[number].decisions for name in readings):
+            if not any((self.done(name) or ())[number].decisions for name in encodings):
                 raise UsageError(f"the route rule {rule} has no effect: guidance reads its word at none of its steps")
 
     def __call__(self, step: int, branch: str) -> Steering | Route | None:
@@ -79,7 +79,7 @@ class Steerer:
         """What each rule governs in a branch; None without rules."""
         steps = self.computed[branch]
         if self.baseline is not None:
-            tokens = tuple(range(len(self.readings[branch].tokens)))
+            tokens = tuple(range(len(self.encodings[branch].tokens)))
             return (Steered(rule=str(self.baseline), tokens=tokens, decisions=len(tokens) * self.blocks * len(steps)),)
         done = []
         for rule, tokens in self._spoken[branch].items():
@@ -93,7 +93,7 @@ class Steerer:
             return self._baseline(branch, self.baseline)
         if not active and step is None:
             return None
-        shape = (len(self.readings[branch].tokens), self.blocks, self.layers)
+        shape = (len(self.encodings[branch].tokens), self.blocks, self.layers)
         allowed_TJM, bias_TJM = torch.ones(shape, dtype=torch.bool), torch.zeros(shape)
         if step is not None:
             allowed_TJM &= self._given(branch, step)
@@ -107,7 +107,7 @@ class Steerer:
                 allowed_TJM &= named_TJM | ~named_TJM.any(dim=2, keepdim=True)
         if not allowed_TJM.any(dim=2).all():
             token = int((~allowed_TJM.any(dim=2)).nonzero()[0, 0])
-            text = self.readings[branch].tokens[token].text
+            text = self.encodings[branch].tokens[token].text
             raise UsageError(
                 f"the route rules leave {text!r} no layer to read: drop one of {', '.join(map(str, active))}"
             )
@@ -135,7 +135,7 @@ class Steerer:
         if rule.name == "shuffle":
             random = torch.Generator().manual_seed(rule.seed)
             order = torch.stack([torch.randperm(self.layers, generator=random) for _ in range(self.blocks)])
-            allowed = torch.ones(len(self.readings[branch].tokens), self.blocks, self.layers, dtype=torch.bool)
+            allowed = torch.ones(len(self.encodings[branch].tokens), self.blocks, self.layers, dtype=torch.bool)
             return Steering(allowed[None].to(self.device), order_JM=order.to(self.device))
         kept = {"last": (self.layers - 1,), "uniform": tuple(range(self.layers)), "fixed": rule.layers}[rule.name]
         return even_route([kept] * self.blocks, self.device)

@@ -27,7 +27,7 @@ Share = Annotated[float, Field(ge=0, le=1 + 1e-3)]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RecordOptions:
     """What is recorded beside the routes themselves, all of it only on request.
 
     probabilities: the router's, of every layer. regions: how the patches' attention falls on the words. previews: what

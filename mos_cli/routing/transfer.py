@@ -12,13 +12,13 @@ from math import ceil
 import numpy as np
 
 from mos_cli.errors import InputError
-from mos_cli.routing.alignment import Reading, partners
+from mos_cli.routing.alignment import EncodedPrompt, partners
 from mos_cli.routing.analysis import is_special
 from mos_cli.routing.trace import Recording, Routes
 
 
 @dataclass(frozen=True)
-class Given:
+class SourceRoutes:
     """The layers another run kept in one branch, [S, J, T, K], and how its steps and tokens match those of this run.
 
     `steps` maps a step of this run, as far as the choices are given, to an index of S; `tokens_T` holds for each token
@@ -31,7 +31,7 @@ class Given:
 
 
 def choices_hash(recording: Recording) -> str:
-    """The sha256 of all that `given_choices` takes from a recording: its prompts, tokens, times and choices.
+    """The sha256 of all that `transfer_routes` takes from a recording: its prompts, tokens, times and choices.
 
     Raises:
         InputError: it is a summary.
@@ -54,9 +54,9 @@ def check_model(recording: Recording, model: str, bundle_hash: str) -> None:
         )
 
 
-def given_choices(
-    recording: Recording, readings: Mapping[str, Reading], times: Sequence[float], until: float
-) -> dict[str, Given]:
+def transfer_routes(
+    recording: Recording, encodings: Mapping[str, EncodedPrompt], times: Sequence[float], until: float
+) -> dict[str, SourceRoutes]:
     """The choices for each branch that both runs have, at the first part `until` (0 to 1) of this run's steps.
 
     Words are aligned by their text and occurrence, and a step takes the choices of the other's nearest in time.
@@ -69,14 +69,14 @@ def given_choices(
         raise InputError(f"{recording.path} kept every layer: there is no choice to take over")
     # Rounded, for 0.07 * 100 is a little more than 7.
     followed, given, words = times[: ceil(round(until * len(times), 9))], {}, 0
-    for name, reading in readings.items():
+    for name, encoding in encodings.items():
         if (branch := recording.trace.branches.get(name)) is None:
             continue
         theirs = np.array([recording.trace.times[step] for step in branch.steps])
         steps = {step: int(np.abs(theirs - t).argmin()) for step, t in enumerate(followed)}
-        matched = partners(reading, branch)
-        words += sum(not is_special(reading.tokens[n]) for n, number in enumerate(matched) if number >= 0)
-        given[name] = Given(routes[name].ids_SJTK, steps, matched)
+        matched = partners(encoding, branch)
+        words += sum(not is_special(encoding.tokens[n]) for n, number in enumerate(matched) if number >= 0)
+        given[name] = SourceRoutes(routes[name].ids_SJTK, steps, matched)
     if not words:
         raise InputError(f"the prompts of {recording.path} have no word in common with this one")
     return given

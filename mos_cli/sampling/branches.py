@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 from mos_cli.towers.bank import StateBank, join
-from mos_cli.towers.layers import Ragged
+from mos_cli.towers.layers import VariableLengths
 from mos_cli.towers.router import Route, Steering
 
-Steered = Steering | Route | None
+SteeringInput = Steering | Route | None
 
 
 class Predictor(Protocol):
     """What the sampler needs of a generation tower: (z_t, t, bank) -> (clean latent, route)."""
 
-    def __call__(self, z_BCHW: Tensor, t_B: Tensor, bank: StateBank, *, steering: Steered) -> tuple[Tensor, Route]: ...
+    def __call__(
+        self, z_BCHW: Tensor, t_B: Tensor, bank: StateBank, *, steering: SteeringInput
+    ) -> tuple[Tensor, Route]: ...
 
 
 class Branches:
@@ -35,10 +37,10 @@ class Branches:
     def __init__(self, tower: Predictor, banks: Mapping[str, StateBank], *, together: bool) -> None:
         self.tower, self.banks, self.together = tower, banks, together
         self._made: dict[tuple[str, ...], StateBank] = {}
-        self._steered: dict[tuple[str, ...], tuple[list[Steered], Steered]] = {}
+        self._steered: dict[tuple[str, ...], tuple[list[SteeringInput], SteeringInput]] = {}
 
     def __call__(
-        self, names: Sequence[str], z_BCHW: Tensor, t: float, steer: Callable[[str], Steered]
+        self, names: Sequence[str], z_BCHW: Tensor, t: float, steer: Callable[[str], SteeringInput]
     ) -> tuple[dict[str, Tensor], dict[str, Route]]:
         """The clean latent that each branch predicts, and its route."""
         x_hats, routes = {}, {}
@@ -49,18 +51,18 @@ class Branches:
         return x_hats, routes
 
     def _one(
-        self, group: Sequence[str], z_BCHW: Tensor, t: float, steer: Callable[[str], Steered]
+        self, group: Sequence[str], z_BCHW: Tensor, t: float, steer: Callable[[str], SteeringInput]
     ) -> Iterator[tuple[str, Tensor, Route]]:
         (name,), t_B = group, z_BCHW.new_full(z_BCHW.shape[:1], t)
         yield name, *self.tower(z_BCHW, t_B, self.banks[name], steering=steer(name))
 
     def _several(
-        self, group: tuple[str, ...], z_1CHW: Tensor, t: float, steer: Callable[[str], Steered]
+        self, group: tuple[str, ...], z_1CHW: Tensor, t: float, steer: Callable[[str], SteeringInput]
     ) -> Iterator[tuple[str, Tensor, Route]]:
         if group not in self._made:
             self._made[group] = join([self.banks[name] for name in group])
         bank, steerings = self._made[group], [steer(name) for name in group]
-        assert isinstance(bank.padding, Ragged)
+        assert isinstance(bank.padding, VariableLengths)
         z_BCHW, t_B = z_1CHW.expand(len(group), -1, -1, -1), z_1CHW.new_full((len(group),), t)
         before, steering = self._steered.get(group, ([], None))
         if not before or any(old is not new for old, new in zip(before, steerings, strict=True)):
@@ -68,10 +70,10 @@ class Branches:
             steering = _join_steerings(steerings, [self.banks[name] for name in group], bank.padding)
             self._steered[group] = (steerings, steering)
         x_hat_BCHW, route = self.tower(z_BCHW, t_B, bank, steering=steering)
-        for number, (name, steered) in enumerate(zip(group, steerings, strict=True)):
+        for number, (name, steering_inputs) in enumerate(zip(group, steerings, strict=True)):
             row = route.row(bank.padding, number)
             # A branch that no rule speaks of counts no decisions as turned.
-            row = row if steered is not None else replace(row, changed_BTJ=None)
+            row = row if steering_inputs is not None else replace(row, changed_BTJ=None)
             yield name, x_hat_BCHW[number : number + 1], row
 
     def _passes(self, names: Sequence[str]) -> list[tuple[str, ...]]:
@@ -82,7 +84,9 @@ class Branches:
         return [group for group in (sighted, blind) if group]
 
 
-def _join_steerings(steerings: Sequence[Steered], banks: Sequence[StateBank], padding: Ragged) -> Steered:
+def _join_steerings(
+    steerings: Sequence[SteeringInput], banks: Sequence[StateBank], padding: VariableLengths
+) -> SteeringInput:
     """What rules say of several branches as one; a baseline, and an order of layers, say the same of all of them."""
     spoken = next((steering for steering in steerings if steering is not None), None)
     if not isinstance(spoken, Steering):

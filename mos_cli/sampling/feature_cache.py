@@ -12,7 +12,7 @@ from diffusers.hooks.mag_cache import MagCacheConfig
 from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig
 from torch import Tensor
 
-from mos_cli.sampling.branches import Predictor, Steered
+from mos_cli.sampling.branches import Predictor, SteeringInput
 from mos_cli.towers.bank import StateBank
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.router import Route
@@ -35,7 +35,7 @@ def caching(tower: GenerationTower, every: int | None, steps: int) -> Iterator[t
         return
     cached = Cached(tower, reusing(every, steps, tower.depth))
     try:
-        yield cached, cached.begin_anew
+        yield cached, cached.reset_cache
     finally:
         cached.end()
 
@@ -63,11 +63,13 @@ class Cached:
         self.tower, self.config = tower, config
         tower.enable_cache(config)
 
-    def __call__(self, z_BCHW: Tensor, t_B: Tensor, bank: StateBank, *, steering: Steered) -> tuple[Tensor, Route]:
+    def __call__(
+        self, z_BCHW: Tensor, t_B: Tensor, bank: StateBank, *, steering: SteeringInput
+    ) -> tuple[Tensor, Route]:
         with self.tower.cache_context(str(id(bank))):
             return self.tower(z_BCHW, t_B, bank, steering=steering)
 
-    def begin_anew(self) -> None:
+    def reset_cache(self) -> None:
         """Forgets what was kept, and counts the steps from here."""
         self.end()
         self.tower.enable_cache(self.config)

@@ -14,7 +14,7 @@ import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from mos_cli.sampling.branches import Branches, Predictor, Steered
+from mos_cli.sampling.branches import Branches, Predictor, SteeringInput
 from mos_cli.sampling.flow import extrapolated, noised, velocity
 from mos_cli.towers.bank import StateBank
 from mos_cli.towers.router import Route
@@ -37,7 +37,7 @@ class Guidance:
         """The branches that count at time t."""
         inside = self.interval[0] <= t <= self.interval[1]
         negative = self.scale != 1.0 or self.image_scale != 1.0
-        needed = (POSITIVE, NEGATIVE, UNSEEN)[: 1 + negative + (self.image_scale != 1.0)]
+        needed = (POSITIVE, NEGATIVE, WITHOUT_IMAGE)[: 1 + negative + (self.image_scale != 1.0)]
         return needed if inside else (POSITIVE,)
 
     def guided(self, x_hats: dict[str, Tensor]) -> Tensor:
@@ -46,13 +46,13 @@ class Guidance:
         if NEGATIVE not in x_hats:
             return x_hat
         base = x_hats[NEGATIVE]
-        if UNSEEN in x_hats:
-            base = x_hats[UNSEEN] + self.image_scale * (base - x_hats[UNSEEN])
+        if WITHOUT_IMAGE in x_hats:
+            base = x_hats[WITHOUT_IMAGE] + self.image_scale * (base - x_hats[WITHOUT_IMAGE])
         return base + self.scale * (x_hat - x_hats[NEGATIVE])
 
 
 @dataclass(frozen=True)
-class Origin:
+class InitialLatent:
     """The clean latent a picture is drawn over.
 
     Args:
@@ -76,10 +76,10 @@ class Step:
 
 
 Observer = Callable[[Step], None]
-Steer = Callable[[int, str], Steered]
+Steer = Callable[[int, str], SteeringInput]
 """What rules say of a branch at a step: (number of the step, branch) -> steering."""
 
-POSITIVE, NEGATIVE, UNSEEN = "positive", "negative", "unseen"
+POSITIVE, NEGATIVE, WITHOUT_IMAGE = "positive", "negative", "unseen"
 
 
 def make_sigmas(scheduler: FlowMatchEulerDiscreteScheduler, steps: int, first: float = 1.0) -> Tensor:
@@ -104,9 +104,9 @@ def sample(
     guidance: Guidance,
     together: bool = False,
     observers: Sequence[Observer] = (),
-    origin: Origin | None = None,
+    initial: InitialLatent | None = None,
     steer: Steer = lambda step, branch: None,
-    begin_anew: Callable[[], None] = lambda: None,
+    reset_cache: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Integrates from noise to a latent.
 
@@ -124,20 +124,20 @@ def sample(
     """
     times = sigmas.tolist()
     z, steps = noise_BCHW, len(times) - 1
-    if origin is not None:
-        z = noised(origin.z0_BCHW, z, torch.full((z.shape[0],), times[0], device=z.device))
+    if initial is not None:
+        z = noised(initial.z0_BCHW, z, torch.full((z.shape[0],), times[0], device=z.device))
     predict = Branches(tower, banks, together=together)
     names = guidance.branches(times[0])
     v_before: Tensor | None = None
     for index, (t, t_next) in enumerate(pairwise(times)):
         before, names = names, guidance.branches(t)
         if names != before:
-            begin_anew()
+            reset_cache()
             v_before = None
         x_hats, routes = predict(names, z, t, partial(steer, index))
         x_hat = guidance.guided(x_hats)
-        if origin is not None and origin.mask_11HW is not None:
-            x_hat = torch.lerp(origin.z0_BCHW, x_hat, origin.mask_11HW)
+        if initial is not None and initial.mask_11HW is not None:
+            x_hat = torch.lerp(initial.z0_BCHW, x_hat, initial.mask_11HW)
         v = velocity(z, x_hat, t)
         mean_v = v
         if solver == "ab2" and v_before is not None:

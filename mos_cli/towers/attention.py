@@ -11,14 +11,14 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch import Tensor, nn
 
 from mos_cli.errors import DeviceError
-from mos_cli.towers.layers import EPS, Padding, Ragged, Rotary
+from mos_cli.towers.layers import EPS, Padding, Rotary, VariableLengths
 
-Asked = Literal["auto", "xformers", "sdpa"]
+AttentionBackend = Literal["auto", "xformers", "sdpa"]
 SDPA, XFORMERS = AttentionBackendName.NATIVE, AttentionBackendName.XFORMERS
 """PyTorch's own scaled dot product attention, and the memory-efficient one of xformers."""
 
 
-def choose_attention(model: nn.Module, asked: Asked) -> str:
+def choose_attention(model: nn.Module, asked: AttentionBackend) -> str:
     """Sets what computes the attention of a network that lies where it will run; returns the name of what does.
 
     "auto" is xformers where it has an operator for a layer's device, type and width of a head, else sdpa.
@@ -83,8 +83,8 @@ class Attention(nn.Module):
         """Attends from x to [context; x]. `positions` and padding cover the keys; context_kv is [B, T, 2 D]."""
         return self.to_out(_attend(*self._qkv(x_BLD, positions, context_kv), padding, self.backend))
 
-    def shares(
-        self, x_BLD: Tensor, positions: Rotary, context_kv: Tensor | None = None, padding: Ragged | None = None
+    def attention_weights(
+        self, x_BLD: Tensor, positions: Rotary, context_kv: Tensor | None = None, padding: VariableLengths | None = None
     ) -> list[Tensor]:
         """How much each query of `forward` attends to each key, row by row [L, keys], mean over heads."""
         return _shares(*self._qkv(x_BLD, positions, context_kv)[:2], padding)
@@ -118,8 +118,8 @@ class CrossAttention(nn.Module):
         """Attends from x to the context. `positions` and padding cover [context; x]."""
         return self.to_out(_attend(*self._qkv(x_BND, context_BTD, positions), padding, self.backend))
 
-    def shares(
-        self, x_BND: Tensor, context_BTD: Tensor, positions: Rotary, padding: Ragged | None = None
+    def attention_weights(
+        self, x_BND: Tensor, context_BTD: Tensor, positions: Rotary, padding: VariableLengths | None = None
     ) -> list[Tensor]:
         """How much each query of `forward` attends to each token, row by row [N, T], mean over heads."""
         return _shares(*self._qkv(x_BND, context_BTD, positions)[:2], padding)
@@ -138,7 +138,7 @@ def _heads(x: Tensor, parts: int, heads: int) -> list[Tensor]:
 
 def _attend(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHE: Tensor, padding: Padding, backend: AttentionBackendName) -> Tensor:
     """[B, L, D]. A mask's first entries are those of the keys; xformers would misread it, and is not asked then."""
-    if isinstance(padding, Ragged):
+    if isinstance(padding, VariableLengths):
         return _attend_rows(q_BLHE, k_BLHE, v_BLHE, padding, backend)
     mask = padding[:, None, None, : k_BLHE.shape[1]] if isinstance(padding, Tensor) else None
     # Named, so that no setting of the environment puts another backend in its place unseen.
@@ -148,7 +148,7 @@ def _attend(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHE: Tensor, padding: Padding, ba
 
 @torch.compiler.disable()
 def _attend_rows(
-    q_BLHE: Tensor, k_BLHE: Tensor, v_BLHE: Tensor, padding: Ragged, backend: AttentionBackendName
+    q_BLHE: Tensor, k_BLHE: Tensor, v_BLHE: Tensor, padding: VariableLengths, backend: AttentionBackendName
 ) -> Tensor:
     """Each row by itself, so that none needs a mask. Compiled, it would be compiled anew for all lengths of prompts."""
     if padding.even:
@@ -157,7 +157,7 @@ def _attend_rows(
     return torch.cat([_attend(q, padding.row(k_BLHE, b), padding.row(v_BLHE, b), None, backend) for b, q in rows])
 
 
-def _shares(q_BLHE: Tensor, k_BLHE: Tensor, padding: Ragged | None) -> list[Tensor]:
+def _shares(q_BLHE: Tensor, k_BLHE: Tensor, padding: VariableLengths | None) -> list[Tensor]:
     """The softmax of each row's attention [queries, keys] without its padding, mean over heads.
 
     One head at a time, for it is large.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from mos_cli.towers.layers import Cells, Padding, Ragged
+from mos_cli.towers.layers import Cells, Padding, VariableLengths
 from mos_cli.towers.router import Route
 
 Grid = tuple[int, int]
@@ -62,7 +62,7 @@ def join(banks: Sequence[StateBank]) -> StateBank:
     """
     references, seen = banks[0].references, [bank.router_BTR for bank in banks]
     sight = 0 if references is None else references.tokens
-    padding = Ragged(tuple(bank.bank_BTMD.shape[1] - sight for bank in banks))
+    padding = VariableLengths(tuple(bank.bank_BTMD.shape[1] - sight for bank in banks))
     if references is not None:
         references = replace(references, kv=tuple(kv.expand(len(banks), -1, -1) for kv in references.kv))
     return StateBank(
@@ -73,7 +73,7 @@ def join(banks: Sequence[StateBank]) -> StateBank:
     )
 
 
-def sight_places(grids: Sequence[Grid], rows: float, columns: float) -> tuple[Cells, ...]:
+def image_layout(grids: Sequence[Grid], rows: float, columns: float) -> tuple[Cells, ...]:
     """Where the image tokens of the references stand on a canvas of rows x columns patches."""
     return tuple(
         Cells(*grid, order=-order, spacing=(rows / grid[0], columns / grid[1])) for order, grid in enumerate(grids, 1)

@@ -12,10 +12,10 @@ from mos_cli.towers.attention import Attention, CrossAttention
 from mos_cli.towers.layers import EPS, Padding, Rotary, SwiGLU, extended, normed
 
 Context = Literal["kv", "tokens", "joint", "cross"]
-Reading = Literal["kv", "tokens", "carried", "cross"]
+ContextMode = Literal["kv", "tokens", "carried", "cross"]
 
 
-def reading(context: Context, block: int) -> Reading:
+def context_mode(context: Context, block: int) -> ContextMode:
     """How one block reads: a joint context enters the sequence at the first and is carried through the others."""
     if context != "joint":
         return context
@@ -32,29 +32,29 @@ class GenerationBlock(nn.Module):
             of its own, which the timestep does not modulate.
     """
 
-    def __init__(self, width: int, heads: int, hidden: int, reading: Reading) -> None:
+    def __init__(self, width: int, heads: int, hidden: int, context_mode: ContextMode) -> None:
         super().__init__()
-        self.reading = reading
+        self.context_mode = context_mode
         self.modulation_bias = nn.Parameter(torch.zeros(6, width))
         self.attention = Attention(width, heads)
         self.mlp = SwiGLU(width, hidden)
-        if reading != "carried":
+        if context_mode != "carried":
             self.norm_context = nn.RMSNorm(width, eps=EPS)
-        if reading == "kv":
+        if context_mode == "kv":
             self.context_kv = nn.Linear(width, 2 * width, bias=False)
-        if reading == "cross":
+        if context_mode == "cross":
             self.cross = CrossAttention(width, heads)
 
     def start_as_identity(self) -> None:
         """Every sublayer's output is zero, the gates are open."""
         outputs = [self.attention.to_out, self.mlp.down]
-        if self.reading == "cross":
+        if self.context_mode == "cross":
             outputs.append(self.cross.to_out)
         for linear in outputs:
             nn.init.zeros_(linear.weight)
         self.modulation_bias.data[[2, 5]] = 1.0
 
-    def remember(self, x_BRD: Tensor, modulation_B6D: Tensor, positions: Rotary) -> tuple[Tensor, Tensor]:
+    def cache_reference(self, x_BRD: Tensor, modulation_B6D: Tensor, positions: Rotary) -> tuple[Tensor, Tensor]:
         """A clean reference passes the block, seeing itself alone: its patches, and their keys and values [B, R, 2 D].
 
         Neither the noised patches nor the words take part, so that it is done once for all steps.
@@ -82,25 +82,25 @@ class GenerationBlock(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self._modulation(modulation_B6D)
         tokens = context_BTD.shape[1]
         references = 0 if reference_kv is None else reference_kv.shape[1]
-        if self.reading != "carried":
+        if self.context_mode != "carried":
             # The norm makes all contexts equally long: the sum of a token's kept weights is put back after it.
             context_BTD = self.norm_context(context_BTD) * kept_BT1
-        if self.reading == "tokens":
+        if self.context_mode == "tokens":
             x_BLD = torch.cat([x_BLD[:, :tokens] + context_BTD, x_BLD[:, tokens:]], dim=1)
 
         h = normed(x_BLD) * (1 + scale_a) + shift_a
-        if self.reading == "kv":
+        if self.context_mode == "kv":
             context_kv = self.context_kv(context_BTD)
             kv = context_kv if reference_kv is None else torch.cat([reference_kv, context_kv], dim=1)
             attended = self.attention(h, positions, kv, padding)
-        elif self.reading == "cross":
+        elif self.context_mode == "cross":
             # No word takes part here, and nothing that does is padding.
             pictures = positions[:references] + positions[references + tokens :]
             attended = self.attention(h, pictures, reference_kv)
         else:
             attended = self.attention(h, positions, reference_kv, padding)
         x_BLD = x_BLD + gate_a * attended
-        if self.reading == "cross":
+        if self.context_mode == "cross":
             without = extended(padding, before=-references, after=0)
             x_BLD = x_BLD + self.cross(normed(x_BLD), context_BTD, positions[references:], without)
 

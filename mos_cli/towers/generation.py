@@ -16,8 +16,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from mos_cli.bundles.shapes import IMAGE_GRID
-from mos_cli.towers.bank import Grid, References, StateBank, sight_places
-from mos_cli.towers.blocks import Context, GenerationBlock, reading
+from mos_cli.towers.bank import Grid, References, StateBank, image_layout
+from mos_cli.towers.blocks import Context, GenerationBlock, context_mode
 from mos_cli.towers.layers import (
     EPS,
     Cells,
@@ -112,7 +112,7 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
         self.time_in = TimeEmbedding(width)
         self.modulation = nn.Linear(width, 6 * width)
         self.blocks = nn.ModuleList(
-            GenerationBlock(width, heads, hidden, reading(context, block)) for block in range(depth)
+            GenerationBlock(width, heads, hidden, context_mode(context, block)) for block in range(depth)
         )
         self.modulation_out = nn.Linear(width, 2 * width)
         self.patches_out = nn.Linear(width, patch_values)
@@ -152,7 +152,7 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
             # A one-hot start would leave the unread layers without a gradient.
             nn.init.trunc_normal_(self.router.head.weight, std=0.02)
 
-    def read(self, states_BTMS: Tensor, mask_BT: Tensor | None = None) -> StateBank:
+    def project_states(self, states_BTMS: Tensor, mask_BT: Tensor | None = None) -> StateBank:
         """Normalises every state (their scales differ by orders of magnitude) and projects it, once per prompt.
 
         The router's view of the prompt is the embedding output, layer 0.
@@ -161,7 +161,7 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
         seen = None if self.router is None else self.router.embed(states[:, :, 0])
         return StateBank(self.states_in(states), seen, mask_BT)
 
-    def look(self, bank: StateBank, sight_BVMZ: Tensor, references: References) -> StateBank:
+    def add_image_tokens(self, bank: StateBank, sight_BVMZ: Tensor, references: References) -> StateBank:
         """The bank of a prompt together with pictures to draw from: once per prompt, for all steps.
 
         Args:
@@ -183,7 +183,7 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
     def _normed_states(self, states: Tensor) -> Tensor:
         return F.rms_norm(states.float(), states.shape[-1:], eps=EPS).to(self.states_in.weight.dtype)
 
-    def remember(self, references: Sequence[Tensor], grids: Sequence[Grid] | None = None) -> References:
+    def cache_references(self, references: Sequence[Tensor], grids: Sequence[Grid] | None = None) -> References:
         """What the blocks keep of pictures, from their clean latents, each [B, C, H, W], the one that is edited first.
 
         Each passes the blocks alone, at time 0: a clean picture is what the tower ends with. Words have no part in it.
@@ -198,7 +198,7 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
             _, modulation = self._time(z_BCHW.new_zeros(z_BCHW.shape[0]))
             memory = []
             for block in self.blocks:
-                x, kv = block.remember(x, modulation, embedding)  # type: ignore[operator]
+                x, kv = block.cache_reference(x, modulation, embedding)  # type: ignore[operator]
                 memory.append(kv)
             memories.append(memory)
             places.append(cells)
@@ -236,7 +236,7 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
         patches = patchify(z_BCHW, patch).to(self.patches_in.weight.dtype)
         tokens, grid = bank.bank_BTMD.shape[1], self._cells(z_BCHW)
         grids = () if bank.references is None else bank.references.grids
-        seen = sight_places(grids, size[0] / patch, size[1] / patch)
+        seen = image_layout(grids, size[0] / patch, size[1] / patch)
         route = self._route(patches, t_B, seen, grid, bank, epsilon, steering)
 
         x = self.patches_in(patches)

@@ -19,7 +19,7 @@ SIDE = 32 * IMAGE_GRID
 """Pictures are looked at in this size, at which a cell of the last stage is a token."""
 
 
-class Eyes(ModelMixin, ConfigMixin):
+class ImageEncoder(ModelMixin, ConfigMixin):
     """Pictures to image tokens.
 
     Args:
@@ -39,7 +39,7 @@ class Eyes(ModelMixin, ConfigMixin):
         return tuple(STAGES[stage][3] for stage in self.stages_read)
 
     @torch.no_grad()
-    def see(self, pictures_B3HW: Tensor) -> Tensor:
+    def encode_images(self, pictures_B3HW: Tensor) -> Tensor:
         """Image tokens, row by row, of pictures in -1..1 of any size: [B, V, M, Z], narrow states filled with zeros."""
         sized = F.interpolate(pictures_B3HW, (SIDE, SIDE), mode="bilinear", antialias=True).to(self.dtype)
         # Convolutions of single channels are three times as fast on a CPU with the channels last.

@@ -140,7 +140,7 @@ def normed(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Ragged:
+class VariableLengths:
     """The padding of a few rows of unlike length, which are told apart without a mask.
 
     From token `first` on there is room for as many tokens as the longest row has; row b has lengths[b], then padding.
@@ -168,13 +168,13 @@ class Ragged:
         return torch.cat(padded)
 
 
-Padding = Tensor | Ragged | None
+Padding = Tensor | VariableLengths | None
 """Which tokens of a batch are padding: none, a mask [B, L] (True = a real token; many rows), or a few rows' lengths."""
 
 
 def extended(padding: Padding, *, before: int, after: int) -> Padding:
     """The padding of the context tokens with room for tokens that are always attended to; or less room before."""
-    if isinstance(padding, Ragged):
+    if isinstance(padding, VariableLengths):
         return replace(padding, first=padding.first + before)
     return None if padding is None else F.pad(padding, (before, after), value=True)
 

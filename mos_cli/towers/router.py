@@ -17,10 +17,10 @@ from mos_cli.towers.layers import (
     Cells,
     Padding,
     Places,
-    Ragged,
     Rotary,
     SwiGLU,
     TimeEmbedding,
+    VariableLengths,
     Words,
     extended,
     rotary,
@@ -46,7 +46,7 @@ class Route:
         shape = (batch, tokens, -1, -1)
         return Route(self.ids_BTJK.expand(shape), self.weights_BTJK.expand(shape))
 
-    def row(self, padding: Ragged, number: int) -> "Route":
+    def row(self, padding: VariableLengths, number: int) -> "Route":
         """The route of one row, [1, T, J, K], without its padding."""
         changed = None if self.changed_BTJ is None else padding.row(self.changed_BTJ, number)
         return Route(padding.row(self.ids_BTJK, number), padding.row(self.weights_BTJK, number), changed)
@@ -234,7 +234,7 @@ class Router(nn.Module):
 
 def _mean(x_BTR: Tensor, padding: Padding) -> Tensor:
     """Mean over the real tokens, [B, 1, R]."""
-    if isinstance(padding, Ragged):
+    if isinstance(padding, VariableLengths):
         return torch.cat([_mean(padding.row(x_BTR, b), None) for b in range(x_BTR.shape[0])])
     if padding is None:
         return x_BTR.mean(dim=1, keepdim=True)

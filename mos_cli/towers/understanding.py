@@ -19,7 +19,7 @@ from mos_cli.quantization.method import Method
 from mos_cli.towers.quantized import understanding_config
 
 SAFELY = {"local_files_only": True, "trust_remote_code": False}
-Picture = Image.Image | Tensor
+ImageInput = Image.Image | Tensor
 """A picture to be shown: of Pillow, or [3, H, W] in -1..1."""
 
 
@@ -37,7 +37,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Sight:
+class ImageSpan:
     """A picture as the tower sees it: a grid of image tokens, row by row, from token `first` of its prompt on."""
 
     first: int
@@ -46,11 +46,11 @@ class Sight:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What the tower understood of a batch of prompts: states_BTMS, mask_BT (True = a real token), and its tokens.
+class HiddenStates:
+    """The hidden states of a batch of prompts, with mask_BT (True = a real token) and the tokens.
 
-    What the tower was given is a prompt behind `leads` characters that stand for the pictures shown with it; `sights`
-    says where among the tokens those are.
+    The text that was encoded is `leads` characters, which stand for the images shown with the prompt, and then the
+    prompt; `image_spans` says where the image tokens are.
     """
 
     states_BTMS: Tensor
@@ -58,22 +58,22 @@ class Reading:
     prompts: tuple[str, ...]
     encodings: list[Encoding]
     leads: tuple[int, ...]
-    sights: tuple[tuple[Sight, ...], ...]
+    image_spans: tuple[tuple[ImageSpan, ...], ...]
 
     @cached_property
     def tokens(self) -> tuple[tuple[Token, ...], ...]:
         """The tokens of every prompt, without padding. Made when asked for: training never does."""
-        every = zip(self.prompts, self.encodings, self.leads, self.sights, strict=True)
+        every = zip(self.prompts, self.encodings, self.leads, self.image_spans, strict=True)
         return tuple(tuple(_tokens(*each)) for each in every)
 
 
-def _tokens(prompt: str, encoding: Encoding, lead: int, sights: tuple[Sight, ...]) -> list[Token]:
+def _tokens(prompt: str, encoding: Encoding, lead: int, image_spans: tuple[ImageSpan, ...]) -> list[Token]:
     real = sum(encoding.attention_mask)
     tokens = [
         Token(text, start - lead, end - lead) if prompt and start >= lead else Token(text, 0, 0)
         for text, (start, end) in zip(encoding.tokens[:real], encoding.offsets[:real], strict=True)
     ]
-    for picture, sight in enumerate(sights):
+    for picture, sight in enumerate(image_spans):
         for cell in range(sight.rows * sight.columns):
             index = sight.first + cell
             tokens[index] = Token(tokens[index].text, 0, 0, (picture, *divmod(cell, sight.columns)))
@@ -140,7 +140,7 @@ class UnderstandingTower:
         return min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
 
     @torch.no_grad()
-    def read(self, prompts: list[str], pictures: Sequence[Sequence[Picture]] = ()) -> Reading:
+    def encode(self, prompts: list[str], pictures: Sequence[Sequence[ImageInput]] = ()) -> HiddenStates:
         """Reads a batch of prompts in one pass; padding is masked, so a prompt's states do not depend on the others.
 
         Args:
@@ -155,7 +155,7 @@ class UnderstandingTower:
         ids_BT, mask_BT = (batch[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
         states_BTMS = self._states(lambda: self.model(input_ids=ids_BT, attention_mask=mask_BT))
         unseen = tuple(() for _ in prompts)
-        return Reading(states_BTMS, mask_BT.bool(), tuple(prompts), batch.encodings, (0,) * len(prompts), unseen)  # type: ignore[arg-type]
+        return HiddenStates(states_BTMS, mask_BT.bool(), tuple(prompts), batch.encodings, (0,) * len(prompts), unseen)  # type: ignore[arg-type]
 
     def _tokenized(self, leads: list[str], prompts: list[str]) -> BatchEncoding:
         """Each prompt behind what leads it, padded at its end."""

@@ -33,7 +33,7 @@ from transformers.utils.import_utils import is_timm_available
 from mos_cli.errors import InputError, ModelError
 from mos_cli.quantization.method import Method
 from mos_cli.towers.autoencoder import to_image
-from mos_cli.towers.understanding import SAFELY, Picture, Reading, Sight, UnderstandingTower
+from mos_cli.towers.understanding import SAFELY, HiddenStates, ImageInput, ImageSpan, UnderstandingTower
 
 LANGUAGE = {r"^(model\.)?language_model\.(model\.)?": ""}
 """From the names of the language part's weights in a checkpoint to those it has on its own."""
@@ -60,14 +60,14 @@ def load_understanding(
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder} is not an understanding tower that can be read: {error}") from None
     if config.model_type in MARKS:
-        return SeeingTower(folder, dtype=dtype, device=device, quant=quant)
+        return VisionLanguageTower(folder, dtype=dtype, device=device, quant=quant)
     if hasattr(config, "vision_config"):
         known = ", ".join(MARKS)
         raise ModelError(f"{folder} holds a {config.model_type}: of models that see, only {known} can be read")
     return UnderstandingTower(folder, dtype=dtype, device=device, quant=quant)
 
 
-class SeeingTower(UnderstandingTower):
+class VisionLanguageTower(UnderstandingTower):
     """The language part of a vision-language model; its vision part joins it when the first picture is shown."""
 
     def _load(self, dtype: torch.dtype) -> PreTrainedModel:
@@ -79,7 +79,7 @@ class SeeingTower(UnderstandingTower):
         return "_whole" in vars(self)
 
     @torch.no_grad()
-    def read(self, prompts: list[str], pictures: Sequence[Sequence[Picture]] = ()) -> Reading:
+    def encode(self, prompts: list[str], pictures: Sequence[Sequence[ImageInput]] = ()) -> HiddenStates:
         """Reads prompts, each in sight of its pictures, in one pass; a prompt's states do not depend on the others.
 
         Args:
@@ -91,7 +91,7 @@ class SeeingTower(UnderstandingTower):
             ModelError: the vision part cannot be loaded.
         """
         if not any(pictures):
-            return super().read(prompts)
+            return super().encode(prompts)
         seen, grids = self._look([_pillow(picture) for picture in chain.from_iterable(pictures)])
         remaining = iter(grids)
         shown = [[next(remaining) for _ in of_prompt] for of_prompt in pictures]
@@ -99,12 +99,12 @@ class SeeingTower(UnderstandingTower):
         batch = self._tokenized(leads, prompts)
         ids_BT, mask_BT = (batch[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
         is_image_BT = ids_BT == self.config.image_token_id
-        sights = tuple(self._sights(*each) for each in zip(is_image_BT, shown, strict=True))
+        image_spans = tuple(self._sights(*each) for each in zip(is_image_BT, shown, strict=True))
         if "image_grid_thw" in seen:
             seen["mm_token_type_ids"] = is_image_BT.int()
         states_BTMS = self._states(lambda: self._whole(input_ids=ids_BT, attention_mask=mask_BT, **seen))
         lengths = tuple(len(lead) for lead in leads)
-        return Reading(states_BTMS, mask_BT.bool(), tuple(prompts), batch.encodings, lengths, sights)  # type: ignore[arg-type]
+        return HiddenStates(states_BTMS, mask_BT.bool(), tuple(prompts), batch.encodings, lengths, image_spans)  # type: ignore[arg-type]
 
     def _look(self, pictures: list[Image.Image]) -> tuple[dict[str, Any], list[Grid]]:
         """What the vision part makes of pictures, as the whole model takes it in, and the grid of each."""
@@ -131,14 +131,14 @@ class SeeingTower(UnderstandingTower):
         image = self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
         return "".join(opening + image * (rows * columns) + closing for rows, columns in grids)
 
-    def _sights(self, is_image_T: Tensor, grids: list[Grid]) -> tuple[Sight, ...]:
+    def _sights(self, is_image_T: Tensor, grids: list[Grid]) -> tuple[ImageSpan, ...]:
         """Where the pictures of a prompt are among its tokens."""
         sizes = [rows * columns for rows, columns in grids]
         places = is_image_T.nonzero().flatten().tolist()
         if len(places) != sum(sizes):
             name = self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
             raise InputError(f"the prompt holds {name}, which stands for a picture: leave it out")
-        return tuple(Sight(places[sum(sizes[:number])], *grid) for number, grid in enumerate(grids))
+        return tuple(ImageSpan(places[sum(sizes[:number])], *grid) for number, grid in enumerate(grids))
 
     @cached_property
     def _whole(self) -> Any:
@@ -196,5 +196,5 @@ def _loaded(kind: Any, folder: Path, config: PreTrainedConfig, dtype: torch.dtyp
     return model
 
 
-def _pillow(picture: Picture) -> Image.Image:
+def _pillow(picture: ImageInput) -> Image.Image:
     return picture if isinstance(picture, Image.Image) else to_image(picture[None])

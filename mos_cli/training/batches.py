@@ -23,10 +23,10 @@ from mos_cli.errors import InputError, MosError, UsageError
 from mos_cli.sampling.flow import logit_normal, noised
 from mos_cli.towers.autoencoder import Autoencoder
 from mos_cli.towers.bank import Grid
-from mos_cli.towers.image_encoder import Eyes
-from mos_cli.towers.understanding import Picture, Reading, UnderstandingTower
+from mos_cli.towers.image_encoder import ImageEncoder
+from mos_cli.towers.understanding import HiddenStates, ImageInput, UnderstandingTower
 from mos_cli.training.recipe import TrainTable
-from mos_cli.training.stages import Course
+from mos_cli.training.stages import Curriculum
 
 
 @dataclass(frozen=True)
@@ -91,18 +91,18 @@ class Picked:
 class Picks:
     """The device-free half of making batches, with a `Pick` for every kind of step."""
 
-    course: Course
+    curriculum: Curriculum
     train: TrainTable
     picks: dict[Kind, Pick]
     share: Share = Share()
 
     def __len__(self) -> int:
-        return self.course.steps
+        return self.curriculum.steps
 
     def __getitem__(self, step: int) -> "Picked | MosError":
         """An error is handed over, not raised: a worker process would bury it under its own traceback."""
-        stage = self.course.stage_at(step)
-        pick = self.picks[kind_of(self.course, self.train.seed, step)]
+        stage = self.curriculum.stage_at(step)
+        pick = self.picks[kind_of(self.curriculum, self.train.seed, step)]
         part, pictures, captions = self.share.of(stage.batch), [], []
         try:
             for index in range(part.start, part.stop):
@@ -129,21 +129,21 @@ class Batches:
 
     def __init__(
         self,
-        course: Course,
+        curriculum: Curriculum,
         train: TrainTable,
         sources: dict[Kind, Source],
         understanding: UnderstandingTower,
         autoencoder: Autoencoder,
         device: torch.device,
         share: Share = Share(),
-        eyes: Eyes | None = None,
+        eyes: ImageEncoder | None = None,
     ) -> None:
-        for stage in course.stages:
+        for stage in curriculum.stages:
             if stage.batch % share.processes:
                 raise UsageError(f"a batch of {stage.batch} cannot be shared by {share.processes} processes")
-        self.course, self.train, self.sources, self.share = course, train, sources, share
+        self.curriculum, self.train, self.sources, self.share = curriculum, train, sources, share
         self.understanding, self.autoencoder, self.eyes, self.device = understanding, autoencoder, eyes, device
-        self.picks = Picks(course, train, {kind: source.pick for kind, source in sources.items()}, share)
+        self.picks = Picks(curriculum, train, {kind: source.pick for kind, source in sources.items()}, share)
 
     def make(self, step: int) -> Batch:
         """The batch of one step, from a random stream of that step's own: resuming needs no state.
@@ -163,7 +163,7 @@ class Batches:
         workers = _workers(self.device)
         picked = DataLoader(
             self.picks,  # type: ignore[arg-type]
-            sampler=range(first, self.course.steps),
+            sampler=range(first, self.curriculum.steps),
             batch_size=None,
             num_workers=workers,
             collate_fn=_as_it_is,
@@ -187,8 +187,8 @@ class Batches:
     def _finish(self, picked: Picked | MosError) -> Batch:
         if isinstance(picked, MosError):
             raise picked
-        stage = self.course.stage_at(picked.step)
-        source = self.sources[kind_of(self.course, self.train.seed, picked.step)]
+        stage = self.curriculum.stage_at(picked.step)
+        source = self.sources[kind_of(self.curriculum, self.train.seed, picked.step)]
         part = self.share.of(stage.batch)
         random = Random(f"{self.train.seed}/{picked.step}")
         times, noise = torch.Generator(), torch.Generator(self.device)
@@ -204,7 +204,7 @@ class Batches:
         before = source.draw_before(picked.pictures, stage.canvas)
         references = self.autoencoder.encode(before)
         if self.eyes is not None:
-            return Batch(z0, noisy, t, *self._read(picked.captions), references, self.eyes.see(before))
+            return Batch(z0, noisy, t, *self._read(picked.captions), references, self.eyes.encode_images(before))
         states, mask, grid = self._read_in_sight(picked.captions, before)
         return Batch(z0, noisy, t, states, mask, references, grid=grid)
 
@@ -214,7 +214,7 @@ class Batches:
         The image tokens, as many and in the same place for all, come behind the words, which are padded.
         """
         reading = self._checked(captions, [[picture] for picture in before_B3HW])
-        (sight,) = reading.sights[0]
+        (sight,) = reading.image_spans[0]
         seen = slice(sight.first, sight.first + sight.rows * sight.columns)
 
         def words_first(part: Tensor) -> Tensor:
@@ -232,14 +232,14 @@ class Batches:
         """Words [B, T, ...] with room for as many as the recipe says."""
         return F.pad(words, (0, 0) * (words.ndim - 2) + (0, self.train.context_tokens - words.shape[1]))
 
-    def _checked(self, captions: list[str], pictures: Sequence[Sequence[Picture]] = ()) -> Reading:
+    def _checked(self, captions: list[str], pictures: Sequence[Sequence[ImageInput]] = ()) -> HiddenStates:
         """Raises UsageError if a caption does not fit into `context_tokens`, or is longer than the tower reads."""
         try:
-            reading = self.understanding.read(captions, pictures)
+            reading = self.understanding.encode(captions, pictures)
         except InputError:
             reading = None
         if reading is not None:
-            seen = sum(sight.rows * sight.columns for sight in reading.sights[0])
+            seen = sum(sight.rows * sight.columns for sight in reading.image_spans[0])
             if reading.mask_BT.shape[1] - seen <= self.train.context_tokens:
                 return reading
         tokens = [len(ids) for ids in self.understanding.tokenizer(captions, verbose=False)["input_ids"]]  # type: ignore[index]
@@ -250,9 +250,9 @@ class Batches:
         )
 
 
-def kind_of(course: Course, seed: int, step: int) -> Kind:
+def kind_of(curriculum: Curriculum, seed: int, step: int) -> Kind:
     """What a step learns from. All of it is of one kind, which keeps its shapes static."""
-    stage = course.stage_at(step)
+    stage = curriculum.stage_at(step)
     return stage.name, Random(f"{seed}/{step}/edits").random() < stage.edits
 
 

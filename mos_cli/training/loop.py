@@ -26,7 +26,7 @@ from mos_cli.training.metrics import Journal, Metrics
 from mos_cli.training.objective import Objective
 from mos_cli.training.optimiser import build_optimisers, set_rates, start_states
 from mos_cli.training.recipe import TrainRecipe
-from mos_cli.training.stages import course
+from mos_cli.training.stages import curriculum
 from mos_cli.training.start import start_tower
 from mos_cli.utils.files import atomic_write, make_folder
 
@@ -48,7 +48,7 @@ class Trainer:
 
     def __init__(self, recipe: TrainRecipe, batches: Batches, folder: Path, accelerator: Accelerator) -> None:
         self.recipe, self.batches, self.folder, self.accelerator = recipe, batches, folder, accelerator
-        self.course, self.device = course(recipe), accelerator.device
+        self.curriculum, self.device = curriculum(recipe), accelerator.device
         self._keep_recipe()
         torch.manual_seed(recipe.train.seed)
         self.tower = start_tower(recipe)
@@ -59,7 +59,7 @@ class Trainer:
         start_states(self._bare_optimisers())
         if accelerator.is_fsdp2:
             for block in self.tower.blocks:
-                register_fsdp_forward_method(block, "remember")
+                register_fsdp_forward_method(block, "cache_reference")
         self.ema = PowerEMA(self._parameters())
         self.step = 0
         if found := checkpoint.newest(folder):
@@ -74,7 +74,7 @@ class Trainer:
                 the run is saved and ends.
             sample: called every `sample_every` steps and after the last.
         """
-        train, steps, pending = self.recipe.train, self.course.steps, []
+        train, steps, pending = self.recipe.train, self.curriculum.steps, []
         batches = self.batches.stream(self.step)
         batch = next(batches, None)
         started = time.perf_counter()
@@ -99,7 +99,7 @@ class Trainer:
         """One step; returns its loss, gradient norm and layer use [2 + J * M], on the device: nobody waits for it."""
         # The routes explored depend on the step alone, so that a resumed run equals one never stopped.
         torch.manual_seed(Random(f"{self.recipe.train.seed}/{self.step}/{self.batches.share.rank}").getrandbits(63))
-        set_rates(self.optimisers, self.course, self.step)
+        set_rates(self.optimisers, self.curriculum, self.step)
         loss, use_JM = self.network(batch)
         self.accelerator.backward(loss)
         norm: Any = self.accelerator.clip_grad_norm_(self.network.parameters(), self.recipe.train.clip)
@@ -161,7 +161,7 @@ class Trainer:
         """Brings the numbers of several steps to the journal and to `log`; whether a process was interrupted."""
         layers, interrupted = self.tower.states_shape[0], False
         rows = self.accelerator.reduce(torch.stack(pending), "mean").cpu()  # type: ignore[union-attr]
-        stages = [self.course.stage_at(self.step - 1 - back) for back in range(len(pending))]
+        stages = [self.curriculum.stage_at(self.step - 1 - back) for back in range(len(pending))]
         speed = sum(stage.batch for stage in stages) / seconds
         lines = []
         for step, row in enumerate(rows, start=self.step - len(pending) + 1):

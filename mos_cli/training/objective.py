@@ -66,13 +66,13 @@ class Objective(nn.Module):
         sight_BVMZ: Tensor | None,
         grid: Grid,
     ) -> tuple[Tensor, Tensor]:
-        bank, importance = self.tower.read(states_BTMS, mask_BT), 1.0
+        bank, importance = self.tower.project_states(states_BTMS, mask_BT), 1.0
         if references_BCHW is not None:
-            references = self.tower.remember([references_BCHW], [grid])
+            references = self.tower.cache_references([references_BCHW], [grid])
             if sight_BVMZ is None:
                 bank = replace(bank, references=references)
             else:
-                bank = self.tower.look(bank, sight_BVMZ, references)
+                bank = self.tower.add_image_tokens(bank, sight_BVMZ, references)
             assert isinstance(bank.padding, Tensor)
             mask_BT, importance = bank.padding, importance_of_change(z0_BCHW, references_BCHW)
         x_hat, route = self.tower(z_BCHW, t_B, bank, epsilon=self.epsilon)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from mos_cli.training.stages import Course
+from mos_cli.training.stages import Curriculum
 
 
 def build_optimisers(tower: nn.Module) -> list[torch.optim.Optimizer]:
@@ -30,9 +30,9 @@ def start_states(optimisers: list[torch.optim.Optimizer]) -> None:
                 optimiser.state[parameter] = {"step": torch.tensor(0.0), **moments}
 
 
-def set_rates(optimisers: list[torch.optim.Optimizer], course: Course, step: int) -> None:
+def set_rates(optimisers: list[torch.optim.Optimizer], curriculum: Curriculum, step: int) -> None:
     """Gives the optimisers of `build_optimisers` the learning rates of a step: a function of it, so without state."""
-    stage, rate = course.stage_at(step), course.rate(step)
+    stage, rate = curriculum.stage_at(step), curriculum.rate(step)
     for optimiser, full in zip(optimisers, (stage.muon_lr, stage.adamw_lr), strict=True):
         for group in optimiser.param_groups:
             group["lr"] = rate * full

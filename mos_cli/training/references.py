@@ -9,7 +9,7 @@ from mos_cli.bundles.sources import fetch_tower, hub_snapshot
 from mos_cli.bundles.specs import TOWER_SUFFIXES, HubSource, TowerSpec
 from mos_cli.towers.autoencoder import Autoencoder, Pixels, load_autoencoder
 from mos_cli.towers.efficientnet import features_spec, read_weights
-from mos_cli.towers.image_encoder import Eyes
+from mos_cli.towers.image_encoder import ImageEncoder
 from mos_cli.utils.files import sha256_of
 from mos_cli.utils.folders import models_folder
 
@@ -50,9 +50,9 @@ def find_autoencoder(reference: str | None, device: torch.device) -> Autoencoder
     return load_autoencoder(folder, dtype=torch.float32, device=str(device))
 
 
-def find_eyes(layers: int, device: torch.device, dtype: torch.dtype) -> Eyes:
+def find_image_encoder(layers: int, device: torch.device, dtype: torch.dtype) -> ImageEncoder:
     """EfficientNet-Lite0 as eyes with `layers` states for a token; raises ModelError if it cannot be had."""
-    eyes = Eyes(layers=layers)
+    eyes = ImageEncoder(layers=layers)
     weights, names = read_weights(fetch_tower(features_spec())), eyes.trunk.state_dict().keys()
     eyes.trunk.load_state_dict({name: value for name, value in weights.items() if name in names})
     return eyes.to(device, dtype)  # type: ignore[arg-type, return-value]

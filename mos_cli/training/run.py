@@ -24,14 +24,14 @@ from mos_cli.datasets.scenes.writer import SceneWriter
 from mos_cli.datasets.tables import CaptionedTable, DataTable
 from mos_cli.errors import InputError, UsageError
 from mos_cli.towers.autoencoder import Pixels
-from mos_cli.towers.vision_language import SeeingTower, load_understanding
+from mos_cli.towers.vision_language import VisionLanguageTower, load_understanding
 from mos_cli.training.batches import Batches, Draw, Kind, Share, Source
 from mos_cli.training.launch import start_accelerator
 from mos_cli.training.loop import Metrics, Trainer
 from mos_cli.training.recipe import TrainRecipe
-from mos_cli.training.references import find_autoencoder, find_eyes, find_understanding
+from mos_cli.training.references import find_autoencoder, find_image_encoder, find_understanding
 from mos_cli.training.samples import draw_samples
-from mos_cli.training.stages import course
+from mos_cli.training.stages import curriculum
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def prepare(recipe: TrainRecipe, art: Path, folder: Path) -> Trainer:
         ModelError: the understanding tower or the autoencoder cannot be had.
         UsageError: the recipe cannot be run here.
     """
-    plan = course(recipe)
+    plan = curriculum(recipe)
     accelerator = start_accelerator(recipe.train, folder, parts_rest=recipe.bundle.edits is not None)
     device = accelerator.device
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
@@ -71,11 +71,11 @@ def prepare(recipe: TrainRecipe, art: Path, folder: Path) -> Trainer:
         _, tower = find_understanding(recipe.understanding)
         autoencoder = find_autoencoder(recipe.autoencoder, device)
         understanding = load_understanding(tower, dtype=dtype, device=str(device))
-        eyes = None if recipe.eyes is None else find_eyes(understanding.layers, device, dtype)
+        eyes = None if recipe.eyes is None else find_image_encoder(understanding.layers, device, dtype)
     seen = () if eyes is None else eyes.widths
     if tuple(recipe.generation.get("sight_widths", ())) != seen:
         raise UsageError(f"[generation] sight_widths must be {list(seen)}, the widths of what the recipe's eyes see")
-    if recipe.generation.get("sees") and not isinstance(understanding, SeeingTower):
+    if recipe.generation.get("sees") and not isinstance(understanding, VisionLanguageTower):
         raise UsageError(
             f"[generation] sees = true needs a tower that sees pictures: {recipe.understanding} only reads"
         )

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from mos_cli.images.outputs import png
 from mos_cli.images.sheets import contact_sheet
-from mos_cli.inference.edit_canvas import Laid
+from mos_cli.inference.edit_canvas import EditConditioning
 from mos_cli.inference.pipeline import encode_branches, generate_latents
-from mos_cli.inference.prompt_encoding import Reader
-from mos_cli.sampling.sampler import Guidance, Origin, make_sigmas
+from mos_cli.inference.prompt_encoding import PromptEncoder
+from mos_cli.sampling.sampler import Guidance, InitialLatent, make_sigmas
 from mos_cli.towers.autoencoder import to_image
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.training.loop import Trainer
@@ -53,7 +53,7 @@ def _prompts(trainer: Trainer, tower: GenerationTower) -> list[tuple[Image.Image
 
 def _pick_edits(trainer: Trainer) -> list[tuple[Tensor, str]]:
     """Pictures to be edited and instructions, the same at every step."""
-    stage, picked = trainer.course.stage_at(trainer.step - 1), []
+    stage, picked = trainer.curriculum.stage_at(trainer.step - 1), []
     for index in range(EDITS if stage.edits else 0):
         source = trainer.batches.sources[stage.name, True]
         assert source.draw_before is not None
@@ -71,17 +71,21 @@ def _edits(trainer: Trainer, tower: GenerationTower, edits: list[tuple[Tensor, s
 
 def _draw(trainer: Trainer, tower: GenerationTower, prompt: str, before: Tensor | None, seed: int) -> Image.Image:
     batches, bundle, autoencoder = trainer.batches, trainer.recipe.bundle, trainer.batches.autoencoder
-    reader = Reader(batches.understanding, batches.eyes, tower, bundle.name)
-    side = trainer.course.stage_at(trainer.step - 1).canvas
+    prompt_encoder = PromptEncoder(batches.understanding, batches.eyes, tower, bundle.name)
+    side = trainer.curriculum.stage_at(trainer.step - 1).canvas
     if before is None or bundle.edits is None:
-        defaults, guidance, laid = bundle.defaults, Guidance(bundle.defaults.cfg, bundle.defaults.cfg_interval), None
+        defaults, guidance, conditioning = (
+            bundle.defaults,
+            Guidance(bundle.defaults.cfg, bundle.defaults.cfg_interval),
+            None,
+        )
     else:
         latent, defaults = autoencoder.encode(before), bundle.edits
         guidance = Guidance(defaults.cfg, defaults.cfg_interval, defaults.image_cfg)
-        laid = Laid((before,), (latent,), Origin(latent))
+        conditioning = EditConditioning((before,), (latent,), InitialLatent(latent))
     z = generate_latents(
         tower,
-        encode_branches(reader, prompt, "", guidance, laid),
+        encode_branches(prompt_encoder, prompt, "", guidance, conditioning),
         autoencoder,
         trainer.device,
         size=(side, side),

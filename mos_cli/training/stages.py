@@ -27,7 +27,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Course:
+class Curriculum:
     """All stages of a run in their order."""
 
     stages: tuple[Stage, ...]
@@ -48,7 +48,7 @@ class Course:
         return max(0.0, min(1.0, (step + 1) / max(1, self.warmup), left))
 
 
-def course(recipe: TrainRecipe) -> Course:
+def curriculum(recipe: TrainRecipe) -> Curriculum:
     """The recipe's stages; without [[stages]] the [train] table is the only one, at the bundle's own size."""
     train, stages, first = recipe.train, [], 0
     if train.steps is not None:
@@ -56,7 +56,7 @@ def course(recipe: TrainRecipe) -> Course:
         whole = Stage(
             "train", 0, train.steps, native, train.batch, train.muon_lr, train.adamw_lr, train.time_mean, recipe.data
         )
-        return Course((whole,), train.warmup, train.decay)
+        return Curriculum((whole,), train.warmup, train.decay)
     for table in recipe.stages:
         stage = Stage(
             name=table.name,
@@ -71,4 +71,4 @@ def course(recipe: TrainRecipe) -> Course:
         )
         stages.append(stage)
         first += table.steps
-    return Course(tuple(stages), train.warmup, train.decay)
+    return Curriculum(tuple(stages), train.warmup, train.decay)
