@@ -70,12 +70,12 @@ def moves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is away has other values: a picture that used any of it would change."""
-    leave, onload = Part.leave, Part.onload
+    offload, onload = Part.offload, Part.onload
     taken: dict[Part, list[tuple[torch.Tensor, Callable[[torch.Tensor], None]]]] = {}
 
     def gone(part: Part) -> None:
         if part.here:
-            leave(part)
+            offload(part)
             # Norms that come for a glimpse stay in other hands, which know of no poison.
             briefly_onloaded = isinstance(part.owners[0], torch.nn.RMSNorm)
             taken[part] = [] if briefly_onloaded else list(_held(part.owners))

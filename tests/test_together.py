@@ -17,7 +17,7 @@ from mos_cli.bundles.bundle import Bundle
 from mos_cli.images.outputs import read_drawing
 from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.trace import RecordOptions
-from mos_cli.sampling.branches import Branches, Steered
+from mos_cli.sampling.branches import Branches, SteeringInput
 from mos_cli.sampling.sampler import Step
 from mos_cli.towers.bank import StateBank
 from mos_cli.towers.generation import GenerationTower
@@ -50,7 +50,7 @@ def banks(tower: GenerationTower) -> dict[str, StateBank]:
 
 @torch.no_grad()
 def step(
-    tower: GenerationTower, together: bool, record_options: RecordOptions = RecordOptions(), **steerings: Steered
+    tower: GenerationTower, together: bool, record_options: RecordOptions = RecordOptions(), **steerings: SteeringInput
 ) -> tuple[Step, Recorder]:
     """One step, as the sampler takes it, and what was recorded of it."""
     z, recorder = inputs(1)[0], Recorder(record_options)
@@ -63,7 +63,7 @@ def step(
 
 
 def same(
-    tower: GenerationTower, record_options: RecordOptions = RecordOptions(), **steerings: Steered
+    tower: GenerationTower, record_options: RecordOptions = RecordOptions(), **steerings: SteeringInput
 ) -> tuple[Recorder, Recorder]:
     (one, recorded), (other, expected) = (
         step(tower, together, record_options, **steerings) for together in (True, False)
