@@ -132,7 +132,7 @@ def test_out_of_memory_names_the_setting_that_should_fit(
 
 
 @pytest.mark.parametrize(
-    "moment", ["mos_cli.inference.loading.load_generation", "mos_cli.towers.generation.GenerationTower.read"]
+    "moment", ["mos_cli.inference.loading.load_generation", "mos_cli.towers.generation.GenerationTower.project_states"]
 )
 def test_memory_that_runs_out_at_another_moment_is_told_too(
     mos, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str

@@ -142,9 +142,9 @@ def test_all_prompts_are_read_before_the_first_step_and_nothing_comes_twice(
 ) -> None:
     pipeline = loaded(bundle, "understanding")
     recipes = [asked(bundle, prompt) for prompt in ("a red apple", "a dog", "a cat", "an apple", "a red cat", "green")]
-    read = pipeline.understanding.read
+    read = pipeline.understanding.encode
     events: list[str] = []
-    monkeypatch.setattr(pipeline.understanding, "read", lambda *a: events.append("read") or read(*a))
+    monkeypatch.setattr(pipeline.understanding, "encode", lambda *a: events.append("read") or read(*a))
     moves.clear()
     pipeline.encode_ahead(recipes)
     for recipe in recipes:
