@@ -3,11 +3,15 @@
 Every prompt is drawn by every solver with every number of steps, from the same noise; all of them evaluate the network
 once a step. PSNR is that of the picture against the one of `REFERENCE` steps, the mean over prompts.
 
-python benchmarks/solvers.py [--model NAME] [--prompts N] [--steps 6 8 10 12 16 24] [--precision fp32]
+With `--times N` it prints instead how long a picture takes with the default solver and steps, and as mos 0.1.0 drew it
+(Euler, 24 steps): N pairs, one right after the other, prompts read anew for each.
+
+python benchmarks/solvers.py [--model NAME] [--prompts N] [--steps 6 8 10 12 16 24] [--precision fp32] [--times N]
 """
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,7 +39,7 @@ from mos_cli.utils.quiet import quieten
 from mos_cli.utils.validation import DEFAULT_SOLVER, Solver
 
 PROMPTS = Path(__file__).parent.parent / "docs" / "prompts.txt"
-REFERENCE = 200
+REFERENCE, BEFORE_STEPS = 200, 24
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
 SCHEDULERS: dict[str, Callable[[], Any]] = {
     "DPM-Solver++ (2M)": partial(DPMSolverMultistepScheduler, algorithm_type="dpmsolver++", solver_order=2, **FLOW),
@@ -95,12 +99,36 @@ class Bench:
         return to_image(pipeline.autoencoder.decode(z))
 
 
+def compare_times(bench: Bench, prompts: list[str], pairs: int) -> None:
+    """Prints the seconds of pictures drawn as now and as before, and the median ratio of the pairs."""
+    ways: dict[str, tuple[int, Solver]] = {
+        "now": (bench.bundle.index.defaults.steps, DEFAULT_SOLVER),
+        "before": (BEFORE_STEPS, "euler"),
+    }
+    took: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(pairs + 1):
+        for name in ways if number % 2 else reversed(ways):
+            bench.pipeline.prompt_encoder.forget()
+            started = time.perf_counter()
+            bench.draw(prompts[number % len(prompts)], number, *ways[name])
+            took[name].append(time.perf_counter() - started)
+    # The first pair is the warm-up.
+    now, before = (seconds[1:] for seconds in took.values())
+    print(f"\n| {pairs} pairs, seconds a picture | least | median |\n| --- | ---: | ---: |")
+    for name, seconds in (("now", now), ("before", before)):
+        steps, solver = ways[name]
+        print(f"| {solver}, {steps} steps | {min(seconds):.3f} | {statistics.median(seconds):.3f} |")
+    ratios = [a / b for a, b in zip(now, before, strict=True)]
+    print(f"\nnow / before: {statistics.median(ratios):.3f}, the median of pairs")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model")
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--steps", type=int, nargs="+", default=[6, 8, 10, 12, 16, 24])
     parser.add_argument("--precision", choices=["bf16", "fp32"])
+    parser.add_argument("--times", type=int, help="Time so many pairs of pictures instead.")
     asked = parser.parse_args()
     quieten()
     bench = Bench(asked.model, asked.precision)
@@ -111,6 +139,11 @@ def main() -> None:
     for name, make in SCHEDULERS.items():
         draws[name] = lambda prompt, seed, count, make=make: bench.draw_with(make(), prompt, seed, count)
     lines = PROMPTS.read_text().splitlines()
+    if asked.times is not None:
+        threads = torch.get_num_threads()
+        print(f"{bench.bundle.ref}, {bench.precision}, {device_name(bench.device)}, {threads} threads")
+        compare_times(bench, lines, asked.times)
+        return
     prompts = lines[:: max(1, len(lines) // asked.prompts)][: asked.prompts]
     found: dict[tuple[str, int], list[float]] = {(name, count): [] for name in draws for count in asked.steps}
     for seed, prompt in enumerate(prompts):

@@ -9,7 +9,7 @@ from mos_cli.cli import console
 from mos_cli.cli.fetching import size_text
 
 if TYPE_CHECKING:
-    from mos_cli.towers.quantized import Report
+    from mos_cli.towers.quantized import QuantizationReport
 
 
 def quantize(
@@ -32,7 +32,7 @@ def quantize(
     quieten()
     from mos_cli.towers.quantized import quantise_generation
 
-    reports: list[Report] = []
+    reports: list[QuantizationReport] = []
 
     def write_tower(source: Path, folder: Path) -> None:
         try:

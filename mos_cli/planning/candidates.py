@@ -14,10 +14,10 @@ from mos_cli.planning.memory import (
     GIB,
     RESERVE,
     TILE,
+    MemoryStage,
     Offload,
     Quant,
     Setting,
-    Stage,
     context_tokens,
     host_bytes,
     patches_of,
@@ -53,7 +53,7 @@ class Candidate:
 
     setting: Setting
     quant: str
-    stages: tuple[Stage, ...]
+    stages: tuple[MemoryStage, ...]
     host: int
     seconds: dict[str, float]
 
@@ -154,7 +154,7 @@ def _fitting(found: list[Candidate], room: float) -> list[Candidate]:
     return fitting
 
 
-def _worst(candidate: Candidate) -> Stage:
+def _worst(candidate: Candidate) -> MemoryStage:
     return max(candidate.stages, key=lambda stage: stage.peak)
 
 

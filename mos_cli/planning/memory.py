@@ -51,7 +51,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Stage:
+class MemoryStage:
     """What is on the device at the peak of a stage, by name."""
 
     name: str
@@ -110,7 +110,7 @@ def context_tokens(network: Network, size: tuple[int, int]) -> int:
     return TOKENS + network.references * (tower.image_tokens(size) if network.generation.sees else IMAGE_TOKENS)
 
 
-def stages(network: Network, setting: Setting, size: tuple[int, int]) -> tuple[Stage, ...]:
+def stages(network: Network, setting: Setting, size: tuple[int, int]) -> tuple[MemoryStage, ...]:
     """The peaks of the four stages at a size in pixels, width and height.
 
     Raises:
@@ -130,11 +130,11 @@ def stages(network: Network, setting: Setting, size: tuple[int, int]) -> tuple[S
     # The branches are laid side by side in a bank of their own.
     joined = _bank_of(network, rows * tokens) if rows > 1 else 0
     return (
-        Stage(
+        MemoryStage(
             "read",
             {**reader, **beside, "hidden states": states, "activations": _reading(network, setting, tokens)},
         ),
-        Stage(
+        MemoryStage(
             "bank",
             {
                 **kept,
@@ -145,7 +145,7 @@ def stages(network: Network, setting: Setting, size: tuple[int, int]) -> tuple[S
                 "activations": _projecting(network, tokens),
             },
         ),
-        Stage(
+        MemoryStage(
             "draw",
             {
                 **kept,
@@ -157,7 +157,7 @@ def stages(network: Network, setting: Setting, size: tuple[int, int]) -> tuple[S
                 "activations": drawing_activations(network, setting.generation, tokens, patches, rows),
             },
         ),
-        Stage(
+        MemoryStage(
             "decode",
             {
                 **kept,

@@ -27,7 +27,7 @@ class WordMap:
 
 
 @dataclass(frozen=True)
-class Origin:
+class PatchSource:
     """What a patch had from a word.
 
     attention: the share of the patch's attention that went to the word, mean over blocks.
@@ -60,7 +60,7 @@ def word_maps(section: Section, words: Sequence[Word], layers: int = 2) -> tuple
     return tuple(maps)
 
 
-def patch_origins(section: Section, patch: tuple[int, int]) -> tuple[Origin, ...]:
+def patch_origins(section: Section, patch: tuple[int, int]) -> tuple[PatchSource, ...]:
     """What the patch at (row, column) had from each word, the most first; then what it had from special tokens.
 
     Raises:
@@ -84,7 +84,7 @@ def patch_origins(section: Section, patch: tuple[int, int]) -> tuple[Origin, ...
         through_M = np.einsum("jt,jtm->m", attention_JT[:, tokens], use_JTM[:, tokens])
         layer = int(through_M.argmax())
         origins.append(
-            Origin(
+            PatchSource(
                 word,
                 attention=total / len(attention_JT),
                 of_words=None if word.special else total / worded if worded else 0.0,

@@ -63,7 +63,7 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class Report:
+class QuantizationReport:
     """What becomes of a network's linear layers, `kept` with the reason why, and the bytes of all its weights."""
 
     quantised: tuple[str, ...]
@@ -72,7 +72,7 @@ class Report:
     bytes_after: int
 
 
-def survey(model: nn.Module, quantisation: Quantisation, dtype: torch.dtype = COMPUTE) -> Report:
+def survey(model: nn.Module, quantisation: Quantisation, dtype: torch.dtype = COMPUTE) -> QuantizationReport:
     """What `quantisation` makes of a network; it may be on the meta device, so this needs no weights.
 
     Layers whose sizes bitsandbytes cannot do on every CPU stay, too: it takes multiples of 64 going in, 32 coming out.
@@ -95,10 +95,10 @@ def survey(model: nn.Module, quantisation: Quantisation, dtype: torch.dtype = CO
             saved += layer.weight.numel() * dtype.itemsize - taken
     tensors = model.state_dict().values()
     before = sum(t.numel() * (dtype if t.is_floating_point() else t.dtype).itemsize for t in tensors)
-    return Report(tuple(quantised), kept, before, before - saved)
+    return QuantizationReport(tuple(quantised), kept, before, before - saved)
 
 
-def quantise(model: nn.Module, quantisation: Quantisation) -> Report:
+def quantise(model: nn.Module, quantisation: Quantisation) -> QuantizationReport:
     """Quantises a network in place, on the device where it is.
 
     Raises ModelError if none of its layers can be quantised.
@@ -204,7 +204,7 @@ def save_quantised(tower: GenerationTower, quantisation: Quantisation, folder: P
     shutil.copymode(folder / tower.config_name, folder / WEIGHTS)
 
 
-def quantise_generation(source: Path, folder: Path, method: Method) -> Report:
+def quantise_generation(source: Path, folder: Path, method: Method) -> QuantizationReport:
     """Writes the generation tower in `source`, quantised, to `folder`; raises as `load_generation` does."""
     quantisation = Quantisation(method=method, kept=GENERATION_KEPT)
     report = survey(empty_generation(source), quantisation)
@@ -231,7 +231,7 @@ def understanding_config(folder: Path, method: Method) -> "BitsAndBytesConfig":
     )
 
 
-def _report_of_some(model: nn.Module, quantisation: Quantisation) -> Report:
+def _report_of_some(model: nn.Module, quantisation: Quantisation) -> QuantizationReport:
     report = survey(model, quantisation)
     if not report.quantised:
         raise ModelError(

@@ -33,6 +33,7 @@ from transformers.utils.import_utils import is_timm_available
 from mos_cli.errors import InputError, ModelError
 from mos_cli.quantization.method import Method
 from mos_cli.towers.autoencoder import to_image
+from mos_cli.towers.bank import Grid
 from mos_cli.towers.understanding import SAFELY, HiddenStates, ImageInput, ImageSpan, UnderstandingTower
 
 LANGUAGE = {r"^(model\.)?language_model\.(model\.)?": ""}
@@ -43,8 +44,6 @@ MARKS = {"qwen3_vl": ("<|vision_start|>", "<|vision_end|>"), "internvl": ("<img>
 """The models that are known, and what each has in front of and behind a picture."""
 ONE_TILE = {"crop_to_patches": False}
 """InternVL can also cut a wide picture into squares, seen one by one. Here every picture is one grid of tokens."""
-Grid = tuple[int, int]
-"""Rows and columns of the image tokens of a picture."""
 
 
 def load_understanding(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mos_cli.routing.analysis import DIGITS, Word, dead_layers, strongest_layers, word_layers
-from mos_cli.routing.regions import Origin
+from mos_cli.routing.regions import PatchSource
 from mos_cli.routing.section import Section, layer_use, readers
 
 
@@ -63,7 +63,7 @@ def section_facts(section: Section, asked: Sequence[Word] = ()) -> dict[str, Any
     }
 
 
-def patch_facts(patch: tuple[int, int], origins: Sequence[Origin]) -> dict[str, Any]:
+def patch_facts(patch: tuple[int, int], origins: Sequence[PatchSource]) -> dict[str, Any]:
     """What `PatchView` shows."""
     return {
         "patch": list(patch),

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mos_cli.routing.analysis import Word, dead_layers, strongest_layers, word_layers
-from mos_cli.routing.regions import Origin
+from mos_cli.routing.regions import PatchSource
 from mos_cli.routing.section import Section, layer_use, readers
 from mos_cli.routing.views.tables import (
     CELL,
@@ -169,7 +169,7 @@ class PatchView:
 
     section: Section
     patch: tuple[int, int]
-    origins: Sequence[Origin]
+    origins: Sequence[PatchSource]
     asked: Sequence[Word] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
