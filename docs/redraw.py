@@ -18,6 +18,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from mos_cli.bundles.bundle import find_bundle, write_index
+from mos_cli.config.settings import RunSettings
 from mos_cli.datasets.art.file import data_folder, load_art
 from mos_cli.evaluation.editbench import read_edit_bench
 from mos_cli.evaluation.examine import TrueScenes
@@ -33,13 +35,21 @@ TABLED = {
 EDITS = ("add", "remove", "replace", "move", "resize", "recolour", "style", "background", "swap")
 """Kinds of EditBench of which one is shown."""
 BASELINES = ("last", "uniform", "shuffle:7")
-REPORT = {"width": 1100, "height": 640}
+REPORT = {"width": 1360, "height": 790}
+"""Pixels of the report's page, which is shown smaller."""
 
 
 def run(command: str, folder: Path) -> str:
-    """Runs a command line as a reader would type it; returns what it prints."""
+    """Runs a command line as a reader would type it; returns what it prints, also where it ends in an error."""
     done = subprocess.run(shlex.split(command), cwd=folder, capture_output=True, text=True)
-    return (done.stdout + done.stderr).strip()
+    return "\n".join(line.rstrip() for line in (done.stdout + done.stderr).strip().splitlines())
+
+
+def write_card_hash() -> None:
+    """Hashes the files of the default model anew: its card has the tables."""
+    index = find_bundle(RunSettings().model).index
+    fields = {name: getattr(index, name) for name in ("name", "description", "license", "understanding", "canvas")}
+    write_index(ROOT / "models" / index.name, **fields, defaults=index.defaults, edits=index.edits)
 
 
 def save(image: Image.Image, name: str) -> None:
@@ -70,7 +80,8 @@ def routing_pictures(folder: Path) -> None:
     save(contact_sheet(drawn), "routing-baselines.png")
     run("mos inspect-routing cat.json --html report.html", folder)
     report_picture(folder / "report.html", folder / "report.png")
-    save(Image.open(folder / "report.png"), "routing-report.png")
+    report = Image.open(folder / "report.png")
+    save(report.resize((1100, 1100 * report.height // report.width), Image.Resampling.LANCZOS), "routing-report.png")
 
 
 def report_picture(report: Path, picture: Path) -> None:
@@ -112,12 +123,7 @@ def edited_pictures(folder: Path) -> None:
     pictures = []
     for path, instruction in shown:
         after = path.with_name(f"{path.stem}-edited.png")
-        print(
-            run(
-                shlex.join(["mos", "edit", path.name, instruction, "-s", "1", "--trace", "off", "-o", after.name]),
-                folder,
-            )
-        )
+        run(f"mos edit {path.name} {shlex.quote(instruction)} -s 1 --trace off -o {after.name}", folder)
         pictures += [(Image.open(path), "before"), (Image.open(after), instruction)]
     save(contact_sheet(pictures), "edits.png")
 
@@ -156,6 +162,7 @@ def main() -> None:
     for kind, folder in zip(("scenes", "edits"), sys.argv[1:], strict=False):
         name = "eval.md" if kind == "scenes" else "edit.md"
         tables(kind, (Path(folder) / name).read_text(encoding="utf-8"))
+    write_card_hash()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prompts = shlex.quote(f"@{DOCS / 'prompts.txt'}")

@@ -70,7 +70,7 @@ def test_memory_at_the_peak_is_seen_even_where_it_is_gone_at_the_end() -> None:
 def test_presets_are_compared_and_one_that_fails_stops_no_other(mos, bundle: Bundle) -> None:
     done = mos("bench", "-m", "tiny", "-p", "fast", "-p", "quality", "-p", "gpu-8gb", "--rounds", 1, "--json")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [(row["preset"], row["steps"]) for row in rows[:2]] == [("fast", 12), ("quality", 48)]
+    assert [(row["preset"], row["steps"]) for row in rows[:2]] == [("fast", 6), ("quality", 24)]
     if not torch.cuda.is_available():
         assert done.exit_code == 7
         assert "CPU" in done.stderr

@@ -175,7 +175,7 @@ def test_settings_rank_flag_environment_preset_config(mos, bundle, tmp_path, mon
     assert steps() == 3
     (tmp_path / "config.toml").write_text("[generate]\nsteps = 5\n")
     assert steps() == 5
-    assert steps("--preset", "fast") == 12
+    assert steps("--preset", "fast") == 6
     monkeypatch.setenv("MOS_STEPS", "7")
     assert steps("--preset", "fast") == 7
     assert steps("--preset", "fast", "--steps", 9) == 9
