@@ -49,7 +49,7 @@ class Drawing:
     trace: Trace
     routes: dict[str, Routes]
     previews: tuple[Image.Image, ...] = ()
-    """What the tower expected the picture to be, step by step, where it was wanted."""
+    """What the tower expected the picture to be, step by step, where it was requested."""
 
 
 def encode_branches(
@@ -180,7 +180,7 @@ class MoSPipeline:
 
         Args:
             inputs: the pictures of an edit, as its recipe describes them; the bundle must be one that edits.
-            wanted: what is recorded beside the routes.
+            record_options: what is recorded beside the routes.
             route_from: the run that the recipe takes choices from.
 
         Raises:

@@ -22,7 +22,7 @@ class Steerer:
     """All rules of a run. Made before its first step, it costs the steps nothing.
 
     Args:
-        readings: what each branch reads. A rule holds in every branch that has its word.
+        encodings: the encoded prompt of each branch. A rule holds in every branch that has its word.
         computed: the steps at which each branch is computed.
         steps, blocks, layers: the run's and the model's; rules may not name others.
         given: the choices of another run, by branch; rules may only narrow them.

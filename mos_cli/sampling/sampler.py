@@ -118,9 +118,9 @@ def sample(
         banks: the state banks of the branches that guidance asks for.
         together: branches are computed together; see `Branches`.
         observers: called after every step, in order; an exception raised by one ends the run.
-        origin: what the picture is drawn over; without it, it comes from noise alone.
+        initial: what the picture is drawn over; without it, it comes from noise alone.
         steer: what rules say; without it the router decides.
-        begin_anew: called before a step that asks for other branches than the one before it.
+        reset_cache: called before a step that asks for other branches than the one before it.
     """
     times = sigmas.tolist()
     z, steps = noise_BCHW, len(times) - 1

@@ -27,9 +27,9 @@ class GenerationBlock(nn.Module):
 
     Args:
         width, heads, hidden: sizes; `hidden` is SwiGLU's inner width.
-        reading: "kv" attends to the context's keys and values beside the patches' own; "tokens" adds it to the context
-            stream of the sequence; "carried" reads none, the sequence holds it already; "cross" reads it in a sublayer
-            of its own, which the timestep does not modulate.
+        context_mode: "kv" attends to the context's keys and values beside the patches' own; "tokens" adds it to the
+            context stream of the sequence; "carried" reads none, the sequence holds it already; "cross" reads it in a
+            sublayer of its own, which the timestep does not modulate.
     """
 
     def __init__(self, width: int, heads: int, hidden: int, context_mode: ContextMode) -> None:
