@@ -79,7 +79,7 @@ def test_a_folder_that_was_moved_is_found_where_it_is_named_or_listed(
     moved = elsewhere.rename(tmp_path / "moved")
     lost = mos("replay", tmp_path / "one.png", "--verify")
     assert lost.exit_code == 4
-    assert f"was made by mine {made[:10]}; is not here: name it with --model FOLDER" in lost.stderr
+    assert f"was made by mine {made[:10]}; that model is not here: name it with --model FOLDER" in lost.stderr
     assert mos("replay", tmp_path / "one.png", "--verify", "-m", moved).stdout.strip() == "exact"
     # It is remembered there now.
     assert mos("replay", tmp_path / "one.png", "--verify").stdout.strip() == "exact"

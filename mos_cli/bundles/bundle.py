@@ -100,7 +100,7 @@ def find_recorded(name: str, bundle_hash: str, subject: str, otherwise: str, mod
             return bundle
     origin = f", which came with mos {FORMER[bundle_hash]}" if bundle_hash in FORMER else ""
     other = named[0] if named else at_name
-    difference = "is not here" if other is None else f"{other.ref} is {other.hash[:10]} here"
+    difference = "that model is not here" if other is None else f"{other.ref} is {other.hash[:10]} here"
     raise ModelError(f"{subject} was made by {name} {bundle_hash[:10]}{origin}; {difference}: {otherwise}")
 
 
