@@ -10,6 +10,7 @@ from conftest import write_bundle
 
 from mos_cli.bundles import blueprints
 from mos_cli.bundles.bundle import Bundle, find_bundle, read_bundle
+from mos_cli.images.outputs import png, read_drawing
 
 PROMPT = "a red apple"
 
@@ -123,3 +124,17 @@ def test_a_chain_over_two_models_in_folders_is_drawn_again(
     assert mos("replay", tmp_path / "two.png", "--verify", *moved[2:]).exit_code == 4
     shown = mos("replay", tmp_path / "two.png", "--verify", *moved)
     assert shown.stdout.strip() == "exact", shown.stderr
+
+
+@pytest.mark.parametrize("forged", ["../../secret", "a\0b", "/etc/hostname", "x" * 5000])
+def test_a_forged_hash_names_no_file(mos, bundle: Bundle, tmp_path: Path, forged: str) -> None:
+    """What lies at such a path is a bundle's folder, which must not be taken."""
+    mos("generate", PROMPT, "-o", tmp_path / "one.png")
+    image, record = read_drawing(tmp_path / "one.png")
+    secret = Path(os.environ["MOS_DATA"]).parent / "secret"
+    secret.write_text(str(bundle.folder))
+    made = record.made.model_copy(update={"bundle_hash": forged})
+    (tmp_path / "forged.png").write_bytes(png(image, record.model_copy(update={"made": made})))
+    refused = mos("replay", tmp_path / "forged.png")
+    assert refused.exit_code == 4
+    assert len(refused.stderr.strip().splitlines()) == 1

@@ -115,6 +115,9 @@ def remember(bundle: Bundle) -> None:
 
 
 def _last_used(bundle_hash: str) -> str | None:
+    # It comes from a picture, which may be a stranger's, and becomes the name of a file.
+    if not re.fullmatch(r"[0-9a-f]{64}", bundle_hash):
+        return None
     try:
         return (_places() / bundle_hash).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):

@@ -97,6 +97,7 @@ def replay(
     changed = _changes(changes or [])
     if "model" in changed:
         bundle = find_bundle(changed["model"])
+        changed["model"] = bundle.ref
     else:
         otherwise = "name it with --model FOLDER, or draw with another: --set model=NAME"
         bundle = find_recorded(record.recipe.model, record.made.bundle_hash, str(picture), otherwise, models or ())
@@ -106,8 +107,6 @@ def replay(
         fields["edit"] |= {key: changed.pop(key) for key in ("image_cfg", "strength") if key in changed}
     elif given or mask:
         raise UsageError(f"{picture} is no edit: drop --input and --mask")
-    if "model" in changed:
-        changed["model"] = bundle.ref
     recipe = make_recipe(**fields | changed)
     if recipe.edit is not None:
         image_cfg = recipe.edit.image_cfg

@@ -52,13 +52,13 @@ def load_parts(
     """
     device, dtype, folder = offloader.device, DTYPES[precision], bundle.folder
     fp32 = reads_in_fp32(understanding_parameters(understanding), setting.understanding)
-    prompt_encoder = load_understanding(
+    understanding_tower = load_understanding(
         understanding,
         dtype=torch.float32 if fp32 else torch.bfloat16,
         device=str(device),
         quant=None if setting.understanding == "none" else setting.understanding,
     )
-    offloader.add_understanding(prompt_encoder)
+    offloader.add_understanding(understanding_tower)
     autoencoder: Autoencoder = Pixels()
     eyes: ImageEncoder | None = None
     try:
@@ -87,4 +87,4 @@ def load_parts(
         raise
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise ModelError(f"the bundle in {folder} cannot be loaded: {error}") from None
-    return Parts(prompt_encoder, tower, backend, scheduler, autoencoder, eyes)
+    return Parts(understanding_tower, tower, backend, scheduler, autoencoder, eyes)

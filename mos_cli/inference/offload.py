@@ -129,7 +129,7 @@ class Offloader:
 
     def __init__(self, device: torch.device, offload: Offload) -> None:
         self.device, self.offload = device, offload
-        self.prompt_encoder: Part | None = None
+        self.understanding: Part | None = None
         self.drawing: list[Part] = []
         self.others: list[Part] = []
 
@@ -153,8 +153,8 @@ class Offloader:
     def add_understanding(self, understanding: UnderstandingTower) -> None:
         """Takes over an understanding tower that is on the device."""
         if self.offload != "none":
-            self.prompt_encoder = Part(understanding, device=self.device)
-            self._offload([self.prompt_encoder])
+            self.understanding = Part(understanding, device=self.device)
+            self._offload([self.understanding])
 
     def add_tower(self, tower: GenerationTower) -> None:
         """Takes over a generation tower that was loaded to `loading`."""
@@ -176,16 +176,16 @@ class Offloader:
     @contextmanager
     def understanding_onloaded(self) -> Iterator[None]:
         """The understanding tower is on the device within the block, alone; after it, what draws is there."""
-        if self.prompt_encoder is None:
+        if self.understanding is None:
             yield
             return
         after = [*self.drawing, *(part for part in self.others if part.here)]
         self._offload([*self.drawing, *self.others])
         try:
-            self.prompt_encoder.onload()
+            self.understanding.onload()
             yield
         finally:
-            self._offload([self.prompt_encoder])
+            self._offload([self.understanding])
             for part in after:
                 part.onload()
 

@@ -187,7 +187,7 @@ class MoSPipeline:
             InputError: a prompt is longer than the understanding tower reads.
             MemoryLimitError: the device ran out of memory.
             DeviceError: the blocks are to be compiled, and cannot be.
-            UsageError: what is wanted cannot be had of compiled blocks.
+            UsageError: compiled blocks cannot record what is requested.
         """
         check_blocks(recipe, compiled=self.compiled, regions=record_options.regions)
         guidance = Guidance(recipe.cfg, recipe.cfg_interval, 1.0 if recipe.edit is None else recipe.edit.image_cfg)
