@@ -225,10 +225,10 @@ class OffloadedTower:
         with self.offloader.understanding_onloaded():
             for prompt in unread:
                 try:
-                    understanding_onloaded = self.understanding.encode([prompt])
+                    states = self.understanding.encode([prompt])
                 except MosError:
                     continue
-                self._encoded[prompt] = _on(understanding_onloaded, _CPU)
+                self._encoded[prompt] = _on(states, _CPU)
 
     def encode(self, prompts: list[str], pictures: Sequence[Sequence[ImageInput]] = ()) -> HiddenStates:
         """Reads as the tower does, with the same result."""
