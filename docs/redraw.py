@@ -2,7 +2,7 @@
 
 python docs/redraw.py                       pictures and transcripts, with what `mos` on the PATH draws
 python docs/redraw.py SCENES EDITS          also the tables, from the folders that `mos eval` wrote
-python tests/test_shipped.py                the golden pictures
+python tests/project/test_shipped.py        the golden pictures
 
 What the text around them says has to be read again by a person. The report's picture needs chromium and playwright, the
 edited pictures the art file of `mos data build`.

@@ -3,16 +3,11 @@
 Shapes: B batch, T context tokens, M layers, S width of a state, H x W a picture's size.
 """
 
-import sys
-from pathlib import Path
 from random import Random
 
+import fusion
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import fusion
 from fusion_run import handed_sizes, parameters
 from fusion_world import CATEGORIES, Library, World
 

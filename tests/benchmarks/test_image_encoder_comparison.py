@@ -5,16 +5,12 @@ Shapes: V image tokens.
 
 import json
 import re
-import sys
 from itertools import combinations
 from pathlib import Path
 
+import eyes
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import eyes
 from eyes_pupil import Encoder
 from eyes_world import UNMET_EVERY, World
 

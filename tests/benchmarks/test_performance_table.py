@@ -1,18 +1,13 @@
 """The script that fills the table for GPUs: that every part runs here, and what it promises."""
 
 import json
-import sys
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import performance
 import performance_networks as networks
+import pytest
+import torch
 from performance_caps import _cap
 from performance_model import MoSL, Run, difference
 from performance_steps import place

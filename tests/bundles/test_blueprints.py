@@ -15,7 +15,6 @@ import torch
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from safetensors import safe_open
 from safetensors.torch import load_file
-from vlm_towers import LAYERS, WIDTH, qwen3_vl
 
 from mos_cli.bundles.blueprints import Blueprint, find_blueprint, find_network
 from mos_cli.bundles.bundle import find_bundle, verify_bundle
@@ -25,7 +24,7 @@ from mos_cli.errors import InputError, ModelError, UsageError
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.random_weights import Start, write_fresh_bundle
 from mos_cli.utils.folders import list_blueprints, models_folder
-from tests.test_plan import command
+from tests.helpers.vlm_towers import LAYERS, WIDTH, qwen3_vl
 
 NAMES = ("mos-s", "mos-l")
 
@@ -252,7 +251,7 @@ for name in ("small", "big"):
     write_fresh_bundle(Start(find_blueprint(f"{name}.json"), "tiny-encoder", None, 0, 8_000_000), Path(name))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     written = sum(path.stat().st_size for path in (tmp_path / "big").rglob("*.safetensors"))
@@ -277,17 +276,17 @@ def test_a_bundle_with_its_tower_draws(tmp_path: Path, cache: Path, encoder_fold
     assert pipeline.draw(recipe).image.size == (32, 32)
 
 
-def test_without_its_tower_it_is_no_bundle_yet_but_can_be_planned(tmp_path: Path) -> None:
+def test_without_its_tower_it_is_no_bundle_yet_but_can_be_planned(mos, tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text(small().model_dump_json())
-    result = command("init", tmp_path / "b.json", "--out", tmp_path / "made")
+    result = mos("models", "init", tmp_path / "b.json", "--out", tmp_path / "made")
     assert result.exit_code == 0, result.output
     assert "--tower DIR" in result.output
     with pytest.raises(ModelError, match="no bundle"):
         find_bundle(str(tmp_path / "made"))
-    assert command("plan", tmp_path / "made", "--max-vram", 8).exit_code == 0
+    assert mos("plan", tmp_path / "made", "--max-vram", 8).exit_code == 0
 
 
-def test_init_refuses_in_one_line(tmp_path: Path, decoder_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_init_refuses_in_one_line(mos, tmp_path: Path, decoder_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(InputError, match="exists"):
         write_fresh_bundle(start(small()), tmp_path / "there")
@@ -300,6 +299,6 @@ def test_init_refuses_in_one_line(tmp_path: Path, decoder_folder: Path, monkeypa
     with pytest.raises(InputError, match=r"0\.0 GB free, 0\.1 GB are needed"):
         write_fresh_bundle(start(small()), tmp_path / "made")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
-    assert command("init", "mos-x", "--out", tmp_path / "made").exit_code == ModelError.exit_code
-    wrong = command("init", "mos-l", "--understanding", "gpt", "--out", tmp_path / "made")
+    assert mos("models", "init", "mos-x", "--out", tmp_path / "made").exit_code == ModelError.exit_code
+    wrong = mos("models", "init", "mos-l", "--understanding", "gpt", "--out", tmp_path / "made")
     assert wrong.exit_code == UsageError.exit_code

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_bundle
 
 from mos_cli.bundles import blueprints
 from mos_cli.bundles.bundle import Bundle, find_bundle, read_bundle
 from mos_cli.images.outputs import png, read_drawing
+from tests.helpers.tiny_bundle import write_bundle
 
 PROMPT = "a red apple"
 

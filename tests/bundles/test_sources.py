@@ -194,7 +194,7 @@ def test_ctrl_c_during_the_download_leaves_nothing_behind(original, cache, tmp_p
         "from mos_cli.bundles.sources import fetch_tower\n"
         "fetch_tower(load_tower_spec(sys.argv[1]))"
     )
-    paths = os.pathsep.join([str(tmp_path / "site"), str(Path(__file__).parents[1])])
+    paths = os.pathsep.join([str(tmp_path / "site"), str(Path(__file__).parents[2])])
     fetching = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "spec.json")],
         env=os.environ | {"PYTHONPATH": paths},

@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
-from test_trace import BLOCKS, DEAD, LAYERS, STEPS, make_trace, tokens_of
 from typer.testing import CliRunner
 
 from mos_cli.cli import console
@@ -27,6 +26,7 @@ from mos_cli.routing.section import cut
 from mos_cli.routing.trace import Recording, Routes, Trace, TraceToken, trace_files
 from mos_cli.routing.views.terminal import RoutesView
 from mos_cli.utils.files import write_together
+from tests.helpers.traces import BLOCKS, DEAD, LAYERS, STEPS, make_trace, tokens_of
 
 app = typer.Typer(cls=MosGroup, pretty_exceptions_enable=False)
 app.callback()(lambda: None)

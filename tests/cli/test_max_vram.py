@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import awake
-from test_placement import no_memory
 
 from mos_cli.bundles.blueprints import find_network
 from mos_cli.bundles.bundle import Bundle, write_index
@@ -18,6 +16,8 @@ from mos_cli.inference import pipeline as pipeline_module
 from mos_cli.planning.candidates import CARDS, candidates, fastest, parse_quant
 from mos_cli.planning.memory import GIB, Setting
 from mos_cli.towers.generation import GenerationTower
+from tests.helpers.memory import no_memory
+from tests.helpers.tiny_bundle import awake
 
 
 @pytest.mark.parametrize("name", ["mos-s", "mos-l"])

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import typer
-from conftest import awake, write_bundle
 from typer.testing import CliRunner, Result
 
 from mos_cli.bundles.bundle import Bundle, find_bundle, verify_bundle, write_index
@@ -20,6 +19,7 @@ from mos_cli.quantization.checkpoint import Checkpoint
 from mos_cli.quantization.method import METHODS
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.quantized import load_generation
+from tests.helpers.tiny_bundle import awake, write_bundle
 
 
 @pytest.fixture

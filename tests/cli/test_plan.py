@@ -10,20 +10,14 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-import typer
-import vlm_towers
-from typer.testing import CliRunner, Result
 
 from mos_cli.bundles import blueprints
 from mos_cli.bundles.blueprints import find_network
 from mos_cli.bundles.bundle import Bundle
 from mos_cli.bundles.shapes import UnderstandingShape, read_config
 from mos_cli.bundles.sources import fetch_tower
-from mos_cli.cli.app import MosGroup
 from mos_cli.cli.drawing import Report
-from mos_cli.cli.init import init
 from mos_cli.cli.loading import fit_to_card
-from mos_cli.cli.plan import plan
 from mos_cli.config.settings import RunSettings
 from mos_cli.errors import MemoryLimitError, ModelError, UsageError
 from mos_cli.planning import memory
@@ -31,13 +25,7 @@ from mos_cli.planning.candidates import CARDS, candidates, fastest, parse_quant
 from mos_cli.planning.memory import GIB, Setting, stages, weights
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.vision_language import load_understanding
-
-
-def command(*arguments: object) -> Result:
-    app = typer.Typer(cls=MosGroup)
-    app.command()(plan)
-    app.command()(init)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+from tests.helpers import vlm_towers
 
 
 @pytest.mark.parametrize("name", ["mos-s", "mos-l"])
@@ -73,9 +61,9 @@ def test_what_is_spared_is_spared() -> None:
     assert memory.host_bytes(numbers, Setting("none", "none", "understanding", False)) > tower
 
 
-def test_the_table_names_the_command_for_every_card(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_names_the_command_for_every_card(mos, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    result = command("plan", "mos-l")
+    result = mos("plan", "mos-l")
     assert result.exit_code == 0, result.output
     for card in CARDS:
         assert f"mos generate PROMPT -m DIR --max-vram {card} --quant " in result.output
@@ -86,8 +74,8 @@ def test_the_table_names_the_command_for_every_card(monkeypatch: pytest.MonkeyPa
     assert max(len(line) for line in tables) <= 80
 
 
-def test_json_holds_every_part() -> None:
-    result = command("plan", "mos-l", "--json")
+def test_json_holds_every_part(mos) -> None:
+    result = mos("plan", "mos-l", "--json")
     rows = [json.loads(line) for line in result.output.splitlines()]
     assert [row["card"] for row in rows] == list(CARDS)
     for row in rows:
@@ -96,22 +84,22 @@ def test_json_holds_every_part() -> None:
         assert all(sum(stage["parts"].values()) == stage["peak"] for stage in row["stages"].values())
 
 
-def test_where_nothing_fits_one_line_says_what_is_missing() -> None:
-    result = command("plan", "mos-l", "--max-vram", "8", "--understanding", "internvl3-14b")
+def test_where_nothing_fits_one_line_says_what_is_missing(mos) -> None:
+    result = mos("plan", "mos-l", "--max-vram", "8", "--understanding", "internvl3-14b")
     assert result.exit_code == MemoryLimitError.exit_code
     (line,) = [line for line in result.output.splitlines() if "nothing fits" in line]
     assert "--quant nf4 --offload" in line
     assert "more" in line
-    everywhere = command("plan", "mos-l", "--understanding", "internvl3-14b")
+    everywhere = mos("plan", "mos-l", "--understanding", "internvl3-14b")
     assert everywhere.exit_code == 0
     assert "nothing fits 8 GiB" in everywhere.output
     assert "--max-vram 24" in everywhere.output
-    as_json = command("plan", "mos-l", "--understanding", "internvl3-14b", "--max-vram", "8", "--json")
+    as_json = mos("plan", "mos-l", "--understanding", "internvl3-14b", "--max-vram", "8", "--json")
     assert as_json.exit_code == MemoryLimitError.exit_code
     assert json.loads(as_json.output)["setting"] is None
 
 
-def test_real_bundles_are_planned_too(editor: Bundle) -> None:
+def test_real_bundles_are_planned_too(mos, editor: Bundle) -> None:
     with pytest.raises(ModelError, match="mos models pull"):
         find_network("editor")
     fetch_tower(editor.index.understanding)
@@ -121,10 +109,10 @@ def test_real_bundles_are_planned_too(editor: Bundle) -> None:
     assert numbers.understanding.states == tower.states_shape
     assert numbers.references == 1
     assert numbers.eyes > 0
-    assert command("plan", "editor", "--max-vram", 8).exit_code == 0
+    assert mos("plan", "editor", "--max-vram", 8).exit_code == 0
 
 
-def test_pictures_that_are_shown_are_counted(bundle: Bundle) -> None:
+def test_pictures_that_are_shown_are_counted(mos, bundle: Bundle) -> None:
     """The tokens that are made of them, what sees them, and what the blocks remember."""
     size = (1024, 512)
     words, one, two = (find_network("mos-l", references=count) for count in (0, 1, 2))
@@ -139,10 +127,10 @@ def test_pictures_that_are_shown_are_counted(bundle: Bundle) -> None:
     reads, _, draws, _ = zip(*(stages(network, Setting(), size) for network in (words, one, two)), strict=True)
     for stage in (reads, draws):
         assert stage[0].peak < stage[1].peak < stage[2].peak
-    result = command("plan", "mos-l", "--max-vram", 8, "--understanding", "perception-lm-8b", "--references", 0)
+    result = mos("plan", "mos-l", "--max-vram", 8, "--understanding", "perception-lm-8b", "--references", 0)
     assert result.exit_code == 0, result.output
     fetch_tower(bundle.index.understanding)
-    refused = command("plan", "tiny", "--references", 1)
+    refused = mos("plan", "tiny", "--references", 1)
     assert (refused.exit_code, "does not edit" in refused.output) == (UsageError.exit_code, True)
 
 
@@ -161,25 +149,25 @@ def test_image_tokens_are_those_that_the_tower_makes(
     assert shape.image_tokens(size) == sight.rows * sight.columns
 
 
-def test_what_fits_every_card_is_shown_once(bundle: Bundle) -> None:
+def test_what_fits_every_card_is_shown_once(mos, bundle: Bundle) -> None:
     fetch_tower(bundle.index.understanding)
-    result = command("plan", "tiny")
+    result = mos("plan", "tiny")
     assert result.output.count("understanding tower") == 1
     assert "fits all of them" in result.output
     assert "less than 0.1 s a picture" in result.output
     # No limit is asked for: the command is right on a CPU, too.
     assert "mos generate PROMPT -m tiny\n" in result.output
     assert "--max-vram" not in result.output
-    assert "--max-vram 8 " in command("plan", "tiny", "--max-vram", 8).output
+    assert "--max-vram 8 " in mos("plan", "tiny", "--max-vram", 8).output
 
 
 @pytest.mark.parametrize(("gib", "quant"), [(20, "int8,none"), (40, "none")])
 def test_auto_plans_what_generate_takes_here(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, gib: int, quant: str
+    mos, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, gib: int, quant: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=gib * GIB))
-    result = command("plan", "mos-l", "--max-vram", "auto", "--precision", "bf16")
+    result = mos("plan", "mos-l", "--max-vram", "auto", "--precision", "bf16")
     assert f"{gib} GiB free" in result.output
     assert f"mos generate PROMPT -m DIR --max-vram auto --quant {quant}\n" in result.output
     # What is known of time is that of a card.
@@ -190,18 +178,18 @@ def test_auto_plans_what_generate_takes_here(
     assert fit_to_card(bundle, settings, (1024, 1024), Report(quiet=True), fetch=False).quant == quant
 
 
-def test_the_environment_limits_the_plan_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_limits_the_plan_too(mos, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOS_MAX_VRAM", "12")
-    assert [json.loads(line)["card"] for line in command("plan", "mos-l", "--json").output.splitlines()] == [12]
+    assert [json.loads(line)["card"] for line in mos("plan", "mos-l", "--json").output.splitlines()] == [12]
 
 
-def test_a_blueprint_says_how_it_gets_weights_that_can_be_drawn_with() -> None:
-    result = command("plan", "mos-l", "--understanding", "internvl3-14b", "--max-vram", 24)
+def test_a_blueprint_says_how_it_gets_weights_that_can_be_drawn_with(mos) -> None:
+    result = mos("plan", "mos-l", "--understanding", "internvl3-14b", "--max-vram", 24)
     assert "mos models init mos-l --out DIR --understanding internvl3-14b --tower FOLDER\n" in result.output
     assert "Untrained, it draws grey" in result.output
 
 
-def test_mistakes_are_one_line(bundle: Bundle) -> None:
+def test_mistakes_are_one_line(mos, bundle: Bundle) -> None:
     for arguments, exit_code, words in (
         (("no-such",), 4, "mos-l"),
         (("mos-l", "--quant", "nf5"), 2, "nf4,none"),
@@ -211,7 +199,7 @@ def test_mistakes_are_one_line(bundle: Bundle) -> None:
         (("mos-l", "--size", "100"), 2, "multiples of 32"),
         (("tiny", "--understanding", "qwen3-vl-8b"), 2, "blueprint"),
     ):
-        result = command("plan", *arguments)
+        result = mos("plan", *arguments)
         assert result.exit_code == exit_code, result.output
         assert words in result.output
 
@@ -233,7 +221,7 @@ def test_planning_imports_nothing_heavy() -> None:
         "heavy = {'torch', 'transformers', 'diffusers', 'numpy', 'safetensors'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
 
 
@@ -253,7 +241,7 @@ def hardware_rows(name: str, references: int) -> list[str]:
 
 
 def test_the_document_says_what_the_command_says() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "hardware.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "hardware.md").read_text(encoding="utf-8")
     for name, references in product(("mos-s", "mos-l"), (0, 1)):
         for row in hardware_rows(name, references):
             assert row in page

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_training import write_discs
 
 from mos_cli.datasets.captioned import load_captioned, to_device
 from mos_cli.datasets.tables import CaptionedTable
 from mos_cli.errors import InputError
 from mos_cli.training.recipe import load_recipe
+from tests.helpers.tiny_training import write_discs
 
 
 @pytest.fixture

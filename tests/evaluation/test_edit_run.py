@@ -5,10 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny_training as tiny
 import torch
 from PIL import Image
-from test_eval_run import tiny_judge
 
 from mos_cli.bundles.bundle import Bundle
 from mos_cli.bundles.sources import fetch_tower
@@ -32,6 +30,8 @@ from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.run import edits_of
 from mos_cli.training.samples import draw_samples
 from mos_cli.training.stages import curriculum
+from tests.helpers import tiny_training as tiny
+from tests.helpers.tiny_judge import tiny_judge
 
 
 def test_an_evaluation_of_edits_from_bundle_to_table(editor: Bundle, art: Art, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from random import Random
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EXTRA_STYLE
 from PIL import Image
 from torch import Tensor, nn
 from typer.testing import Result
@@ -21,7 +20,7 @@ from mos_cli.errors import InputError, ModelError, UsageError
 from mos_cli.evaluation.augment import spoilt, turned, turned_point
 from mos_cli.evaluation.examine import Examiner, TrueScenes
 from mos_cli.evaluation.features import FEATURES, EfficientNetLite0, features_of
-from mos_cli.evaluation.judge import CELLS, SIDE, Judge, JudgeConfig, JudgeNet, judge_folder, save_judge
+from mos_cli.evaluation.judge import CELLS, SIDE, Judge, JudgeNet, judge_folder
 from mos_cli.evaluation.judge_training import (
     IGNORED,
     JudgeBatches,
@@ -37,18 +36,13 @@ from mos_cli.evaluation.run import Bench, evaluate
 from mos_cli.evaluation.scenebench import CATEGORIES, bench_data, read_bench
 from mos_cli.inference.pipeline import MoSPipeline
 from mos_cli.towers.efficientnet import features_spec
+from tests.helpers.random_art import EXTRA_STYLE
+from tests.helpers.tiny_judge import tiny_judge
 
 
 @pytest.fixture(scope="session")
 def sprites(art: Art) -> Sprites:
     return load_sprites(art, bench_data())
-
-
-def tiny_judge(folder: Path, words: tuple[str, ...]) -> Judge:
-    config = JudgeConfig(words=words, colours=("red",), styles=("noto",), widths=(8, 8, 8, 8), hidden=8)
-    torch.manual_seed(0)
-    save_judge(JudgeNet(config), config, folder)
-    return Judge(folder)
 
 
 def test_the_judge_that_comes_with_mos_knows_the_bench():

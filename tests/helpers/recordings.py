@@ -1,6 +1,5 @@
 """Recordings made of random numbers, with everything a recording can hold."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +7,11 @@ import numpy as np
 from PIL import Image
 
 from mos_cli.config.recipe import Provenance, make_recipe
-from mos_cli.routing.trace import SCHEMA, Recording, RegionGrid, Routes, Trace, TraceToken, make_branch
+from mos_cli.routing.trace import SCHEMA, Recording, RegionGrid, Routes, Trace, make_branch
+from tests.helpers.traces import tokens_of
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 GRID = RegionGrid(rows=4, columns=4)
-
-
-def tokens_of(prompt: str) -> list[TraceToken]:
-    words = [TraceToken(text=m[0], start=m.start(), end=m.end()) for m in re.finditer(r"\S+", prompt)]
-    return [TraceToken(text="[CLS]", start=0, end=0), *words, TraceToken(text="[SEP]", start=0, end=0)]
 
 
 def routes_of(steps: int, blocks: int, tokens: int, layers: int, seed: int) -> Routes:

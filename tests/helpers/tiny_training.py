@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import tower_spec
 from PIL import Image
 
 from mos_cli.datasets.scenes.compositor import Compositor
@@ -25,6 +24,7 @@ from mos_cli.training.loop import Trainer
 from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.run import ScenePicker
 from mos_cli.training.stages import curriculum
+from tests.helpers.tiny_bundle import tower_spec
 
 NAMES = ("dog", "apple", "cat", "bird", "tree", "car", "boat", "house")
 STYLES = ("fluent-3d", "noto")

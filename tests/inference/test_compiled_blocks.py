@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_quantised import small_tower
 
 from mos_cli.bundles.bundle import write_index
 from mos_cli.errors import DeviceError
 from mos_cli.images.outputs import read_drawing
 from mos_cli.inference.pipeline import _not_compiled
+from tests.helpers.quantized_towers import small_tower
 
 
 @pytest.fixture

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import vlm_towers
-from conftest import awake, write_bundle
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 
@@ -27,6 +25,9 @@ from mos_cli.planning.memory import Setting
 from mos_cli.quantization.method import METHODS, Quantisation
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.quantized import GENERATION_KEPT, quantise
+from tests.helpers import vlm_towers
+from tests.helpers.memory import no_memory
+from tests.helpers.tiny_bundle import awake, write_bundle
 
 CPU = torch.device("cpu")
 OFFLOADS = ("understanding", "blocks")
@@ -101,10 +102,6 @@ def test_no_byte_of_a_picture_changes(bundle: Bundle, offload: str) -> None:
     pipeline.encode_ahead([recipe])
     pipeline.prompt_encoder.forget()
     assert drawn(pipeline, recipe) == expected
-
-
-def no_memory(*_: object, **__: object) -> None:
-    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def edited(bundle: Bundle, folder: Path) -> tuple[Recipe, Any]:

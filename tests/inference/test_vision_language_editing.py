@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import vlm_towers
-from conftest import write_bundle
 from PIL import Image
 
 from mos_cli.bundles.bundle import Bundle
@@ -18,6 +16,8 @@ from mos_cli.towers.vision_language import load_understanding
 from mos_cli.training.batches import Batches
 from mos_cli.training.objective import Objective
 from mos_cli.training.recipe import TrainTable
+from tests.helpers import vlm_towers
+from tests.helpers.tiny_bundle import write_bundle
 
 EDITS = EditDefaults(steps=3, cfg=2.0, cfg_interval=(0.0, 1.0), image_cfg=1.5)
 INSTRUCTION = "paint the red apple green"

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tiny_training as tiny
 import torch
 from torch import Tensor
 
@@ -21,8 +20,9 @@ from mos_cli.images.outputs import read_drawing
 from mos_cli.routing.trace import load_recording
 from mos_cli.towers.understanding import UnderstandingTower
 from mos_cli.utils.folders import models_folder
+from tests.helpers import tiny_training as tiny
 
-OLD = Path(__file__).parent / "fixtures" / "0.1.0"
+OLD = Path(__file__).parents[1] / "fixtures" / "0.1.0"
 PICTURES = OLD / "pictures"
 CLOSE = "close (PSNR "
 

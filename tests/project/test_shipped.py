@@ -15,7 +15,7 @@ from mos_cli.config.settings import RunSettings, Settings, list_presets, resolve
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.understanding import UnderstandingTower
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 PROMPTS = ("a dog", "a rocket, flat style", "a cat and a dog", "a rose on a sky blue background")
 
 
@@ -68,7 +68,7 @@ def test_help_and_looking_at_traces_need_no_heavy_library() -> None:
 def test_the_default_bundle_draws_what_it_drew(prompt: str, tmp_path: Path) -> None:
     """Golden pictures, drawn in full precision; other machines round differently, so that 30 dB are enough.
 
-    `python tests/test_shipped.py` draws them anew.
+    `python tests/project/test_shipped.py` draws them anew.
     """
     golden = _golden(prompt)
     drawn = tmp_path / golden.name

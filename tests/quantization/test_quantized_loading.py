@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_quantised import CPU, output, same, source
 
 from mos_cli.inference.offload import Part, _held
 from mos_cli.quantization.checkpoint import WEIGHTS
 from mos_cli.quantization.method import METHODS
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.quantized import load_generation
+from tests.helpers.quantized_towers import output, same
 
-__all__ = ["source"]
+CPU = torch.device("cpu")
 
 
 def places(tower: GenerationTower) -> set[str]:

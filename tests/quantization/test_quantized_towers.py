@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS, awake
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, BertConfig, BertModel, LlamaConfig, LlamaModel
@@ -26,43 +25,13 @@ from mos_cli.towers.quantized import (
     survey,
     understanding_config,
 )
+from tests.helpers.quantized_towers import output, same, small_tower
+from tests.helpers.tiny_bundle import WORDS
 
 CPU = torch.device("cpu")
 bnb = quantised_linear.bitsandbytes()
 QUANTISED = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
 STATE = "blocks.0.mlp.down.weight.quant_state.bitsandbytes__nf4"
-
-
-def small_tower(**choices: Any) -> GenerationTower:
-    """A tower just large enough to be quantised."""
-    sizes = {"width": 64, "depth": 2, "heads": 2, "hidden": 64, "router_width": 64, "router_heads": 2}
-    return awake(GenerationTower(**{**sizes, "states_layers": 4, "states_width": 64, **choices}))
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """The folder of a small tower, in fp32."""
-    small_tower(sight_widths=(16, 64, 64, 64)).save_pretrained(tmp_path / "source")
-    return tmp_path / "source"
-
-
-def output(tower: GenerationTower) -> Tensor:
-    """What a tower makes of fixed inputs."""
-    generator = torch.Generator().manual_seed(0)
-    layers, width = tower.states_shape
-    z, states = (torch.randn(shape, generator=generator) for shape in ((1, 3, 64, 64), (1, 6, layers, width)))
-    z, t, states = (tensor.to(tower.device) for tensor in (z, torch.ones(1), states))
-    with torch.inference_mode():
-        return tower(z, t, tower.project_states(states))[0]
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    """Whether two networks have the same states, bit by bit."""
-    states_a, states_b = a.state_dict(), b.state_dict()
-    return states_a.keys() == states_b.keys() and all(
-        states_a[name].dtype == states_b[name].dtype and torch.equal(states_a[name].cpu(), states_b[name].cpu())
-        for name in states_a
-    )
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_trace import BLOCKS, STEPS, make_trace, tokens_of
 from typer.testing import CliRunner
 
 from mos_cli.cli.app import app
@@ -17,6 +16,7 @@ from mos_cli.errors import InputError
 from mos_cli.routing.diff import NEAR, compare
 from mos_cli.routing.trace import Routes, Steered, Trace, TraceToken, make_branch, trace_files
 from mos_cli.utils.files import write_together
+from tests.helpers.traces import BLOCKS, STEPS, make_trace, tokens_of
 
 Run = tuple[Trace, dict[str, Routes]]
 

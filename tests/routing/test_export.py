@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import csv, parquet
-from test_trace import BLOCKS, LAYERS, STEPS, TOP_K, make_trace, tokens_of
 
 from mos_cli.routing.export import decisions_table
 from mos_cli.routing.section import cut
 from mos_cli.routing.trace import Recording, Routes, make_branch, trace_files
 from mos_cli.utils.files import write_together
+from tests.helpers.traces import BLOCKS, LAYERS, STEPS, TOP_K, make_trace, tokens_of
 
 PROMPT = 'a "red", apple; naïve 日本'
 

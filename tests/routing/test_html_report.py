@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from recordings import HOSTILE, record
 
 from mos_cli.errors import InputError
 from mos_cli.routing.trace import trace_files
 from mos_cli.routing.views.html import PARTS, SCRIPTS, html_report, report_data
 from mos_cli.utils.files import write_together
+from tests.helpers.recordings import HOSTILE, record
 
 
 def unpacked(text: str) -> np.ndarray:

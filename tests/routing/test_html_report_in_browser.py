@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recordings import HOSTILE, record
 
 from mos_cli.routing.analysis import strongest_layers
 from mos_cli.routing.trace import Recording, Steered
 from mos_cli.routing.views.html import html_report
+from tests.helpers.recordings import HOSTILE, record
 
 
 @pytest.fixture(scope="module")

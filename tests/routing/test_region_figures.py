@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_trace import BLOCKS, LAYERS, make_trace
 
 from mos_cli.routing.regions import patch_origins, special_share, word_maps
 from mos_cli.routing.section import cut
 from mos_cli.routing.trace import Recording, RegionGrid, trace_files
 from mos_cli.utils.files import write_together
+from tests.helpers.traces import BLOCKS, LAYERS, make_trace
 
 ROWS, COLUMNS = 2, 3
 APPLE, WORDS, SPECIAL = 3, (1, 2, 3), (0, 4)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_trace import BLOCKS, LAYERS, STEPS, make_trace
 
 from mos_cli.config.recipe import RouteSource
 from mos_cli.errors import InputError, UsageError
@@ -17,6 +16,7 @@ from mos_cli.routing.analysis import Word
 from mos_cli.routing.section import cut, cut_all, layer_use, parse_range, readers
 from mos_cli.routing.trace import Recording, Steered, TraceToken, make_branch, trace_files
 from mos_cli.utils.files import write_together
+from tests.helpers.traces import BLOCKS, LAYERS, STEPS, make_trace
 
 
 def recording_of(**sizes: int) -> Recording:

@@ -9,9 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_fusion import FIXED, ROUTED, name_of
-from test_references import WIDTHS, V
-from test_towers import J, M, inputs, small_tower
 
 from mos_cli.bundles.bundle import Bundle
 from mos_cli.images.outputs import read_drawing
@@ -23,6 +20,7 @@ from mos_cli.towers.bank import StateBank
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.layers import VariableLengths
 from mos_cli.towers.router import Steering, even_route
+from tests.helpers.generation_towers import FIXED, ROUTED, WIDTHS, J, M, V, inputs, name_of, small_tower
 
 TOKENS = {"positive": 6, "negative": 2, "unseen": 2}
 CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}

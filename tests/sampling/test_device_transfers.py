@@ -8,9 +8,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from test_fusion import FIXED, ROUTED, name_of
-from test_references import WIDTHS, V
-from test_towers import J, M, S, small_tower
 
 from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.trace import RecordOptions
@@ -19,6 +16,7 @@ from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, WITHOUT_IMAGE, Guidance
 from mos_cli.towers.bank import StateBank
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.router import Steering
+from tests.helpers.generation_towers import FIXED, ROUTED, WIDTHS, J, M, S, V, name_of, small_tower
 
 META = torch.device("meta")
 TOKENS = {POSITIVE: 5, NEGATIVE: 2, WITHOUT_IMAGE: 2}

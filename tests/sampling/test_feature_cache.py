@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import awake
 from PIL import Image
 
 from mos_cli.bundles.bundle import Bundle, find_bundle
@@ -18,6 +17,7 @@ from mos_cli.planning.memory import Setting
 from mos_cli.sampling.feature_cache import caching
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.utils.validation import DEFAULT_SOLVER
+from tests.helpers.tiny_bundle import awake
 
 STEPS = 12
 COMPUTED = {2: {0, 1, 2, 4, 6, 8, 10, 11}, 3: {0, 1, 2, 4, 7, 10, 11}, 11: {0, 1, 2, 4, 11}}

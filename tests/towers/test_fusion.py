@@ -1,12 +1,10 @@
 """The fusion variants: each is held against a plain slow reference, and keeps what every tower promises."""
 
-from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_towers import B, J, M, S, T, inputs, small_tower
 from torch import Tensor
 
 from mos_cli.bundles.bundle import find_bundle
@@ -14,7 +12,6 @@ from mos_cli.towers.attention import Attention, CrossAttention
 from mos_cli.towers.blocks import GenerationBlock
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.layers import (
-    EPS,
     Cells,
     Rotary,
     Words,
@@ -23,34 +20,12 @@ from mos_cli.towers.layers import (
     unpatchify,
 )
 from mos_cli.towers.router import fixed_route
-
-FIXED = [
-    *({"fusion": f, "context": c} for f, c in product(["last", "aligned", "mean"], ["kv", "tokens", "cross"])),
-    {"fusion": "last", "context": "joint"},
-]
-ROUTED = [
-    *({"context": context} for context in ("kv", "tokens", "cross")),
-    # A single kept layer that is scaled to 1 leaves the router without a gradient.
-    {"top_k": 1, "renormalise": False},
-    {"top_k": 3},
-    {"top_k": M},
-    *({"router_inputs": ("tokens", *others)} for others in [("latent",), ("time",), ()]),
-    {"routing": "sample"},
-    {"routing": "sample", "context": "cross", "router_inputs": ("tokens", "time")},
-]
-
-
-def name_of(variant: dict) -> str:
-    return " ".join(str(value) for value in variant.values())
+from tests.helpers.generation_towers import FIXED, ROUTED, B, J, M, S, T, inputs, name_of, slow_norm, small_tower
 
 
 @pytest.fixture(params=FIXED + ROUTED, ids=name_of)
 def tower(request) -> GenerationTower:
     return small_tower(**request.param)
-
-
-def slow_norm(x: Tensor) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
 
 
 def slow_attention(layer: Attention | CrossAttention, q: Tensor, k: Tensor, v: Tensor, at: Rotary) -> Tensor:

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import awake
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,30 +11,7 @@ from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.layers import EPS, patchify, unpatchify
 from mos_cli.towers.router import choose_route
 from mos_cli.towers.understanding import UnderstandingTower
-
-B, T, M, S, J, K = 2, 5, 4, 32, 3, 2
-
-
-def small_tower(**changes) -> GenerationTower:
-    sizes = {
-        "width": 32,
-        "depth": J,
-        "heads": 2,
-        "hidden": 48,
-        "router_width": 32,
-        "states_layers": M,
-        "states_width": S,
-    }
-    return awake(GenerationTower(**{**sizes, **changes}))
-
-
-def inputs(batch: int = B, tokens: int = T) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    z = torch.randn(batch, 3, 32, 24, generator=generator)
-    t = torch.rand(batch, generator=generator)
-    # Layers of very different scale, as real ones are.
-    states = torch.randn(batch, tokens, M, S, generator=generator) * torch.tensor([0.01, 1.0, 30.0, 500.0])[:, None]
-    return z, t, states
+from tests.helpers.generation_towers import B, J, K, M, S, T, inputs, small_tower
 
 
 @given(st.integers(1, 6), st.booleans(), st.integers(0, 2**31))

@@ -4,16 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_fusion import slow_norm
-from test_towers import B, J, M, S, T, inputs, small_tower
 from torch import Tensor
 
 from mos_cli.bundles.shapes import IMAGE_GRID
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.layers import Cells, Rotary, Words, patchify, rotary
-
-WIDTHS = tuple(range(6, 6 + M))
-V = IMAGE_GRID * IMAGE_GRID
+from tests.helpers.generation_towers import WIDTHS, B, J, M, S, T, V, inputs, slow_norm, small_tower
 
 
 def seeing(**choices: Any) -> GenerationTower:

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import vlm_towers
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -15,6 +14,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, LlavaC
 from mos_cli.errors import InputError, ModelError
 from mos_cli.towers.understanding import UnderstandingTower
 from mos_cli.towers.vision_language import VisionLanguageTower, load_understanding
+from tests.helpers import vlm_towers
 
 KINDS = ("qwen3_vl", "internvl", "perception_lm")
 LEADS = {"qwen3_vl": vlm_towers.QWEN[:3], "internvl": vlm_towers.INTERN, "perception_lm": ("", "<|image|>", "")}

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny_training as tiny
 import torch
 
 from mos_cli.bundles.bundle import read_bundle, verify_bundle
@@ -20,6 +19,7 @@ from mos_cli.training.recipe import load_recipe
 from mos_cli.training.run import train
 from mos_cli.training.stages import curriculum
 from mos_cli.utils.folders import presets_folder
+from tests.helpers import tiny_training as tiny
 
 RECIPES = sorted(path.stem for path in presets_folder().glob("train-*.toml"))
 

@@ -1,12 +1,9 @@
 """The enlarger: pictures twice as large as their latents, better than a smooth enlargement."""
 
 import numpy as np
-import tiny_training
 import torch
 import torch.nn.functional as F
-from conftest import tower_spec
 from PIL import Image, ImageDraw
-from tiny_training import scenes
 
 from mos_cli.towers.autoencoder import Enlarger, Latents, load_autoencoder
 from mos_cli.towers.understanding import UnderstandingTower
@@ -14,6 +11,9 @@ from mos_cli.training import references
 from mos_cli.training.enlarging import CANVAS, train_enlarger
 from mos_cli.training.references import find_autoencoder
 from mos_cli.training.run import export
+from tests.helpers import tiny_training
+from tests.helpers.tiny_bundle import tower_spec
+from tests.helpers.tiny_training import scenes
 
 
 def test_latents_are_the_halved_picture() -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_training as tiny
 import torch
 from PIL import Image
 
@@ -24,6 +23,7 @@ from mos_cli.training.metrics import METRICS, PLOT, TENSORBOARD
 from mos_cli.training.optimiser import build_optimisers, set_rates
 from mos_cli.training.recipe import load_recipe
 from mos_cli.training.stages import curriculum
+from tests.helpers import tiny_training as tiny
 
 STAGES = ({"name": "small", "steps": 3, "canvas": 16}, {"name": "large", "steps": 3, "canvas": 32, "batch": 4})
 
