@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 from typer.testing import CliRunner
@@ -20,13 +18,12 @@ from typer.testing import CliRunner
 from mos_cli.cli import console
 from mos_cli.cli.app import MosGroup
 from mos_cli.cli.inspect_routing import inspect_routing
-from mos_cli.errors import UsageError
-from mos_cli.routing.analysis import Word, find_words, split_words, step_changes, word_layers
+from mos_cli.routing.analysis import find_words, step_changes
 from mos_cli.routing.section import cut
-from mos_cli.routing.trace import Recording, Routes, Trace, TraceToken, trace_files
+from mos_cli.routing.trace import Recording, Routes, Trace, trace_files
 from mos_cli.routing.views.terminal import RoutesView
 from mos_cli.utils.files import write_together
-from tests.helpers.traces import BLOCKS, DEAD, LAYERS, STEPS, make_trace, tokens_of
+from tests.helpers.traces import BLOCKS, DEAD, LAYERS, STEPS, make_trace
 
 app = typer.Typer(cls=MosGroup, pretty_exceptions_enable=False)
 app.callback()(lambda: None)
@@ -243,57 +240,3 @@ def test_nothing_heavy_is_imported(trace_path):
     run = subprocess.run([sys.executable, "-c", code, str(trace_path)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "blocks x layers" in run.stdout
-
-
-def test_word_pieces_make_words():
-    prompt = "a  red-apple, naïve 🦊"
-    pieces = [("[CLS]", 0, 0), ("a", 0, 1), ("red", 3, 6), ("-", 6, 7), ("app", 7, 10), ("##le", 10, 12)]
-    pieces += [(",", 12, 13), ("naive", 14, 19), ("[UNK]", 20, 21), ("[SEP]", 0, 0)]
-    assert words_of(prompt, pieces) == [
-        Word("a", (1,)),
-        Word("red-apple,", (2, 3, 4, 5, 6)),
-        Word("naïve", (7,)),
-        Word("🦊", (8,)),
-        Word("[CLS]", (0,), special=True),
-        Word("[SEP]", (9,), special=True),
-    ]
-
-
-def test_pieces_that_begin_with_a_space_make_words():
-    prompt = "a  red dog\t🦊 "
-    pieces = [("a", 0, 1), ("Ġ", 1, 2), ("Ġred", 2, 6), ("Ġdo", 6, 9), ("g", 9, 10), ("ĉ", 10, 11)]
-    pieces += [("ðŁ", 11, 12), ("¦", 11, 12), ("Ġ", 12, 13)]
-    assert words_of(prompt, pieces) == [
-        Word("a", (0,)),
-        Word("red", (2,)),
-        Word("dog", (3, 4)),
-        Word("🦊", (6, 7)),
-        Word("Ġ", (1,), special=True),
-        Word("ĉ", (5,), special=True),
-        Word("Ġ", (8,), special=True),
-    ]
-
-
-@given(st.text(alphabet=st.sampled_from("ab ,\t\u3000é"), max_size=20), st.data())
-def test_every_token_is_in_exactly_one_word(prompt, data):
-    spans = st.tuples(st.integers(0, len(prompt)), st.integers(0, len(prompt))).map(sorted)
-    pieces = [("x", start, end) for start, end in data.draw(st.lists(spans, max_size=8))]
-    words = words_of(prompt, pieces)
-    assert sorted(n for word in words for n in word.tokens) == list(range(len(pieces)))
-    assert {word.text for word in words if not word.special} <= set(prompt.split())
-
-
-def words_of(prompt: str, pieces: list[tuple[str, int, int]]) -> list[Word]:
-    return list(split_words(prompt, [TraceToken(text=t, start=s, end=e) for t, s, e in pieces]))
-
-
-def test_words_are_found_whatever_their_case_and_punctuation():
-    words = split_words("A cat, a Dog", tokens_of("A cat, a Dog"))
-    assert [word.text for word in find_words(words, ["DOG", "cat", "a"])] == ["A", "cat,", "a", "Dog"]
-    assert [word.text for word in find_words(words, ["cat,", "[CLS]"])] == ["cat,", "[CLS]"]
-    with pytest.raises(UsageError, match=r"'do' is not a word .*: its words are A, cat,, a, Dog, \[CLS\], \[SEP\]$"):
-        find_words(words, ["cat", "do"])
-
-
-def test_a_word_reads_the_mean_of_its_tokens():
-    assert word_layers(Word("x", (0, 2)), [[1, 9, 2], [0, 9, 4]]) == (1.5, 2.0)

@@ -1,81 +1,19 @@
-"""Memory as people meet it: what --max-vram chooses, what is said where memory runs out, what has no effect."""
+"""`--max-vram` and `--offload`: what is refused, and what is told where memory runs out."""
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mos_cli.bundles.blueprints import find_network
 from mos_cli.bundles.bundle import Bundle, write_index
-from mos_cli.bundles.shapes import GenerationShape, UnderstandingShape
 from mos_cli.bundles.sources import fetch_tower
-from mos_cli.config.settings import RunSettings, fitted, smaller
-from mos_cli.errors import MemoryLimitError, UsageError
+from mos_cli.config.settings import RunSettings, fitted
+from mos_cli.errors import UsageError
 from mos_cli.inference import pipeline as pipeline_module
-from mos_cli.planning.candidates import CARDS, candidates, fastest, parse_quant
-from mos_cli.planning.memory import GIB, Setting
+from mos_cli.planning.candidates import candidates
 from mos_cli.towers.generation import GenerationTower
 from tests.helpers.memory import no_memory
 from tests.helpers.tiny_bundle import awake
-
-
-@pytest.mark.parametrize("name", ["mos-s", "mos-l"])
-def test_max_vram_chooses_what_the_plan_says(name: str) -> None:
-    size = find_network(name).canvas.native
-    for gib in CARDS:
-        best = fastest(candidates(find_network(name), size), gib)
-        chosen = fitted(RunSettings(max_vram=gib), find_network(name), size, None)
-        assert Setting(*parse_quant(chosen.quant), chosen.offload, chosen.tiled, chosen.together) == best.setting
-
-
-def test_what_was_asked_for_is_kept_and_the_rest_chosen() -> None:
-    size = find_network("mos-l").canvas.native
-    kept = fitted(RunSettings(max_vram=24, offload="blocks"), find_network("mos-l"), size, "nf4")
-    assert (kept.quant, kept.offload) == ("nf4", "blocks")
-    with pytest.raises(MemoryLimitError, match="nothing fits 8 GiB"):
-        fitted(RunSettings(max_vram=8), find_network("mos-l"), size, "none")
-    with pytest.raises(UsageError):
-        fitted(RunSettings(max_vram=8), find_network("mos-l"), size, "nf5")
-
-
-def test_branches_are_computed_together_unless_that_does_not_fit() -> None:
-    network = find_network("mos-l")
-    size = network.canvas.native
-    assert all(fastest(candidates(network, size), card).setting.together for card in CARDS)
-    # Large pictures of small towers: what is computed is most of what is needed.
-    sizes: dict[str, Any] = {"width": 256, "heads": 2, "hidden": 4096, "depth": 2, "channels": 32, "patch": 1}
-    shape = GenerationShape(**sizes, states_layers=37, states_width=4096)
-    wide = replace(network, generation=shape, references=0, autoencoder=None, understanding=SMALL)
-    found = [c for c in candidates(wide, (1024, 1024), quant=("none", "none")) if c.setting.offload == "none"]
-    both, apart = (min(c.needs for c in found if c.setting.together is together) for together in (True, False))
-    assert apart < both
-    assert fastest(found, both / GIB).setting.together
-    assert not fastest(found, (both + apart) / 2 / GIB).setting.together
-    unguided = replace(wide, defaults=wide.defaults.model_copy(update={"cfg": 1.0}))
-    assert all(c.setting.together for c in candidates(unguided, (1024, 1024)))
-
-
-def test_together_weights_are_unpacked_and_fetched_once_a_step() -> None:
-    network = find_network("mos-l")
-    found = {c.setting: c.seconds for c in candidates(network, network.canvas.native)}
-    # Guidance acts on nine tenths of the steps.
-    nf4, blocks = Setting(generation="nf4"), Setting(offload="blocks")
-    nf4_apart, blocks_apart = (found[replace(setting, together=False)] for setting in (nf4, blocks))
-    assert nf4_apart["quantised layers"] == pytest.approx(1.9 * found[nf4]["quantised layers"])
-    assert blocks_apart["waiting for blocks"] >= 1.9 * found[blocks]["waiting for blocks"]
-    assert nf4_apart["drawing"] == found[nf4]["drawing"]
-    # Every row is rounded, however many there are.
-    int8 = Setting(generation="int8")
-    assert found[int8] == found[replace(int8, together=False)]
-
-
-def test_a_run_in_full_precision_is_planned_as_such() -> None:
-    size = find_network("mos-l").canvas.native
-    half = fitted(RunSettings(max_vram=24), find_network("mos-l"), size, None)
-    full = fitted(RunSettings(max_vram=24), find_network("mos-l", precision="fp32"), size, None)
-    assert (half.quant, half.offload) != (full.quant, full.offload)
-    assert fastest(candidates(find_network("mos-l", precision="fp32"), size), 24).quant == full.quant
 
 
 def test_what_a_model_is_already_is_not_asked_for(bundle: Bundle, mos, tmp_path: Path) -> None:
@@ -98,23 +36,6 @@ def test_what_a_model_is_already_is_not_asked_for(bundle: Bundle, mos, tmp_path:
     assert mos("generate", "a dog", "-m", "less", "--quant", "none", "-o", tmp_path / "a.png").exit_code == 0
     with pytest.raises(UsageError, match="--quant int8,none"):
         candidates(network, (32, 32), quant=("int8", "nf4"))
-
-
-def test_where_memory_ran_out_a_setting_is_named_that_needs_clearly_less() -> None:
-    network = find_network("mos-l")
-    size, now = network.canvas.native, Setting()
-    every = {one.setting: one for one in candidates(network, size)}
-    for card in (12, 24, None):
-        found = smaller(find_network("mos-l"), size, now, card)
-        assert found is not None
-        assert found.peak < 0.9 * every[now].peak
-        if card is not None:
-            assert found.needs <= card * GIB
-        else:
-            assert found.setting.offload == "none"
-    least = min(every.values(), key=lambda one: one.peak).setting
-    assert smaller(find_network("mos-l"), size, least, 24) is None
-    assert smaller(find_network("mos-l"), size, now, 1) is None
 
 
 def test_out_of_memory_names_the_setting_that_should_fit(
@@ -144,7 +65,6 @@ def test_memory_that_runs_out_at_another_moment_is_told_too(
     assert "take a smaller" in line
 
 
-SMALL = UnderstandingShape(layers=36, width=4096, hidden=1, linear=1, other=1, vision=0)
 REFUSED = {
     "--max-vram on a CPU": (["--max-vram", "8"], 2, "--max-vram auto takes what fits"),
     "--offload on a CPU": (["--offload", "blocks"], 2, "CPU: --offload none"),

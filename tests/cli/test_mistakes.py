@@ -6,10 +6,8 @@ import sys
 
 import pytest
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
-from mos_cli.bundles.bundle import FORMER, find_bundle, write_index
-from mos_cli.images.outputs import png, read_drawing
+from mos_cli.bundles.bundle import write_index
 
 PROMPT = "a red apple"
 
@@ -78,50 +76,6 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(mos, bundle, tmp_path, monke
     assert sorted(p for p in tmp_path.rglob("*") if "cache" not in p.parts) == before
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("feature_cache = 2", "stand under [generate]"),
-        ("", "stand under [generate]"),
-        ("steps = 2\n[generate]", "stand under [generate]"),
-        ("[generate]\nfeature_cach = 2", "feature_cach: unknown setting"),
-    ],
-)
-def test_a_config_file_that_is_wrong_says_where_settings_stand(mos, bundle, tmp_path, text: str, words: str) -> None:
-    (tmp_path / "config.toml").write_text(text)
-    result = mos("generate", PROMPT, "--dry-run")
-    assert result.exit_code == 2
-    (line,) = errors(result)
-    assert words in line
-    assert "config.toml" in line
-
-
-def test_an_unknown_setting_of_a_replay_is_called_that(mos, bundle, tmp_path) -> None:
-    mos("generate", PROMPT, "-o", tmp_path / "one.png")
-    result = mos("replay", tmp_path / "one.png", "--set", "feature_cach=2")
-    assert result.exit_code == 2
-    assert "feature_cach: unknown setting" in result.stderr
-
-
-def test_a_limit_for_gpus_is_refused_on_a_cpu_wherever_it_comes_from(mos, bundle, tmp_path, monkeypatch) -> None:
-    def refused(*options: str) -> None:
-        drawn = ("generate", PROMPT, "--device", "cpu", "-o", tmp_path / "a.png", "--overwrite", *options)
-        result = mos(*drawn)
-        assert result.exit_code == 2, result.output
-        (line,) = errors(result)
-        assert "MOS_MAX_VRAM, a preset or the config file) needs a GPU" in line
-        # The way out that is named leads out, from each of them.
-        taken = mos(*drawn, "--max-vram", "auto")
-        assert taken.exit_code == 0, taken.output
-
-    refused("-p", "gpu-12gb")
-    (tmp_path / "config.toml").write_text("[generate]\nmax_vram = 12.0\n")
-    refused()
-    (tmp_path / "config.toml").write_text("[generate]\n")
-    monkeypatch.setenv("MOS_MAX_VRAM", "12")
-    refused()
-
-
 EARLY = """
 import sys
 from typer.testing import CliRunner
@@ -151,16 +105,6 @@ def test_what_cannot_be_written_is_told_before_heavy_libraries_are_loaded(bundle
         assert words in said
 
 
-def test_a_change_without_effect_is_refused(mos, bundle, tmp_path) -> None:
-    mos("generate", PROMPT, "--cfg", 1, "-o", tmp_path / "one.png")
-    for change in ("negative=dog", "cfg_interval=0,0.5"):
-        result = mos("replay", tmp_path / "one.png", "--set", change)
-        assert result.exit_code == 2
-        assert "no effect" in result.stderr
-    changes = ["--set", "negative=dog", "--set", "cfg=2"]
-    assert mos("replay", tmp_path / "one.png", *changes, "-o", tmp_path / "two.png").exit_code == 0
-
-
 def test_a_changed_weight_is_noticed(mos, bundle, tmp_path) -> None:
     weights = bundle.folder / "generation" / "diffusion_pytorch_model.safetensors"
     data = bytearray(weights.read_bytes())
@@ -170,43 +114,6 @@ def test_a_changed_weight_is_noticed(mos, bundle, tmp_path) -> None:
     assert result.exit_code == 4
     assert "diffusion_pytorch_model.safetensors" in result.stderr
     assert not (tmp_path / "one.png").exists()
-
-
-def test_a_replay_with_another_version_of_the_model_is_refused(mos, bundle, tmp_path) -> None:
-    mos("generate", PROMPT, "-o", tmp_path / "one.png")
-    index = bundle.folder / "model_index.json"
-    index.write_text(index.read_text().replace("random weights", "other weights"))
-    result = mos("replay", tmp_path / "one.png")
-    assert result.exit_code == 4
-    theirs, ours = read_drawing(tmp_path / "one.png")[1].made.bundle_hash, find_bundle("tiny").hash
-    assert f"was made by tiny {theirs[:10]}; tiny is {ours[:10]} here" in result.stderr
-
-
-@pytest.mark.parametrize("name", ["tiny", "emoji-nano"])
-def test_a_picture_of_a_model_that_came_with_mos_once_is_refused_with_the_version(mos, bundle, tmp_path, name) -> None:
-    mos("generate", PROMPT, "-o", tmp_path / "one.png")
-    image, record = read_drawing(tmp_path / "one.png")
-    for former, version in FORMER.items():
-        update = {"recipe": record.recipe.model_copy(update={"model": name})}
-        update["made"] = record.made.model_copy(update={"bundle_hash": former})
-        (tmp_path / "old.png").write_bytes(png(image, record.model_copy(update=update)))
-        for command in (["replay"], ["routing", "ablate", "--word", "apple"]):
-            result = mos(*command, tmp_path / "old.png")
-            assert result.exit_code == 4, result.stderr
-            (line,) = errors(result)
-            assert f"was made by {name} {former[:10]}, which came with mos {version}" in line
-        drawn = mos("replay", tmp_path / "old.png", "--set", "model=tiny", "-o", tmp_path / "new.png", "--overwrite")
-        assert drawn.exit_code == 0, drawn.stderr
-
-
-def test_a_picture_with_a_damaged_recipe_is_refused(mos, bundle, tmp_path) -> None:
-    for text in ("{", '{"schema": "mos-picture/9"}', "[]"):
-        info = PngInfo()
-        info.add_itxt("mos", text)
-        Image.new("RGB", (8, 8)).save(tmp_path / "bad.png", pnginfo=info)
-        result = mos("replay", tmp_path / "bad.png")
-        assert result.exit_code == 3
-        assert len(result.stderr.strip().splitlines()) == 1
 
 
 def test_a_bundle_whose_parts_do_not_fit_is_refused(mos, bundle, tmp_path) -> None:

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,44 +21,11 @@ from mos_cli.cli.loading import fit_to_card
 from mos_cli.config.settings import RunSettings
 from mos_cli.errors import MemoryLimitError, ModelError, UsageError
 from mos_cli.planning import memory
-from mos_cli.planning.candidates import CARDS, candidates, fastest, parse_quant
+from mos_cli.planning.candidates import CARDS, candidates, fastest
 from mos_cli.planning.memory import GIB, Setting, stages, weights
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.vision_language import load_understanding
 from tests.helpers import vlm_towers
-
-
-@pytest.mark.parametrize("name", ["mos-s", "mos-l"])
-def test_what_is_chosen_fits_and_a_larger_card_is_no_slower(name: str) -> None:
-    numbers = find_network(name)
-    found = candidates(numbers, numbers.canvas.native)
-    best = [fastest(found, card) for card in CARDS]
-    assert all(c.needs <= card * GIB for c, card in zip(best, CARDS, strict=True))
-    seconds = [c.total_seconds for c in best]
-    assert all(later <= 1.08 * earlier for earlier, later in pairwise(seconds))
-    assert [c.total_seconds for c in found] == sorted(c.total_seconds for c in found)
-
-
-def test_what_is_spared_is_spared() -> None:
-    """Quantising, offloading and tiles need less where they act, at the price that is named."""
-    numbers = find_network("mos-l")
-
-    def peaks(setting: Setting) -> dict[str, int]:
-        return {stage.name: stage.peak for stage in stages(numbers, setting, (1024, 1024))}
-
-    plain = peaks(Setting("none", "none", "none", False))
-    evicted = peaks(Setting("none", "none", "understanding", False))
-    blocks = peaks(Setting("none", "none", "blocks", False))
-    tiled = peaks(Setting("none", "none", "none", True))
-    tower = weights(numbers, Setting("none", "none", "none", False)).understanding
-    assert plain["draw"] - evicted["draw"] == tower
-    assert blocks["draw"] < evicted["draw"] / 4
-    assert tiled["decode"] < plain["decode"]
-    assert tiled["draw"] == plain["draw"]
-    for quant in ("int8", "nf4"):
-        assert peaks(Setting(quant, quant, "none", False))["read"] < plain["read"]  # type: ignore[arg-type]
-    assert memory.host_bytes(numbers, Setting("none", "none", "none", False)) == 0
-    assert memory.host_bytes(numbers, Setting("none", "none", "understanding", False)) > tower
 
 
 def test_the_table_names_the_command_for_every_card(mos, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,16 +169,6 @@ def test_mistakes_are_one_line(mos, bundle: Bundle) -> None:
         result = mos("plan", *arguments)
         assert result.exit_code == exit_code, result.output
         assert words in result.output
-
-
-def test_quant_is_for_both_or_for_each() -> None:
-    assert parse_quant("nf4") == ("nf4", "nf4")
-    assert parse_quant("int8,none") == ("int8", "none")
-    with pytest.raises(UsageError):
-        parse_quant("")
-    numbers = find_network("mos-l")
-    only = candidates(numbers, (1024, 1024), quant=("nf4", "none"))
-    assert {(c.setting.understanding, c.setting.generation) for c in only} == {("nf4", "none")}
 
 
 def test_planning_imports_nothing_heavy() -> None:

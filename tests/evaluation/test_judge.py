@@ -1,25 +1,16 @@
-"""The judge, KID, and a whole evaluation, all with random weights and random art."""
+"""The judge and its training, with random weights and random art."""
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor, nn
-from typer.testing import Result
 
-from mos_cli.bundles.bundle import Bundle
-from mos_cli.bundles.sources import fetch_tower
 from mos_cli.datasets.art.file import Art
-from mos_cli.errors import InputError, ModelError, UsageError
+from mos_cli.errors import ModelError
 from mos_cli.evaluation.augment import spoilt, turned, turned_point
-from mos_cli.evaluation.examine import Examiner, TrueScenes
-from mos_cli.evaluation.features import FEATURES, EfficientNetLite0, features_of
 from mos_cli.evaluation.judge import CELLS, SIDE, Judge, JudgeNet, judge_folder
 from mos_cli.evaluation.judge_training import (
     IGNORED,
@@ -30,12 +21,7 @@ from mos_cli.evaluation.judge_training import (
     strew,
     train_judge,
 )
-from mos_cli.evaluation.kid import kid
-from mos_cli.evaluation.results import Evaluation
-from mos_cli.evaluation.run import Bench, evaluate
-from mos_cli.evaluation.scenebench import CATEGORIES, bench_data, read_bench
-from mos_cli.inference.pipeline import MoSPipeline
-from mos_cli.towers.efficientnet import features_spec
+from mos_cli.evaluation.scenebench import bench_data
 from tests.helpers.random_art import EXTRA_STYLE
 from tests.helpers.tiny_judge import tiny_judge
 
@@ -131,113 +117,3 @@ def test_spoiling_keeps_the_picture():
     assert spoiled.abs().max() <= 1
     assert torch.corrcoef(torch.stack([pictures.flatten(), spoiled.flatten()]))[0, 1] > 0.9
     assert not any(torch.equal(one, other) for one, other in zip(pictures, spoiled, strict=True))
-
-
-class RandomFeatures(nn.Module):
-    """What an untrained convolution sees: enough to tell sharp from blurred."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.convolution = nn.Conv2d(3, 32, 5, 2)
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        return F.relu(self.convolution(pictures)).mean(dim=(2, 3))
-
-
-def test_kid_grows_with_blur(art: Art):
-    true, entries, net = TrueScenes(art), read_bench(), RandomFeatures()
-    entries = tuple(e for e in entries if e.category in ("single", "style"))
-
-    def blurred(pictures: Tensor, side: int) -> Tensor:
-        return F.interpolate(F.interpolate(pictures, (side, side), mode="area"), (32, 32), mode="bilinear")
-
-    pictures, others = true.draw(entries, 32, take=0), true.draw(entries, 32, take=1)
-    reference = features_of(net, pictures)
-    same, little, much = (
-        kid(features_of(net, one), reference) for one in (others, blurred(others, 16), blurred(others, 4))
-    )
-    assert same.subset == 100
-    assert abs(same.mean) < 0.1 * little.mean
-    assert little.mean < 0.8 * much.mean
-    assert kid(reference[:10], reference[:10]).subset == 5
-
-
-def test_the_features_are_those_of_the_paper():
-    net = EfficientNetLite0()
-    # 4.65 million less the classifier, which is not used.
-    assert sum(parameter.numel() for parameter in net.parameters()) == 4_652_008 - 1000 * 1281
-    assert features_of(net, torch.zeros(1, 3, 32, 32)).shape == (1, FEATURES)
-
-
-def test_the_features_file_is_pinned():
-    spec = features_spec()
-    assert (spec.format, len(spec.files)) == ("pth", 1)
-
-
-@pytest.fixture
-def pipeline(bundle: Bundle) -> MoSPipeline:
-    return MoSPipeline(bundle, fetch_tower(bundle.index.understanding), device=torch.device("cpu"), precision="fp32")
-
-
-def settings(**changed: object) -> dict:
-    common = {"model": "tiny", "steps": 1, "cfg": 1.0, "cfg_interval": (0.0, 1.0), "precision": "fp32"}
-    return {**common, "negative": "", "width": 32, "height": 32, **changed}
-
-
-def test_an_evaluation_from_bundle_to_table(pipeline: MoSPipeline, art: Art, tmp_path: Path):
-    entries = read_bench(1)
-    judge = tiny_judge(tmp_path / "judge", tuple(bench_data().words))
-    bench = Bench(entries, judge, RandomFeatures(), TrueScenes(art))
-    folder, told = tmp_path / "out", []
-    result = evaluate(pipeline, bench, folder, settings(), lambda *what: told.append(what))
-    assert Evaluation.model_validate_json((folder / "eval.json").read_text()) == result
-    assert [one.category for one in result.scores] == [*CATEGORIES, "all"]
-    assert result.judge_hash == judge.hash
-    assert result.bundle_hash == pipeline.bundle_hash
-    text = (folder / "eval.md").read_text()
-    assert text.splitlines()[1] == "| --- | ---: | ---: | ---: | ---: |"
-    assert all(f"| {category} | 1 |" in text for category in CATEGORIES)
-    for name in ("sheet.png", "check.png"):
-        Image.open(folder / name).verify()
-    assert told[-1] == ("judging", 2, 2)
-
-    # What is there is taken, one that is missing is drawn again, and nothing else is.
-    drawn = sorted((folder / "pictures").iterdir())
-    assert [path.stem for path in drawn] == sorted(e.id for e in entries)
-    drawn[0].unlink()
-    before = {path: path.stat().st_mtime_ns for path in drawn[1:]}
-    assert evaluate(pipeline, bench, folder, settings(), lambda *what: None) == result
-    assert {path: path.stat().st_mtime_ns for path in drawn[1:]} == before
-    with pytest.raises(InputError, match="other settings"):
-        evaluate(pipeline, bench, folder, settings(steps=2), lambda *what: None)
-
-
-def test_a_style_is_told_by_comparison_with_true_scenes(art: Art, tmp_path: Path):
-    true, entries = TrueScenes(art), [entry for entry in read_bench(20) if entry.category == "style"]
-    examiner = Examiner(tiny_judge(tmp_path, tuple(bench_data().words)), true, entries, canvas=32)
-    right = [entry.description.style for entry in entries]
-    likest = examiner.likest(true.draw(entries, 32, take=0))
-    assert sum(a == b for a, b in zip(likest, right, strict=True)) >= 15
-    likest = examiner.likest(true.draw(entries, 32, take=0, style="fluent-3d"))
-    assert likest.count("fluent-3d") >= 15
-
-
-def test_what_cannot_be_judged_is_refused(pipeline: MoSPipeline, art: Art, tmp_path: Path):
-    true = TrueScenes(art)
-    ignorant = Bench(read_bench(1), tiny_judge(tmp_path, ("cat face",)), RandomFeatures(), true)
-    with pytest.raises(ModelError, match="has not learned"):
-        evaluate(pipeline, ignorant, tmp_path, settings(), lambda *what: None)
-    with pytest.raises(UsageError, match="square"):
-        evaluate(pipeline, ignorant, tmp_path, settings(width=48), lambda *what: None)
-
-
-def test_mistakes_on_the_command_line(mos: Callable[..., Result], bundle: Bundle, tmp_path: Path, art_folder: Path):
-    no_art = mos("eval", "--art", tmp_path)
-    assert no_art.exit_code == 3
-    assert "mos data build" in no_art.stderr
-    no_judge = mos("eval", "--art", art_folder, "--judge", tmp_path)
-    assert no_judge.exit_code == 4
-    assert "mos train-judge" in no_judge.stderr
-    assert mos("eval", "--size", "33").exit_code == 2
-    assert mos("eval", "--limit", "0").exit_code == 2

@@ -50,6 +50,9 @@ TABLE: dict[str, Any] = {
     },
 }
 
+STAGES = ({"name": "small", "steps": 3, "canvas": 16}, {"name": "large", "steps": 3, "canvas": 32, "batch": 4})
+"""Two stages, the second on a larger canvas."""
+
 
 def recipe(stages: tuple[dict, ...] = (), **train: Any) -> TrainRecipe:
     """The tiny recipe with other settings of [train]."""

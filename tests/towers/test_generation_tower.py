@@ -1,72 +1,13 @@
-"""The network: what a route keeps, that the bank is exact, that nothing leaks between prompts of a batch."""
+"""The generation tower: the bank is exact, every parameter learns, prompts of a batch do not affect each other."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 
-from mos_cli.errors import InputError
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.layers import EPS, patchify, unpatchify
 from mos_cli.towers.router import choose_route
-from mos_cli.towers.understanding import UnderstandingTower
 from tests.helpers.generation_towers import B, J, K, M, S, T, inputs, small_tower
-
-
-@given(st.integers(1, 6), st.booleans(), st.integers(0, 2**31))
-def test_every_column_keeps_exactly_k_layers(top_k: int, renormalise: bool, seed: int) -> None:
-    logits = torch.randn(2, 3, 6, 4, generator=torch.Generator().manual_seed(seed))
-    route = choose_route(logits, top_k, renormalise=renormalise)
-    assert route.ids_BTJK.shape == route.weights_BTJK.shape == (2, 3, 4, top_k)
-    kept = torch.zeros(2, 3, 4, 6).scatter_(-1, route.ids_BTJK, 1)
-    assert (kept.sum(-1) == top_k).all()
-    probabilities = logits.softmax(dim=2).transpose(2, 3)
-    # The kept layers are the likeliest, and best first.
-    left_out = probabilities.masked_fill(kept.bool(), -1).amax(-1)
-    assert (probabilities.gather(-1, route.ids_BTJK).amin(-1) >= left_out).all()
-    assert (route.weights_BTJK.diff(dim=-1) <= 1e-7).all()
-    if renormalise:
-        torch.testing.assert_close(route.weights_BTJK.sum(-1), torch.ones(2, 3, 4))
-    else:
-        torch.testing.assert_close(route.weights_BTJK, probabilities.gather(-1, route.ids_BTJK))
-
-
-def test_exploration_happens_as_often_as_epsilon_says_and_never_at_zero() -> None:
-    logits = torch.randn(50, 20, 8, 10)
-    best = choose_route(logits, 2, renormalise=True).ids_BTJK
-    explored = choose_route(logits, 2, renormalise=True, epsilon=0.3).ids_BTJK
-    # A random pair is the best pair, in order, once in 8 * 7 times.
-    share = (explored != best).any(-1).float().mean().item()
-    assert share == pytest.approx(0.3 * (1 - 1 / 56), abs=0.02)
-    assert torch.equal(choose_route(logits, 2, renormalise=True, epsilon=0.0).ids_BTJK, best)
-
-
-def test_extreme_logits_give_weights_that_are_numbers() -> None:
-    logits = torch.tensor([0.0, -300.0, -300.0, -300.0])[:, None].expand(1, 50, 4, 3)
-    for renormalise in (True, False):
-        route = choose_route(logits, 2, renormalise=renormalise, epsilon=1.0)
-        assert route.weights_BTJK.isfinite().all()
-
-
-@pytest.mark.parametrize("context", ["kv", "tokens"])
-def test_what_renormalising_does_reaches_the_picture(context: str) -> None:
-    z, t, states = inputs()
-    pictures = []
-    for renormalise in (True, False):
-        tower = small_tower(context=context, renormalise=renormalise)
-        with torch.no_grad():
-            pictures.append(tower(z, t, tower.project_states(states))[0])
-    assert (pictures[0] - pictures[1]).abs().mean() > 5e-4 * pictures[0].abs().mean()
-
-
-def test_a_router_that_keeps_one_layer_can_learn() -> None:
-    tower = small_tower(top_k=1, renormalise=False)
-    z, t, states = inputs()
-    tower(z, t, tower.project_states(states))[0].square().mean().backward()
-    assert tower.router is not None
-    assert tower.router.head.weight.grad is not None
-    assert tower.router.head.weight.grad.abs().max() > 1e-4
 
 
 def test_the_bank_equals_mixing_raw_states_and_then_projecting() -> None:
@@ -97,23 +38,6 @@ def test_a_prompt_draws_the_same_whatever_else_is_in_the_batch(context: str) -> 
         alone, route_alone = tower(z[:1], t[:1], tower.project_states(states[:1, :3]))
     torch.testing.assert_close(together[:1], alone, atol=1e-4, rtol=1e-4)
     assert torch.equal(route.ids_BTJK[:1, :3], route_alone.ids_BTJK)
-
-
-def test_the_route_depends_on_prompt_picture_and_time() -> None:
-    tower = small_tower()
-    z, t, states = inputs(batch=1)
-
-    def weights(z: torch.Tensor, t: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return tower(z, t, tower.project_states(states))[1].weights_BTJK
-
-    base = weights(z, t, states)
-    assert not torch.allclose(base, weights(z + 1, t, states), atol=1e-4)
-    assert not torch.allclose(base, weights(z, t / 2, states), atol=1e-4)
-    changed = states.clone()
-    changed[:, 0] = -changed[:, 0]
-    # The router's attention carries a changed token's meaning to the others.
-    assert not torch.allclose(base[:, 1:], weights(z, t, changed)[:, 1:], atol=1e-4)
 
 
 @pytest.mark.parametrize("context", ["kv", "tokens"])
@@ -168,41 +92,6 @@ def test_a_saved_tower_is_the_same(tmp_path) -> None:
         assert torch.equal(tower(z, t, tower.project_states(states))[0], loaded(z, t, loaded.project_states(states))[0])
 
 
-@pytest.mark.parametrize(("kind", "layers"), [("encoder_folder", 4), ("decoder_folder", 5)])
-def test_an_understanding_tower_hands_over_every_layer(kind: str, layers: int, request) -> None:
-    tower = UnderstandingTower(request.getfixturevalue(kind))
-    reading = tower.encode(["a red apple", "dogs"])
-    assert reading.states_BTMS.shape[2:] == (layers, 32) == (tower.layers, tower.width)
-    spans = [(t.start, t.end) for t in reading.tokens[0] if t.end]
-    assert [reading_text("a red apple", span) for span in spans] == ["a", "red", "apple"]
-    assert [t.text for t in reading.tokens[1] if t.end] == ["dog", "##s"]
-    assert reading.mask_BT.sum(1).tolist() == [len(tokens) for tokens in reading.tokens]
-    # Neither padding nor the other prompt shows in a prompt's states.
-    alone = tower.encode(["dogs"]).states_BTMS[0]
-    torch.testing.assert_close(reading.states_BTMS[1, : len(alone)], alone, atol=1e-5, rtol=1e-5)
-
-
-def reading_text(prompt: str, span: tuple[int, int]) -> str:
-    return prompt[slice(*span)]
-
-
-def test_the_last_state_of_a_decoder_is_raw(decoder_folder) -> None:
-    tower = UnderstandingTower(decoder_folder)
-    states = tower.encode(["a red apple"]).states_BTMS[0]
-    ids = tower.tokenizer("a red apple", return_tensors="pt")["input_ids"]
-    normed = tower.model(ids).last_hidden_state[0]
-    assert not torch.allclose(states[:, -1], normed, atol=1e-3)
-    torch.testing.assert_close(tower.model.norm(states[:, -1]), normed)
-
-
-def test_no_words_is_still_something_to_read(encoder_folder, decoder_folder) -> None:
-    for folder in (encoder_folder, decoder_folder):
-        reading = UnderstandingTower(folder).encode(["", "a dog"])
-        assert len(reading.tokens[0]) >= 1
-        assert all((t.start, t.end) == (0, 0) for t in reading.tokens[0])
-        assert reading.states_BTMS.isfinite().all()
-
-
-def test_a_prompt_too_long_is_refused(encoder_folder) -> None:
-    with pytest.raises(InputError, match="the model reads 24"):
-        UnderstandingTower(encoder_folder).encode(["apple " * 30])
+def test_eyes_apart_and_a_tower_that_sees_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="eyes apart"):
+        GenerationTower(states_layers=2, sight_widths=(8, 8), sees=True)

@@ -1,0 +1,86 @@
+"""Settings: where they come from, which one wins, and what a wrong one is told."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mos_cli.config.settings import Settings, list_presets, resolve
+
+PROMPT = "a red apple"
+
+
+def test_every_preset_can_be_used(cache: Path) -> None:
+    cards = ["gpu-12gb", "gpu-16gb", "gpu-24gb", "gpu-8gb"]
+    assert [preset.name for preset in list_presets()] == ["auto", "cpu", "faithful", "fast", *cards, "quality"]
+    for preset in list_presets():
+        assert preset.description
+        asked = preset.settings.model_dump(exclude_none=True)
+        assert asked.items() <= resolve(Settings(), preset.name).model_dump().items()
+
+
+def test_settings_rank_flag_environment_preset_config(mos, bundle, tmp_path, monkeypatch) -> None:
+    def steps(*options: object) -> int:
+        result = mos("generate", PROMPT, "--dry-run", "--json", *options)
+        return json.loads(result.stdout)["recipe"]["steps"]
+
+    assert steps() == 3
+    (tmp_path / "config.toml").write_text("[generate]\nsteps = 5\n")
+    assert steps() == 5
+    assert steps("--preset", "fast") == 6
+    monkeypatch.setenv("MOS_STEPS", "7")
+    assert steps("--preset", "fast") == 7
+    assert steps("--preset", "fast", "--steps", 9) == 9
+
+
+def test_a_config_file_that_is_named_has_to_be_there(mos, bundle, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("MOS_CONFIG", str(tmp_path / "none.toml"))
+    result = mos("generate", PROMPT, "--dry-run")
+    assert result.exit_code == 3
+    (line,) = result.stderr.splitlines()
+    assert "none.toml" in line
+    monkeypatch.delenv("MOS_CONFIG")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "nowhere"))
+    assert mos("generate", PROMPT, "--dry-run").exit_code == 0
+
+
+def errors(result) -> list[str]:
+    """The lines on stderr but for the notice that a tower is being fetched."""
+    return [line for line in result.stderr.splitlines() if not line.startswith("fetching")]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("feature_cache = 2", "stand under [generate]"),
+        ("", "stand under [generate]"),
+        ("steps = 2\n[generate]", "stand under [generate]"),
+        ("[generate]\nfeature_cach = 2", "feature_cach: unknown setting"),
+    ],
+)
+def test_a_config_file_that_is_wrong_says_where_settings_stand(mos, bundle, tmp_path, text: str, words: str) -> None:
+    (tmp_path / "config.toml").write_text(text)
+    result = mos("generate", PROMPT, "--dry-run")
+    assert result.exit_code == 2
+    (line,) = errors(result)
+    assert words in line
+    assert "config.toml" in line
+
+
+def test_a_limit_for_gpus_is_refused_on_a_cpu_wherever_it_comes_from(mos, bundle, tmp_path, monkeypatch) -> None:
+    def refused(*options: str) -> None:
+        drawn = ("generate", PROMPT, "--device", "cpu", "-o", tmp_path / "a.png", "--overwrite", *options)
+        result = mos(*drawn)
+        assert result.exit_code == 2, result.output
+        (line,) = errors(result)
+        assert "MOS_MAX_VRAM, a preset or the config file) needs a GPU" in line
+        # The way out that is named leads out, from each of them.
+        taken = mos(*drawn, "--max-vram", "auto")
+        assert taken.exit_code == 0, taken.output
+
+    refused("-p", "gpu-12gb")
+    (tmp_path / "config.toml").write_text("[generate]\nmax_vram = 12.0\n")
+    refused()
+    (tmp_path / "config.toml").write_text("[generate]\n")
+    monkeypatch.setenv("MOS_MAX_VRAM", "12")
+    refused()

@@ -1,0 +1,63 @@
+"""Training batches: a function of seed, step and index."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mos_cli.errors import InputError, UsageError
+from mos_cli.towers.understanding import UnderstandingTower
+from mos_cli.training import batches as training_batches
+from mos_cli.training.batches import Share
+from tests.helpers import tiny_training as tiny
+
+
+@pytest.fixture(scope="module")
+def understanding(encoder_folder: Path) -> UnderstandingTower:
+    return UnderstandingTower(encoder_folder)
+
+
+def test_a_step_always_has_the_same_batch(understanding) -> None:
+    batches = tiny.batches(tiny.recipe(), understanding)
+    first, again, other = batches.make(3), batches.make(3), batches.make(4)
+    for name in ("z0_BCHW", "z_BCHW", "t_B", "states_BTMS", "mask_BT"):
+        assert torch.equal(getattr(first, name), getattr(again, name))
+    assert not torch.equal(first.z_BCHW, other.z_BCHW)
+    assert first.states_BTMS.shape == (8, 24, 4, 32)
+    streamed = list(batches.stream(3))
+    assert len(streamed) == 5
+    assert torch.equal(streamed[0].z_BCHW, first.z_BCHW)
+
+
+def test_other_processes_pick_the_same(understanding, monkeypatch) -> None:
+    batches = tiny.batches(tiny.recipe(), understanding)
+    alone = [batch.z_BCHW for batch in batches.stream(2)]
+    monkeypatch.setattr(training_batches, "_workers", lambda _: 2)
+    assert all(torch.equal(a, b.z_BCHW) for a, b in zip(alone, batches.stream(2), strict=True))
+
+    def unreadable(random, canvas):
+        raise InputError("cannot read the picture red.png")
+
+    broken = replace(batches.picks, picks=dict.fromkeys(batches.picks.picks, unreadable))
+    batches.picks = broken
+    with pytest.raises(InputError, match=r"^cannot read the picture red\.png$"):
+        next(batches.stream(0))
+
+
+def test_shares_make_up_the_whole_batch(understanding) -> None:
+    whole = tiny.batches(tiny.recipe(), understanding).make(2)
+    parts = [tiny.batches(tiny.recipe(), understanding, Share(rank, 4)).make(2) for rank in range(4)]
+    for name in ("z0_BCHW", "z_BCHW", "t_B", "mask_BT"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+    states = torch.cat([part.states_BTMS for part in parts])
+    torch.testing.assert_close(states[whole.mask_BT], whole.states_BTMS[whole.mask_BT])
+    with pytest.raises(UsageError, match="cannot be shared by 3"):
+        tiny.batches(tiny.recipe(), understanding, Share(0, 3))
+
+
+@pytest.mark.parametrize("room", [4, 24])
+def test_a_caption_that_is_too_long_is_named(understanding, room: int) -> None:
+    batches = tiny.batches(tiny.recipe(context_tokens=room), understanding)
+    with pytest.raises(UsageError, match=r"'a (dog ){15,}.* has 42 tokens.*context_tokens"):
+        batches._read(["a cat", "a " + "dog " * 39])

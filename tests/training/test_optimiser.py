@@ -1,0 +1,55 @@
+"""Parameter groups, learning rates and moving averages."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mos_cli.towers.understanding import UnderstandingTower
+from mos_cli.training.ema import PowerEMA, gamma_of
+from mos_cli.training.optimiser import build_optimisers, set_rates
+from mos_cli.training.stages import curriculum
+from tests.helpers import tiny_training as tiny
+
+
+@pytest.fixture(scope="module")
+def understanding(encoder_folder: Path) -> UnderstandingTower:
+    return UnderstandingTower(encoder_folder)
+
+
+def test_every_parameter_is_in_one_group(understanding, tmp_path: Path) -> None:
+    trainer = tiny.trainer(tiny.recipe(), understanding, tmp_path)
+    optimisers = build_optimisers(trainer.tower)
+    grouped = [p for optimiser in optimisers for group in optimiser.param_groups for p in group["params"]]
+    assert len(grouped) == len(set(map(id, grouped))) == len(list(trainer.tower.parameters()))
+
+
+def test_the_rate_warms_up_once_and_ends_at_nothing() -> None:
+    plan = curriculum(tiny.recipe(warmup=4, steps=20))
+    assert [plan.rate(step) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]
+    assert [plan.rate(step) for step in (12, 16, 20)] == [1, 0.5, 0]
+    quiet = ({**tiny.STAGES[0], "steps": 10}, {**tiny.STAGES[1], "steps": 10, "muon_lr": 1e-3})
+    plan = curriculum(tiny.recipe(quiet, steps=None, warmup=4))
+    optimisers = build_optimisers(torch.nn.ModuleDict({"blocks": torch.nn.Linear(2, 2)}))
+    rates = []
+    for step in (9, 10, 16):
+        set_rates(optimisers, plan, step)
+        rates.append(tuple(optimiser.param_groups[0]["lr"] for optimiser in optimisers))
+    assert rates == [(1e-2, 1e-2), (1e-3, 1e-2), (0.5e-3, 0.5e-2)]
+
+
+def test_moving_averages_are_as_wide_as_they_say() -> None:
+    """Against the definition: a weighted mean of all weights so far, with weights ~ t ** gamma."""
+    assert [gamma_of(width) for width in (0.05, 0.10)] == pytest.approx([16.97, 6.94], abs=0.01)  # EDM2, section 3.1
+    values, weight = torch.randn(200, generator=torch.Generator().manual_seed(0)), torch.zeros(1)
+    ema = PowerEMA({"w": weight})
+    for step, value in enumerate(values, start=1):
+        ema.update({"w": value[None]}, step)
+    for width, average in ema.averages.items():
+        times = torch.arange(1, 201, dtype=torch.float64)
+        share = times ** (gamma_of(float(width)) + 1)
+        share = torch.diff(share, prepend=torch.zeros(1, dtype=torch.float64)) / 200 ** (gamma_of(float(width)) + 1)
+        assert average["w"].item() == pytest.approx((share * values).sum().item(), abs=1e-5)
+        centre = (share * times).sum() / 200
+        spread = ((share * (times / 200 - centre).square()).sum()).sqrt().item()
+        assert spread == pytest.approx(float(width), rel=0.05)
