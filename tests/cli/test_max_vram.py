@@ -87,5 +87,9 @@ def test_what_would_have_no_effect_is_refused(mos, editor: Bundle, tmp_path: Pat
         assert not (tmp_path / "none.png").exists()
 
 
-def test_to_offload_nothing_is_no_mistake(mos, bundle: Bundle, tmp_path: Path) -> None:
-    assert mos("generate", "a dog", "-o", tmp_path / "a.png", "--offload", "none").exit_code == 0
+def test_to_offload_nothing_is_what_a_cpu_does(mos, bundle: Bundle, tmp_path: Path) -> None:
+    fetch_tower(bundle.index.understanding)
+    for name, options in (("a", ()), ("b", ("--offload", "none"))):
+        drawn = mos("generate", "a dog", "-s", 1, "-o", tmp_path / f"{name}.png", "-q", "--device", "cpu", *options)
+        assert (drawn.exit_code, drawn.stderr) == (0, ""), drawn.output
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

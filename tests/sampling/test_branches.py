@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mos_cli.bundles.bundle import Bundle
-from mos_cli.images.outputs import read_drawing
+from mos_cli.images.outputs import png, read_drawing
 from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.trace import RecordOptions
 from mos_cli.sampling.branches import Branches, SteeringInput
@@ -132,6 +132,19 @@ def test_what_is_recorded_is_the_same(context: Any) -> None:
             torch.testing.assert_close(seen, alone, atol=2e-3, rtol=0)
 
 
-def test_the_record_tells_how_a_picture_was_drawn(mos, bundle: Bundle, tmp_path) -> None:
-    assert mos("generate", "a red apple", "-s", 1, "-o", tmp_path / "a.png").exit_code == 0
-    assert read_drawing(tmp_path / "a.png")[1].made.together
+def test_a_replay_computes_the_branches_as_the_record_says(mos, bundle: Bundle, tmp_path, monkeypatch) -> None:
+    rows, forward = [], GenerationTower.forward
+
+    def counted(tower: GenerationTower, z_BCHW: torch.Tensor, *inputs: Any, **options: Any) -> Any:
+        rows.append(len(z_BCHW))
+        return forward(tower, z_BCHW, *inputs, **options)
+
+    monkeypatch.setattr(GenerationTower, "forward", counted)
+    assert mos("generate", "a red apple", "-s", 1, "--steps", 2, "-o", tmp_path / "a.png").exit_code == 0
+    image, record = read_drawing(tmp_path / "a.png")
+    assert (record.made.together, rows) == (True, [2, 2])
+    rows.clear()
+    sequential = record.model_copy(update={"made": record.made.model_copy(update={"together": False})})
+    (tmp_path / "sequential.png").write_bytes(png(image, sequential))
+    assert mos("replay", tmp_path / "sequential.png", "-o", tmp_path / "b.png").exit_code == 0
+    assert (read_drawing(tmp_path / "b.png")[1].made.together, rows) == (False, [1, 1, 1, 1])

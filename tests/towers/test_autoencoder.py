@@ -1,5 +1,7 @@
 """Autoencoders: latents in the scale that the config says, and pictures from them."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
@@ -16,7 +18,7 @@ STAGES = {"block_out_channels": (16, 32)}
 
 
 @pytest.mark.parametrize(
-    ("model", "channels", "factor"),
+    ("make", "channels", "factor", "scale", "shift"),
     [
         (
             lambda: AutoencoderKL(
@@ -30,6 +32,8 @@ STAGES = {"block_out_channels": (16, 32)}
             ),
             4,
             2,
+            0.36,
+            0.11,
         ),
         (
             lambda: AutoencoderTiny(
@@ -41,6 +45,8 @@ STAGES = {"block_out_channels": (16, 32)}
             ),
             4,
             4,
+            1.0,
+            0.0,
         ),
         (
             lambda: AutoencoderDC(
@@ -57,20 +63,28 @@ STAGES = {"block_out_channels": (16, 32)}
             ),
             8,
             4,
+            0.4,
+            0.0,
         ),
     ],
     ids=["kl", "tiny", "deep-compression"],
 )
-def test_any_diffusers_autoencoder_serves(model, channels: int, factor: int, tmp_path) -> None:
+def test_any_diffusers_autoencoder_serves(
+    make, channels: int, factor: int, scale: float, shift: float, tmp_path: Path
+) -> None:
+    """Latents are the autoencoder's own, less the shift, times the scale; decoding undoes both."""
     torch.manual_seed(0)
-    model().save_pretrained(tmp_path)
+    model = make().eval()
+    model.save_pretrained(tmp_path)
     latents = Latents(tmp_path, dtype=torch.float32)
     assert (latents.channels, latents.factor) == (channels, factor)
     pictures = torch.rand(1, 3, 32, 48) * 2 - 1
+    with torch.no_grad():
+        encoded = model.encode(pictures)
+        raw = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
+        decoded = model.decode(raw).sample
     z = latents.encode(pictures)
     assert z.shape == (1, channels, 32 // factor, 48 // factor)
-    assert latents.decode(z).shape == pictures.shape
-    # The scale and the shift of the config are undone by decoding.
-    raw = latents.model.decode(z / latents.scale + latents.shift, return_dict=False)[0]
-    torch.testing.assert_close(latents.decode(z), raw)
-    assert torch.equal(latents.encode(pictures), z)
+    torch.testing.assert_close(z, (raw - shift) * scale)
+    assert decoded.shape == pictures.shape
+    torch.testing.assert_close(latents.decode(z), decoded)

@@ -1,20 +1,27 @@
 """Training on edits with a vision-language tower, whose image tokens stand behind the words."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
 from mos_cli.inference.prompt_encoding import PromptEncoder
 from mos_cli.towers.autoencoder import Pixels
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.towers.vision_language import load_understanding
-from mos_cli.training.batches import Batches
+from mos_cli.towers.vision_language import VisionLanguageTower, load_understanding
+from mos_cli.training.batches import Batch, Batches, Source
 from mos_cli.training.objective import Objective
 from mos_cli.training.recipe import TrainTable
+from mos_cli.training.stages import Curriculum, Stage
+from tests.helpers import tiny_training as tiny
 from tests.helpers import vlm_towers
 
 INSTRUCTION = "paint the red apple green"
+WORDS = 30
+"""Tokens of a caption that a batch has room for."""
 
 
 @pytest.fixture(scope="module")
@@ -22,40 +29,67 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return vlm_towers.qwen3_vl(tmp_path_factory.mktemp("qwen"))
 
 
-def test_training_sees_what_drawing_sees(qwen: Path) -> None:
-    tower, understanding = tiny_tower(), load_understanding(qwen)
-    batches = Batches.__new__(Batches)
-    batches.understanding, batches.autoencoder, batches.eyes = understanding, Pixels(), None
-    batches.train = TrainTable.model_construct(context_tokens=30)
-    before = torch.rand(1, 3, 64, 64) * 2 - 1
-    states, mask, grid = batches._read_in_sight([INSTRUCTION], before)
-    assert states.shape[1] == mask.shape[1] == 30 + grid[0] * grid[1]
-    reading = PromptEncoder(understanding, None, tower, "tiny").encode_with_images(
-        {"positive": PromptEncoder(understanding, None, tower, "tiny").encode(INSTRUCTION)}, [before], [before]
-    )["positive"]
-    trained = tower.project_states(states, mask).bank_BTMD[:, mask[0]]
-    torch.testing.assert_close(trained, reading.bank.bank_BTMD)
-    assert reading.bank.references is not None
-    assert reading.bank.references.grids == (grid,)
+@pytest.fixture(scope="module")
+def understanding(qwen: Path) -> VisionLanguageTower:
+    tower = load_understanding(qwen)
+    assert isinstance(tower, VisionLanguageTower)
+    return tower
 
 
-def test_a_step_of_training_learns_from_what_is_seen(qwen: Path) -> None:
-    torch.manual_seed(0)
-    tower, understanding = tiny_tower(), load_understanding(qwen)
-    pictures = torch.rand(2, 3, 64, 64) * 2 - 1
-    reading = understanding.encode([INSTRUCTION, INSTRUCTION], [[picture] for picture in pictures])
-    (sight,) = reading.image_spans[0]
-    seen = range(sight.first, sight.first + sight.rows * sight.columns)
-    order = [n for n in range(reading.mask_BT.shape[1]) if n not in seen] + list(seen)
-    loss, _ = Objective(tower, 0.0)._plain(
-        torch.rand(2, 3, 64, 64), torch.randn(2, 3, 64, 64), torch.tensor([0.5, 0.9]),
-        reading.states_BTMS[:, order], reading.mask_BT[:, order], pictures, None, (sight.rows, sight.columns),
-    )  # fmt: skip
+def edit_batch(understanding: VisionLanguageTower, before_B3HW: Tensor) -> Batch:
+    """A batch of edits of these pictures, all with the same instruction."""
+    train = {**tiny.TABLE["train"], "context_tokens": WORDS, "batch": len(before_B3HW), "drop_caption": 0.0}
+    size = before_B3HW.shape[-1]
+    stage = Stage("edit", 0, 1, size, len(before_B3HW), 1e-2, 1e-2, 0.4, SimpleNamespace(edits=1.0))  # type: ignore[arg-type]
+    source = Source(
+        pick=lambda random, canvas: (None, INSTRUCTION),
+        draw=lambda picked, canvas: before_B3HW.flip(3),
+        draw_before=lambda picked, canvas: before_B3HW,
+    )
+    batches = Batches(
+        Curriculum((stage,), 0, 1.0),
+        TrainTable.model_validate(train),
+        {("edit", True): source},
+        understanding,
+        Pixels(),
+        torch.device("cpu"),
+    )
+    return batches.make(0)
+
+
+def test_a_batch_has_the_states_that_drawing_has(understanding: VisionLanguageTower) -> None:
+    tower, before = tiny_tower(), torch.rand(1, 3, 64, 64) * 2 - 1
+    batch = edit_batch(understanding, before)
+    rows, columns = batch.grid
+    assert batch.states_BTMS.shape[1] == batch.mask_BT.shape[1] == WORDS + rows * columns
+    encoder = PromptEncoder(understanding, None, tower, "tiny")
+    encoded = encoder.encode_with_images({"positive": encoder.encode(INSTRUCTION)}, [before], [before])["positive"]
+    trained = tower.project_states(batch.states_BTMS, batch.mask_BT).bank_BTMD[:, batch.mask_BT[0]]
+    torch.testing.assert_close(trained, encoded.bank.bank_BTMD)
+    assert encoded.bank.references is not None
+    assert encoded.bank.references.grids == (batch.grid,)
+
+
+def test_a_step_of_training_learns_from_every_image_token(understanding: VisionLanguageTower) -> None:
+    """Whatever the route keeps of it, each image token has a part in the loss; padding has none."""
+    batch = edit_batch(understanding, torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    tower, states = tiny_tower(), batch.states_BTMS.clone().requires_grad_()
+    loss, _ = Objective(tower, 0.0)(replace(batch, states_BTMS=states))
+    loss.backward()
+    assert states.grad is not None
+    learned_BT = states.grad.abs().sum(dim=(2, 3)) > 0
+    assert learned_BT[:, WORDS:].all()
+    assert torch.equal(learned_BT, batch.mask_BT.bool())
+
+
+def test_the_picture_that_is_edited_is_under_the_noised_one(understanding: VisionLanguageTower) -> None:
+    batch = edit_batch(understanding, torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    tower = tiny_tower()
+    loss, _ = Objective(tower, 0.0)(batch)
     loss.backward()
     assert tower.under_in is not None
-    for weight in (tower.under_in.weight, tower.states_in.weight):
-        assert weight.grad is not None
-        assert weight.grad.abs().sum() > 0
+    assert tower.under_in.weight.grad is not None
+    assert tower.under_in.weight.grad.abs().sum() > 0
 
 
 def tiny_tower() -> GenerationTower:
