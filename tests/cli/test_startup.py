@@ -3,7 +3,6 @@
 import subprocess
 import sys
 
-
 HEAVY = ("torch", "transformers", "diffusers", "huggingface_hub", "bitsandbytes", "xformers", "accelerate")
 EVERY_HELP = """
 import sys

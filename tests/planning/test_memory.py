@@ -44,6 +44,11 @@ def network(generation: GenerationShape, **changes: Any) -> Network:
     return replace(find_network("mos-s"), **{"generation": generation, "references": 0, **changes})
 
 
+def parts(numbers: Network, setting: Setting, size: tuple[int, int]) -> dict[str, dict[str, int]]:
+    """What is on the device at the peak of each stage, by stage and name."""
+    return {stage.name: stage.parts for stage in memory.stages(numbers, setting, size)}
+
+
 SIZES: dict[str, Any] = {
     "channels": 32,
     "patch": 1,
@@ -85,47 +90,50 @@ def test_a_pass_takes_what_is_counted(shape: dict[str, Any], tokens: int, side: 
         assert counted == pytest.approx(measured, rel=0.1), rows
 
 
-def test_references_are_counted() -> None:
+def test_an_edit_takes_what_is_counted() -> None:
+    """The references, the banks with and without their image tokens, and a pass of one branch and of two."""
     config = {**SIZES, "width": 256, "heads": 2, "hidden": 704, "sight_widths": (16,) * 5}
     tower = GenerationTower(**config).to(torch.bfloat16).eval().requires_grad_(False)  # type: ignore[arg-type]
-    z, words = torch.randn(1, 32, 20, 20), 4
-    numbers = network(GenerationShape(**config), references=1)
+    numbers, side = network(GenerationShape(**config), references=1), 20
+    assert numbers.autoencoder is not None
+    size = (side * numbers.autoencoder.factor, side * numbers.autoencoder.factor)
+    z = torch.randn(1, 32, side, side)
     with torch.inference_mode():
         references = tower.cache_references([z])
-        banks = [
-            tower.add_image_tokens(
-                tower.project_states(torch.randn(1, count, 5, 64)),
-                torch.randn(1, memory.IMAGE_TOKENS, 5, 16),
-                references,
-            )
-            for count in (words, 2)
-        ]
-        for bank in (banks[0], join(banks)):
+        words = [tower.project_states(torch.randn(1, memory.TOKENS, 5, 64)) for _ in range(2)]
+        tokens = torch.randn(1, memory.IMAGE_TOKENS, 5, 16)
+        banks = [tower.add_image_tokens(bank, tokens, references) for bank in words]
+        for together in (False, True):
+            counted = parts(numbers, Setting(together=together), size)["draw"]
+            joined = [join(banks)] if together else []
+            assert counted["bank"] == sum(map(bank_bytes, [*words, *banks, *joined]))
+            assert counted["references"] == sum(kv.nbytes for kv in references.kv) + references.under_BND.nbytes
+            bank = joined[0] if together else banks[0]
             rows = bank.bank_BTMD.shape[0]
             z_BCHW, t_B = z.expand(rows, -1, -1, -1), torch.full((rows,), 0.5)
             tower(z_BCHW, t_B, bank)
             measured = peak(lambda: tower(z_BCHW, t_B, bank))  # noqa: B023
-            counted = memory.drawing_activations(numbers, "none", words + memory.IMAGE_TOKENS, 400, rows)
-            assert counted == pytest.approx(measured, rel=0.1), rows
-            assert bank.router_BTR is not None
-            kept = bank.bank_BTMD.nbytes + bank.router_BTR.nbytes
-            assert memory._bank_of(numbers, rows * (words + memory.IMAGE_TOKENS)) == kept
-    kept = sum(kv.nbytes for kv in references.kv) + references.under_BND.nbytes
-    assert memory._references(numbers, 400) == {"references": kept}
+            assert counted["activations"] == pytest.approx(measured, rel=0.1), rows
+
+
+def bank_bytes(bank: StateBank) -> int:
+    assert bank.router_BTR is not None
+    return bank.bank_BTMD.nbytes + bank.router_BTR.nbytes
 
 
 def test_twice_the_branches_take_twice_the_activations_and_a_bank_of_their_own() -> None:
     size = (1024, 1024)
     for numbers in (find_network("mos-l"), replace(find_network("mos-s"), references=0)):
-        apart, both = (memory.stages(numbers, Setting(together=together), size)[2].parts for together in (False, True))
+        apart, both = (parts(numbers, Setting(together=together), size)["draw"] for together in (False, True))
         assert both["activations"] == 2 * apart["activations"]
-        tokens = 2 * memory.context_tokens(numbers, size)
-        assert both["bank"] - apart["bank"] == memory._bank_of(numbers, tokens)
+        # The banks of an edit are there with and without image tokens; those that are read are joined.
+        joined = memory.context_tokens(numbers, size)
+        alone = joined + (memory.TOKENS if numbers.references else 0)
+        assert (both["bank"] - apart["bank"]) * alone == apart["bank"] * joined
     # NF4 unpacks one layer, whatever passes it.
     nf4 = Setting(generation="nf4")
     one, two = (
-        memory.stages(numbers, replace(nf4, together=together), size)[2].parts["activations"]
-        for together in (False, True)
+        parts(numbers, replace(nf4, together=together), size)["draw"]["activations"] for together in (False, True)
     )
     assert two < 2 * one
     unguided = replace(numbers, defaults=numbers.defaults.model_copy(update={"cfg": 1.0}))
@@ -156,9 +164,10 @@ def test_projecting_takes_what_is_counted() -> None:
         states = torch.randn(1, tokens, layers, width, dtype=dtype)
         with torch.inference_mode():
             measured = peak(lambda: tower.project_states(states))  # noqa: B023
-        # What comes of it may already be there at the peak: it is counted as the bank.
-        counted = memory._projecting(numbers, tokens)
-        assert 0.9 * measured - memory._bank_of(numbers, tokens) < counted < 1.1 * measured
+        counted = parts(numbers, Setting(), numbers.canvas.native)["bank"]
+        # One prompt's bank may already be there at the peak: it is counted as that.
+        bank = counted["bank"] // 2
+        assert 0.9 * measured - bank < counted["activations"] < 1.1 * measured
 
 
 def test_reading_takes_what_is_counted() -> None:
@@ -176,8 +185,9 @@ def test_reading_takes_what_is_counted() -> None:
         measured = peak(read)
     reader = UnderstandingShape(layers=6, width=256, hidden=768, linear=10**6, other=0, vision=0)
     numbers = network(GenerationShape(), understanding=reader)
-    counted = memory._states(numbers, memory.TOKENS) // 2 + memory._reading(numbers, Setting(), memory.TOKENS)
-    assert counted == pytest.approx(measured, rel=0.1)
+    counted = parts(numbers, Setting(), numbers.canvas.native)["read"]
+    # The states of one prompt, and what is there beside them.
+    assert counted["hidden states"] // 2 + counted["activations"] == pytest.approx(measured, rel=0.1)
 
 
 def autoencoder(kind: str) -> tuple[Any, AutoencoderShape, int]:
