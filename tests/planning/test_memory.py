@@ -170,8 +170,9 @@ def test_projecting_takes_what_is_counted() -> None:
         assert 0.9 * measured - bank < counted["activations"] < 1.1 * measured
 
 
-def test_reading_takes_what_is_counted() -> None:
-    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
+@pytest.mark.parametrize(("layers", "hidden"), [(6, 768), (12, 256)], ids=["in a layer", "stacking the states"])
+def test_reading_takes_what_is_counted(layers: int, hidden: int) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": hidden, "num_hidden_layers": layers}
     model = LlamaModel(LlamaConfig(vocab_size=50, num_attention_heads=2, num_key_value_heads=1, **sizes))
     model = model.eval().requires_grad_(False)
     ids = torch.zeros(1, memory.TOKENS, dtype=torch.long)
@@ -183,7 +184,7 @@ def test_reading_takes_what_is_counted() -> None:
     with torch.inference_mode():
         read()
         measured = peak(read)
-    reader = UnderstandingShape(layers=6, width=256, hidden=768, linear=10**6, other=0, vision=0)
+    reader = UnderstandingShape(layers=layers, width=256, hidden=hidden, linear=10**6, other=0, vision=0)
     numbers = network(GenerationShape(), understanding=reader)
     counted = parts(numbers, Setting(), numbers.canvas.native)["read"]
     # The states of one prompt, and what is there beside them.
