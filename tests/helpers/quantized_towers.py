@@ -1,5 +1,6 @@
 """Towers just large enough to be quantised, and comparisons of them."""
 
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -32,3 +33,24 @@ def same(a: nn.Module, b: nn.Module) -> bool:
         states_a[name].dtype == states_b[name].dtype and torch.equal(states_a[name].cpu(), states_b[name].cpu())
         for name in states_a
     )
+
+
+def tensors_of(holder: object) -> list[Tensor]:
+    """Every tensor that can be reached through attributes, lists and dicts."""
+    found: list[Tensor] = []
+    ahead, met = [holder], set()
+    while ahead:
+        one = ahead.pop()
+        if id(one) in met:
+            continue
+        met.add(id(one))
+        if isinstance(one, Tensor):
+            # Quantised ones hold others in their attributes.
+            found.append(one)
+        if isinstance(one, dict):
+            ahead += one.values()
+        elif isinstance(one, list | tuple):
+            ahead += one
+        elif not isinstance(one, type | ModuleType | FunctionType):
+            ahead += getattr(one, "__dict__", {}).values()
+    return found

@@ -3,15 +3,19 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch._inductor.exc import TritonMissing
 
-from mos_cli.bundles.bundle import write_index
+from mos_cli.bundles.bundle import Bundle, write_index
+from mos_cli.config.recipe import make_recipe
 from mos_cli.errors import DeviceError
 from mos_cli.images.outputs import read_drawing
-from mos_cli.inference.pipeline import _not_compiled
+from mos_cli.inference.pipeline import MoSPipeline
 from tests.helpers.quantized_towers import small_tower
 
 
@@ -76,11 +80,30 @@ def test_without_a_compiler_one_line_says_so(bundle, tmp_path: Path) -> None:
     assert "Traceback" not in run.stderr
 
 
-def test_a_card_without_triton_is_no_traceback() -> None:
-    from torch._inductor.exc import TritonMissing
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_a_compiler_raises_is_no_traceback(
+    bundle: Bundle, encoder_folder: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    """As on a GPU that is too old for Triton. Other errors are passed on as they are."""
+    options: dict[str, Any] = {"device": torch.device("cpu"), "precision": "fp32", "compiled": compiled}
+    pipeline = MoSPipeline(bundle, encoder_folder, **options)
+    sizes = {"width": 32, "height": 32, "steps": 1, "cfg": 1.0, "cfg_interval": (0.0, 1.0)}
+    recipe = make_recipe(prompt="a dog", model="tiny", seed=1, precision="fp32", **sizes)
+    for error, expected in (
+        (TritonMissing(None), DeviceError if compiled else TritonMissing),
+        (RuntimeError("of another kind"), RuntimeError),
+    ):
+        monkeypatch.setattr(pipeline.tower, "forward", raising(error))
+        with pytest.raises(expected) as caught:
+            pipeline.draw(recipe)
+        assert (caught.value is error) == (expected is not DeviceError)
+        if expected is DeviceError:
+            assert "the blocks cannot be compiled here" in str(caught.value)
+            assert "triton" in str(caught.value).lower()
 
-    said = _not_compiled(TritonMissing(None))
-    assert isinstance(said, DeviceError)
-    assert "triton" in str(said)
-    other = RuntimeError("of another kind")
-    assert _not_compiled(other) is other
+
+def raising(error: Exception) -> Callable[..., None]:
+    def forward(*_: object, **__: object) -> None:
+        raise error
+
+    return forward

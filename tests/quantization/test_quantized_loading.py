@@ -9,19 +9,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mos_cli.inference.offload import Part, _held
+from mos_cli.inference.offload import Part
 from mos_cli.quantization.checkpoint import WEIGHTS
 from mos_cli.quantization.method import METHODS
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.quantized import load_generation
-from tests.helpers.quantized_towers import output, same
+from tests.helpers.quantized_towers import output, same, tensors_of
 
 CPU = torch.device("cpu")
 
 
 def places(tower: GenerationTower) -> set[str]:
     """The kinds of devices that hold a tower's tensors, those that quantised layers keep beside their weights too."""
-    return {tensor.device.type for tensor, _ in _held((tower,))}
+    return {tensor.device.type for tensor in tensors_of(tower)}
 
 
 @pytest.mark.parametrize("method", METHODS)
