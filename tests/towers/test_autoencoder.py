@@ -2,11 +2,16 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from PIL import Image, ImageDraw
 
-from mos_cli.towers.autoencoder import Latents, Pixels
+from mos_cli.towers.autoencoder import Enlarger, Latents, Pixels, load_autoencoder
+from mos_cli.training.enlarging import CANVAS
+from mos_cli.training.references import find_autoencoder
 
 
 def test_pixels_are_their_own_latents() -> None:
@@ -88,3 +93,39 @@ def test_any_diffusers_autoencoder_serves(
     torch.testing.assert_close(z, (raw - shift) * scale)
     assert decoded.shape == pictures.shape
     torch.testing.assert_close(latents.decode(z), decoded)
+
+
+def test_latents_of_an_enlarger_are_the_halved_picture() -> None:
+    pictures = torch.arange(16.0).view(1, 1, 4, 4).expand(1, 3, 4, 4)
+    z = Enlarger(width=8, blocks=(1, 1)).encode(pictures)
+    assert torch.equal(z[0, 0], torch.tensor([[2.5, 4.5], [10.5, 12.5]]))
+
+
+def test_the_shipped_enlarger_draws_edges_that_smoothing_loses() -> None:
+    face = Image.new("RGB", (512, 512), "white")
+    draw = ImageDraw.Draw(face)
+    draw.ellipse((60, 60, 450, 450), fill="#fcc21b", outline="#333333", width=12)
+    for left in (150, 300):
+        draw.ellipse((left, 170, left + 60, 250), fill="#2f2f2f")
+    draw.line((170, 340, 340, 340), fill="#a03030", width=16)
+    levels = np.asarray(face.resize((CANVAS, CANVAS), Image.Resampling.BOX), dtype=np.float32)
+    picture = torch.from_numpy(levels / 127.5 - 1).permute(2, 0, 1)[None]
+    enlarger = find_autoencoder("enlarger", torch.device("cpu"))
+    z = enlarger.encode(picture)
+    smooth = F.interpolate(z, scale_factor=2.0, mode="bicubic")
+    assert F.mse_loss(enlarger.decode(z), picture) < 0.3 * F.mse_loss(smooth, picture)
+
+
+def test_diffusers_autoencoders_are_no_enlargers(tmp_path) -> None:
+    from diffusers import AutoencoderTiny
+
+    widths = (16, 16)
+    tiny = AutoencoderTiny(
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        latent_channels=3,
+    )
+    tiny.save_pretrained(tmp_path)
+    assert isinstance(load_autoencoder(tmp_path, dtype=torch.float32), Latents)

@@ -1,21 +1,14 @@
 """Training batches: a function of seed, step and index."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from mos_cli.errors import InputError, UsageError
-from mos_cli.towers.understanding import UnderstandingTower
 from mos_cli.training import batches as training_batches
 from mos_cli.training.batches import Share
 from tests.helpers import tiny_training as tiny
-
-
-@pytest.fixture(scope="module")
-def understanding(encoder_folder: Path) -> UnderstandingTower:
-    return UnderstandingTower(encoder_folder)
 
 
 def test_a_step_always_has_the_same_batch(understanding) -> None:

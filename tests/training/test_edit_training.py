@@ -55,13 +55,6 @@ def _trainer(recipe: TrainRecipe, understanding, art: Art, folder: Path) -> Trai
     return Trainer(recipe, batches, folder, start_accelerator(recipe.train, folder))
 
 
-@pytest.fixture(scope="module")
-def understanding(encoder_folder: Path):
-    from mos_cli.towers.understanding import UnderstandingTower
-
-    return UnderstandingTower(encoder_folder)
-
-
 def test_a_run_learns_both_and_shows_both(understanding, art: Art, tmp_path: Path) -> None:
     recipe = _editing()
     trainer = _trainer(recipe, understanding, art, tmp_path)

@@ -10,7 +10,6 @@ from PIL import Image
 
 from mos_cli.bundles.bundle import find_bundle, verify_bundle
 from mos_cli.errors import InputError, UsageError
-from mos_cli.towers.understanding import UnderstandingTower
 from mos_cli.training import references
 from mos_cli.training import run as training_run
 from mos_cli.training.checkpoint import CHECKPOINTS, newest
@@ -18,11 +17,6 @@ from mos_cli.training.loop import Trainer
 from mos_cli.training.metrics import METRICS, PLOT, TENSORBOARD
 from mos_cli.training.recipe import load_recipe
 from tests.helpers import tiny_training as tiny
-
-
-@pytest.fixture(scope="module")
-def understanding(encoder_folder: Path) -> UnderstandingTower:
-    return UnderstandingTower(encoder_folder)
 
 
 def test_stages_follow_one_another(understanding, tmp_path: Path) -> None:

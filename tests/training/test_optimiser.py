@@ -5,16 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mos_cli.towers.understanding import UnderstandingTower
 from mos_cli.training.ema import PowerEMA, gamma_of
 from mos_cli.training.optimiser import build_optimisers, set_rates
 from mos_cli.training.stages import curriculum
 from tests.helpers import tiny_training as tiny
-
-
-@pytest.fixture(scope="module")
-def understanding(encoder_folder: Path) -> UnderstandingTower:
-    return UnderstandingTower(encoder_folder)
 
 
 def test_every_parameter_is_in_one_group(understanding, tmp_path: Path) -> None:
