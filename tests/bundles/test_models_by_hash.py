@@ -50,20 +50,21 @@ def test_a_model_named_as_another_is_planned_with_its_own_numbers(
 
 
 @pytest.mark.parametrize(
-    "command",
+    ("command", "output"),
     [
-        ("replay", "one.png", "--verify"),
-        ("replay", "one.png", "--set", "seed=9"),
-        ("routing", "ablate", "one.png", "-w", "red"),
+        (("replay", "one.png", "--verify"), "exact"),
+        (("replay", "one.png", "--set", "seed=9"), "(seed 9)"),
+        (("routing", "ablate", "one.png", "-w", "red"), "red"),
     ],
 )
 def test_a_picture_of_a_model_in_a_folder_needs_nothing_else(
-    mos, elsewhere: Path, tmp_path: Path, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    mos, elsewhere: Path, tmp_path: Path, command: tuple[str, ...], output: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert mos("generate", PROMPT, "-m", elsewhere, "-s", 3, "-o", "one.png").exit_code == 0
     again = mos(*command)
     assert again.exit_code == 0, again.stderr
+    assert output in again.stdout
 
 
 def test_no_path_of_this_machine_is_in_a_picture_or_its_trace(mos, elsewhere: Path, tmp_path: Path) -> None:

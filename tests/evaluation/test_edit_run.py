@@ -40,7 +40,13 @@ def test_an_evaluation_of_edits_from_bundle_to_table(editor: Bundle, art: Art, t
 
 
 def test_only_what_edits_is_asked_to(mos, bundle: Bundle, editor: Bundle) -> None:
-    refused = mos("eval", "--suite", "edit", "-m", "tiny")
-    assert (refused.exit_code, len(refused.stderr.splitlines())) == (4, 1)
-    assert mos("eval", "--image-cfg", "2").exit_code == 2
-    assert mos("eval", "--suite", "paint").exit_code == 2
+    for arguments, code, words in (
+        (("--suite", "edit", "-m", "tiny"), 4, "tiny"),
+        (("--image-cfg", "2"), 2, "--image-cfg"),
+    ):
+        refused = mos("eval", *arguments)
+        assert (refused.exit_code, len(refused.stderr.splitlines())) == (code, 1), refused.stderr
+        assert words in refused.stderr
+    unknown = mos("eval", "--suite", "paint")
+    assert unknown.exit_code == 2
+    assert "'paint' is not one of" in unknown.stderr
