@@ -13,13 +13,13 @@ from mos_cli.inference import pipeline as pipeline_module
 from mos_cli.planning.candidates import candidates
 from mos_cli.towers.generation import GenerationTower
 from tests.helpers.memory import no_memory
-from tests.helpers.tiny_bundle import awake
+from tests.helpers.tiny_bundle import randomised
 
 
 def test_what_a_model_is_already_is_not_asked_for(bundle: Bundle, mos, tmp_path: Path) -> None:
     fetch_tower(bundle.index.understanding)
     sizes = {"width": 64, "depth": 2, "heads": 2, "hidden": 64, "router_width": 32, "router_heads": 2}
-    tower = awake(GenerationTower(**sizes, states_layers=4, states_width=32))  # type: ignore[arg-type]
+    tower = randomised(GenerationTower(**sizes, states_layers=4, states_width=32))  # type: ignore[arg-type]
     tower.bfloat16().save_pretrained(bundle.folder / "generation")
     kept = ("name", "description", "license", "understanding", "canvas", "defaults")
     write_index(bundle.folder, **{name: getattr(bundle.index, name) for name in kept})

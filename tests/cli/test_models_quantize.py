@@ -19,7 +19,7 @@ from mos_cli.quantization.checkpoint import Checkpoint
 from mos_cli.quantization.method import METHODS
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.quantized import load_generation
-from tests.helpers.tiny_bundle import awake, write_bundle
+from tests.helpers.tiny_bundle import randomised, write_bundle
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def models(bundle: Bundle, encoder_folder: Path) -> Path:
     """The folder of "tiny", too small to be quantised, and "small", which is large enough and has a card."""
     small = write_bundle(bundle.folder.parent / "small", encoder_folder)
     sizes = {"width": 64, "depth": 2, "heads": 2, "hidden": 64, "router_width": 32, "router_heads": 2}
-    tower = awake(GenerationTower(**sizes, states_layers=4, states_width=32))  # type: ignore[arg-type]
+    tower = randomised(GenerationTower(**sizes, states_layers=4, states_width=32))  # type: ignore[arg-type]
     tower.bfloat16().save_pretrained(small.folder / "generation")
     (small.folder / "card.md").write_text("# small\n\nRandom.\n")
     (small.folder / "recipe.json").write_text("{}\n")

@@ -1,4 +1,8 @@
-"""Small generation towers of every fusion, and inputs for them."""
+"""Small generation towers of every fusion, and inputs for them.
+
+Shapes: B batch, T context tokens, V image tokens of a picture, M understanding layers, S width of a state, J generation
+blocks, K kept layers.
+"""
 
 from itertools import product
 
@@ -8,7 +12,7 @@ from torch import Tensor
 from mos_cli.bundles.shapes import IMAGE_GRID
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.layers import EPS
-from tests.helpers.tiny_bundle import awake
+from tests.helpers.tiny_bundle import randomised
 
 B, T, M, S, J, K = 2, 5, 4, 32, 3, 2
 WIDTHS = tuple(range(6, 6 + M))
@@ -31,10 +35,12 @@ ROUTED = [
 
 
 def name_of(variant: dict) -> str:
+    """The name of a variant in the ids of tests."""
     return " ".join(str(value) for value in variant.values())
 
 
 def small_tower(**changes) -> GenerationTower:
+    """A tower of J blocks with random weights; `changes` are fields of its config."""
     sizes = {
         "width": 32,
         "depth": J,
@@ -44,10 +50,11 @@ def small_tower(**changes) -> GenerationTower:
         "states_layers": M,
         "states_width": S,
     }
-    return awake(GenerationTower(**{**sizes, **changes}))
+    return randomised(GenerationTower(**{**sizes, **changes}))
 
 
-def inputs(batch: int = B, tokens: int = T) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(batch: int = B, tokens: int = T) -> tuple[Tensor, Tensor, Tensor]:
+    """Noised latents [B, 3, 32, 24], their times [B] and states [B, T, M, S]."""
     generator = torch.Generator().manual_seed(3)
     z = torch.randn(batch, 3, 32, 24, generator=generator)
     t = torch.rand(batch, generator=generator)
@@ -57,4 +64,5 @@ def inputs(batch: int = B, tokens: int = T) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def slow_norm(x: Tensor) -> Tensor:
+    """RMS normalisation of the last dimension, by its formula."""
     return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from mos_cli.towers.generation import GenerationTower
-from tests.helpers.tiny_bundle import awake
+from tests.helpers.tiny_bundle import randomised
 
 
 def small_tower(**choices: Any) -> GenerationTower:
     """A tower just large enough to be quantised."""
     sizes = {"width": 64, "depth": 2, "heads": 2, "hidden": 64, "router_width": 64, "router_heads": 2}
-    return awake(GenerationTower(**{**sizes, "states_layers": 4, "states_width": 64, **choices}))
+    return randomised(GenerationTower(**{**sizes, "states_layers": 4, "states_width": 64, **choices}))
 
 
 def output(tower: GenerationTower) -> Tensor:

@@ -43,7 +43,7 @@ def tower_spec(folder: Path) -> TowerSpec:
     )
 
 
-def awake(tower: GenerationTower) -> GenerationTower:
+def randomised(tower: GenerationTower) -> GenerationTower:
     """Gives every parameter a random value: a fresh tower draws grey whatever it reads."""
     torch.manual_seed(1)
     for parameter in tower.parameters():
@@ -57,7 +57,7 @@ def write_bundle(folder: Path, encoder: Path, **seeing: Any) -> Bundle:
     eyes, states = seeing.get("eyes"), seeing.get("states", (4, 32))
     sight = {"sight_widths": eyes.widths} if eyes else {"sees": "edits" in seeing}
     tower = GenerationTower(**sizes, **sight, states_layers=states[0], states_width=states[1])
-    awake(tower).save_pretrained(folder / "generation")
+    randomised(tower).save_pretrained(folder / "generation")
     FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
     if eyes:
         eyes.save_pretrained(folder / "eyes")

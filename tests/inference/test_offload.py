@@ -27,7 +27,7 @@ from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.quantized import GENERATION_KEPT, quantise
 from tests.helpers import vlm_towers
 from tests.helpers.memory import no_memory
-from tests.helpers.tiny_bundle import awake, write_bundle
+from tests.helpers.tiny_bundle import randomised, write_bundle
 
 CPU = torch.device("cpu")
 OFFLOADS = ("understanding", "blocks")
@@ -221,7 +221,7 @@ def test_a_pass_that_is_broken_off_leaves_nothing_on_the_device(
 @pytest.mark.parametrize("method", METHODS)
 def test_quantised_weights_move_with_all_that_belongs_to_them(method: Any) -> None:
     sizes = {"width": 64, "depth": 1, "heads": 2, "hidden": 64, "router_width": 32, "router_heads": 2}
-    tower = awake(GenerationTower(**sizes, states_layers=4, states_width=32)).bfloat16()  # type: ignore[arg-type]
+    tower = randomised(GenerationTower(**sizes, states_layers=4, states_width=32)).bfloat16()  # type: ignore[arg-type]
     tower.requires_grad_(False)
     quantise(tower, Quantisation(method=method, kept=GENERATION_KEPT))
     layer: Any = tower.get_submodule("blocks.0.mlp.down")
@@ -265,7 +265,7 @@ def test_max_vram_is_said_and_drawn_with_on_a_gpu(mos, bundle: Bundle, tmp_path:
 
 @pytest.mark.cuda
 def test_blocks_need_less_of_a_gpu(bundle: Bundle) -> None:
-    tower = awake(GenerationTower(width=512, depth=16, heads=4, hidden=2048, states_layers=4, states_width=32))
+    tower = randomised(GenerationTower(width=512, depth=16, heads=4, hidden=2048, states_layers=4, states_width=32))
     tower.requires_grad_(False)
     block = sum(p.nbytes for p in tower.blocks[0].parameters())
     tower.blocks = StreamedBlocks(list(tower.blocks), torch.device("cuda"))

@@ -14,6 +14,9 @@ from mos_cli.planning import memory
 from mos_cli.planning.candidates import CARDS, candidates, fastest, parse_quant
 from mos_cli.planning.memory import GIB, Setting, stages, weights
 
+SMALL = UnderstandingShape(layers=36, width=4096, hidden=1, linear=1, other=1, vision=0)
+"""An understanding tower of next to no weights."""
+
 
 @pytest.mark.parametrize("name", ["mos-s", "mos-l"])
 def test_max_vram_chooses_what_the_plan_says(name: str) -> None:
@@ -88,9 +91,6 @@ def test_where_memory_ran_out_a_setting_is_named_that_needs_clearly_less() -> No
     least = min(every.values(), key=lambda one: one.peak).setting
     assert smaller(find_network("mos-l"), size, least, 24) is None
     assert smaller(find_network("mos-l"), size, now, 1) is None
-
-
-SMALL = UnderstandingShape(layers=36, width=4096, hidden=1, linear=1, other=1, vision=0)
 
 
 @pytest.mark.parametrize("name", ["mos-s", "mos-l"])

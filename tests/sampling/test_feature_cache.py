@@ -17,7 +17,7 @@ from mos_cli.planning.memory import Setting
 from mos_cli.sampling.feature_cache import caching
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.utils.validation import DEFAULT_SOLVER
-from tests.helpers.tiny_bundle import awake
+from tests.helpers.tiny_bundle import randomised
 
 STEPS = 12
 COMPUTED = {2: {0, 1, 2, 4, 6, 8, 10, 11}, 3: {0, 1, 2, 4, 7, 10, 11}, 11: {0, 1, 2, 4, 11}}
@@ -182,7 +182,7 @@ def test_what_makes_no_sense_is_refused(mos, bundle, tmp_path, options: list[str
 
 
 def test_a_tower_of_one_block_can_be_cached_too() -> None:
-    tower = awake(GenerationTower(width=32, depth=1, heads=2, hidden=48, states_layers=2, states_width=8))
+    tower = randomised(GenerationTower(width=32, depth=1, heads=2, hidden=48, states_layers=2, states_width=8))
     bank, z_BCHW = tower.project_states(torch.randn(1, 5, 2, 8)), torch.randn(1, 3, 16, 16)
     computed: list[object] = []
     tower.blocks[0].mlp.register_forward_pre_hook(lambda *_: computed.append(_))  # type: ignore[operator, union-attr]
