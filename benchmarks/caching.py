@@ -27,7 +27,7 @@ from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig
 from PIL import Image
 
 from mos_cli.bundles.bundle import find_bundle
-from mos_cli.cli.fetching import fetch_with_progress
+from mos_cli.cli.progress import fetch_with_progress
 from mos_cli.config.recipe import Recipe, make_recipe
 from mos_cli.config.settings import RunSettings
 from mos_cli.images.sheets import COLUMNS, contact_sheet

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mos_cli.bundles.bundle import find_bundle
-from mos_cli.cli.fetching import fetch_with_progress
+from mos_cli.cli.progress import fetch_with_progress
 from mos_cli.config.recipe import Recipe, make_recipe
 from mos_cli.config.settings import RunSettings
 from mos_cli.inference.pipeline import Drawing, MoSPipeline, make_noise

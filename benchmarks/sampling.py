@@ -25,7 +25,7 @@ from torch._inductor.utils import fresh_cache
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mos_cli.bundles.bundle import Bundle, find_bundle
-from mos_cli.cli.fetching import fetch_with_progress
+from mos_cli.cli.progress import fetch_with_progress
 from mos_cli.config.recipe import Recipe, make_recipe
 from mos_cli.config.settings import RunSettings
 from mos_cli.inference.loading import DTYPES

@@ -16,7 +16,7 @@ import torch
 from sampling import recipe_of
 
 from mos_cli.bundles.bundle import find_bundle
-from mos_cli.cli.fetching import fetch_with_progress
+from mos_cli.cli.progress import fetch_with_progress
 from mos_cli.config.settings import RunSettings
 from mos_cli.inference.pipeline import MoSPipeline
 from mos_cli.routing.recorder import Recorder

@@ -18,7 +18,6 @@ from rich.console import Console
 from test_trace import BLOCKS, DEAD, LAYERS, STEPS, make_trace, tokens_of
 from typer.testing import CliRunner
 
-from mos_cli.cli import console
 from mos_cli.cli.app import MosGroup
 from mos_cli.cli.inspect_routing import inspect_routing
 from mos_cli.errors import UsageError
@@ -43,7 +42,7 @@ def trace_path(tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _plain_console(monkeypatch):
-    monkeypatch.setattr(console, "out", Console(width=80, color_system=None, highlight=False))
+    monkeypatch.setattr("mos_cli.cli.inspect_routing.stdout", Console(width=80, color_system=None, highlight=False))
 
 
 def view_of(trace: Trace, routes: dict[str, Routes] | None, asked: Sequence[str] = ()) -> RoutesView:

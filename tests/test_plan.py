@@ -20,9 +20,9 @@ from mos_cli.bundles.bundle import Bundle
 from mos_cli.bundles.shapes import UnderstandingShape, read_config
 from mos_cli.bundles.sources import fetch_tower
 from mos_cli.cli.app import MosGroup
-from mos_cli.cli.drawing import Report
 from mos_cli.cli.init import init
-from mos_cli.cli.loading import fit_to_card
+from mos_cli.cli.loading import fit_to_memory
+from mos_cli.cli.output import Report
 from mos_cli.cli.plan import plan
 from mos_cli.config.settings import RunSettings
 from mos_cli.errors import MemoryLimitError, ModelError, UsageError
@@ -187,7 +187,7 @@ def test_auto_plans_what_generate_takes_here(
     large = find_network("mos-l")
     monkeypatch.setattr("mos_cli.bundles.blueprints.network_of", lambda bundle, **run: large)
     settings = RunSettings(model="tiny", device="cpu", max_vram="auto", precision="bf16")
-    assert fit_to_card(bundle, settings, (1024, 1024), Report(quiet=True), fetch=False).quant == quant
+    assert fit_to_memory(bundle, settings, (1024, 1024), Report(quiet=True), fetch=False).quant == quant
 
 
 def test_the_environment_limits_the_plan_too(monkeypatch: pytest.MonkeyPatch) -> None:

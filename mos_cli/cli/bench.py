@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mos_cli.cli import console
+from mos_cli.cli.loading import fit_to_memory, load_with_progress
 from mos_cli.cli.options import Model, Steps
+from mos_cli.cli.output import Report, print_error, print_json, stdout
 from mos_cli.errors import PARTLY_FAILED, MosError
 
 if TYPE_CHECKING:
@@ -52,10 +53,10 @@ def bench(
             except MosError as error:
                 if len(names) == 1:
                     raise
-                console.print_error(f"{name}: {error}")
+                print_error(f"{name}: {error}")
                 continue
             if as_json:
-                console.print_json(results[-1:])
+                print_json(results[-1:])
     if results and not as_json:
         _print_table(results)
     if len(results) < len(names):
@@ -72,23 +73,21 @@ def measure_preset(flags: "Settings", preset: str | None, rounds: int) -> dict[s
 
     quieten()
     from mos_cli.bundles.bundle import find_bundle
-    from mos_cli.cli.asked import shared_fields
-    from mos_cli.cli.drawing import Report
-    from mos_cli.cli.loading import fit_to_card, load_pipeline
     from mos_cli.config.recipe import make_recipe
     from mos_cli.config.settings import parse_size, resolve
     from mos_cli.inference.profiling import PeakMemory, measure
+    from mos_cli.inference.requests import recipe_fields
     from mos_cli.utils.devices import choose_device, device_name, device_threads
 
     settings, report = resolve(flags, preset), Report(quiet=True)
     bundle = find_bundle(settings.model)
     width, height = parse_size(settings.size, bundle.index.canvas)
-    settings = fit_to_card(bundle, settings, (width, height), report)
-    fields = shared_fields(settings, bundle, bundle.index.defaults)
+    settings = fit_to_memory(bundle, settings, (width, height), report)
+    fields = recipe_fields(settings, bundle, bundle.index.defaults)
     recipe = make_recipe(prompt=PROMPT, seed=0, width=width, height=height, **fields)
     device = choose_device(settings.device)
     with PeakMemory(device) as memory:
-        pipeline = load_pipeline(bundle, settings, report, precision=recipe.precision, quant=recipe.quant)
+        pipeline = load_with_progress(bundle, settings, report, precision=recipe.precision, quant=recipe.quant)
         timing = measure(pipeline, recipe, rounds)
     measured = {
         "load_seconds": report.seconds["weights"],
@@ -163,10 +162,10 @@ def _print_table(results: list[dict[str, Any]]) -> None:
     for name, (label, shown) in _ROWS.items():
         if any(name in result for result in results):
             table.add_row(label, *(_cell(name, shown, result) for result in results))
-    console.out.print(table)
+    stdout.print(table)
     rounds = results[0]["rounds"]
     said = "One picture, its" if rounds == 1 else f"Medians of {rounds} pictures, each with its"
-    console.out.print(f"{said} prompt read anew.", style="dim")
+    stdout.print(f"{said} prompt read anew.", style="dim")
 
 
 def _cell(name: str, shown: str, result: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mos_cli.cli import console
+from mos_cli.cli.output import stderr, stdout
 from mos_cli.errors import UsageError
 
 _UNITS = {"MB": 10**6, "GB": 10**9}
@@ -40,12 +40,12 @@ def init(
     quieten()
     from mos_cli.towers.random_weights import Start, write_fresh_bundle
 
-    with console.err.status(f"making {name}") as status:
+    with stderr.status(f"making {name}") as status:
         write_fresh_bundle(Start(blueprint, chosen, tower, seed, shard), out, status.update)
-    console.out.print(out, soft_wrap=True)
+    stdout.print(out, soft_wrap=True)
     if tower is None:
         again = "once it is here, init with --tower DIR makes a bundle that draws"
-        console.err.print(f"without its understanding tower ({shape.hub_id or chosen}): {again}", soft_wrap=True)
+        stderr.print(f"without its understanding tower ({shape.hub_id or chosen}): {again}", soft_wrap=True)
 
 
 def _bytes(size: str) -> int:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mos_cli.cli import console
 from mos_cli.cli.options import Overwrite
+from mos_cli.cli.output import stdout
 
 if TYPE_CHECKING:
     from mos_cli.routing.trace import Recording
@@ -104,9 +104,9 @@ def inspect_routing(
     for path in written:
         typer.echo(path)
     for place, found in origins.items():
-        console.out.print(PatchView(section, place, found, asked))
+        stdout.print(PatchView(section, place, found, asked))
     if not written and not origins:
-        console.out.print(RoutesView(section, asked))
+        stdout.print(RoutesView(section, asked))
 
 
 def refuse_folders(*traces: Path | None) -> None:

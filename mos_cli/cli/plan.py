@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mos_cli.cli import console
+from mos_cli.cli.output import print_json, stdout
 from mos_cli.errors import MemoryLimitError
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def plan(
     none_fits = all(isinstance(answer, MemoryLimitError) for _, answer in answers)
     if as_json:
         for room, answer in answers:
-            console.print_json([{"model": model, "size": list(canvas), "card": room.gib, **_row(answer, room)}])
+            print_json([{"model": model, "size": list(canvas), "card": room.gib, **_row(answer, room)}])
     else:
         _print_head(network, canvas)
         if len(answers) > 1 and len({id(answer) for _, answer in answers}) == 1:
@@ -100,7 +100,7 @@ def plan(
             if isinstance(answer, MemoryLimitError):
                 if max_vram is not None:
                     raise answer
-                console.out.print(f"\n[bold]{room.name}[/]  {answer}", soft_wrap=True)
+                stdout.print(f"\n[bold]{room.name}[/]  {answer}", soft_wrap=True)
             else:
                 commands.append(_command(network, answer, room, size))
                 _print_room(room, answer, commands[-1])
@@ -166,7 +166,7 @@ def _row(best: "Candidate | MemoryLimitError", room: _Room) -> dict[str, Any]:
 
 def _print_head(network: "Network", canvas: tuple[int, int]) -> None:
     tower, g = network.understanding, network.generation
-    print_line = console.out.print
+    print_line = stdout.print
     shown = network.references
     edited = f" from {shown} picture{'' if shown == 1 else 's'} as large" if shown else ""
     print_line(f"[bold]{network.ref}[/] at {canvas[0]} x {canvas[1]} px{edited}, {network.defaults.steps} steps")
@@ -192,18 +192,18 @@ def _print_room(room: _Room, best: "Candidate", command: str) -> None:
         table.add_row(name, *(_gib(stage.parts.get(name, 0)) for stage in best.stages))
     table.add_row("reserve", *(_gib(RESERVE) for _ in best.stages))
     table.add_row("[bold]all, GiB[/]", *(f"[bold]{(stage.peak + RESERVE) / GIB:.2f}[/]" for stage in best.stages))
-    console.out.print()
-    console.out.print(table)
+    stdout.print()
+    stdout.print(table)
     host = f"; {best.host / GIB:.1f} GiB of main memory" if best.host else ""
     tiled = "; decoded in tiles" if best.setting.tiled else ""
     apart = "" if best.setting.together else "; branches of guidance one by one"
     of = " GiB: fits all of them" if room.up_to else f" of {room.gib:.4g} GiB"
-    console.out.print(f"  peak {best.needs / GIB:.1f}{of}{host}{tiled}{apart}")
+    stdout.print(f"  peak {best.needs / GIB:.1f}{of}{host}{tiled}{apart}")
     if not room.on_cpu:
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in best.seconds.items() if seconds >= 0.05)
         about = f"about {best.total_seconds:.1f} s" if best.total_seconds >= 0.1 else "less than 0.1 s"
-        console.out.print(f"  {about} a picture" + (f": {parts}" if parts else ""))
-    console.out.print(f"  [green]{command}[/]", soft_wrap=True)
+        stdout.print(f"  {about} a picture" + (f": {parts}" if parts else ""))
+    stdout.print(f"  [green]{command}[/]", soft_wrap=True)
 
 
 def _print_foot(network: "Network", understanding: str | None, *, on_cpu: bool, numbered: bool) -> None:
@@ -217,12 +217,12 @@ def _print_foot(network: "Network", understanding: str | None, *, on_cpu: bool, 
             f"{MEMORY / 1e9:.0f} GB/s, bus at {BUS / 1e9:.0f} GB/s. {counted}"
         )
         counted += " A number behind --max-vram is for a GPU; without one take -p auto." if numbered else ""
-    console.out.print(f"\n{counted}")
+    stdout.print(f"\n{counted}")
     if network.weightless:
         tower = f" --understanding {understanding}" if understanding else ""
         command = f"mos models init {network.ref} --out DIR{tower} --tower FOLDER"
-        console.out.print(f"No weights yet: {command}", soft_wrap=True)
-        console.out.print(f"FOLDER holds {network.understanding_name}. Untrained, it draws grey.")
+        stdout.print(f"No weights yet: {command}", soft_wrap=True)
+        stdout.print(f"FOLDER holds {network.understanding_name}. Untrained, it draws grey.")
 
 
 def _gib(size: int) -> str:

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mos_cli.cli import console
-from mos_cli.cli.fetching import size_text
+from mos_cli.cli.output import size_text, stdout
 
 if TYPE_CHECKING:
     from mos_cli.towers.quantized import QuantizationReport
@@ -43,5 +42,5 @@ def quantize(
     written = write_quantised_bundle(bundle, out, quant, write_tower, overwrite=overwrite)
     (report,) = reports
     sizes = f"{size_text(report.bytes_before)} -> {size_text(report.bytes_after)}"
-    console.out.print(f"{written.folder}", markup=False, soft_wrap=True)
-    console.out.print(f"{len(report.quantised)} layers in {quant}, {len(report.kept)} kept, {sizes}", markup=False)
+    stdout.print(f"{written.folder}", markup=False, soft_wrap=True)
+    stdout.print(f"{len(report.quantised)} layers in {quant}, {len(report.kept)} kept, {sizes}", markup=False)

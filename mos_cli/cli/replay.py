@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mos_cli.cli.asked import check_recipe, followed_run, make_record_options
-from mos_cli.cli.drawing import Job, Report, draw_jobs
-from mos_cli.cli.loading import fit_to_card, load_pipeline
+from mos_cli.cli.jobs import Job, draw_jobs, make_record_options
+from mos_cli.cli.loading import fit_to_memory, load_route_source, load_with_progress
 from mos_cli.cli.options import (
     Attention,
     Compile,
@@ -24,6 +23,7 @@ from mos_cli.cli.options import (
     Trace,
     Verbose,
 )
+from mos_cli.cli.output import Report
 from mos_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def replay(
     from mos_cli.config.settings import check_size, make_settings, resolve
     from mos_cli.images.inputs import Finder
     from mos_cli.images.outputs import naming, read_drawing
+    from mos_cli.inference.requests import check_recipe
     from mos_cli.utils.devices import cpu_threads
 
     report = Report(json=json, quiet=quiet, verbose=verbose)
@@ -123,7 +124,7 @@ def replay(
     settings = resolve(flags, None)
     check_size(*recipe.working_size, bundle.index.canvas)
     record_options = make_record_options(settings.trace, regions=regions, previews=preview_steps)
-    routes = followed_run(picture, recipe, route_from)
+    routes = load_route_source(picture, recipe, route_from)
     path = None if verify else naming(settings.output, overwrite=overwrite).path(recipe)
     loaded: dict[tuple[Any, ...], MoSPipeline] = {}
 
@@ -134,14 +135,14 @@ def replay(
             loaded.clear()
             quant, size = recipe.quant or "none", recipe.working_size
             shown = 0 if recipe.edit is None else len(recipe.edit.sources)
-            placed = fit_to_card(
+            placed = fit_to_memory(
                 bundle, settings, size, report, quant=quant, precision=recipe.precision, references=shown
             )
             # As it was made, where that fits: otherwise it would round differently, and only come out close.
             how = {"tiled": placed.tiled or made.tiled, "together": placed.together and made.together}
             how["compile"] = compiles(made)
             placed = placed.model_copy(update=how)
-            loaded[key] = load_pipeline(bundle, placed, report, precision=recipe.precision, quant=recipe.quant)
+            loaded[key] = load_with_progress(bundle, placed, report, precision=recipe.precision, quant=recipe.quant)
         return loaded[key]
 
     def redraw(earlier: "EarlierPicture", inputs: "Inputs | None") -> "Image":

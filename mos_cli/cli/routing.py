@@ -6,13 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mos_cli.cli import console
-from mos_cli.cli.asked import followed_run
-from mos_cli.cli.drawing import Report
 from mos_cli.cli.inspect_routing import refuse_folders
-from mos_cli.cli.interrupt import gentle_interrupt
-from mos_cli.cli.loading import load_pipeline
+from mos_cli.cli.loading import load_route_source, load_with_progress
 from mos_cli.cli.options import Attention, Device, Json, Models, Overwrite, Quiet, Verbose
+from mos_cli.cli.output import Report, stdout
+from mos_cli.cli.progress import sampling_bars, stop_between_steps
 from mos_cli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -61,10 +59,10 @@ def diff(
         return
     from mos_cli.routing.views.difference import DifferenceView, headline
 
-    console.out.print(headline(difference), soft_wrap=True, markup=False)
+    stdout.print(headline(difference), soft_wrap=True, markup=False)
     if not difference.identical:
-        console.out.print()
-        console.out.print(DifferenceView(difference, heads[a], heads[b]))
+        stdout.print()
+        stdout.print(DifferenceView(difference, heads[a], heads[b]))
 
 
 def _as_dict(difference: "Difference", a: "Trace", b: "Trace") -> dict[str, Any]:
@@ -160,13 +158,13 @@ def ablate(
         edits_of(bundle)
     elif given or mask:
         raise UsageError(f"{picture} is no edit: drop --input and --mask")
-    routes = followed_run(picture, recipe, route_from)
+    routes = load_route_source(picture, recipe, route_from)
     settings = resolve(make_settings(device=device, attention=attention), None)
     strip = _strip_path(picture, word, output, overwrite)
     finder = Finder(given or [], [] if mask is None else [mask], _give_it)
     inputs = finder.inputs_of(recipe, record.earlier)
     finder.check_all_used()
-    pipeline = load_pipeline(bundle, settings, report, precision=recipe.precision, quant=recipe.quant)
+    pipeline = load_with_progress(bundle, settings, report, precision=recipe.precision, quant=recipe.quant)
 
     from mos_cli.images.outputs import png
     from mos_cli.images.sheets import contact_sheet
@@ -174,7 +172,7 @@ def ablate(
     from mos_cli.inference.ablation import check_rule
     from mos_cli.utils.files import atomic_write
 
-    with report.progress() as bars, gentle_interrupt() as check_interrupt, cpu_threads(record.made.threads):
+    with sampling_bars(report) as bars, stop_between_steps() as check_interrupt, cpu_threads(record.made.threads):
 
         def draw(recipe: "Recipe", *observers: "Observer") -> "Drawing":
             with report.stage("sampling"):

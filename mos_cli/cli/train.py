@@ -7,10 +7,9 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mos_cli.cli import console
-from mos_cli.cli.bars import stage_bars
-from mos_cli.cli.interrupt import gentle_interrupt
 from mos_cli.cli.options import ArtFile
+from mos_cli.cli.output import stderr, stdout
+from mos_cli.cli.progress import stage_bars, stop_between_steps
 
 
 def train(
@@ -41,7 +40,7 @@ def train(
     from mos_cli.utils.quiet import quieten
 
     if show:
-        console.out.print(
+        stdout.print(
             recipe_path(recipe).read_text(encoding="utf-8"), end="", markup=False, highlight=False, soft_wrap=True
         )
         return
@@ -63,8 +62,8 @@ def train(
     ]
     main_process = os.environ.get("RANK", "0") == "0"
     with (
-        Progress(*columns, console=console.err, disable=not main_process) as bars,
-        gentle_interrupt() as check_interrupt,
+        Progress(*columns, console=stderr, disable=not main_process) as bars,
+        stop_between_steps() as check_interrupt,
     ):
         task = bars.add_task("training", total=curriculum(loaded).steps, loss=float("nan"), speed=0.0)
 
@@ -76,7 +75,7 @@ def train(
     bundle = export_bundle(trainer, export or folder / "bundle")
     trainer.accelerator.end_training()
     if bundle is not None:
-        console.out.print(f"{bundle.folder}", soft_wrap=True)
+        stdout.print(f"{bundle.folder}", soft_wrap=True)
 
 
 def train_judge(
@@ -112,7 +111,7 @@ def train_judge(
     judge = Judge(output)
     passed = Examiner(judge, TrueScenes(opened), entries, SIDE).ceiling()
     print_table(HEADINGS, table(scores(entries, [takes[0] for takes in passed], passed)))
-    console.out.print(f"{output}  sha256 {judge.hash}", markup=False, soft_wrap=True)
+    stdout.print(f"{output}  sha256 {judge.hash}", markup=False, soft_wrap=True)
 
 
 def train_enlarger(
@@ -139,4 +138,4 @@ def train_enlarger(
     source, _ = find_sources(scenes, art or data_folder(), choose_device("auto"))
     with stage_bars("loss {task.fields[loss]:.4f}") as advance:
         run_training(source, output, steps=steps, log=lambda step, loss: advance("training", step, steps, loss))
-    console.out.print(str(output), markup=False, soft_wrap=True)
+    stdout.print(str(output), markup=False, soft_wrap=True)

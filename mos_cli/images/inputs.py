@@ -12,6 +12,7 @@ from mos_cli.config.recipe import (
     EarlierPicture,
     EditRecipe,
     MaskRecipe,
+    PictureRecord,
     Recipe,
     SourcePicture,
     pixels_hash,
@@ -41,15 +42,19 @@ class Inputs:
 
 def read_inputs(paths: Sequence[Path]) -> Inputs:
     """Reads pictures for an edit, without a mask; raises InputError."""
-    pictures = tuple(read_picture(path) for path in paths)
+    return make_inputs([(read_picture(path), read_record(path)) for path in paths])
+
+
+def make_inputs(pictures: Sequence[tuple[Picture, PictureRecord | None]]) -> Inputs:
+    """The inputs of an edit from pictures, each with the record that came with it."""
     earlier: dict[str, EarlierPicture] = {}
-    for path, picture in zip(paths, pictures, strict=True):
-        record, sha256 = read_record(path), pixels_hash(picture.image)
+    for picture, record in pictures:
+        sha256 = pixels_hash(picture.image)
         # Of a picture that another program has changed since, the record says nothing any more.
         if record is not None and record.sha256 == sha256:
             for one in (*record.earlier, EarlierPicture(sha256=sha256, recipe=record.recipe, made=record.made)):
                 earlier.setdefault(one.sha256, one)
-    return Inputs(pictures, earlier=tuple(earlier.values()))
+    return Inputs(tuple(picture for picture, _ in pictures), earlier=tuple(earlier.values()))
 
 
 def describe_edit(inputs: Inputs, **settings: Any) -> EditRecipe:

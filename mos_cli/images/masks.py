@@ -5,13 +5,15 @@ from pathlib import Path
 from PIL import Image, ImageChops, ImageFilter, ImageOps, ImageStat
 
 from mos_cli.errors import InputError, UsageError
-from mos_cli.images.pictures import on, read_picture
+from mos_cli.images.pictures import Picture, on, read_picture
 
 FAINTEST, CLEAREST = 10, 32
 """Levels of difference between which the threshold of a change lies."""
 
 
-def read_mask(path: Path, size: tuple[int, int], *, invert: bool = False, feather: float = 0) -> Image.Image:
+def read_mask(
+    source: Path | Picture, size: tuple[int, int], *, invert: bool = False, feather: float = 0
+) -> Image.Image:
     """Reads a mask for a picture of `size`, as L: 255 may change, 0 stays.
 
     What is transparent in it counts as black, before `invert`. A mask of the picture's shape but not its size is
@@ -23,12 +25,13 @@ def read_mask(path: Path, size: tuple[int, int], *, invert: bool = False, feathe
     """
     if not 0 <= feather <= max(size):
         raise UsageError(f"feather {feather:g} must lie between 0 and the picture's longer side, {max(size)}")
-    mask = on(read_picture(path).image, "black").convert("L")
+    picture, name = (source, "") if isinstance(source, Picture) else (read_picture(source), f" {source}")
+    mask = on(picture.image, "black").convert("L")
     if mask.size != size:
         (width, height), (across, down) = mask.size, size
         # One pixel more or less in any side is rounding.
         if abs(width * down - height * across) > max(width, height, across, down):
-            raise InputError(f"the mask {path} is {width}x{height}, of another shape than the picture, {across}x{down}")
+            raise InputError(f"the mask{name} is {width}x{height}, of another shape than the picture, {across}x{down}")
         mask = mask.resize(size, Image.Resampling.BILINEAR)
     if invert:
         mask = ImageOps.invert(mask)
@@ -38,7 +41,7 @@ def read_mask(path: Path, size: tuple[int, int], *, invert: bool = False, feathe
         mask = ImageChops.darker(mask, blurred.point([max(0, 2 * level - 255) for level in range(256)]))
     if mask.getextrema() == (0, 0):
         cause = "a smaller feather would leave some of it" if feather else "paint white what may change"
-        raise InputError(f"the mask {path} lets nothing change: {cause}")
+        raise InputError(f"the mask{name} lets nothing change: {cause}")
     return mask
 
 

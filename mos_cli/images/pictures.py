@@ -1,7 +1,7 @@
 """The user's pictures: reading them, and laying any size on the model's canvas and back."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -65,7 +65,7 @@ def read_picture(path: Path) -> Picture:
                 if opened.format in FORMATS and getattr(opened, "n_frames", 1) > 1:
                     notes.append(f"{path} is animated: only its first frame is read")
                 opened.load()
-                upright = _or_note(lambda: ImageOps.exif_transpose(opened), opened, notes, f"the EXIF data in {path}")
+                return make_picture(opened, str(path), notes)
     except UnidentifiedImageError:
         raise InputError(f"{path} is not a PNG, JPEG or WebP picture, the kinds that can be read, or damaged") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -78,10 +78,16 @@ def read_picture(path: Path) -> Picture:
             raise InputError(f"cannot read {path}: {error.strerror}") from None
         # Pillow's decoders raise whatever a damaged file happens to break in them.
         raise InputError(f"{path} is damaged: {error}") from None
-    return Picture(_eight_bit_srgb(upright, notes, path), tuple(notes))
 
 
-def _eight_bit_srgb(image: Image.Image, notes: list[str], path: Path) -> Image.Image:
+def make_picture(image: Image.Image, name: str = "the picture", notes: Sequence[str] = ()) -> Picture:
+    """A picture from an image of any mode, turned as its EXIF says; `name` is what notes call it."""
+    found = list(notes)
+    upright = _or_note(lambda: ImageOps.exif_transpose(image), image, found, f"the EXIF data in {name}")
+    return Picture(_eight_bit_srgb(upright, found, name), tuple(found))
+
+
+def _eight_bit_srgb(image: Image.Image, notes: list[str], name: str) -> Image.Image:
     """RGBA where something is transparent, else RGB; the colours through the picture's own profile."""
     profile = image.info.get("icc_profile")
     if image.mode == "I;16":
@@ -91,7 +97,7 @@ def _eight_bit_srgb(image: Image.Image, notes: list[str], path: Path) -> Image.I
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     rgb = image.convert("RGB")
     if profile:
-        rgb = _or_note(lambda: _to_srgb(image, profile), rgb, notes, f"the colour profile in {path}")
+        rgb = _or_note(lambda: _to_srgb(image, profile), rgb, notes, f"the colour profile in {name}")
     if alpha is None or alpha.getextrema() == (255, 255):
         return rgb
     rgb.putalpha(alpha)

@@ -19,9 +19,10 @@ from torch import Tensor
 from mos_cli.bundles.blueprints import network_of
 from mos_cli.bundles.bundle import Bundle, verify_bundle
 from mos_cli.config.recipe import PictureRecord, Recipe, check_blocks, pixels_hash, provenance
-from mos_cli.config.settings import smaller
+from mos_cli.config.settings import TraceLevel, smaller
 from mos_cli.errors import DeviceError, MemoryLimitError, ModelError, UsageError
 from mos_cli.images.inputs import Inputs
+from mos_cli.images.outputs import animation, companions, png
 from mos_cli.inference.edit_canvas import EditConditioning, prepare_edit, restore_size
 from mos_cli.inference.loading import load_parts
 from mos_cli.inference.offload import OffloadedTower, Offloader, card
@@ -30,7 +31,7 @@ from mos_cli.planning.memory import Setting
 from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.rules import BaselineRule, parse_rules
 from mos_cli.routing.steering import Steerer
-from mos_cli.routing.trace import Recording, RecordOptions, Routes, Trace, make_branch
+from mos_cli.routing.trace import Recording, RecordOptions, Routes, Trace, make_branch, trace_files
 from mos_cli.routing.transfer import check_model, choices_hash, transfer_routes
 from mos_cli.sampling.branches import Predictor
 from mos_cli.sampling.feature_cache import caching
@@ -38,6 +39,7 @@ from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, WITHOUT_IMAGE, Guidance
 from mos_cli.towers.attention import AttentionBackend
 from mos_cli.towers.autoencoder import Autoencoder, to_image
 from mos_cli.utils.devices import device_name, device_threads
+from mos_cli.utils.files import refuse_existing, write_together
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,37 @@ class Drawing:
     routes: dict[str, Routes]
     previews: tuple[Image.Image, ...] = ()
     """What the tower expected the picture to be, step by step, where it was requested."""
+
+    def save(self, path: str | Path, *, trace: TraceLevel = "topk", overwrite: bool = False) -> list[Path]:
+        """Writes the PNG with its recipe, and its trace and previews beside it: all of them or none.
+
+        Args:
+            trace: "off" for none, "summary" for the head alone; otherwise also all arrays that were recorded.
+
+        Returns:
+            The files written, the PNG first.
+
+        Raises:
+            UsageError: the name does not end in .png.
+            InputError: a file is there already and may not be overwritten, or the folder cannot be written.
+        """
+        path = Path(path)
+        if path.suffix.lower() != ".png":
+            raise UsageError(f"{path}: pictures are written as PNG, choose a name that ends in .png")
+        for file in (path, *companions(path)):
+            refuse_existing(file, overwrite)
+        files = {path: png(self.image, self.record)}
+        if trace != "off":
+            files |= trace_files(self.trace, None if trace == "summary" else self.routes, path)
+        if self.previews:
+            files[companions(path).previews] = animation(self.previews)
+        replaced = path.is_file()
+        write_together(files, overwrite)
+        for other in companions(path):
+            if replaced and other not in files:
+                # What a replaced picture had beside it would describe the new one wrongly.
+                other.unlink(missing_ok=True)
+        return list(files)
 
 
 def encode_branches(
