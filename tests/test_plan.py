@@ -185,7 +185,7 @@ def test_auto_plans_what_generate_takes_here(
     # What is known of time is that of a card.
     assert "s a picture" not in result.output
     large = find_network("mos-l")
-    monkeypatch.setattr("mos_cli.bundles.blueprints.network_of", lambda bundle, **run: large)
+    monkeypatch.setattr("mos_cli.inference.requests.network_of", lambda bundle, **run: large)
     settings = RunSettings(model="tiny", device="cpu", max_vram="auto", precision="bf16")
     assert fit_to_memory(bundle, settings, (1024, 1024), Report(quiet=True), fetch=False).quant == quant
 

@@ -34,7 +34,7 @@ class MosGroup(TyperGroup):
             print_error(str(error))
             raise typer.Exit(error.exit_code) from None
         except OSError as error:
-            # A folder that may not be entered, a name too long, a full disk: the user's to mend, wherever it shows.
+            # A folder without permission, a name that is too long, a full disk: the user can mend these.
             print_error(f"{error.filename or 'a file'}: {error.strerror or error}")
             raise typer.Exit(InputError.exit_code) from None
         except KeyboardInterrupt:
@@ -51,8 +51,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         stdout.print(f"mos {__version__}")
         raise typer.Exit
 

@@ -1,4 +1,4 @@
-"""`mos bench`: what drawing takes on this machine, presets side by side."""
+"""`mos bench`: the time and memory that drawing takes on this machine, presets side by side."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,18 +22,18 @@ def bench(
         typer.Option("--preset", "-p", help="Measure with this preset; repeatable, to compare them side by side."),
     ] = None,
     size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="64, 96x64 or 3:2.", show_default="the model's")
+        str | None, typer.Option("--size", metavar="SIZE", help="64, 96x64 or 3:2.", show_default="the model's")
     ] = None,
     steps: Steps = None,
     rounds: Annotated[
-        int, typer.Option(min=1, max=1000, help="Pictures that are measured, after one that warms up.")
+        int, typer.Option("--rounds", min=1, max=1000, help="Pictures that are measured, after one that warms up.")
     ] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per preset.")] = False,
 ) -> None:
     """Measure loading, the first step, a step, the router's share, decoding, memory and energy.
 
-    Every preset is measured in a process of its own. Every picture's prompt is read anew. Memory is that of loading and
-    drawing: on CUDA what tensors took at once, on a CPU the growth of the process.
+    Every preset is measured in a process of its own. Every picture's prompt is read anew. Memory is the peak of
+    loading and drawing: on CUDA that of tensors, on a CPU the growth of the process.
     """
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
@@ -45,7 +45,7 @@ def bench(
     for name in names:
         resolve(flags, name)
     results: list[dict[str, Any]] = []
-    # Spawned: a fork would inherit what another preset left in memory.
+    # Spawned: a forked process would inherit what another preset left in memory.
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
         for name in names:
             try:
@@ -64,7 +64,7 @@ def bench(
 
 
 def measure_preset(flags: "Settings", preset: str | None, rounds: int) -> dict[str, Any]:
-    """What is known of a preset after drawing with it: settings, seconds, bytes, joules. Loads the model.
+    """Draws with a preset and returns its settings, seconds, bytes and joules. Loads the model.
 
     Raises:
         MosError: the model cannot be found or loaded, or does not fit the device.
@@ -156,16 +156,16 @@ def _print_table(results: list[dict[str, Any]]) -> None:
         settings["feature cache"] = lambda r: str(r["feature_cache"] or 1)
     if any(result["compiled"] for result in results):
         settings["compiled"] = lambda r: "yes" if r["compiled"] else "no"
-    for name, said in settings.items():
-        table.add_row(name, *map(said, results))
+    for name, text in settings.items():
+        table.add_row(name, *map(text, results))
     table.add_section()
     for name, (label, shown) in _ROWS.items():
         if any(name in result for result in results):
             table.add_row(label, *(_cell(name, shown, result) for result in results))
     stdout.print(table)
     rounds = results[0]["rounds"]
-    said = "One picture, its" if rounds == 1 else f"Medians of {rounds} pictures, each with its"
-    stdout.print(f"{said} prompt read anew.", style="dim")
+    counted = "One picture, its" if rounds == 1 else f"Medians of {rounds} pictures, each with its"
+    stdout.print(f"{counted} prompt read anew.", style="dim")
 
 
 def _cell(name: str, shown: str, result: dict[str, Any]) -> str:

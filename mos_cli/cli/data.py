@@ -13,7 +13,7 @@ data_app = typer.Typer(no_args_is_help=True, help="The pictures that models are 
 @data_app.command()
 def build(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write to; the cache by default.")] = None,
-    size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 128,
+    size: Annotated[int, typer.Option("--size", help="Side of the pictures in pixels.")] = 128,
     sets: Annotated[list[str] | None, typer.Option("--set", help="A set to use, repeatable; all by default.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Build again what is there already.")] = False,
 ) -> None:

@@ -102,7 +102,7 @@ def _cpu(torch: ModuleType | None) -> dict[str, Any]:
 
 def _gpus(torch: Any) -> list[dict[str, Any]]:
     gpus = []
-    # A card is counted though its driver is too old to be used.
+    # A GPU is counted though its driver is too old to be used.
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         facts = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
@@ -200,7 +200,7 @@ def _check_xformers(torch: Any, gpus: list[dict[str, Any]]) -> dict[str, Any]:
 
         query = torch.ones(1, 64, 2, 64, device="cuda", dtype=torch.float16)
         memory_efficient_attention(query, query, query)
-    # It fails in many ways, from a wrong CUDA version to a card without an operator; each is the answer.
+    # It fails in many ways, from a wrong CUDA version to a GPU without an operator; each is reported.
     except Exception as error:
         return _check(what, False, f"fails on this GPU: {str(error).splitlines()[0]}", instead)
     return _check(what, True, f"works on {gpus[0]['name']}")

@@ -35,9 +35,7 @@ def edit(
         typer.Option("--mask", metavar="FILE", help="White may change; what is black stays bit for bit."),
     ] = None,
     invert_mask: Annotated[bool, typer.Option("--invert-mask", help="Black may change instead.")] = False,
-    feather: Annotated[
-        float, typer.Option("--feather", min=0, help="Fade the mask inwards, over so many pixels.")
-    ] = 0.0,
+    feather: Annotated[float, typer.Option("--feather", min=0, help="Pixels over which the mask fades inwards.")] = 0.0,
     composite: Annotated[
         bool,
         typer.Option("--composite", help="Without a mask: keep bit for bit what the edit did not visibly change."),
@@ -66,7 +64,7 @@ def edit(
         typer.Option(
             "--max-pixels",
             min=1,
-            help="Let the model work on so many pixels at most.",
+            help="Most pixels that the model works on.",
             show_default="the model's own size",
         ),
     ] = None,

@@ -23,27 +23,38 @@ JudgeFolder = Annotated[
 
 
 class Suite(StrEnum):
-    """What a model is asked for."""
+    """What is evaluated: generating or editing."""
 
     scenes = "scenes"
     edit = "edit"
 
 
 def evaluate(
-    suite: Annotated[Suite, typer.Option(help="Drawing (SceneBench) or editing (EditBench).")] = Suite.scenes,
+    suite: Annotated[
+        Suite, typer.Option("--suite", help="Drawing (SceneBench) or editing (EditBench).")
+    ] = Suite.scenes,
     model: Model = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder for pictures and tables.", show_default="outputs/eval-MODEL"),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each category or kind; all by default.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.", show_default="the model's")] = None,
-    solver: Solver = None,
-    cfg: Annotated[float | None, typer.Option(min=0, help="Guidance scale.", show_default="the model's")] = None,
-    image_cfg: Annotated[
-        float | None, typer.Option(min=0, help="Guidance towards the picture, editing.", show_default="the model's")
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Prompts of each category or kind; all by default.")
     ] = None,
-    size: Annotated[int | None, typer.Option(help="Side of the pictures.", show_default="the model's")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Denoising steps.", show_default="the model's")
+    ] = None,
+    solver: Solver = None,
+    cfg: Annotated[
+        float | None, typer.Option("--cfg", min=0, help="Guidance scale.", show_default="the model's")
+    ] = None,
+    image_cfg: Annotated[
+        float | None,
+        typer.Option("--image-cfg", min=0, help="Guidance towards the picture, editing.", show_default="the model's"),
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option("--size", help="Side of the pictures.", show_default="the model's")
+    ] = None,
     art: ArtFile = None,
     judge: JudgeFolder = None,
     device: Device = None,
@@ -57,7 +68,7 @@ def evaluate(
     from mos_cli.inference.requests import recipe_fields
     from mos_cli.utils.quiet import quieten
 
-    # The user's config file stays out of it: a table must not depend on whose machine it was made on.
+    # The user's config file is not read: a table must not depend on whose machine it was made on.
     side = None if size is None else str(size)
     flags = make_settings(model=model, steps=steps, solver=solver, cfg=cfg, size=side, device=device)
     settings = RunSettings(**flags.model_dump(exclude_none=True))

@@ -14,16 +14,24 @@ _UNITS = {"MB": 10**6, "GB": 10**9}
 
 def init(
     name: Annotated[str, typer.Argument(help="A blueprint: name, or a .json file.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; it must not be there yet.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write; it must not be there yet.")],
     understanding: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Understanding tower to build for.", show_default="the blueprint's first"),
+        typer.Option(
+            "--understanding",
+            metavar="NAME",
+            help="Understanding tower to build for.",
+            show_default="the blueprint's first",
+        ),
     ] = None,
     tower: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where that tower lies; without it the bundle cannot draw.")
+        Path | None,
+        typer.Option("--tower", metavar="DIR", help="Where that tower lies; without it the bundle cannot draw."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
-    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest size of a file: 500MB, 2GB.")] = "2GB",
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the weights.")] = 0,
+    shard_size: Annotated[
+        str, typer.Option("--shard-size", metavar="SIZE", help="Largest size of a file: 500MB, 2GB.")
+    ] = "2GB",
 ) -> None:
     """Make a bundle with random weights: for planning, benchmarks and as the start of training."""
     from mos_cli.bundles.blueprints import find_blueprint

@@ -1,4 +1,4 @@
-"""What `generate` and `edit` (and, for one picture, `replay`) do alike: prompts become recipes, recipes become files."""
+"""What `generate`, `edit` and `replay` share: prompts become recipes, and recipes become files."""
 
 import re
 import sys
@@ -103,7 +103,7 @@ def make_jobs(
 
 
 def check_sheet(option: str, sheet: Path, names: "Naming") -> None:
-    """Raises UsageError or InputError if a sheet cannot be written under its name; checked before pictures are drawn."""
+    """Raises UsageError or InputError if a sheet cannot be written under its name; called before pictures are drawn."""
     from mos_cli.utils.files import refuse_existing
 
     if sheet.suffix.lower() != ".png" or sheet in names.given:

@@ -1,6 +1,6 @@
 """The options that several commands share, each declared once, and the set that `generate` and `edit` have in common.
 
-Every option is named explicitly: typer 0.27 derives wrong names for options that are declared once and used often.
+Options are named explicitly everywhere: typer 0.27 makes the metavar the name of an option that has no other.
 """
 
 from collections.abc import Callable
@@ -121,12 +121,17 @@ RouteFrom = Annotated[
     typer.Option(
         "--route-from",
         metavar="TRACE",
-        help="Let every word read the layers that it read in another run, weights anew.",
+        help="Take the layers that every word read in another run; the weights stay the router's.",
     ),
 ]
 RouteUntil = Annotated[
     str | None,
-    typer.Option("--route-until", metavar="PERCENT", help="Take them for the first steps only.", show_default="100%"),
+    typer.Option(
+        "--route-until",
+        metavar="PERCENT",
+        help="Take them for this share of the steps, the first ones.",
+        show_default="100%",
+    ),
 ]
 Regions = Annotated[
     bool, typer.Option("--regions", help="Also record which parts of the picture attended to which word.")
@@ -156,7 +161,7 @@ FeatureCache = Annotated[
         "--feature-cache",
         envvar="MOS_FEATURE_CACHE",
         metavar="N",
-        help="Compute the blocks at every N-th step only, once the first quarter of the steps is done: faster, and the "
+        help="Compute the blocks at every N-th step only, after the first quarter of the steps: faster, and the "
         "picture changes a little; 1 turns it off, see docs/caching.md.",
         show_default="1",
     ),
@@ -167,8 +172,8 @@ MaxVram = Annotated[
         "--max-vram",
         envvar="MOS_MAX_VRAM",
         metavar="GIB",
-        help="Use so much of the GPU's memory at most, with the fastest setting that fits; see `mos plan`. auto: all "
-        "there is; without a GPU, of main memory.",
+        help="GPU memory to use at most; the fastest setting that fits is chosen, see `mos plan`. auto: all there "
+        "is; without a GPU, of main memory.",
         show_default="no limit",
     ),
 ]
@@ -178,8 +183,8 @@ Offload = Annotated[
         "--offload",
         envvar="MOS_OFFLOAD",
         metavar="WHAT",
-        help="What waits in main memory until the GPU needs it: none, understanding (the tower that reads), or blocks "
-        "(also those of the tower that draws, fetched one by one).",
+        help="What waits in main memory until the GPU needs it: none, understanding (the understanding tower), or "
+        "blocks (also the blocks of the generation tower, fetched one by one).",
         show_default="none",
     ),
 ]
@@ -188,7 +193,7 @@ Compile = Annotated[
     typer.Option(
         "--compile/--no-compile",
         envvar="MOS_COMPILE",
-        help="Compile the tower that draws when it is first used; where that pays is in docs/performance.md.",
+        help="Compile the generation tower when it is first used; docs/performance.md says where that pays.",
         show_default="no",
     ),
 ]

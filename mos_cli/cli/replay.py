@@ -54,11 +54,12 @@ def replay(
         typer.Option("--input", "-i", metavar="FILE", help="A picture that was edited; repeatable."),
     ] = None,
     mask: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="A mask that an edit was made with; repeatable.")
+        list[Path] | None, typer.Option("--mask", metavar="FILE", help="A mask that an edit was made with; repeatable.")
     ] = None,
     models: Models = None,
     route_from: Annotated[
-        Path | None, typer.Option(metavar="TRACE", help="The run that the picture took its routes from.")
+        Path | None,
+        typer.Option("--route-from", metavar="TRACE", help="The run that the picture took its routes from."),
     ] = None,
     output: Output = None,
     overwrite: Overwrite = False,

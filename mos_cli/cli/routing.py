@@ -107,8 +107,12 @@ def _counts(tally: "Tally") -> dict[str, Any]:
 def ablate(
     picture: Annotated[Path, typer.Argument(help="A PNG made by mos.")],
     word: Annotated[str, typer.Option("--word", "-w", help='The word, as in rules: cat, "red apple", cat#2, *.')],
-    block: Annotated[str | None, typer.Option(metavar="A:B", help="Only in these blocks.", show_default="all")] = None,
-    step: Annotated[str | None, typer.Option(metavar="A:B", help="Only at these steps.", show_default="all")] = None,
+    block: Annotated[
+        str | None, typer.Option("--block", metavar="A:B", help="Only in these blocks.", show_default="all")
+    ] = None,
+    step: Annotated[
+        str | None, typer.Option("--step", metavar="A:B", help="Only at these steps.", show_default="all")
+    ] = None,
     only: Annotated[
         bool, typer.Option("--only", help="Let the word read one layer at a time, instead of all but one.")
     ] = False,
@@ -116,10 +120,13 @@ def ablate(
         list[Path] | None,
         typer.Option("--input", "-i", metavar="FILE", help="A picture that was edited; repeatable."),
     ] = None,
-    mask: Annotated[Path | None, typer.Option(metavar="FILE", help="The mask that an edit was made with.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option("--mask", metavar="FILE", help="The mask that an edit was made with.")
+    ] = None,
     models: Models = None,
     route_from: Annotated[
-        Path | None, typer.Option(metavar="TRACE", help="The run that the picture took its routes from.")
+        Path | None,
+        typer.Option("--route-from", metavar="TRACE", help="The run that the picture took its routes from."),
     ] = None,
     output: Annotated[
         Path | None,
@@ -151,9 +158,9 @@ def ablate(
     recipe, otherwise = record.recipe, "name it with --model FOLDER"
     bundle = find_recorded(recipe.model, record.made.bundle_hash, str(picture), otherwise, models or ())
     check_size(*recipe.working_size, bundle.index.canvas)
-    for asked in parse_rules(recipe.routes or ()):
-        if isinstance(asked, BaselineRule):
-            raise UsageError(f"{picture} was drawn by the route rule {asked}: draw it without, to take layers away")
+    for used in parse_rules(recipe.routes or ()):
+        if isinstance(used, BaselineRule):
+            raise UsageError(f"{picture} was drawn by the route rule {used}: draw it without, to take layers away")
     if recipe.edit is not None:
         edits_of(bundle)
     elif given or mask:
@@ -161,7 +168,7 @@ def ablate(
     routes = load_route_source(picture, recipe, route_from)
     settings = resolve(make_settings(device=device, attention=attention), None)
     strip = _strip_path(picture, word, output, overwrite)
-    finder = Finder(given or [], [] if mask is None else [mask], _give_it)
+    finder = Finder(given or [], [] if mask is None else [mask], _must_be_given)
     inputs = finder.inputs_of(recipe, record.earlier)
     finder.check_all_used()
     pipeline = load_with_progress(bundle, settings, report, precision=recipe.precision, quant=recipe.quant)
@@ -224,7 +231,7 @@ def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
 
 
 def _strip_path(picture: Path, word: str, output: Path | None, overwrite: bool) -> Path:
-    """Where the strip goes: where it is asked for, else beside the picture under a name that is free."""
+    """Where the strip goes: where --output says, else beside the picture under a name that is free."""
     from itertools import count
 
     from mos_cli.images.outputs import slug
@@ -240,7 +247,7 @@ def _strip_path(picture: Path, word: str, output: Path | None, overwrite: bool) 
     return output
 
 
-def _give_it(earlier: "EarlierPicture", inputs: "Inputs | None") -> "Image":
+def _must_be_given(earlier: "EarlierPicture", inputs: "Inputs | None") -> "Image":
     raise InputError(f"{earlier.recipe.prompt!r}, which this was made from, is needed here: give it with --input FILE")
 
 

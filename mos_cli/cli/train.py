@@ -17,22 +17,26 @@ def train(
     art: ArtFile = None,
     run: Annotated[
         Path | None,
-        typer.Option(help="Folder of the run; a run found there goes on.", show_default="runs/NAME"),
+        typer.Option("--run", help="Folder of the run; a run found there goes on.", show_default="runs/NAME"),
     ] = None,
     export: Annotated[
         Path | None,
-        typer.Option(help="Where the bundle goes when the run is done.", show_default="RUN/bundle"),
+        typer.Option("--export", help="Where the bundle goes when the run is done.", show_default="RUN/bundle"),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Train for so many steps, not the recipe's.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Training steps, instead of the recipe's.")
+    ] = None,
     ema: Annotated[
         str | None,
-        typer.Option(help="Moving average to export: 0.05 or 0.10 of the run wide.", show_default="the recipe's"),
+        typer.Option(
+            "--ema", help="Moving average to export: 0.05 or 0.10 of the run wide.", show_default="the recipe's"
+        ),
     ] = None,
     show: Annotated[
         bool, typer.Option("--show", help="Print the recipe and stop: a start for one of your own.")
     ] = False,
 ) -> None:
-    """Train a model and export it as a bundle. Ctrl-C stops after the step at hand; the same command goes on.
+    """Train a model and export it as a bundle. Ctrl-C stops after the current step; the same command goes on.
 
     On several GPUs or machines: accelerate launch -m mos_cli train RECIPE; with --use_fsdp the network is sharded.
     """
@@ -81,9 +85,9 @@ def train(
 def train_judge(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the judge to.")],
     art: ArtFile = None,
-    steps: Annotated[int, typer.Option(min=10, help="Training steps.")] = 4000,
+    steps: Annotated[int, typer.Option("--steps", min=10, help="Training steps.")] = 4000,
 ) -> None:
-    """Train the judge of `mos eval` from the art file, and show how much it sees of true scenes.
+    """Train the judge of `mos eval` from the art file, and show how much of true scenes it detects.
 
     The same command gives another judge on another machine: tables compare only where the judge's hash is the same.
     """
@@ -116,9 +120,11 @@ def train_judge(
 
 def train_enlarger(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the enlarger to.")],
-    recipe: Annotated[str, typer.Option(help="The training recipe whose scenes it learns from.")] = "train-emoji",
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="The training recipe whose scenes it learns from.")
+    ] = "train-emoji",
     art: ArtFile = None,
-    steps: Annotated[int, typer.Option(min=10, help="Training steps.")] = 1500,
+    steps: Annotated[int, typer.Option("--steps", min=10, help="Training steps.")] = 1500,
 ) -> None:
     """Train the enlarger: the autoencoder of the small models, which draws pictures twice as large as their latents."""
     from mos_cli.datasets.tables import DataTable

@@ -1,8 +1,8 @@
 """The Python interface: a loaded model that generates and edits pictures, as the command line does.
 
-Settings are checked, and recipes are made, by the functions that `mos generate` and `mos edit` use, so the same settings
-give the same pixels. Unlike there, `MOS_*` variables, presets and the user's config file are not read for settings: what a
-notebook draws depends on its code alone.
+Settings are checked and recipes are made by the functions that `mos generate` and `mos edit` use, so the same settings
+give the same pixels. Presets, the config file and the environment's settings (`MOS_STEPS`, `MOS_MODEL`, ...) are not
+read: what a notebook draws depends on its code alone.
 """
 
 import warnings
@@ -227,8 +227,7 @@ class Model:
         What was lost in reading an image, such as further frames, is a warning.
 
         Args:
-            image: the picture to edit. A result or a file of mos keeps its history, so that `mos replay` draws the whole
-                chain of edits.
+            image: the picture to edit. A result or a file of mos keeps its history: `mos replay` draws the whole chain.
             references: further pictures to draw from.
             mask: white may change, black stays bit for bit; of the shape of the picture.
             invert_mask: black may change instead.

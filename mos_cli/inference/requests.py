@@ -1,6 +1,7 @@
-"""From the settings of a run to recipes, checked before a model is loaded; shared by the command line and `mos_cli.load`.
+"""From the settings of a run to recipes, checked before a model is loaded.
 
-Nothing here loads weights, and torch is imported only to look at the device.
+The command line and the Python interface share these functions. None loads weights, and torch is imported only to look
+at the device.
 """
 
 import os
