@@ -20,8 +20,8 @@ from mos_cli.bundles.bundle import Bundle
 from mos_cli.bundles.shapes import UnderstandingShape, read_config
 from mos_cli.bundles.sources import fetch_tower
 from mos_cli.cli.app import MosGroup
-from mos_cli.cli.init import init
 from mos_cli.cli.loading import fit_to_memory
+from mos_cli.cli.models_init import init
 from mos_cli.cli.output import Report
 from mos_cli.cli.plan import plan
 from mos_cli.config.settings import RunSettings

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from mos_cli.bundles.bundle import Bundle, find_bundle, verify_bundle, write_index
 from mos_cli.cli.app import MosGroup
-from mos_cli.cli.quantize import quantize
+from mos_cli.cli.models_quantize import quantize
 from mos_cli.config.recipe import make_recipe
 from mos_cli.inference.pipeline import MoSPipeline
 from mos_cli.quantization.checkpoint import Checkpoint

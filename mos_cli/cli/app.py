@@ -20,7 +20,9 @@ from mos_cli.cli.plan import plan
 from mos_cli.cli.presets import presets_app
 from mos_cli.cli.replay import replay
 from mos_cli.cli.routing import routing_app
-from mos_cli.cli.train import train, train_enlarger, train_judge
+from mos_cli.cli.train import train
+from mos_cli.cli.train_enlarger import train_enlarger
+from mos_cli.cli.train_judge import train_judge
 from mos_cli.errors import INTERRUPTED, InputError, MosError
 
 

@@ -8,7 +8,7 @@ import typer
 
 from mos_cli.cli.loading import load_with_progress
 from mos_cli.cli.options import ArtFile, Device, Model, Solver
-from mos_cli.cli.output import Report, stdout
+from mos_cli.cli.output import Report, print_table, stdout
 from mos_cli.cli.progress import fetch_with_progress, stage_bars
 from mos_cli.errors import UsageError
 
@@ -137,15 +137,3 @@ def _print(headings: tuple[str, ...], rows: list[tuple[str, ...]], text: str, fi
     print_table(headings, rows)
     below = text.rsplit("|\n", 1)[1].strip()
     stdout.print(f"{below}\n{file}", markup=False, soft_wrap=True)
-
-
-def print_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """A table of scores; the first column is text."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    stdout.print(table)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mos_cli.cli.loading import refuse_folders
 from mos_cli.cli.options import Overwrite
 from mos_cli.cli.output import stdout
 
@@ -116,15 +117,6 @@ def inspect_routing(
         stdout.print(PatchView(section, place, found, requested))
     if not written and not origins:
         stdout.print(RoutesView(section, requested))
-
-
-def refuse_folders(*traces: Path | None) -> None:
-    """Raises InputError for a folder: files beside it must not be taken for its trace."""
-    from mos_cli.errors import InputError
-
-    for path in traces:
-        if path is not None and path.is_dir():
-            raise InputError(f"cannot read {path}: it is a folder; name a trace (.json) or the picture beside it")
 
 
 def _check_outputs(outputs: dict[str, Path], *traces: Path | None) -> None:

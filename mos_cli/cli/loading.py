@@ -1,11 +1,11 @@
-"""How commands load what they draw with: settings that fit the memory, the pipeline, and the trace of another run."""
+"""How commands load what they draw with: settings that fit the memory, the pipeline, and traces."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mos_cli.cli.output import Report
 from mos_cli.cli.progress import fetch_with_progress
-from mos_cli.errors import UsageError
+from mos_cli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from mos_cli.bundles.bundle import Bundle
@@ -98,3 +98,10 @@ def load_route_source(picture: Path, recipe: "Recipe", route_from: Path | None) 
     if route_from is not None and recipe.route_from is None:
         raise UsageError(f"{picture} takes its routes from no other run: drop --route-from")
     return None if route_from is None else load_recording(route_from)
+
+
+def refuse_folders(*traces: Path | None) -> None:
+    """Raises InputError for a folder: files beside it must not be taken for its trace."""
+    for path in traces:
+        if path is not None and path.is_dir():
+            raise InputError(f"cannot read {path}: it is a folder; name a trace (.json) or the picture beside it")

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mos_cli.cli.init import init
+from mos_cli.cli.models_init import init
+from mos_cli.cli.models_quantize import quantize
 from mos_cli.cli.output import print_json, print_warning, size_text, stdout
 from mos_cli.cli.progress import fetch_with_progress
-from mos_cli.cli.quantize import quantize
 
 if TYPE_CHECKING:
     from mos_cli.bundles.blueprints import Blueprint

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +30,18 @@ def print_json(rows: Iterable[dict[str, Any]]) -> None:
     """Prints rows to stdout as newline-delimited JSON."""
     for row in rows:
         typer.echo(json.dumps(row, ensure_ascii=False))
+
+
+def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints a table to stdout; the first column is text, the others are numbers."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    stdout.print(table)
 
 
 def size_text(size: int) -> str:

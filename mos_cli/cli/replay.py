@@ -49,7 +49,7 @@ def replay(
         bool,
         typer.Option("--verify", help="Write nothing; say whether the picture comes out exact, close or different."),
     ] = False,
-    given: Annotated[
+    source_files: Annotated[
         list[Path] | None,
         typer.Option("--input", "-i", metavar="FILE", help="A picture that was edited; repeatable."),
     ] = None,
@@ -107,7 +107,7 @@ def replay(
     if record.recipe.edit is not None:
         edits_of(bundle)
         fields["edit"] |= {key: changed.pop(key) for key in ("image_cfg", "strength") if key in changed}
-    elif given or mask:
+    elif source_files or mask:
         raise UsageError(f"{picture} is no edit: drop --input and --mask")
     recipe = make_recipe(**fields | changed)
     if recipe.edit is not None:
@@ -159,7 +159,7 @@ def replay(
         with cpu_threads(earlier.made.threads):
             return pipeline_of(bundle, earlier.recipe, earlier.made).draw(earlier.recipe, inputs=inputs).image
 
-    finder = Finder(given or [], mask or [], redraw)
+    finder = Finder(source_files or [], mask or [], redraw)
     inputs = finder.inputs_of(recipe, record.earlier)
     finder.check_all_used()
     for note in () if inputs is None else inputs.notes:

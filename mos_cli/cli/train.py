@@ -1,4 +1,4 @@
-"""`mos train`: from a recipe and an art file to a bundle; and the two smaller networks that come with mos."""
+"""`mos train`: from a recipe and an art file to a bundle."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mos_cli.cli.options import ArtFile
 from mos_cli.cli.output import stderr, stdout
-from mos_cli.cli.progress import stage_bars, stop_between_steps
+from mos_cli.cli.progress import stop_between_steps
 
 
 def train(
@@ -54,8 +54,8 @@ def train(
     from mos_cli.training.run import train as run_training
     from mos_cli.training.stages import curriculum
 
-    given = {"steps": steps, "ema": ema}
-    loaded = load_recipe(recipe, {name: value for name, value in given.items() if value is not None})
+    overrides = {"steps": steps, "ema": ema}
+    loaded = load_recipe(recipe, {name: value for name, value in overrides.items() if value is not None})
     folder = run or Path("runs") / loaded.bundle.name
     columns = [
         TextColumn("{task.description}"),
@@ -80,68 +80,3 @@ def train(
     trainer.accelerator.end_training()
     if bundle is not None:
         stdout.print(f"{bundle.folder}", soft_wrap=True)
-
-
-def train_judge(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the judge to.")],
-    art: ArtFile = None,
-    steps: Annotated[int, typer.Option("--steps", min=10, help="Training steps.")] = 4000,
-) -> None:
-    """Train the judge of `mos eval` from the art file, and show how much of true scenes it detects.
-
-    The same command gives another judge on another machine: tables compare only where the judge's hash is the same.
-    """
-    from mos_cli.cli.eval import print_table
-    from mos_cli.utils.quiet import quieten
-
-    quieten()
-    from mos_cli.datasets.art.file import data_folder, load_art
-    from mos_cli.evaluation.examine import Examiner, TrueScenes
-    from mos_cli.evaluation.judge import SIDE, Judge
-    from mos_cli.evaluation.judge_training import load_sprites
-    from mos_cli.evaluation.judge_training import train_judge as run_training
-    from mos_cli.evaluation.results import HEADINGS, table
-    from mos_cli.evaluation.run import scores
-    from mos_cli.evaluation.scenebench import bench_data, read_bench
-
-    opened, entries = load_art(art or data_folder()), read_bench()
-    with stage_bars("loss {task.fields[loss]:.3f}") as advance:
-        run_training(
-            load_sprites(opened, bench_data()),
-            output,
-            steps=steps,
-            log=lambda step, loss: advance("training", step, steps, loss),
-        )
-    judge = Judge(output)
-    passed = Examiner(judge, TrueScenes(opened), entries, SIDE).ceiling()
-    print_table(HEADINGS, table(scores(entries, [takes[0] for takes in passed], passed)))
-    stdout.print(f"{output}  sha256 {judge.hash}", markup=False, soft_wrap=True)
-
-
-def train_enlarger(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the enlarger to.")],
-    recipe: Annotated[
-        str, typer.Option("--recipe", help="The training recipe whose scenes it learns from.")
-    ] = "train-emoji",
-    art: ArtFile = None,
-    steps: Annotated[int, typer.Option("--steps", min=10, help="Training steps.")] = 1500,
-) -> None:
-    """Train the enlarger: the autoencoder of the small models, which draws pictures twice as large as their latents."""
-    from mos_cli.datasets.tables import DataTable
-    from mos_cli.errors import UsageError
-    from mos_cli.training.recipe import load_recipe
-    from mos_cli.utils.quiet import quieten
-
-    scenes = load_recipe(recipe).data
-    if not isinstance(scenes, DataTable):
-        raise UsageError(f"{recipe} has captioned pictures for data: the enlarger learns from scenes")
-    quieten()
-    from mos_cli.datasets.art.file import data_folder
-    from mos_cli.training.enlarging import train_enlarger as run_training
-    from mos_cli.training.run import find_sources
-    from mos_cli.utils.devices import choose_device
-
-    source, _ = find_sources(scenes, art or data_folder(), choose_device("auto"))
-    with stage_bars("loss {task.fields[loss]:.4f}") as advance:
-        run_training(source, output, steps=steps, log=lambda step, loss: advance("training", step, steps, loss))
-    stdout.print(str(output), markup=False, soft_wrap=True)
