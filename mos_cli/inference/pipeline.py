@@ -44,7 +44,7 @@ from mos_cli.utils.files import refuse_existing, write_together
 
 @dataclass(frozen=True)
 class Drawing:
-    """A finished picture with its record, and what it takes to write its trace."""
+    """A finished picture, its record (recipe and versions), and its trace: a head, and the routes of each branch."""
 
     image: Image.Image
     record: PictureRecord

@@ -65,7 +65,7 @@ def generation_fields(
 
     Args:
         size: width and height in pixels, checked against the bundle's canvas.
-        cfg_interval: what this run sets itself; an interval from a preset may stand idle.
+        cfg_interval: the interval that this run sets itself; one from a preset may have no effect.
 
     Raises:
         UsageError, DeviceError: as `recipe_fields`; or a setting of guidance has no effect.
