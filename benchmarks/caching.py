@@ -34,8 +34,9 @@ from mos_cli.images.sheets import COLUMNS, contact_sheet
 from mos_cli.inference.pipeline import MoSPipeline, make_noise
 from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.trace import RecordOptions, Routes
-from mos_cli.sampling.feature_cache import CacheConfig, Cached
-from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, Step, make_sigmas, sample
+from mos_cli.sampling.feature_cache import CacheConfig, CachedTower
+from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, Guidance
+from mos_cli.sampling.sampler import Step, make_sigmas, sample
 from mos_cli.towers.autoencoder import to_image
 from mos_cli.towers.blocks import GenerationBlock
 from mos_cli.utils.devices import choose_device, choose_precision, device_name
@@ -123,7 +124,7 @@ class Bench:
             NEGATIVE: self.pipeline.prompt_encoder.encode(""),
         }
         recorder, ends, self.passes = Recorder(RecordOptions()), [], 0
-        predictor = self.tower if config is None else Cached(self.tower, config)
+        predictor = self.tower if config is None else CachedTower(self.tower, config)
         started = self.now()
         z = sample(
             predictor,
@@ -132,11 +133,11 @@ class Bench:
             sigmas=make_sigmas(self.pipeline.scheduler, recipe.steps),
             solver=recipe.solver,
             guidance=Guidance(recipe.cfg, recipe.cfg_interval),
-            together=self.pipeline.setting.together,
+            batched_guidance=self.pipeline.setting.batched_guidance,
             observers=[recorder, lambda step: self._end(step, ends)],
-            reset_cache=predictor.reset_cache if isinstance(predictor, Cached) else lambda: None,
+            reset_cache=predictor.reset_cache if isinstance(predictor, CachedTower) else lambda: None,
         )
-        if isinstance(predictor, Cached):
+        if isinstance(predictor, CachedTower):
             predictor.end()
         with torch.inference_mode():
             image = to_image(self.pipeline.autoencoder.decode(z))

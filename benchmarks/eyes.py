@@ -155,7 +155,7 @@ def scored(states: dict[str, Tensor], sheets: dict[str, Sheet], steps: int) -> d
     taught, things = sheets["probe"], len(sheets["probe"].present_BQ[0]) + 1
     scores: dict[str, list[float]] = {key: [] for key in COLUMNS}
     cells, said = states["probe"].flatten(0, 1), {}
-    for key, truth_BV in (("cells", taught.things_BV), ("paint", taught.paints_BV), ("hand", taught.hands_BV)):
+    for key, truth_BV in (("cells", taught.things_BV), ("paint", taught.paints_BV), ("hand", taught.styles_BV)):
         asked = truth_BV.flatten() >= 0
         said[key] = fitted(cells[asked], truth_BV.flatten()[asked], int(truth_BV.max()) + 1, steps)
     share_BQ = F.normalize(taught.present_BQ, p=1, dim=1)
@@ -168,7 +168,7 @@ def scored(states: dict[str, Tensor], sheets: dict[str, Sheet], steps: int) -> d
         scores["cells"].append(_share(right_BV))
         scores["things"].append(_share(right_BV[covered_BV & ~unmet_BV]))
         scores["unmet"].append(_share(right_BV[covered_BV & unmet_BV]))
-        for key, truth_BV in (("paint", sheet.paints_BV), ("hand", sheet.hands_BV)):
+        for key, truth_BV in (("paint", sheet.paints_BV), ("hand", sheet.styles_BV)):
             scores[key].append(_share((said[key](seen).argmax(-1) == truth_BV)[truth_BV >= 0]))
         scores["present"].append(_found(present(seen.mean(1)), sheet.present_BQ))
     return scores

@@ -17,19 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mos_cli.bundles.shapes import IMAGE_GRID
+from mos_cli.datasets.scenes.backgrounds import Background
 from mos_cli.datasets.scenes.compositor import Compositor
 from mos_cli.datasets.scenes.description import Description, Thing, held_out, held_out_style
-from mos_cli.datasets.scenes.grounds import Ground
 from mos_cli.datasets.scenes.layout import Scene, lay_out
 from mos_cli.datasets.scenes.vocabulary import COLOURS, Vocabulary
-from mos_cli.datasets.scenes.writer import SceneWriter, choose_ground
+from mos_cli.datasets.scenes.writer import SceneWriter, choose_background
 from mos_cli.towers.image_encoder import SIDE
 
 Kind = Literal["probe", "met", "new"]
 """What probes learn from, and what they are tested on: other scenes of that kind, and held-out combinations."""
 UNMET_EVERY = 13
 """Of so many words the first is never shown to the encoder that is trained."""
-DARK = Ground((0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
+DARK = Background((0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Sheet:
     pictures_B3HW: Tensor
     things_BV: Tensor
     paints_BV: Tensor
-    hands_BV: Tensor
+    styles_BV: Tensor
     present_BQ: Tensor
 
 
@@ -123,8 +123,8 @@ class World:
             word, style = random.choice(self._styled)
             words = (word,)
         things = tuple(self._thing(word, random) for word in words)
-        ground = choose_ground({thing.colour for thing in things}, random)
-        description = Description(things=things, relation=relation, style=style, ground=ground)
+        background = choose_background({thing.colour for thing in things}, random)
+        description = Description(things=things, relation=relation, style=style, background=background)
         return lay_out(description, self.vocabulary, random)
 
     def _thing(self, word: str, random: Random) -> Thing:

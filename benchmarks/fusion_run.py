@@ -19,7 +19,8 @@ from mos_cli.evaluation.checks import passes
 from mos_cli.evaluation.judge import Judge
 from mos_cli.evaluation.scenebench import Entry
 from mos_cli.sampling.flow import logit_normal, noised, velocity_loss
-from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, make_sigmas, sample
+from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, Guidance
+from mos_cli.sampling.sampler import make_sigmas, sample
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.training.batches import Batch
 from mos_cli.training.ema import PowerEMA

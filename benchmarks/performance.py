@@ -27,7 +27,7 @@ import performance_networks as networks
 import torch
 from performance_caps import draw_under
 from performance_model import MoSL, Row, Run, difference, matmul_rate, seconds
-from performance_steps import compiled, sync, together
+from performance_steps import batched_guidance, compiled, sync
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mos_cli.errors import DeviceError, MemoryLimitError
@@ -152,7 +152,7 @@ def attention(run: Run) -> list[Row]:
     return rows
 
 
-PARTS = {part.__name__: part for part in (caps, router, rivals, share, nf4, attention, together, sync)}
+PARTS = {part.__name__: part for part in (caps, router, rivals, share, nf4, attention, batched_guidance, sync)}
 PARTS["compile"] = compiled
 
 

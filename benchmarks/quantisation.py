@@ -73,8 +73,8 @@ class Input:
     def to_tower(self, tower: GenerationTower) -> tuple[Tensor, Route]:
         bank = tower.project_states(self.states_BTMS)
         if self.edited is not None:
-            latent_BCHW, sight_BVMZ = self.edited
-            bank = tower.add_image_tokens(bank, sight_BVMZ, tower.cache_references([latent_BCHW]))
+            latent_BCHW, image_states_BVMZ = self.edited
+            bank = tower.add_image_tokens(bank, image_states_BVMZ, tower.cache_references([latent_BCHW]))
         return tower(self.z_BCHW, self.t_B, bank)
 
 
@@ -117,8 +117,8 @@ class Bench:
         for t in TIMES:
             z, t_B = (1 - t) * clean + t * noise, torch.tensor([t], device=self.device)
             self.draws.append(Input(z, t_B, states))
-            if self.pipeline.eyes is not None:
-                sight = self.pipeline.eyes.encode_images(self.pipeline.autoencoder.decode(clean))
+            if self.pipeline.image_encoder is not None:
+                sight = self.pipeline.image_encoder.encode_images(self.pipeline.autoencoder.decode(clean))
                 self.edits.append(Input(z, t_B, states, (clean, sight)))
 
     @torch.inference_mode()
@@ -138,7 +138,7 @@ class Bench:
         drawings, seconds = [], []
         for recipe in self.recipes:
             # A reading holds the bank that another tower projected.
-            self.pipeline.prompt_encoder.forget()
+            self.pipeline.prompt_encoder.clear_cache()
             started = clock()
             drawings.append(self.pipeline.draw(recipe, record_options=RecordOptions(probabilities=True)))
             if self.device.type == "cuda":
@@ -150,7 +150,7 @@ class Bench:
     def _take(self, tower: GenerationTower) -> None:
         self.pipeline.tower = self.pipeline.prompt_encoder.tower = tower
         # A reading holds the bank that another tower projected.
-        self.pipeline.prompt_encoder.forget()
+        self.pipeline.prompt_encoder.clear_cache()
 
     def row(self, tower: GenerationTower, size: int) -> str:
         """A line of the second table."""

@@ -117,7 +117,7 @@ def where_time_goes(pipeline: MoSPipeline, precision: str, pictures: int) -> Non
     rates: list[dict[str, float]] = []
     for number in range(pictures + 1):
         # A picture drawn alone reads both of its prompts.
-        pipeline.prompt_encoder.forget()
+        pipeline.prompt_encoder.clear_cache()
         recipe = recipe_of(pipeline.bundle, precision, number)
         drawn.append(watch.time(lambda recipe=recipe: pipeline.draw(recipe)))
         rates.append({name: matmul_rate(dtype, watch) for name, dtype in DTYPES.items()})
@@ -150,7 +150,7 @@ def compare(pipeline: MoSPipeline, other: MoSPipeline, against: str, precision: 
     for number in range(len(PROMPTS) + pictures):
         recipe, images = recipe_of(pipeline.bundle, precision, number), []
         for name in ways if number % 2 else reversed(ways):
-            ways[name].prompt_encoder.forget()
+            ways[name].prompt_encoder.clear_cache()
             took[name].append(watch.time(lambda way=ways[name]: images.append(way.draw(recipe).image))["all"])  # noqa: B023
         alike.append(psnr(*images))
     first = {name: seconds[: len(PROMPTS)] for name, seconds in took.items()}
@@ -187,7 +187,7 @@ def main() -> None:
         where_time_goes(load(), precision, asked.pictures)
         return
     with fresh_cache():
-        other = load(setting=Setting(together=asked.against != "apart"), compiled=asked.against == "compiled")
+        other = load(setting=Setting(batched_guidance=asked.against != "apart"), compiled=asked.against == "compiled")
         compare(load(), other, asked.against, precision, asked.pictures)
 
 

@@ -30,9 +30,8 @@ from mos_cli.config.recipe import Recipe, make_recipe
 from mos_cli.config.settings import RunSettings
 from mos_cli.inference.ablation import difference
 from mos_cli.inference.pipeline import MoSPipeline, make_noise
-from mos_cli.sampling.branches import Branches
 from mos_cli.sampling.flow import velocity
-from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance
+from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, Branches, Guidance
 from mos_cli.towers.autoencoder import to_image
 from mos_cli.utils.devices import choose_device, choose_precision, device_name
 from mos_cli.utils.quiet import quieten
@@ -88,7 +87,7 @@ class Bench:
         guidance = Guidance(recipe.cfg, recipe.cfg_interval)
         texts = {POSITIVE: recipe.prompt, NEGATIVE: recipe.negative}
         banks = {name: pipeline.prompt_encoder.encode(text).bank for name, text in texts.items()}
-        branches = Branches(pipeline.tower, banks, together=pipeline.setting.together)
+        branches = Branches(pipeline.tower, banks, batched_guidance=pipeline.setting.batched_guidance)
 
         def predict(z: Tensor, t: float) -> Tensor:
             return guidance.guided(branches(guidance.branches(t), z, t, lambda branch: None)[0])
@@ -108,7 +107,7 @@ def compare_times(bench: Bench, prompts: list[str], pairs: int) -> None:
     took: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(pairs + 1):
         for name in ways if number % 2 else reversed(ways):
-            bench.pipeline.prompt_encoder.forget()
+            bench.pipeline.prompt_encoder.clear_cache()
             started = time.perf_counter()
             bench.draw(prompts[number % len(prompts)], number, *ways[name])
             took[name].append(time.perf_counter() - started)

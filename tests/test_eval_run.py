@@ -18,7 +18,7 @@ from mos_cli.bundles.bundle import Bundle
 from mos_cli.bundles.sources import fetch_tower
 from mos_cli.datasets.art.file import Art
 from mos_cli.errors import InputError, ModelError, UsageError
-from mos_cli.evaluation.augment import spoilt, turned, turned_point
+from mos_cli.evaluation.augment import degraded, turned, turned_point
 from mos_cli.evaluation.examine import Examiner, TrueScenes
 from mos_cli.evaluation.features import FEATURES, EfficientNetLite0, features_of
 from mos_cli.evaluation.judge import CELLS, SIDE, Judge, JudgeConfig, JudgeNet, judge_folder, save_judge
@@ -132,7 +132,7 @@ def test_what_is_turned_lies_where_it_is_said_to_lie():
 
 def test_spoiling_keeps_the_picture():
     pictures = torch.linspace(-1, 1, SIDE).expand(12, 3, SIDE, SIDE)
-    spoiled = spoilt(pictures, torch.Generator().manual_seed(0))
+    spoiled = degraded(pictures, torch.Generator().manual_seed(0))
     assert spoiled.shape == pictures.shape
     assert spoiled.abs().max() <= 1
     assert torch.corrcoef(torch.stack([pictures.flatten(), spoiled.flatten()]))[0, 1] > 0.9

@@ -32,8 +32,8 @@ def old_model(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> P
     """The old bundle, found by its name, and its encoder in the cache. Its eyes are those of the default model."""
     folder = tmp_path / "models" / "fixture"
     shutil.copytree(OLD / "models" / "fixture", folder)
-    eyes = "eyes/diffusion_pytorch_model.safetensors"
-    shutil.copyfile(models_folder() / "emoji" / eyes, folder / eyes)
+    image_encoder = "eyes/diffusion_pytorch_model.safetensors"
+    shutil.copyfile(models_folder() / "emoji" / image_encoder, folder / image_encoder)
     monkeypatch.setenv("MOS_MODELS", str(tmp_path / "models"))
     shutil.copytree(OLD / "encoder", tower_folder(find_bundle("fixture").index.understanding))
     return folder

@@ -91,7 +91,7 @@ def test_json_holds_every_part() -> None:
     rows = [json.loads(line) for line in result.output.splitlines()]
     assert [row["card"] for row in rows] == list(CARDS)
     for row in rows:
-        assert row["setting"]["together"]
+        assert row["setting"]["batched_guidance"]
         assert row["peak"] == max(stage["peak"] for stage in row["stages"].values())
         assert all(sum(stage["parts"].values()) == stage["peak"] for stage in row["stages"].values())
 
@@ -120,7 +120,7 @@ def test_real_bundles_are_planned_too(editor: Bundle) -> None:
     assert numbers.generation.parameters == tower.num_parameters()
     assert numbers.understanding.states == tower.states_shape
     assert numbers.references == 1
-    assert numbers.eyes > 0
+    assert numbers.image_encoder_parameters > 0
     assert command("plan", "editor", "--max-vram", 8).exit_code == 0
 
 
@@ -153,12 +153,14 @@ def test_image_tokens_are_those_that_the_tower_makes(
     folder = getattr(vlm_towers, kind)(tmp_path)
     # The stand-in of the tests has patches of its own.
     monkeypatch.setattr(blueprints, "_PERCEPTION_PATCH", 7)
-    cell, seen = blueprints._sight(folder, read_config(folder))
-    shape = UnderstandingShape(layers=1, width=1, hidden=1, linear=1, other=1, vision=1, cell=cell, seen=seen)
+    cell, seen = blueprints._image_token_size(folder, read_config(folder))
+    shape = UnderstandingShape(
+        layers=1, width=1, hidden=1, linear=1, other=1, vision=1, image_token_size=cell, image_size=seen
+    )
     size = (96, 128)
     tower = load_understanding(folder)
-    (sight,) = tower.encode(["paint it"], [[torch.zeros(3, size[1], size[0])]]).image_spans[0]
-    assert shape.image_tokens(size) == sight.rows * sight.columns
+    (span,) = tower.encode(["paint it"], [[torch.zeros(3, size[1], size[0])]]).image_spans[0]
+    assert shape.image_tokens(size) == span.rows * span.columns
 
 
 def test_what_fits_every_card_is_shown_once(bundle: Bundle) -> None:

@@ -104,7 +104,7 @@ def find_recorded(name: str, bundle_hash: str, subject: str, otherwise: str, mod
     raise ModelError(f"{subject} was made by {name} {bundle_hash[:10]}{origin}; {difference}: {otherwise}")
 
 
-def remember(bundle: Bundle) -> None:
+def record_location(bundle: Bundle) -> None:
     """Keeps in the user's data folder where a bundle lies, for pictures drawn with it; see `find_recorded`."""
     if bundle.hub_id is not None or bundle.folder.parent == models_folder():
         return

@@ -73,7 +73,7 @@ def fit_to_card(
     where = f"no GPU: {cores}, {gib:.1f} GiB free" if on_cpu else f"{name}, {gib:.4g} GiB"
     how = f"--quant {chosen.quant}" + ("" if on_cpu else f" --offload {chosen.offload}")
     tiles = ", decoded in tiles" if chosen.tiled else ""
-    apart = "" if chosen.together else ", branches of guidance one by one"
+    apart = "" if chosen.batched_guidance else ", branches of guidance one by one"
     report.event(
         "setting",
         f"{f'auto: {where}, {precision}' if auto else f'for {gib:g} GiB'}: {how}{tiles}{apart}",
@@ -91,7 +91,7 @@ def load_pipeline(
     Raises:
         MosError: as `MoSPipeline` and `choose_device` do.
     """
-    from mos_cli.bundles.bundle import remember
+    from mos_cli.bundles.bundle import record_location
     from mos_cli.cli.fetching import fetch_with_progress
 
     with report.stage("fetching"):
@@ -100,14 +100,14 @@ def load_pipeline(
         from mos_cli.utils.quiet import quieten
 
         quieten()
-        from mos_cli.inference.offload import cap
+        from mos_cli.inference.offload import limit_memory
         from mos_cli.inference.pipeline import MoSPipeline
         from mos_cli.planning.candidates import parse_quant
         from mos_cli.planning.memory import Setting
         from mos_cli.utils.devices import choose_device
     device = choose_device(settings.device)
     if isinstance(settings.max_vram, float) and device.type == "cuda":
-        cap(device, settings.max_vram)
+        limit_memory(device, settings.max_vram)
     with report.stage("weights"):
         pipeline = MoSPipeline(
             bundle,
@@ -115,8 +115,8 @@ def load_pipeline(
             device=device,
             precision=precision,
             attention=settings.attention,
-            setting=Setting(*parse_quant(quant or "none"), settings.offload, settings.tiled, settings.together),
+            setting=Setting(*parse_quant(quant or "none"), settings.offload, settings.tiled, settings.batched_guidance),
             compiled=settings.compile,
         )
-    remember(bundle)
+    record_location(bundle)
     return pipeline

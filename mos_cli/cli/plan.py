@@ -142,7 +142,7 @@ def _command(network: "Network", best: "Candidate", room: _Room, size: str | Non
     elif not (room.up_to and (best.quant, best.setting.offload, best.setting.tiled) == ("none", "none", False)):
         # What every card takes as it is needs no limit: the same command is right without a GPU.
         words += [f"--max-vram {room.asked}", best.options]
-    words += ["--precision fp32"] if network.each == 4 else []
+    words += ["--precision fp32"] if network.value_bytes == 4 else []
     words += [f"--size {size}"] if size else []
     return " ".join(words)
 
@@ -196,7 +196,7 @@ def _print_room(room: _Room, best: "Candidate", command: str) -> None:
     console.out.print(table)
     host = f"; {best.host / GIB:.1f} GiB of main memory" if best.host else ""
     tiled = "; decoded in tiles" if best.setting.tiled else ""
-    apart = "" if best.setting.together else "; branches of guidance one by one"
+    apart = "" if best.setting.batched_guidance else "; branches of guidance one by one"
     of = " GiB: fits all of them" if room.up_to else f" of {room.gib:.4g} GiB"
     console.out.print(f"  peak {best.needs / GIB:.1f}{of}{host}{tiled}{apart}")
     if not room.on_cpu:

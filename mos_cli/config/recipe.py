@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mos_cli import __version__
 from mos_cli.errors import UsageError
+from mos_cli.utils.migration import Migrated
 from mos_cli.utils.validation import Frozen, Interval, RouteRules, Sha256, Solver, first_problem
 
 if TYPE_CHECKING:
@@ -114,12 +115,12 @@ class Recipe(Frozen):
         return self
 
 
-class Provenance(Frozen):
+class Provenance(Migrated):
     """What made a picture: the bundle's hash, the versions and the device. Nothing of it depends on the day.
 
     `threads` is the number of CPU threads, which decides in what order products are summed, and so their rounding in
     bf16; None on a GPU, and in pictures made before it was recorded. Pillow, which reads and scales, counts for edits.
-    `tiled`: it was decoded tile by tile. `together`: guidance's branches were computed in one pass. `compiled`:
+    `tiled`: it was decoded tile by tile. `batched_guidance`: guidance's branches were computed in one pass. `compiled`:
     the blocks were compiled, which rounds otherwise.
     """
 
@@ -133,7 +134,7 @@ class Provenance(Frozen):
     pillow: str | None = None
     threads: int | None = Field(default=None, ge=1, le=MAX_THREADS)
     tiled: bool = False
-    together: bool = False
+    batched_guidance: bool = False
     compiled: bool = False
 
 

@@ -72,10 +72,10 @@ class Settings(BaseModel):
 
 
 class RunSettings(Settings):
-    """Settings of a run: only what the bundle itself decides may still be open.
+    """Settings of a run; None leaves a value to the bundle.
 
-    `tiled` and `together` follow from `max_vram`: the picture is decoded tile by tile, and the branches of guidance are
-    computed in one pass.
+    `tiled` (decode tile by tile) and `batched_guidance` (compute the guidance branches as one batch) follow from
+    `max_vram`.
     """
 
     model: str = "emoji"
@@ -85,7 +85,7 @@ class RunSettings(Settings):
     quant: str = "none"
     offload: Offload = "none"
     tiled: bool = False
-    together: bool = True
+    batched_guidance: bool = True
     device: str = "auto"
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     compile: bool = False
@@ -234,7 +234,7 @@ def smaller(network: "Network", size: tuple[int, int], now: "Setting", card: flo
         less = [one for one in found if one.peak < 0.9 * peak]
         if card is None:
             # Tiles, and branches one after the other, cannot be asked for there.
-            asked = [one for one in less if not one.setting.tiled and one.setting.together]
+            asked = [one for one in less if not one.setting.tiled and one.setting.batched_guidance]
             less = [one for one in asked if one.setting.offload == "none"]
         return fastest(less, float("inf") if card is None else card) if less else None
     except MosError:

@@ -27,7 +27,7 @@ def turned_point(x: float, y: float, angle: float) -> tuple[float, float]:
     return x * math.cos(angle) - y * math.sin(angle) + 0.5, x * math.sin(angle) + y * math.cos(angle) + 0.5
 
 
-def spoilt(pictures_B3HW: Tensor, generator: torch.Generator) -> Tensor:
+def degraded(pictures_B3HW: Tensor, generator: torch.Generator) -> Tensor:
     """Blurs, quantises as JPEG does, shifts colours and adds noise: each to some of the pictures, more or less."""
     pictures = _blurred(pictures_B3HW, generator)
     pictures = _shifted_colours(pictures, generator)
@@ -65,9 +65,9 @@ def _quantised(pictures: Tensor, generator: torch.Generator) -> Tensor:
     blocks = pictures[rows].reshape(count, 3, side // 8, 8, side // 8, 8).transpose(3, 4)
     steps = 0.02 + 0.03 * _each(count, generator)[:, :, None, None] * (k[None] + k[:, None])
     rounded = (basis @ blocks @ basis.T / steps).round() * steps
-    spoilt = pictures.clone()
-    spoilt[rows] = (basis.T @ rounded @ basis).transpose(3, 4).reshape(count, 3, side, side)
-    return spoilt
+    degraded = pictures.clone()
+    degraded[rows] = (basis.T @ rounded @ basis).transpose(3, 4).reshape(count, 3, side, side)
+    return degraded
 
 
 def _each(count: int, generator: torch.Generator) -> Tensor:

@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch.nn.functional as F
 from torch import Tensor
 
+from mos_cli.datasets.scenes.backgrounds import PAINTS, SCENERIES
 from mos_cli.datasets.scenes.composition import Composition, Item
 from mos_cli.datasets.scenes.edits import EditKind
-from mos_cli.datasets.scenes.grounds import PAINTS, SCENERIES
 from mos_cli.evaluation.editbench import EditEntry
 from mos_cli.evaluation.judge import Detection
 from mos_cli.evaluation.scenebench import bench_data
@@ -90,10 +90,14 @@ def _other_styles(entry: EditEntry) -> tuple[Composition, ...]:
     )
 
 
-def _other_grounds(entry: EditEntry) -> tuple[Composition, ...]:
+def _other_backgrounds(entry: EditEntry) -> tuple[Composition, ...]:
     plain = [None if paint == "white" else paint for paint in PAINTS]
-    grounds = dict.fromkeys([entry.before.ground, *plain, *SCENERIES])
-    return tuple(replace(entry.after, ground=ground) for ground in grounds if ground != entry.after.ground)
+    backgrounds = dict.fromkeys([entry.before.background, *plain, *SCENERIES])
+    return tuple(
+        replace(entry.after, background=background)
+        for background in backgrounds
+        if background != entry.after.background
+    )
 
 
 def _not_flipped(entry: EditEntry) -> tuple[Composition, ...]:
@@ -110,7 +114,7 @@ RIVALRIES: dict[EditKind, Callable[[EditEntry], tuple[Composition, ...]]] = {
     "recolour": lambda entry: (entry.before,),
     "style": _other_styles,
     "style all": _other_styles,
-    "background": _other_grounds,
+    "background": _other_backgrounds,
     "mirror": _not_flipped,
 }
 

@@ -6,12 +6,16 @@ The edits are fixed in editbench.jsonl; `python -m mos_cli.evaluation.editbench`
 import json
 from pathlib import Path
 from random import Random
+from typing import Annotated
+
+from pydantic import BeforeValidator
 
 from mos_cli.datasets.scenes.composition import Composition
 from mos_cli.datasets.scenes.edits import EDIT_KINDS, EditKind, EditWriter
 from mos_cli.datasets.scenes.vocabulary import Vocabulary
 from mos_cli.evaluation.scenebench import bench_words
 from mos_cli.utils.files import atomic_write
+from mos_cli.utils.migration import current_fields
 from mos_cli.utils.validation import Frozen
 
 PER_KIND = 40
@@ -25,8 +29,8 @@ class EditEntry(Frozen):
     kind: EditKind
     seed: int
     instruction: str
-    before: Composition
-    after: Composition
+    before: Annotated[Composition, BeforeValidator(current_fields)]
+    after: Annotated[Composition, BeforeValidator(current_fields)]
 
 
 def read_edit_bench(limit: int | None = None) -> tuple[EditEntry, ...]:
@@ -38,7 +42,7 @@ def read_edit_bench(limit: int | None = None) -> tuple[EditEntry, ...]:
 
 def make_edit_bench(vocabulary: Vocabulary, count: int = PER_KIND) -> tuple[EditEntry, ...]:
     """`count` edits of every kind, always the same ones."""
-    writer, entries = EditWriter(vocabulary, unseen=True), []
+    writer, entries = EditWriter(vocabulary, held_out_pairs=True), []
     for kind in EDIT_KINDS:
         random = Random(f"editbench/{kind}")
         for number in range(count):

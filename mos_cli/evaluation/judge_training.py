@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mos_cli.datasets.art.file import Art
+from mos_cli.datasets.scenes.backgrounds import PAINTS, SCENERIES, Background
 from mos_cli.datasets.scenes.compositor import Compositor
-from mos_cli.datasets.scenes.grounds import PAINTS, SCENERIES, Ground
 from mos_cli.datasets.scenes.layout import Placed, Scene
 from mos_cli.datasets.scenes.vocabulary import COLOURS, RGB
 from mos_cli.datasets.tables import DataTable
-from mos_cli.evaluation.augment import TURN, spoilt, turned, turned_point
+from mos_cli.evaluation.augment import TURN, degraded, turned, turned_point
 from mos_cli.evaluation.judge import CELLS, SIDE, JudgeConfig, JudgeNet, save_judge
 from mos_cli.utils.devices import choose_device, choose_precision
 
@@ -75,14 +75,14 @@ def load_sprites(art: Art, data: DataTable) -> Sprites:
 def strew(sprites: Sprites, random: Random) -> Strewn:
     """Up to five objects anywhere, in any sizes, hands and colours; at most a little of one is hidden by another."""
     count = random.choice((1, 1, 1, 2, 2, 3, 4, 5))
-    one_hand = random.randrange(len(sprites.config.styles)) if random.random() < 0.5 else None
+    one_style = random.randrange(len(sprites.config.styles)) if random.random() < 0.5 else None
     words = random.sample(range(len(sprites.pictures)), count)
     if random.random() < 0.4:
         words = words[:1] * count
     spots: list[tuple[float, float, float]] = []
     placed, said = [], []
     for word in words:
-        style = random.choice(list(sprites.pictures[word])) if one_hand is None else one_hand
+        style = random.choice(list(sprites.pictures[word])) if one_style is None else one_style
         x, y, side = _spot(count, spots, random)
         spots.append((x, y, side))
         colour, tint = IGNORED, None
@@ -91,7 +91,7 @@ def strew(sprites: Sprites, random: Random) -> Strewn:
             tint = _varied(COLOURS[sprites.config.colours[colour]][0], random)
         placed.append(Placed(sprites.pictures[word][style], x, y, side, tint))
         said.append((word, colour, style if style < len(sprites.config.styles) else IGNORED))
-    return Strewn(Scene(tuple(placed), _ground(random)), tuple(said))
+    return Strewn(Scene(tuple(placed), _background(random)), tuple(said))
 
 
 def _spot(count: int, taken: list[tuple[float, float, float]], random: Random) -> tuple[float, float, float]:
@@ -111,18 +111,18 @@ def _varied(colour: RGB, random: Random) -> RGB:
     return tuple(min(1.0, max(0.0, value + random.uniform(-0.05, 0.05))) for value in colour)  # type: ignore[return-value]
 
 
-def _ground(random: Random) -> Ground:
+def _background(random: Random) -> Background:
     """White, a named paint, a scenery, or any two colours at all."""
     kind = random.random()
     if kind < 0.25:
-        return Ground(PAINTS["white"], PAINTS["white"])
+        return Background(PAINTS["white"], PAINTS["white"])
     if kind < 0.5:
         paint = random.choice(list(PAINTS.values()))
-        return Ground(paint, paint)
+        return Background(paint, paint)
     if kind < 0.65:
         return random.choice(list(SCENERIES.values()))[0]
     top, bottom = ((random.random(), random.random(), random.random()) for _ in range(2))
-    return Ground(top, bottom, random.uniform(0.4, 0.8) if random.random() < 0.3 else None)
+    return Background(top, bottom, random.uniform(0.4, 0.8) if random.random() < 0.3 else None)
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class JudgeBatches(Dataset):
         strewn = [strew(self.sprites, random) for _ in range(self.batch)]
         angles = [random.uniform(-TURN, TURN) if random.random() < 0.7 else 0.0 for _ in strewn]
         pictures = turned(self.compositor.draw([one.scene for one in strewn], SIDE), torch.tensor(angles))
-        return JudgeBatch(spoilt(pictures, generator), *_targets(strewn, angles))
+        return JudgeBatch(degraded(pictures, generator), *_targets(strewn, angles))
 
 
 def _targets(strewn: list[Strewn], angles: list[float]) -> tuple[Tensor, ...]:

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from mos_cli.datasets.scenes.backgrounds import PAINTS
 from mos_cli.datasets.scenes.captions import caption
 from mos_cli.datasets.scenes.description import (
     DEFAULT_STYLE,
@@ -20,7 +21,6 @@ from mos_cli.datasets.scenes.description import (
     held_out,
     held_out_style,
 )
-from mos_cli.datasets.scenes.grounds import PAINTS
 from mos_cli.datasets.scenes.vocabulary import COLOURS, Vocabulary, Word
 from mos_cli.datasets.tables import DataTable, read_toml, with_words
 from mos_cli.utils.files import atomic_write
@@ -128,10 +128,10 @@ def _descriptions(category: Category, vocabulary: Vocabulary, random: Random) ->
     while True:
         for subject in random.sample(subjects, len(subjects)):
             fields = {"style": DEFAULT_STYLE, "style_named": False, **make(subject)}
-            yield Description(**fields, ground=_ground(fields["things"], random))
+            yield Description(**fields, background=_background(fields["things"], random))
 
 
-def _ground(things: tuple[Thing, ...], random: Random) -> str | None:
+def _background(things: tuple[Thing, ...], random: Random) -> str | None:
     """White, or a plain ground that no painted thing vanishes into."""
     colours = {thing.colour for thing in things if thing.colour}
     if random.random() < 0.5 and "white" not in colours:

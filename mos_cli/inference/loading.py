@@ -1,4 +1,4 @@
-"""From a bundle on the disk to networks on a device, one after the other."""
+"""Loading the networks of a bundle to a device, one after the other."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +18,21 @@ from mos_cli.towers.image_encoder import ImageEncoder
 from mos_cli.towers.quantized import load_generation
 from mos_cli.towers.understanding import UnderstandingTower
 from mos_cli.towers.vision_language import load_understanding
+from mos_cli.utils.migration import part_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The networks of a model and its scheduler; `attention` names what computes the generation tower's."""
+    """The networks of a model and its scheduler; `attention` is the generation tower's attention backend."""
 
     understanding: UnderstandingTower
     tower: GenerationTower
     attention: str
     scheduler: FlowMatchEulerDiscreteScheduler
     autoencoder: Autoencoder
-    eyes: ImageEncoder | None
+    image_encoder: ImageEncoder | None
 
 
 def load_parts(
@@ -43,11 +44,11 @@ def load_parts(
     attention: AttentionBackend,
     setting: Setting,
 ) -> Parts:
-    """Loads all parts of a verified bundle; each leaves the device before the next comes, if it is to.
+    """Loads all parts of a verified bundle; with offloading each leaves the device before the next is loaded.
 
     Raises:
         ModelError: the bundle's parts cannot be loaded.
-        DeviceError: what is to compute the attention cannot do so here.
+        DeviceError: the device does not support the attention backend.
         torch.OutOfMemoryError, MemoryError: there is too little memory for them.
     """
     device, dtype, folder = offloader.device, DTYPES[precision], bundle.folder
@@ -60,7 +61,7 @@ def load_parts(
     )
     offloader.add_understanding(understanding_tower)
     autoencoder: Autoencoder = Pixels()
-    eyes: ImageEncoder | None = None
+    image_encoder: ImageEncoder | None = None
     try:
         tower = load_generation(
             folder / "generation",
@@ -80,11 +81,13 @@ def load_parts(
             if setting.tiled and isinstance(autoencoder, Latents):
                 autoencoder.model.enable_tiling()
             offloader.add_other(autoencoder)
-        if bundle.index.edits is not None and not tower.sees:
-            eyes = ImageEncoder.from_pretrained(folder / "eyes", torch_dtype=torch.float32).to(device)  # type: ignore[arg-type]
-            offloader.add_other(eyes)
+        if bundle.index.edits is not None and not tower.has_vision:
+            image_encoder = ImageEncoder.from_pretrained(
+                part_folder(folder, "image_encoder"), torch_dtype=torch.float32
+            ).to(device)  # type: ignore[arg-type]
+            offloader.add_other(image_encoder)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise ModelError(f"the bundle in {folder} cannot be loaded: {error}") from None
-    return Parts(understanding_tower, tower, backend, scheduler, autoencoder, eyes)
+    return Parts(understanding_tower, tower, backend, scheduler, autoencoder, image_encoder)

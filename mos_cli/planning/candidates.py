@@ -104,9 +104,9 @@ def candidates(network: Network, size: tuple[int, int], *, quant: tuple[Quant, Q
             raise UsageError(f"{network.ref} is quantised already ({network.method}): --quant {quant[0]},none")
         generations = ("none",)
     tiles = (False, True) if network.autoencoder and network.autoencoder.tiles and max(size) > TILE else (False,)
-    together = (True, False) if network.guided else (True,)
+    batched_guidance = (True, False) if network.guided else (True,)
     found = []
-    for u, g, offload, tiled, joined in product(towers, generations, get_args(Offload), tiles, together):
+    for u, g, offload, tiled, joined in product(towers, generations, get_args(Offload), tiles, batched_guidance):
         setting = Setting(u, network.method or g, offload, tiled, joined)
         found.append(
             Candidate(
@@ -117,7 +117,7 @@ def candidates(network: Network, size: tuple[int, int], *, quant: tuple[Quant, Q
                 seconds=_seconds(network, setting, size),
             )
         )
-    return sorted(found, key=lambda c: (c.total_seconds, c.setting.tiled, not c.setting.together))
+    return sorted(found, key=lambda c: (c.total_seconds, c.setting.tiled, not c.setting.batched_guidance))
 
 
 def fastest(found: list[Candidate], card: float) -> Candidate:
@@ -139,7 +139,7 @@ def fastest_on_cpu(found: list[Candidate], memory: float) -> Candidate:
     Raises:
         MemoryLimitError: none does.
     """
-    here = [c for c in found if c.setting.offload == "none" and c.setting.together]
+    here = [c for c in found if c.setting.offload == "none" and c.setting.batched_guidance]
     return min(_fitting(here, memory), key=lambda c: (_CPU_ORDER.index(c.setting.generation), _drawbacks(c.setting)))
 
 
@@ -162,7 +162,7 @@ def _drawbacks(setting: Setting) -> tuple[int, int, int, bool, bool]:
     """Of equally fast settings: coarse weights are worst, then what depends on the bus, then the seams of tiles."""
     offload = get_args(Offload).index(setting.offload)
     bits = -_BITS[setting.generation], -_BITS[setting.understanding]
-    return *bits, offload, setting.tiled, not setting.together
+    return *bits, offload, setting.tiled, not setting.batched_guidance
 
 
 def _seconds(network: Network, setting: Setting, size: tuple[int, int]) -> dict[str, float]:
@@ -171,13 +171,13 @@ def _seconds(network: Network, setting: Setting, size: tuple[int, int]) -> dict[
     low, high = defaults.cfg_interval
     forwards = defaults.steps * (1 + (high - low) * (defaults.cfg != 1))
     # Branches that pass together share the weights, unpacked and fetched once.
-    passes = defaults.steps if setting.together else forwards
+    passes = defaults.steps if setting.batched_guidance else forwards
     tokens, patches = context_tokens(network, size), patches_of(network, size)
     rows = patches + (tokens if g.in_sequence else 0)
     linear = sum(i * o for i, o in g.linears)
     attention = 4 * rows * (patches * (1 + network.references) + tokens) * g.width * g.depth
     operations = 2 * linear * rows + attention + 2 * g.router_parameters * (patches + tokens)
-    compute = max(forwards * operations * network.each / (2 * FLOPS), passes * made.blocks / MEMORY)
+    compute = max(forwards * operations * network.value_bytes / (2 * FLOPS), passes * made.blocks / MEMORY)
     moved = made.blocks * passes / BUS if setting.offload == "blocks" else 0.0
     parts = {
         "reading": 2 * 2 * network.understanding.linear * tokens / FLOPS,

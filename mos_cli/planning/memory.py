@@ -47,7 +47,7 @@ class Setting:
     generation: Quant = "none"
     offload: Offload = "none"
     tiled: bool = False
-    together: bool = True
+    batched_guidance: bool = True
 
 
 @dataclass(frozen=True)
@@ -77,17 +77,17 @@ class Weights:
 def weights(network: Network, setting: Setting) -> Weights:
     """The bytes of all weights. What sees is loaded where pictures are shown: only by models that edit."""
     generation, tower = network.generation, network.understanding
-    sees = tower.vision if network.references else 0
+    has_vision = tower.vision if network.references else 0
     linear = sum(i * o for i, o in generation.linears)
     rows = sum(o for _, o in generation.linears)
-    each, autoencoder = network.each, network.autoencoder
+    each, autoencoder = network.value_bytes, network.autoencoder
     full = 2 if setting.understanding != "none" else understanding_bytes(network)
     return Weights(
         understanding=_quantised(tower.linear, tower.linear // tower.width, setting.understanding, full)
-        + full * (tower.other + sees),
+        + full * (tower.other + has_vision),
         blocks=_quantised(linear, rows, setting.generation, each) + each * (generation.block_parameters - linear),
         rest=each * (generation.parameters - generation.block_parameters),
-        others=each * (autoencoder.parameters if autoencoder else 0) + 4 * network.eyes,
+        others=each * (autoencoder.parameters if autoencoder else 0) + 4 * network.image_encoder_parameters,
     )
 
 
@@ -107,7 +107,7 @@ def reads_in_fp32(parameters: int, quant: Quant) -> bool:
 def context_tokens(network: Network, size: tuple[int, int]) -> int:
     """Tokens of a prompt, those of the pictures that it is read in sight of included."""
     tower = network.understanding
-    return TOKENS + network.references * (tower.image_tokens(size) if network.generation.sees else IMAGE_TOKENS)
+    return TOKENS + network.references * (tower.image_tokens(size) if network.generation.has_vision else IMAGE_TOKENS)
 
 
 def stages(network: Network, setting: Setting, size: tuple[int, int]) -> tuple[MemoryStage, ...]:
@@ -119,14 +119,14 @@ def stages(network: Network, setting: Setting, size: tuple[int, int]) -> tuple[M
     made = weights(network, setting)
     stays = setting.offload == "none"
     drawing = made.rest + (2 * made.blocks // network.generation.depth if setting.offload == "blocks" else made.blocks)
-    others = {"autoencoder": made.others} if network.autoencoder or network.eyes else {}
+    others = {"autoencoder": made.others} if network.autoencoder or network.image_encoder_parameters else {}
     beside = {"generation tower": made.rest + made.blocks, **others} if stays else {}
     reader = {"understanding tower": made.understanding}
     kept = reader if stays else {}
     tokens, patches = context_tokens(network, size), patches_of(network, size)
     states, bank, latents = _states(network, tokens), _bank(network, tokens), _latents(network, size)
     near = {} if setting.offload == "blocks" else others
-    rows = _BRANCHES if network.guided and setting.together else 1
+    rows = _BRANCHES if network.guided and setting.batched_guidance else 1
     # The branches are laid side by side in a bank of their own.
     joined = _bank_of(network, rows * tokens) if rows > 1 else 0
     return (
@@ -202,7 +202,7 @@ def _bank(network: Network, tokens: int) -> int:
 def _bank_of(network: Network, tokens: int) -> int:
     g = network.generation
     router = g.router_width if g.fusion == "routed" else 0
-    return tokens * (g.states_layers * g.width + router) * network.each
+    return tokens * (g.states_layers * g.width + router) * network.value_bytes
 
 
 def _reading(network: Network, setting: Setting, tokens: int) -> int:
@@ -217,7 +217,7 @@ def _reading(network: Network, setting: Setting, tokens: int) -> int:
 def _projecting(network: Network, tokens: int) -> int:
     """Of one prompt: its states normalised in fp32, beside them in fp32, or else as they are projected."""
     layers, width = network.understanding.states
-    beside = 4 if understanding_bytes(network) == 2 else 4 - network.each
+    beside = 4 if understanding_bytes(network) == 2 else 4 - network.value_bytes
     return tokens * layers * width * (4 + beside)
 
 
@@ -235,13 +235,13 @@ def _latents(network: Network, size: tuple[int, int]) -> int:
 
 def _references(network: Network, patches: int) -> dict[str, int]:
     g = network.generation
-    each = network.each * (g.depth * 2 * g.width + g.width)
+    each = network.value_bytes * (g.depth * 2 * g.width + g.width)
     return {"references": network.references * patches * each} if network.references else {}
 
 
 def drawing_activations(network: Network, quant: Quant, tokens: int, patches: int, rows: int) -> int:
     """The peak within a pass of the generation tower, its router included, for so many branches at once."""
-    g, each = network.generation, network.each
+    g, each = network.generation, network.value_bytes
     D, R, T, refs = g.width, g.router_width, tokens, network.references * patches
     N = patches + (T if g.in_sequence else 0)
     L, T = patches + T + refs, (0 if g.in_sequence else T)
@@ -275,7 +275,7 @@ def decoding_activations(network: Network, size: tuple[int, int]) -> int:
 
     It is at the last stage: a residual block's input and output, its norm in fp32, and the stage before.
     """
-    autoencoder, pixels, each = network.autoencoder, size[0] * size[1], network.each
+    autoencoder, pixels, each = network.autoencoder, size[0] * size[1], network.value_bytes
     if autoencoder is None:
         return 0
     if autoencoder.kind == "Enlarger":

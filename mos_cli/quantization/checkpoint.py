@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from mos_cli.errors import ModelError
 from mos_cli.quantization.method import HEADER, Quantisation
+from mos_cli.utils.migration import current_weight
 from mos_cli.utils.validation import PLAIN_NAME, first_problem
 
 if TYPE_CHECKING:
@@ -39,13 +40,13 @@ class Checkpoint:
 
         self.folder = folder
         names = _shards(folder) if (folder / SHARDS).is_file() else (WEIGHTS,)
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, tuple[Any, str]] = {}
         metadata: dict[str, str] = {}
         for name in names:
             with _readable(folder / name):
                 file: Any = safe_open(folder / name, framework="pt", backend="pread")
                 metadata |= file.metadata() or {}
-                self._files |= dict.fromkeys(file.keys(), file)
+                self._files |= {current_weight(stored): (file, stored) for stored in list(file.keys())}
         self.quantisation = from_header(folder, metadata)
 
     @property
@@ -57,7 +58,8 @@ class Checkpoint:
         if name not in self._files:
             raise ModelError(f"the weights in {self.folder} lack {name}")
         with _readable(self.folder):
-            return self._files[name].get_tensor(name)
+            file, stored = self._files[name]
+            return file.get_tensor(stored)
 
 
 def _shards(folder: Path) -> tuple[str, ...]:

@@ -1,7 +1,10 @@
 """How a network is quantised. Imports no torch."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import AfterValidator
+
+from mos_cli.utils.migration import current_weight
 from mos_cli.utils.validation import Frozen
 
 Method = Literal["nf4", "int8"]
@@ -18,7 +21,7 @@ class Quantisation(Frozen):
     """
 
     method: Method
-    kept: tuple[str, ...]
+    kept: tuple[Annotated[str, AfterValidator(current_weight)], ...]
 
     def keeps(self, module: str) -> bool:
         """Whether a module is kept, by its full name."""

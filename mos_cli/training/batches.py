@@ -43,7 +43,7 @@ class Batch:
     states_BTMS: Tensor
     mask_BT: Tensor
     references_BCHW: Tensor | None = None
-    sight_BVMZ: Tensor | None = None
+    image_states_BVMZ: Tensor | None = None
     grid: Grid = (IMAGE_GRID, IMAGE_GRID)
 
 
@@ -136,13 +136,18 @@ class Batches:
         autoencoder: Autoencoder,
         device: torch.device,
         share: Share = Share(),
-        eyes: ImageEncoder | None = None,
+        image_encoder: ImageEncoder | None = None,
     ) -> None:
         for stage in curriculum.stages:
             if stage.batch % share.processes:
                 raise UsageError(f"a batch of {stage.batch} cannot be shared by {share.processes} processes")
         self.curriculum, self.train, self.sources, self.share = curriculum, train, sources, share
-        self.understanding, self.autoencoder, self.eyes, self.device = understanding, autoencoder, eyes, device
+        self.understanding, self.autoencoder, self.image_encoder, self.device = (
+            understanding,
+            autoencoder,
+            image_encoder,
+            device,
+        )
         self.picks = Picks(curriculum, train, {kind: source.pick for kind, source in sources.items()}, share)
 
     def make(self, step: int) -> Batch:
@@ -203,12 +208,14 @@ class Batches:
             return Batch(z0, noisy, t, *self._read(picked.captions))
         before = source.draw_before(picked.pictures, stage.canvas)
         references = self.autoencoder.encode(before)
-        if self.eyes is not None:
-            return Batch(z0, noisy, t, *self._read(picked.captions), references, self.eyes.encode_images(before))
-        states, mask, grid = self._read_in_sight(picked.captions, before)
+        if self.image_encoder is not None:
+            return Batch(
+                z0, noisy, t, *self._read(picked.captions), references, self.image_encoder.encode_images(before)
+            )
+        states, mask, grid = self._read_with_images(picked.captions, before)
         return Batch(z0, noisy, t, states, mask, references, grid=grid)
 
-    def _read_in_sight(self, captions: list[str], before_B3HW: Tensor) -> tuple[Tensor, Tensor, Grid]:
+    def _read_with_images(self, captions: list[str], before_B3HW: Tensor) -> tuple[Tensor, Tensor, Grid]:
         """States and mask of captions read in sight of a picture each, and the grid of their image tokens.
 
         The image tokens, as many and in the same place for all, come behind the words, which are padded.

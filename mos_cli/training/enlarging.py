@@ -41,7 +41,7 @@ def train_enlarger(
     for step in range(steps):
         scenes = [source.pick(Random(f"{seed}/{step}/{index}"), CANVAS)[0] for index in range(batch)]
         pictures = source.draw(scenes, CANVAS)
-        z = roughened(enlarger.encode(pictures), noise).contiguous(memory_format=torch.channels_last)
+        z = with_noise(enlarger.encode(pictures), noise).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             drawn = enlarger.decode(z)
         loss = picture_loss(drawn, pictures)
@@ -54,7 +54,7 @@ def train_enlarger(
     enlarger.to(torch.bfloat16, memory_format=torch.contiguous_format).save_pretrained(folder)  # type: ignore[call-overload]
 
 
-def roughened(z_BCHW: Tensor, generator: torch.Generator) -> Tensor:
+def with_noise(z_BCHW: Tensor, generator: torch.Generator) -> Tensor:
     """The first half of the batch with noise, each picture with a deviation of its own."""
     rough, clean = z_BCHW.chunk(2)
     deviation = NOISE * torch.rand(len(rough), 1, 1, 1, generator=generator, device=z_BCHW.device)

@@ -29,6 +29,7 @@ from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.stages import curriculum
 from mos_cli.training.start import start_tower
 from mos_cli.utils.files import atomic_write, make_folder
+from mos_cli.utils.migration import current_recipe
 
 RECIPE = "recipe.json"
 MAY_CHANGE = {"steps", "compile", "ema", "log_every", "save_every", "sample_every", "sample_prompts"}
@@ -126,8 +127,7 @@ class Trainer:
         self.journal.plot()
 
     def _load(self, path: Path) -> None:
-        state = self._state()
-        checkpoint.load(path, state, self.accelerator)
+        state = checkpoint.load(path, self._state(), self.accelerator)
         set_state_dict(
             self.tower, self._bare_optimisers(), model_state_dict=state["tower"], optim_state_dict=state["optimisers"]
         )
@@ -149,12 +149,11 @@ class Trainer:
         path, kept = self.folder / RECIPE, self.recipe.model_dump(mode="json", exclude={"train": MAY_CHANGE})
         for stage in kept["stages"][-1:]:
             del stage["steps"]
-        mine = json.dumps(kept, indent=2)
         if self.accelerator.is_main_process and not path.exists():
             make_folder(self.folder)
-            atomic_write(path, mine.encode())
+            atomic_write(path, json.dumps(kept, indent=2).encode())
         self.accelerator.wait_for_everyone()
-        if path.read_text(encoding="utf-8") != mine:
+        if current_recipe(json.loads(path.read_bytes())) != kept:
             raise InputError(f"{self.folder} holds a run of another recipe: choose another folder with --run")
 
     def _report(self, pending: list[Tensor], seconds: float, log: Callable[[Metrics], None]) -> bool:

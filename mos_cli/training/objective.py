@@ -51,7 +51,7 @@ class Objective(nn.Module):
             batch.states_BTMS,
             batch.mask_BT,
             batch.references_BCHW,
-            batch.sight_BVMZ,
+            batch.image_states_BVMZ,
             batch.grid,
         )
 
@@ -63,16 +63,16 @@ class Objective(nn.Module):
         states_BTMS: Tensor,
         mask_BT: Tensor,
         references_BCHW: Tensor | None,
-        sight_BVMZ: Tensor | None,
+        image_states_BVMZ: Tensor | None,
         grid: Grid,
     ) -> tuple[Tensor, Tensor]:
         bank, importance = self.tower.project_states(states_BTMS, mask_BT), 1.0
         if references_BCHW is not None:
             references = self.tower.cache_references([references_BCHW], [grid])
-            if sight_BVMZ is None:
+            if image_states_BVMZ is None:
                 bank = replace(bank, references=references)
             else:
-                bank = self.tower.add_image_tokens(bank, sight_BVMZ, references)
+                bank = self.tower.add_image_tokens(bank, image_states_BVMZ, references)
             assert isinstance(bank.padding, Tensor)
             mask_BT, importance = bank.padding, importance_of_change(z0_BCHW, references_BCHW)
         x_hat, route = self.tower(z_BCHW, t_B, bank, epsilon=self.epsilon)

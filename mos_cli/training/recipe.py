@@ -9,6 +9,7 @@ from mos_cli.bundles.specs import Canvas, Defaults, EditDefaults
 from mos_cli.datasets.tables import Data, read_toml, with_words
 from mos_cli.errors import InputError, UsageError
 from mos_cli.utils.folders import presets_folder
+from mos_cli.utils.migration import GenerationConfig, Migrated
 from mos_cli.utils.validation import Frozen, PlainName, first_problem
 
 
@@ -72,29 +73,30 @@ class TrainTable(Frozen):
     sample_prompts: tuple[str, ...] = Field(min_length=1)
 
 
-class TrainRecipe(Frozen):
+class TrainRecipe(Migrated):
     """A whole recipe: towers, bundle, data, network (arguments of GenerationTower), optimisation and its stages."""
 
     understanding: str
     """A tower's name, its .json file, or a hub id: `owner/name`."""
     autoencoder: str | None = None
     """One that comes with mos, or any of diffusers', as a folder or hub id; without one the model draws in pixels."""
-    eyes: Literal["efficientnet-lite0"] | None = None
-    """What gives the understanding tower image tokens of the pictures to edit, if it cannot see by itself."""
+    image_encoder: Literal["efficientnet-lite0"] | None = None
+    """What makes image tokens of the pictures to edit, if the understanding tower has no vision part."""
     start_from: str | None = None
     """A bundle whose weights the run starts with; see `training.start`."""
     bundle: BundleTable
     data: Data
-    generation: dict[str, Any]
+    generation: GenerationConfig
     train: TrainTable
     stages: tuple[StageTable, ...] = ()
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
         edits = [data for data in (self.data, *(stage.data for stage in self.stages)) if data and data.edits]
-        if edits and self.eyes is None and not self.generation.get("sees"):
+        if edits and self.image_encoder is None and not self.generation.get("has_vision"):
             raise ValueError(
-                'steps that edit need eyes = "efficientnet-lite0", or a tower that sees: [generation] sees'
+                'steps that edit need image_encoder = "efficientnet-lite0", or an understanding tower with vision: '
+                "has_vision = true in [generation]"
             )
         if bool(edits) != (self.bundle.edits is not None):
             raise ValueError("[bundle] edits, the settings to edit with, go with [data] edits, the steps that edit")

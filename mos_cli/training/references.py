@@ -52,7 +52,7 @@ def find_autoencoder(reference: str | None, device: torch.device) -> Autoencoder
 
 def find_image_encoder(layers: int, device: torch.device, dtype: torch.dtype) -> ImageEncoder:
     """EfficientNet-Lite0 as eyes with `layers` states for a token; raises ModelError if it cannot be had."""
-    eyes = ImageEncoder(layers=layers)
-    weights, names = read_weights(fetch_tower(features_spec())), eyes.trunk.state_dict().keys()
-    eyes.trunk.load_state_dict({name: value for name, value in weights.items() if name in names})
-    return eyes.to(device, dtype)  # type: ignore[arg-type, return-value]
+    image_encoder = ImageEncoder(layers=layers)
+    weights, names = read_weights(fetch_tower(features_spec())), image_encoder.trunk.state_dict().keys()
+    image_encoder.trunk.load_state_dict({name: value for name, value in weights.items() if name in names})
+    return image_encoder.to(device, dtype)  # type: ignore[arg-type, return-value]

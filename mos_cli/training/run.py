@@ -71,13 +71,15 @@ def prepare(recipe: TrainRecipe, art: Path, folder: Path) -> Trainer:
         _, tower = find_understanding(recipe.understanding)
         autoencoder = find_autoencoder(recipe.autoencoder, device)
         understanding = load_understanding(tower, dtype=dtype, device=str(device))
-        eyes = None if recipe.eyes is None else find_image_encoder(understanding.layers, device, dtype)
-    seen = () if eyes is None else eyes.widths
-    if tuple(recipe.generation.get("sight_widths", ())) != seen:
-        raise UsageError(f"[generation] sight_widths must be {list(seen)}, the widths of what the recipe's eyes see")
-    if recipe.generation.get("sees") and not isinstance(understanding, VisionLanguageTower):
+        image_encoder = (
+            None if recipe.image_encoder is None else find_image_encoder(understanding.layers, device, dtype)
+        )
+    widths = () if image_encoder is None else image_encoder.widths
+    if tuple(recipe.generation.get("image_state_widths", ())) != widths:
+        raise UsageError(f"[generation] image_state_widths must be {list(widths)}, the widths of the image encoder")
+    if recipe.generation.get("has_vision") and not isinstance(understanding, VisionLanguageTower):
         raise UsageError(
-            f"[generation] sees = true needs a tower that sees pictures: {recipe.understanding} only reads"
+            f"[generation] has_vision = true needs an understanding tower with vision: {recipe.understanding} has none"
         )
     share = Share(accelerator.process_index, accelerator.num_processes)
     found: dict[str, tuple[Source, ...]] = {}
@@ -87,7 +89,7 @@ def prepare(recipe: TrainRecipe, art: Path, folder: Path) -> Trainer:
         if key not in found:
             found[key] = find_sources(stage.data, art, device)
         sources |= {(stage.name, index == 1): source for index, source in enumerate(found[key])}
-    batches = Batches(plan, recipe.train, sources, understanding, autoencoder, device, share, eyes)
+    batches = Batches(plan, recipe.train, sources, understanding, autoencoder, device, share, image_encoder)
     return Trainer(recipe, batches, folder, accelerator)
 
 
@@ -154,8 +156,8 @@ def export(trainer: Trainer, folder: Path) -> Bundle | None:
     if not isinstance(trainer.batches.autoencoder, Pixels):
         trainer.batches.autoencoder.save_pretrained(folder / "autoencoder")
         _forget_where_it_was(folder / "autoencoder" / "config.json")
-    if trainer.batches.eyes is not None:
-        trainer.batches.eyes.bfloat16().save_pretrained(folder / "eyes")
+    if trainer.batches.image_encoder is not None:
+        trainer.batches.image_encoder.bfloat16().save_pretrained(folder / "image_encoder")
     (folder / "recipe.json").write_text(json.dumps(recipe.model_dump(), indent=2) + "\n", encoding="utf-8")
     spec, _ = find_understanding(recipe.understanding)
     return write_index(folder, understanding=spec, **recipe.bundle.model_dump())

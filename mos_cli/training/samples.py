@@ -15,7 +15,8 @@ from mos_cli.images.sheets import contact_sheet
 from mos_cli.inference.edit_canvas import EditConditioning
 from mos_cli.inference.pipeline import encode_branches, generate_latents
 from mos_cli.inference.prompt_encoding import PromptEncoder
-from mos_cli.sampling.sampler import Guidance, InitialLatent, make_sigmas
+from mos_cli.sampling.guidance import Guidance
+from mos_cli.sampling.sampler import InitialLatent, make_sigmas
 from mos_cli.towers.autoencoder import to_image
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.training.loop import Trainer
@@ -71,7 +72,7 @@ def _edits(trainer: Trainer, tower: GenerationTower, edits: list[tuple[Tensor, s
 
 def _draw(trainer: Trainer, tower: GenerationTower, prompt: str, before: Tensor | None, seed: int) -> Image.Image:
     batches, bundle, autoencoder = trainer.batches, trainer.recipe.bundle, trainer.batches.autoencoder
-    prompt_encoder = PromptEncoder(batches.understanding, batches.eyes, tower, bundle.name)
+    prompt_encoder = PromptEncoder(batches.understanding, batches.image_encoder, tower, bundle.name)
     side = trainer.curriculum.stage_at(trainer.step - 1).canvas
     if before is None or bundle.edits is None:
         defaults, guidance, conditioning = (
@@ -93,6 +94,6 @@ def _draw(trainer: Trainer, tower: GenerationTower, prompt: str, before: Tensor 
         sigmas=make_sigmas(FlowMatchEulerDiscreteScheduler(), defaults.steps),
         solver=DEFAULT_SOLVER,
         guidance=guidance,
-        together=True,
+        batched_guidance=True,
     )
     return to_image(autoencoder.decode(z))

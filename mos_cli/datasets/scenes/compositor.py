@@ -27,21 +27,21 @@ class Compositor:
 
     def draw(self, scenes: list[Scene], canvas: int) -> Tensor:
         """Pictures [B, 3, H, W] in -1..1, H = W = `canvas`; every scene's objects in order, later ones in front."""
-        picture_B3HW = self._grounds(scenes, canvas)
+        picture_B3HW = self._backgrounds(scenes, canvas)
         for depth in range(max(len(scene.objects) for scene in scenes)):
             rows = [row for row, scene in enumerate(scenes) if len(scene.objects) > depth]
             layer = self._layer([scenes[row].objects[depth] for row in rows], canvas)
             picture_B3HW[rows] = picture_B3HW[rows] * (1 - layer[:, 3:]) + layer[:, :3]
         return picture_B3HW.clamp(0, 1) * 2 - 1
 
-    def _grounds(self, scenes: list[Scene], canvas: int) -> Tensor:
+    def _backgrounds(self, scenes: list[Scene], canvas: int) -> Tensor:
         device = self.sprites_V4hw.device
         tops, bottoms = (
-            torch.tensor([getattr(scene.ground, end) for scene in scenes], device=device)[:, :, None, None]
+            torch.tensor([getattr(scene.background, end) for scene in scenes], device=device)[:, :, None, None]
             for end in ("top", "bottom")
         )
         horizons = torch.tensor(
-            [-1.0 if scene.ground.horizon is None else scene.ground.horizon for scene in scenes], device=device
+            [-1.0 if scene.background.horizon is None else scene.background.horizon for scene in scenes], device=device
         )[:, None]
         y_H = (torch.arange(canvas, device=device) + 0.5) / canvas
         # A horizon is as sharp as one pixel; without one the mix follows the height.

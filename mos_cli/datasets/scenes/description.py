@@ -8,6 +8,7 @@ from zlib import crc32
 
 from pydantic import Field, model_validator
 
+from mos_cli.utils.migration import Migrated
 from mos_cli.utils.validation import Frozen
 
 MOST_OBJECTS = 4
@@ -27,7 +28,7 @@ class Thing(Frozen):
     size: Size | None = None
 
 
-class Description(Frozen):
+class Description(Migrated):
     """A whole picture: things, how they stand to each other, the hand that drew them and the ground behind.
 
     Attributes:
@@ -44,7 +45,7 @@ class Description(Frozen):
     arrangement: Arrangement | None = None
     style: str
     style_named: bool = True
-    ground: str | None = None
+    background: str | None = None
 
     @property
     def objects(self) -> int:

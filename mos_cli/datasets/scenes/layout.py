@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
+from mos_cli.datasets.scenes.backgrounds import Background, named_background
 from mos_cli.datasets.scenes.description import Description, Relation, Thing
-from mos_cli.datasets.scenes.grounds import Ground, ground
 from mos_cli.datasets.scenes.vocabulary import COLOURS, RGB, Vocabulary
 
 JITTER = 0.02
@@ -46,7 +46,7 @@ class Scene:
     """Objects from back to front, and the ground behind them."""
 
     objects: tuple[Placed, ...]
-    ground: Ground
+    background: Background
 
 
 def lay_out(description: Description, vocabulary: Vocabulary, random: Random) -> Scene:
@@ -66,7 +66,7 @@ def lay_out(description: Description, vocabulary: Vocabulary, random: Random) ->
             )
     # What something stands behind of or lies in is drawn in this order: the last is in front.
     back_to_front = reversed(placed) if description.relation in ("on", "inside") else placed
-    return Scene(tuple(back_to_front), ground(description.ground))
+    return Scene(tuple(back_to_front), named_background(description.background))
 
 
 def _spots(description: Description) -> list[Spot]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal, get_args
 
+from mos_cli.datasets.scenes.backgrounds import PAINTS, SCENERIES
 from mos_cli.datasets.scenes.captions import caption
 from mos_cli.datasets.scenes.description import (
     DEFAULT_STYLE,
@@ -16,7 +17,6 @@ from mos_cli.datasets.scenes.description import (
     Thing,
     held_out,
 )
-from mos_cli.datasets.scenes.grounds import PAINTS, SCENERIES
 from mos_cli.datasets.scenes.layout import Scene, lay_out
 from mos_cli.datasets.scenes.vocabulary import COLOURS, Vocabulary
 
@@ -51,7 +51,7 @@ class SceneWriter:
             **layout,
             style=style,
             style_named=style != DEFAULT_STYLE or random.random() < 0.4,
-            ground=choose_ground({thing.colour for thing in layout["things"]}, random),
+            background=choose_background({thing.colour for thing in layout["things"]}, random),
         )
 
     def _single(self, style: str, random: Random) -> dict:
@@ -103,7 +103,7 @@ def _open_or(choices: Any, share: float, random: Random) -> Any:
     return None if random.random() < share else random.choice(get_args(choices))
 
 
-def choose_ground(colours: set[str | None], random: Random) -> str | None:
+def choose_background(colours: set[str | None], random: Random) -> str | None:
     """A ground that none of the painted things vanishes into."""
     paints = [paint for paint in PAINTS if not any(colour and colour in paint for colour in colours)]
     kind = random.random()
