@@ -193,7 +193,7 @@ def _bank(tower: GenerationTower, library: Library, captions: list[str], device:
 def judged(judge: Judge, entries: list[Entry], pictures: Tensor) -> dict[str, dict[str, float]]:
     """By category: the share of pictures that pass, and of the things asked for that are seen in their colour."""
     passed, shares = [], []
-    for entry, seen in zip(entries, judge.look(pictures), strict=True):
+    for entry, seen in zip(entries, judge.detect(pictures), strict=True):
         things = entry.description.things
         there = [any(one.word == t.word and t.colour in (None, one.colour) for one in seen) for t in things]
         passed.append(float(passes(entry, seen)))

@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mos_cli.errors import DeviceError, MemoryLimitError
 from mos_cli.inference.profiling import Clock
-from mos_cli.planning.candidates import CARDS
+from mos_cli.planning.candidates import GPU_SIZES
 from mos_cli.planning.memory import GIB
 from mos_cli.towers.attention import choose_attention
 from mos_cli.utils.devices import device_name
@@ -42,7 +42,7 @@ from mos_cli.utils.quiet import quieten
 def caps(run: Run) -> list[Row]:
     """A row for each cap, the largest first."""
     plan, network = networks.mos_l(tiny=False), networks.mos_l(tiny=run.tiny)
-    return [draw_under(cap, plan, network, run.device) for cap in reversed(CARDS)]
+    return [draw_under(cap, plan, network, run.device) for cap in reversed(GPU_SIZES)]
 
 
 def router(run: Run) -> list[Row]:

@@ -28,7 +28,7 @@ from mos_cli.evaluation.judge_training import (
     Sprites,
     judge_loss,
     load_sprites,
-    strew,
+    random_scene,
     train_judge,
 )
 from mos_cli.evaluation.kid import kid
@@ -98,9 +98,9 @@ def test_every_art_set_teaches_the_judge(sprites: Sprites):
     assert EXTRA_STYLE not in sprites.config.styles
     random, rows = Random(0), set()
     for _ in range(500):
-        one = strew(sprites, random)
-        assert len(one.scene.objects) == len(one.said)
-        for placed, (word, colour, style) in zip(one.scene.objects, one.said, strict=True):
+        one = random_scene(sprites, random)
+        assert len(one.scene.objects) == len(one.labels)
+        for placed, (word, colour, style) in zip(one.scene.objects, one.labels, strict=True):
             known = [number for number in sprites.pictures[word] if sprites.pictures[word][number] == placed.picture]
             assert known == ([style] if style != IGNORED else [len(sprites.config.styles)])
             assert (placed.tint is None) == (colour == IGNORED)
@@ -223,9 +223,9 @@ def test_a_style_is_told_by_comparison_with_true_scenes(art: Art, tmp_path: Path
     true, entries = TrueScenes(art), [entry for entry in read_bench(20) if entry.category == "style"]
     examiner = Examiner(tiny_judge(tmp_path, tuple(bench_data().words)), true, entries, canvas=32)
     right = [entry.description.style for entry in entries]
-    likest = examiner.likest(true.draw(entries, 32, take=0))
+    likest = examiner.nearest_style(true.draw(entries, 32, take=0))
     assert sum(a == b for a, b in zip(likest, right, strict=True)) >= 15
-    likest = examiner.likest(true.draw(entries, 32, take=0, style="fluent-3d"))
+    likest = examiner.nearest_style(true.draw(entries, 32, take=0, style="fluent-3d"))
     assert likest.count("fluent-3d") >= 15
 
 

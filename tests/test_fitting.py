@@ -15,7 +15,7 @@ from mos_cli.bundles.sources import fetch_tower
 from mos_cli.config.settings import RunSettings, fitted, smaller
 from mos_cli.errors import MemoryLimitError, UsageError
 from mos_cli.inference import pipeline as pipeline_module
-from mos_cli.planning.candidates import CARDS, candidates, fastest, parse_quant
+from mos_cli.planning.candidates import GPU_SIZES, candidates, fastest, parse_quant
 from mos_cli.planning.memory import GIB, Setting
 from mos_cli.towers.generation import GenerationTower
 
@@ -23,7 +23,7 @@ from mos_cli.towers.generation import GenerationTower
 @pytest.mark.parametrize("name", ["mos-s", "mos-l"])
 def test_max_vram_chooses_what_the_plan_says(name: str) -> None:
     size = find_network(name).canvas.native
-    for gib in CARDS:
+    for gib in GPU_SIZES:
         best = fastest(candidates(find_network(name), size), gib)
         chosen = fitted(RunSettings(max_vram=gib), find_network(name), size, None)
         assert (
@@ -44,7 +44,7 @@ def test_what_was_asked_for_is_kept_and_the_rest_chosen() -> None:
 def test_branches_are_computed_together_unless_that_does_not_fit() -> None:
     network = find_network("mos-l")
     size = network.canvas.native
-    assert all(fastest(candidates(network, size), card).setting.batched_guidance for card in CARDS)
+    assert all(fastest(candidates(network, size), card).setting.batched_guidance for card in GPU_SIZES)
     # Large pictures of small towers: what is computed is most of what is needed.
     sizes: dict[str, Any] = {"width": 256, "heads": 2, "hidden": 4096, "depth": 2, "channels": 32, "patch": 1}
     shape = GenerationShape(**sizes, states_layers=37, states_width=4096)

@@ -27,7 +27,7 @@ from mos_cli.cli.plan import plan
 from mos_cli.config.settings import RunSettings
 from mos_cli.errors import MemoryLimitError, ModelError, UsageError
 from mos_cli.planning import memory
-from mos_cli.planning.candidates import CARDS, candidates, fastest, parse_quant
+from mos_cli.planning.candidates import GPU_SIZES, candidates, fastest, parse_quant
 from mos_cli.planning.memory import GIB, Setting, stages, weights
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.vision_language import load_understanding
@@ -44,8 +44,8 @@ def command(*arguments: object) -> Result:
 def test_what_is_chosen_fits_and_a_larger_card_is_no_slower(name: str) -> None:
     numbers = find_network(name)
     found = candidates(numbers, numbers.canvas.native)
-    best = [fastest(found, card) for card in CARDS]
-    assert all(c.needs <= card * GIB for c, card in zip(best, CARDS, strict=True))
+    best = [fastest(found, card) for card in GPU_SIZES]
+    assert all(c.needs <= card * GIB for c, card in zip(best, GPU_SIZES, strict=True))
     seconds = [c.total_seconds for c in best]
     assert all(later <= 1.08 * earlier for earlier, later in pairwise(seconds))
     assert [c.total_seconds for c in found] == sorted(c.total_seconds for c in found)
@@ -77,7 +77,7 @@ def test_the_table_names_the_command_for_every_card(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("COLUMNS", "80")
     result = command("plan", "mos-l")
     assert result.exit_code == 0, result.output
-    for card in CARDS:
+    for card in GPU_SIZES:
         assert f"mos generate PROMPT -m DIR --max-vram {card} --quant " in result.output
     for stage in ("read", "bank", "draw", "decode"):
         assert stage in result.output
@@ -89,7 +89,7 @@ def test_the_table_names_the_command_for_every_card(monkeypatch: pytest.MonkeyPa
 def test_json_holds_every_part() -> None:
     result = command("plan", "mos-l", "--json")
     rows = [json.loads(line) for line in result.output.splitlines()]
-    assert [row["card"] for row in rows] == list(CARDS)
+    assert [row["card"] for row in rows] == list(GPU_SIZES)
     for row in rows:
         assert row["setting"]["batched_guidance"]
         assert row["peak"] == max(stage["peak"] for stage in row["stages"].values())
@@ -244,7 +244,7 @@ def hardware_rows(name: str, references: int) -> list[str]:
     numbers = find_network(name, references=references)
     found = candidates(numbers, numbers.canvas.native)
     rows = []
-    for card in CARDS:
+    for card in GPU_SIZES:
         best = fastest(found, card)
         options = f"--max-vram {card} {best.options}"
         tiles = "yes" if best.setting.tiled else "no"

@@ -90,7 +90,7 @@ def test_a_step_of_training_learns_from_what_is_seen(qwen: Path) -> None:
     (span,) = reading.image_spans[0]
     seen = range(span.first, span.first + span.rows * span.columns)
     order = [n for n in range(reading.mask_BT.shape[1]) if n not in seen] + list(seen)
-    loss, _ = Objective(tower, 0.0)._plain(
+    loss, _ = Objective(tower, 0.0)._uncompiled(
         torch.rand(2, 3, 64, 64), torch.randn(2, 3, 64, 64), torch.tensor([0.5, 0.9]),
         reading.states_BTMS[:, order], reading.mask_BT[:, order], pictures, None, (span.rows, span.columns),
     )  # fmt: skip

@@ -178,7 +178,7 @@ def write_drawing(drawing: "Drawing", path: Path, *, trace: str, overwrite: bool
     """Writes the picture, its previews and, as far as `trace` says, its trace; all of them or none."""
     from mos_cli.images.outputs import animation, companions, png
     from mos_cli.routing.trace import trace_files
-    from mos_cli.utils.files import write_together
+    from mos_cli.utils.files import write_all
 
     files = {path: png(drawing.image, drawing.record)}
     if trace != "off":
@@ -186,7 +186,7 @@ def write_drawing(drawing: "Drawing", path: Path, *, trace: str, overwrite: bool
     if drawing.previews:
         files[companions(path).previews] = animation(drawing.previews)
     replaced = path.is_file()
-    write_together(files, overwrite)
+    write_all(files, overwrite)
     for other in companions(path):
         if replaced and other not in files:
             # What a replaced picture had beside it would speak of another one now.

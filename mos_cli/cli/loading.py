@@ -41,7 +41,7 @@ def fit_to_card(
     if settings.max_vram is None and settings.offload == "none":
         return settings
     from mos_cli.bundles.blueprints import network_of
-    from mos_cli.config.settings import fitted, room
+    from mos_cli.config.settings import available_memory, fitted
     from mos_cli.utils.devices import choose_device, choose_precision, device_name, device_threads
 
     with report.stage("libraries"):
@@ -64,7 +64,7 @@ def fit_to_card(
         quant = settings.quant
     if precision is None:
         precision = choose_precision(device) if settings.precision == "auto" else settings.precision
-    gib = room(device) if auto else settings.max_vram
+    gib = available_memory(device) if auto else settings.max_vram
     numbered = settings.model_copy(update={"max_vram": gib})
     network = network_of(bundle, precision=precision, references=references)
     chosen = fitted(numbered, network, size, quant, on_cpu=on_cpu)

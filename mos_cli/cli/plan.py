@@ -76,9 +76,9 @@ def plan(
     """Say what a model needs on a card, stage by stage, and which setting is fastest there; load no weights."""
     from mos_cli.bundles.blueprints import find_network
     from mos_cli.config.settings import parse_size
-    from mos_cli.planning.candidates import CARDS, candidates, parse_quant
+    from mos_cli.planning.candidates import GPU_SIZES, candidates, parse_quant
 
-    rooms = [_Room(card, f"{card:g}") for card in CARDS]
+    rooms = [_Room(card, f"{card:g}") for card in GPU_SIZES]
     if max_vram is not None:
         room, precision = _room_of(max_vram, precision)
         rooms = [room]
@@ -112,7 +112,7 @@ def plan(
 
 def _room_of(max_vram: str, precision: Precision | None) -> tuple[_Room, Precision | None]:
     """The room that --max-vram names, and the precision that is drawn in there; torch is imported for auto only."""
-    from mos_cli.config.settings import make_settings, room
+    from mos_cli.config.settings import available_memory, make_settings
 
     gib = make_settings(max_vram=max_vram).max_vram
     if isinstance(gib, float):
@@ -120,7 +120,7 @@ def _room_of(max_vram: str, precision: Precision | None) -> tuple[_Room, Precisi
     from mos_cli.utils.devices import choose_device, choose_precision
 
     device = choose_device("auto")
-    return _Room(room(device), "auto", on_cpu=device.type == "cpu"), precision or choose_precision(device)
+    return _Room(available_memory(device), "auto", on_cpu=device.type == "cpu"), precision or choose_precision(device)
 
 
 def _answer(found: "list[Candidate]", room: _Room) -> "Candidate | MemoryLimitError":

@@ -1,6 +1,7 @@
-"""EditBench: edits of every kind, with the pictures before and after, on things that never met in training.
+"""EditBench: edits of every kind, with the pictures before and after, of pairs of things held out of training.
 
-The edits are fixed in editbench.jsonl; `python -m mos_cli.evaluation.editbench` writes that file again.
+The edits are fixed in editbench.jsonl. Evaluations name the hash of this file, so it keeps the field names of
+version 0.1.0; `python -m mos_cli.evaluation.editbench` writes the same edits with the present names.
 """
 
 import json
@@ -23,7 +24,7 @@ FILE = Path(__file__).with_name("editbench.jsonl")
 
 
 class EditEntry(Frozen):
-    """One edit and the seed it is drawn with. What the result must show follows from `before` and `after`."""
+    """One edit and the seed that it is drawn with. The expected result follows from `before` and `after`."""
 
     id: str
     kind: EditKind
@@ -61,7 +62,7 @@ def make_edit_bench(vocabulary: Vocabulary, count: int = PER_KIND) -> tuple[Edit
 
 
 def edit_bench_text(entries: tuple[EditEntry, ...]) -> str:
-    """The entries as JSON lines; what is at its default is left out."""
+    """The entries as JSON lines, without default values."""
     lines = [json.dumps(entry.model_dump(exclude_defaults=True), ensure_ascii=False) for entry in entries]
     return "\n".join(lines) + "\n"
 

@@ -1,6 +1,7 @@
-"""SceneBench: prompts that compose what a model has learned in ways it has never seen, in seven categories.
+"""SceneBench: prompts in seven categories, of combinations held out of training.
 
-The prompts are fixed in scenebench.jsonl; `python -m mos_cli.evaluation.scenebench` writes that file again.
+The prompts are fixed in scenebench.jsonl. Evaluations name the hash of this file, so it keeps the field names of
+version 0.1.0; `python -m mos_cli.evaluation.scenebench` writes the same prompts with the present names.
 """
 
 import json
@@ -36,7 +37,7 @@ FILE = Path(__file__).with_name("scenebench.jsonl")
 
 
 class Entry(Frozen):
-    """One prompt with what a picture drawn from it must show, and the seed it is drawn with."""
+    """One prompt, the description that its picture must match, and the seed that it is drawn with."""
 
     id: str
     category: Category
@@ -64,7 +65,7 @@ def bench_data() -> DataTable:
 
 
 def bench_words() -> Vocabulary:
-    """The same without sprites: enough to think up prompts."""
+    """The vocabulary of the prompts, without sprites."""
     data = bench_data()
     words = {word: Word(names, dict.fromkeys(data.styles, 0)) for word, names in data.words.items()}
     return Vocabulary(words, data.styles, torch.empty(0))
@@ -94,7 +95,7 @@ def make_bench(vocabulary: Vocabulary, count: int = PER_CATEGORY) -> tuple[Entry
 
 
 def bench_text(entries: tuple[Entry, ...]) -> str:
-    """The entries as JSON lines; what is at its default is left out."""
+    """The entries as JSON lines, without default values."""
     lines = [json.dumps(entry.model_dump(exclude_defaults=True), ensure_ascii=False) for entry in entries]
     return "\n".join(lines) + "\n"
 
@@ -132,7 +133,7 @@ def _descriptions(category: Category, vocabulary: Vocabulary, random: Random) ->
 
 
 def _background(things: tuple[Thing, ...], random: Random) -> str | None:
-    """White, or a plain ground that no painted thing vanishes into."""
+    """White (None), or a plain background in which no painted thing is invisible."""
     colours = {thing.colour for thing in things if thing.colour}
     if random.random() < 0.5 and "white" not in colours:
         return None

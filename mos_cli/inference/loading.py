@@ -10,7 +10,7 @@ from mos_cli.bundles.bundle import Bundle
 from mos_cli.bundles.shapes import understanding_parameters
 from mos_cli.errors import ModelError
 from mos_cli.inference.offload import Offloader
-from mos_cli.planning.memory import Setting, reads_in_fp32
+from mos_cli.planning.memory import Setting, computes_in_fp32
 from mos_cli.towers.attention import AttentionBackend, choose_attention
 from mos_cli.towers.autoencoder import Autoencoder, Latents, Pixels, load_autoencoder
 from mos_cli.towers.generation import GenerationTower
@@ -52,7 +52,7 @@ def load_parts(
         torch.OutOfMemoryError, MemoryError: there is too little memory for them.
     """
     device, dtype, folder = offloader.device, DTYPES[precision], bundle.folder
-    fp32 = reads_in_fp32(understanding_parameters(understanding), setting.understanding)
+    fp32 = computes_in_fp32(understanding_parameters(understanding), setting.understanding)
     understanding_tower = load_understanding(
         understanding,
         dtype=torch.float32 if fp32 else torch.bfloat16,

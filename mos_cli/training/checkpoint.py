@@ -1,6 +1,6 @@
-"""Checkpoints of a run: one folder each, whole or not at all, readable by any number of processes.
+"""Checkpoints of a run: one folder each, written atomically, readable by any number of processes.
 
-PyTorch's distributed checkpoints: each process writes its part, and what n processes wrote, m can read.
+They are PyTorch's distributed checkpoints: each process writes its part, and another number of processes can read them.
 """
 
 import shutil
@@ -29,7 +29,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def save(folder: Path, step: int, state: dict[str, Any], accelerator: Accelerator) -> None:
-    """Writes a checkpoint, then removes the older ones: at no moment is there none. All processes call it."""
+    """Writes a checkpoint, then removes the older ones, so that there always is one. All processes call it."""
     target = folder / CHECKPOINTS / f"{step:08d}"
     unfinished = target.with_name(f"{target.name}.unfinished")
     if accelerator.is_main_process:

@@ -1,4 +1,4 @@
-"""The network a run starts from: fresh, or with the weights of a bundle.
+"""The network at the start of a run: with random weights, or with those of a bundle.
 
 Shapes: D width, C channels, p side of a patch.
 """
@@ -14,13 +14,13 @@ from mos_cli.training.recipe import TrainRecipe
 
 
 def start_tower(recipe: TrainRecipe) -> GenerationTower:
-    """The recipe's network, with the weights of the bundle it starts from, if it names one.
+    """The recipe's network, with the weights of the bundle that it starts from, if there is one.
 
-    The patches may be larger than the bundle's by a whole factor: the network then begins by drawing the bundle's
-    pictures enlarged, on as many tokens (progressive resolution at equal cost).
+    The patches may be larger than the bundle's by a whole factor. The network then draws the bundle's pictures
+    enlarged, with the same number of tokens (progressive resolution at equal cost).
 
     Raises:
-        ModelError: the bundle cannot be had or is damaged.
+        ModelError: the bundle is missing or damaged.
         UsageError: the network cannot be built, or the bundle's weights do not fit into it.
     """
     try:
