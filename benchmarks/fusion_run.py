@@ -1,4 +1,4 @@
-"""One run of the fusion comparison: a network is trained on scenes already read, measured, and judged by what it draws.
+"""One run of the fusion comparison: trains a network on encoded scenes, measures its loss, and judges its pictures.
 
 Shapes: B pictures, H x W a picture's size, J generation blocks, M layers.
 """
@@ -35,7 +35,7 @@ BATCH = 100
 
 @dataclass(frozen=True)
 class Bench:
-    """What all runs share: scenes to train on, others of that kind, and true scenes of the prompts.
+    """The data of all runs: scenes to train on, others of that kind, and true scenes of the prompts.
 
     `libraries` hold what each understanding tower reads of all captions and prompts.
     """
@@ -73,7 +73,7 @@ def one_run(recipe: TrainRecipe, bench: Bench, target: Path, *, router_rate: flo
 
 
 def parameters(generation: dict[str, Any]) -> int:
-    """How many a network of this configuration has, router included."""
+    """The number of parameters of a network of this configuration, router included."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in GenerationTower(**generation).parameters())
 
@@ -191,7 +191,7 @@ def _bank(tower: GenerationTower, library: Library, captions: list[str], device:
 
 
 def judged(judge: Judge, entries: list[Entry], pictures: Tensor) -> dict[str, dict[str, float]]:
-    """By category: the share of pictures that pass, and of the things asked for that are seen in their colour."""
+    """By category: the share of pictures that pass, and of the requested things that are detected in their colour."""
     passed, shares = [], []
     for entry, seen in zip(entries, judge.detect(pictures), strict=True):
         things = entry.description.things

@@ -1,4 +1,4 @@
-"""What inspecting a large trace costs: 28 steps x 512 tokens x 40 blocks, top 2 of 33 layers, random numbers.
+"""The time for inspecting a large trace: 28 steps x 512 tokens x 40 blocks, top 2 of 33 layers, random numbers.
 
 Prints the size of the files per guidance branch, and the seconds to open, sum up, print and export the trace. The
 limits are 4 MB per branch, and one second for the whole of `mos inspect-routing`, which is single-threaded: on an idle

@@ -6,14 +6,14 @@ rivals     a forward beside those of Qwen-Image, FLUX.1-dev and SANA-1.5, one af
 share      operations per second of a forward, as a share of those of one large product
 nf4        a forward with quantised blocks beside bf16
 attention  a forward with xformers' attention beside PyTorch's
-together   a step with guidance, both branches in one pass, beside two passes
+batched_guidance   a step with guidance, both branches as one batch, compared with one after the other
 compile    a step with blocks compiled, and as one CUDA graph, beside an eager one: what it costs and when it has paid
 sync       whether the host waits for the device within the steps of a picture
 
 Prints a markdown table and one JSON object per row. Networks are made on the device from configs alone. `--tiny` runs
 the same code with small networks on any machine: it shows that the script works, its figures mean nothing.
 
-python benchmarks/performance.py {caps,router,rivals,share,nf4,attention,together,compile,sync} [--rounds N] [--tiny]
+python benchmarks/performance.py PART [--rounds N] [--tiny]
 """
 
 import argparse
@@ -74,7 +74,7 @@ def rivals(run: Run) -> list[Row]:
         try:
             took = _rival_seconds(rival, run)
         except torch.OutOfMemoryError:
-            rows.append({"model": rival.name, "why": "does not fit this card"})
+            rows.append({"model": rival.name, "why": "does not fit this GPU"})
             networks.free(run.device)
             continue
         networks.free(run.device)
@@ -161,19 +161,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--rounds", type=int, default=20, help="forwards that are timed (20)")
     parser.add_argument("--tiny", action="store_true", help="small networks, on any machine: does the script work?")
-    asked = parser.parse_args(arguments)
-    if not torch.cuda.is_available() and not asked.tiny:
+    arguments = parser.parse_args(arguments)
+    if not torch.cuda.is_available() and not arguments.tiny:
         print("error: there is no CUDA device here: --tiny shows that the script works", file=sys.stderr)
         return DeviceError.exit_code
     quieten()
-    run = Run(torch.device("cuda" if torch.cuda.is_available() else "cpu"), asked.rounds, asked.tiny)
+    run = Run(torch.device("cuda" if torch.cuda.is_available() else "cpu"), arguments.rounds, arguments.tiny)
     try:
-        rows = PARTS[asked.part](run)
+        rows = PARTS[arguments.part](run)
     except torch.OutOfMemoryError:
-        print(f"error: {asked.part} needs MoS-L in bf16, and {device_name(run.device)} has too little", file=sys.stderr)
+        print(
+            f"error: {arguments.part} needs MoS-L in bf16, and {device_name(run.device)} has too little",
+            file=sys.stderr,
+        )
         return MemoryLimitError.exit_code
     _print(rows)
-    about = {"part": asked.part, **asdict(run), "device": device_name(run.device), "torch": torch.__version__}
+    about = {"part": arguments.part, **asdict(run), "device": device_name(run.device), "torch": torch.__version__}
     for row in rows:
         print(json.dumps({**about, **row}))
     return 0

@@ -55,7 +55,7 @@ class MoSL:
         return self.z_BCHW.shape[-1] * self.z_BCHW.shape[-2]
 
     def banks(self, tokens: int) -> dict[str, StateBank]:
-        """Of both branches: a prompt of so many tokens, and a short one."""
+        """Of both branches: a prompt of `tokens` tokens, and a short one."""
         counts = {POSITIVE: tokens, NEGATIVE: SHORT}
         return {name: networks.bank(self.network, self.tower, self.run.device, count) for name, count in counts.items()}
 

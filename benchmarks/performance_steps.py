@@ -39,13 +39,16 @@ def batched_guidance(run: Run) -> list[Row]:
     for blocks, method in kinds:
         for scale in (1, 2):
             model = MoSL(run, method, scale=scale)
-            joined, apart = model.step(), model.step(batched_guidance=False)
+            batched, sequential = model.step(), model.step(batched_guidance=False)
             if blocks.endswith("fetched"):
                 model.tower.blocks = StreamedBlocks(list(model.tower.blocks), run.device)
-            differs = difference(joined(), apart())
-            times = {"apart_seconds": (two := seconds(apart, run)), "together_seconds": (one := seconds(joined, run))}
+            differs = difference(batched(), sequential())
+            times = {
+                "sequential_seconds": (two := seconds(sequential, run)),
+                "batched_seconds": (one := seconds(batched, run)),
+            }
             rows.append({"blocks": blocks, "tokens": model.patches, **times, "ratio": one / two, "difference": differs})
-            del model, joined, apart
+            del model, batched, sequential
             networks.free(run.device)
     return rows
 

@@ -122,9 +122,9 @@ def test_every_variant_draws_what_a_slow_reference_draws(tower: GenerationTower)
 def test_every_variant_draws_the_same_whatever_else_is_in_the_batch(tower: GenerationTower) -> None:
     z, t, states = inputs()
     mask = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
-    together, route = tower(z, t, tower.project_states(states, mask))
+    batched, route = tower(z, t, tower.project_states(states, mask))
     alone, route_alone = tower(z[:1], t[:1], tower.project_states(states[:1, :3]))
-    torch.testing.assert_close(together[:1], alone, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(batched[:1], alone, atol=1e-4, rtol=1e-4)
     assert torch.equal(route.ids_BTJK[:1, :3], route_alone.ids_BTJK)
     torch.testing.assert_close(route.weights_BTJK[:1, :3], route_alone.weights_BTJK, atol=1e-5, rtol=1e-5)
 

@@ -60,10 +60,10 @@ def test_memories_are_the_references_own_pass_through_the_blocks_at_time_zero() 
         k_c, v_c = block.context_kv(slow_norm(last) * block.norm_context.weight).chunk(2, dim=-1)
         k = torch.cat([k[:, :N], k_c, k[:, N:]], dim=1)
         v = torch.cat([v[:, :N], v_c, v[:, N:]], dim=1)
-        sees = torch.ones(2 * N, N + C + N, dtype=torch.bool)
-        sees[:N, N:] = False
+        visible = torch.ones(2 * N, N + C + N, dtype=torch.bool)
+        visible[:N, N:] = False
         queries = torch.cat([torch.arange(N), torch.arange(N) + N + C])
-        attended = _masked(block.attention, q, k, v, at, queries, sees)
+        attended = _masked(block.attention, q, k, v, at, queries, visible)
         clean, noised = clean + m_c[2] * attended[:, :N], noised + m_n[2] * attended[:, N:]
         clean = clean + m_c[5] * block.mlp(slow_norm(clean) * (1 + m_c[4]) + m_c[3])
         noised = noised + m_n[5] * block.mlp(slow_norm(noised) * (1 + m_n[4]) + m_n[3])
@@ -83,12 +83,12 @@ def _modulated(tower: Any, block: Any, x: Tensor, time: Tensor) -> tuple[Tensor,
     return slow_norm(x) * (1 + m[1]) + m[0], m
 
 
-def _masked(layer: Any, q: Tensor, k: Tensor, v: Tensor, at: Rotary, queries: Tensor, sees: Tensor) -> Tensor:
+def _masked(layer: Any, q: Tensor, k: Tensor, v: Tensor, at: Rotary, queries: Tensor, visible: Tensor) -> Tensor:
     q, k, v = (part.unflatten(-1, (layer.heads, -1)) for part in (q, k, v))
     q = Rotary(at.cos_LE[queries], at.sin_LE[queries]).rotate(slow_norm(q) * layer.norm_q.weight)
     k = at.rotate(slow_norm(k) * layer.norm_k.weight)
     scores = torch.einsum("bqhe,bkhe->bhqk", q, k) / q.shape[-1] ** 0.5
-    weights = scores.masked_fill(~sees, -torch.inf).softmax(-1)
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
     return layer.to_out(torch.einsum("bhqk,bkhe->bqhe", weights, v).flatten(-2))
 
 
@@ -138,7 +138,7 @@ def test_a_picture_does_not_depend_on_the_others_of_its_batch(tower: GenerationT
     z, t, states = inputs()
     image_states, references = pictures()
     mask = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
-    together, route = tower(
+    batched, route = tower(
         z,
         t,
         tower.add_image_tokens(tower.project_states(states, mask), image_states, tower.cache_references(references)),
@@ -150,7 +150,7 @@ def test_a_picture_does_not_depend_on_the_others_of_its_batch(tower: GenerationT
             tower.project_states(states[:1, :3]), image_states[:1], tower.cache_references([references[0][:1]])
         ),
     )
-    torch.testing.assert_close(together[:1], alone, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(batched[:1], alone, atol=1e-4, rtol=1e-4)
     real = [0, 1, 2, *range(T, T + V)]
     assert torch.equal(route.ids_BTJK[:1, real], route_alone.ids_BTJK)
 

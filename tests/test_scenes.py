@@ -277,9 +277,9 @@ def test_the_compositor_agrees_with_pillow(side: int) -> None:
 def test_a_scene_is_drawn_alike_alone_and_in_a_batch() -> None:
     scenes = [described(seed)[1] for seed in range(12)]
     compositor = Compositor(VOCABULARY.sprites_VHW4)
-    together = compositor.draw(scenes, 48)
+    batched = compositor.draw(scenes, 48)
     alone = torch.cat([compositor.draw([scene], 48) for scene in scenes])
-    assert torch.allclose(together, alone, atol=1e-5)
+    assert torch.allclose(batched, alone, atol=1e-5)
 
 
 def test_grounds_fade_or_part_at_the_horizon() -> None:

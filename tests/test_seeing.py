@@ -160,13 +160,13 @@ def test_a_token_shows_what_is_in_its_cell(tower: VisionLanguageTower, cell: tup
 def test_neither_padding_nor_another_prompt_shows(tower: VisionLanguageTower) -> None:
     shown = [[picture(256, 64)], [], [picture(64, 64), picture(96, 128)]]
     prompts = ["remove the dog on the left", TEXT, "a cat"]
-    together = tower.encode(prompts, shown)
+    batched = tower.encode(prompts, shown)
     for index, (prompt, pictures) in enumerate(zip(prompts, shown, strict=True)):
         alone = tower.encode([prompt], [pictures])
         assert alone.mask_BT.all()
-        states = together.states_BTMS[index][together.mask_BT[index]]
+        states = batched.states_BTMS[index][batched.mask_BT[index]]
         torch.testing.assert_close(states, alone.states_BTMS[0], **EXACT)
-        assert together.tokens[index] == alone.tokens[0]
+        assert batched.tokens[index] == alone.tokens[0]
 
 
 def test_words_depend_on_the_picture_they_stand_behind(tower: VisionLanguageTower) -> None:

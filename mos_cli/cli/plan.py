@@ -171,9 +171,9 @@ def _print_head(network: "Network", canvas: tuple[int, int]) -> None:
     edited = f" from {shown} picture{'' if shown == 1 else 's'} as large" if shown else ""
     print_line(f"[bold]{network.ref}[/] at {canvas[0]} x {canvas[1]} px{edited}, {network.defaults.steps} steps")
     print_line(f"  generation     {_millions(g.parameters)}, of which router {_millions(g.router_parameters)}")
-    sees = f"; what sees, {_millions(tower.vision)}, is left out" if tower.vision and not network.references else ""
+    vision = f"; what sees, {_millions(tower.vision)}, is left out" if tower.vision and not network.references else ""
     reads = f"{_millions(tower.linear + tower.other)}, {tower.layers} layers"
-    print_line(f"  understanding  {network.understanding_name}: {reads}{sees}")
+    print_line(f"  understanding  {network.understanding_name}: {reads}{vision}")
     if network.autoencoder:
         print_line(f"  autoencoder    {network.autoencoder.kind}: {_millions(network.autoencoder.parameters)}")
 

@@ -157,7 +157,7 @@ class Router(nn.Module):
         inputs: parts of the sequence: "tokens", "latent", "time". A part that is left out has no parameters.
         per_sample: one decision per prompt, from the mean of the logits over its tokens, instead of one per token.
         width, depth, heads, rope_theta: sizes of the transformer.
-        states_width, sight_width, patch_values, layers, blocks: S, Z, P, M, J.
+        states_width, image_state_width, patch_values, layers, blocks: S, Z, P, M, J.
     """
 
     def __init__(
