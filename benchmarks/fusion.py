@@ -1,4 +1,4 @@
-"""Ways of joining the two towers, compared at equal parameters, data, steps and seeds, and judged by what is drawn.
+"""Fusions of the two towers, compared at equal parameters, data, steps and seeds by the judge's scores.
 
     python benchmarks/fusion.py run FOLDER [--seeds 3] [--steps N] [--only TEXT] [--art PATH] [--recipe PATH]
     python benchmarks/fusion.py table FOLDER
@@ -156,7 +156,7 @@ def _set_up(device: torch.device) -> None:
     torch._dynamo.config.recompile_limit = 64
     if device.type == "cuda":
         return
-    # As `mos_cli.training.launch` has it.
+    # As in `mos_cli.training.launch`.
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
 

@@ -22,7 +22,8 @@ from mos_cli.planning.memory import TOKENS
 from mos_cli.quantization.method import Method
 from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.trace import RecordOptions
-from mos_cli.sampling.sampler import POSITIVE, Guidance, make_sigmas, sample
+from mos_cli.sampling.guidance import POSITIVE, Guidance
+from mos_cli.sampling.sampler import make_sigmas, sample
 from mos_cli.towers.router import Steering
 from mos_cli.utils.validation import DEFAULT_SOLVER
 
@@ -31,20 +32,23 @@ LENGTHS = (32, 64, TOKENS)
 NO_CUDA, NEVER = "no CUDA", "never waits"
 
 
-def together(run: Run) -> list[Row]:
+def batched_guidance(run: Run) -> list[Row]:
     """Both branches in one pass beside two passes: with weights as they are, unpacked, and fetched over the bus."""
     rows: list[Row] = []
     kinds: list[tuple[str, Method | None]] = [("bf16", None), ("nf4", "nf4"), ("bf16, fetched", None)]
     for blocks, method in kinds:
         for scale in (1, 2):
             model = MoSL(run, method, scale=scale)
-            joined, apart = model.step(), model.step(together=False)
+            batched, sequential = model.step(), model.step(batched_guidance=False)
             if blocks.endswith("fetched"):
                 model.tower.blocks = StreamedBlocks(list(model.tower.blocks), run.device)
-            differs = difference(joined(), apart())
-            times = {"apart_seconds": (two := seconds(apart, run)), "together_seconds": (one := seconds(joined, run))}
+            differs = difference(batched(), sequential())
+            times = {
+                "sequential_seconds": (two := seconds(sequential, run)),
+                "batched_seconds": (one := seconds(batched, run)),
+            }
             rows.append({"blocks": blocks, "tokens": model.patches, **times, "ratio": one / two, "difference": differs})
-            del model, joined, apart
+            del model, batched, sequential
             networks.free(run.device)
     return rows
 
@@ -134,7 +138,7 @@ def sync(run: Run) -> list[Row]:
             sigmas=make_sigmas(FlowMatchEulerDiscreteScheduler(), 2),
             solver=DEFAULT_SOLVER,
             guidance=Guidance(model.network.defaults.cfg),
-            together=True,
+            batched_guidance=True,
             steer=lambda step, branch, rules=rules: rules.get(branch),
         )
         rows.append(

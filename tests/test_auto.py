@@ -51,10 +51,10 @@ def test_the_event_says_the_same(mos: Mos, bundle: Bundle, tmp_path: Path) -> No
     lines = mos(*arguments, "-p", "auto", "--precision", "fp32").stdout.splitlines()
     (event,) = [row for row in map(json.loads, lines) if row["event"] == "setting"]
     assert event["gib"] > 0
-    facts = {name: event[name] for name in ("device", "precision", "quant", "offload", "tiled", "together")}
+    facts = {name: event[name] for name in ("device", "precision", "quant", "offload", "tiled", "batched_guidance")}
     assert facts == {
         **{"device": "cpu", "precision": "fp32", "quant": "none"},
-        **{"offload": "none", "tiled": False, "together": True},
+        **{"offload": "none", "tiled": False, "batched_guidance": True},
     }
 
 
@@ -83,7 +83,7 @@ def test_main_memory_decides_what_is_quantised() -> None:
     found = candidates(large, large.canvas.native)
     chosen = [fastest_on_cpu(found, gib).setting for gib in (40, 23, 13)]
     assert [(s.understanding, s.generation) for s in chosen] == [("none", "none"), ("int8", "none"), ("nf4", "nf4")]
-    assert {(s.offload, s.together) for s in chosen} == {("none", True)}
+    assert {(s.offload, s.batched_guidance) for s in chosen} == {("none", True)}
     with pytest.raises(MemoryLimitError, match="nothing fits 6 GiB"):
         fastest_on_cpu(found, 6)
 

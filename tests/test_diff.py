@@ -16,7 +16,7 @@ from mos_cli.cli.app import app
 from mos_cli.errors import InputError
 from mos_cli.routing.diff import NEAR, compare
 from mos_cli.routing.trace import Routes, Steered, Trace, TraceToken, make_branch, trace_files
-from mos_cli.utils.files import write_together
+from mos_cli.utils.files import write_all
 
 Run = tuple[Trace, dict[str, Routes]]
 
@@ -190,7 +190,7 @@ def test_steps_are_aligned_by_their_times():
     coarse = single(({0: 1.0},), ({3: 1.0},), times=(1.0, 0.45))
     branch = compare(*fine, *coarse).branches["positive"]
     assert branch.steps == ((0, 0), (2, 1))
-    assert branch.apart == pytest.approx(0.05)
+    assert branch.time_distance == pytest.approx(0.05)
     assert (branch.tally.agree, branch.tally.first) == (1, 2)
 
 
@@ -223,7 +223,7 @@ def test_prompts_without_a_word_in_common_are_refused():
 def saved(tmp_path) -> Callable[..., Path]:
     def save(name: str, run: Run, *, arrays: bool = True) -> Path:
         path = tmp_path / f"{name}.json"
-        write_together(trace_files(run[0], run[1] if arrays else None, path))
+        write_all(trace_files(run[0], run[1] if arrays else None, path))
         return path
 
     return save

@@ -15,9 +15,9 @@ from mos_cli.towers.blocks import GenerationBlock
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.layers import (
     EPS,
-    Cells,
     Rotary,
-    Words,
+    TokenGrid,
+    TokenSequence,
     patchify,
     rotary,
     unpatchify,
@@ -95,7 +95,7 @@ def slow_tower(tower: Any, z: Tensor, t: Tensor, states: Tensor, weights_BTJM: T
     stream = torch.zeros(len(z), tokens, x.shape[-1]) if kind in ("tokens", "joint") else None
     time = torch.nn.functional.silu(tower.time_in(t))
     m = tower.modulation(time).unflatten(-1, (6, -1))
-    places = (Words(tokens), Cells(z.shape[2] // tower.patch, z.shape[3] // tower.patch))
+    places = (TokenSequence(tokens), TokenGrid(z.shape[2] // tower.patch, z.shape[3] // tower.patch))
     at = rotary(places, tower.head_width, 100.0, z.device)
     for j, block in enumerate(tower.blocks):
         reads = kind if kind != "joint" else "tokens" if j == 0 else "carried"
@@ -122,9 +122,9 @@ def test_every_variant_draws_what_a_slow_reference_draws(tower: GenerationTower)
 def test_every_variant_draws_the_same_whatever_else_is_in_the_batch(tower: GenerationTower) -> None:
     z, t, states = inputs()
     mask = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
-    together, route = tower(z, t, tower.project_states(states, mask))
+    batched, route = tower(z, t, tower.project_states(states, mask))
     alone, route_alone = tower(z[:1], t[:1], tower.project_states(states[:1, :3]))
-    torch.testing.assert_close(together[:1], alone, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(batched[:1], alone, atol=1e-4, rtol=1e-4)
     assert torch.equal(route.ids_BTJK[:1, :3], route_alone.ids_BTJK)
     torch.testing.assert_close(route.weights_BTJK[:1, :3], route_alone.weights_BTJK, atol=1e-5, rtol=1e-5)
 
@@ -192,7 +192,7 @@ def test_sample_routing_follows_the_mean_of_the_logits_of_the_real_tokens() -> N
     one.load_state_dict(each.state_dict())
     z, t, states = inputs()
     mask = torch.tensor([[True, True, True, False, False], [True, False, False, False, False]])
-    seen = each.project_states(states).router_BTR, patchify(z, 8), t, (), Cells(4, 3), mask
+    seen = each.project_states(states).router_BTR, patchify(z, 8), t, (), TokenGrid(4, 3), mask
     assert one.router is not None
     assert each.router is not None
     logits, every = one.router(*seen), each.router(*seen)

@@ -25,7 +25,7 @@ from mos_cli.routing.analysis import Word, find_words, split_words, step_changes
 from mos_cli.routing.section import cut
 from mos_cli.routing.trace import Recording, Routes, Trace, TraceToken, trace_files
 from mos_cli.routing.views.terminal import RoutesView
-from mos_cli.utils.files import write_together
+from mos_cli.utils.files import write_all
 
 app = typer.Typer(cls=MosGroup, pretty_exceptions_enable=False)
 app.callback()(lambda: None)
@@ -36,7 +36,7 @@ app.command("inspect-routing")(inspect_routing)
 def trace_path(tmp_path) -> Path:
     trace, routes = make_trace()
     path = tmp_path / "apple.json"
-    write_together(trace_files(trace, routes, path))
+    write_all(trace_files(trace, routes, path))
     return path
 
 
@@ -124,7 +124,7 @@ def test_the_picture_leads_to_its_trace(trace_path):
 
 def test_a_summary_is_enough(tmp_path):
     trace, _ = make_trace()
-    write_together(trace_files(trace, None, tmp_path / "summary.json"))
+    write_all(trace_files(trace, None, tmp_path / "summary.json"))
     assert as_json(tmp_path / "summary.json")["changes"] is None
     code, out, _ = mos(tmp_path / "summary.json")
     assert code == 0

@@ -73,7 +73,7 @@ def bank_of(tower: GenerationTower, *lengths: int) -> StateBank:
 def test_a_pass_takes_what_is_counted(shape: dict[str, Any], tokens: int, side: int, each: int) -> None:
     config = {**SIZES, **shape}
     tower = GenerationTower(**config).to(DTYPES[each]).eval().requires_grad_(False)  # type: ignore[arg-type]
-    numbers = network(GenerationShape(**config), each=each)
+    numbers = network(GenerationShape(**config), value_bytes=each)
     for rows in (1, 2):
         z, t = torch.randn(1, 32, side, side).expand(rows, -1, -1, -1), torch.full((rows,), 0.5)
         with torch.inference_mode():
@@ -86,7 +86,7 @@ def test_a_pass_takes_what_is_counted(shape: dict[str, Any], tokens: int, side: 
 
 
 def test_references_are_counted() -> None:
-    config = {**SIZES, "width": 256, "heads": 2, "hidden": 704, "sight_widths": (16,) * 5}
+    config = {**SIZES, "width": 256, "heads": 2, "hidden": 704, "image_state_widths": (16,) * 5}
     tower = GenerationTower(**config).to(torch.bfloat16).eval().requires_grad_(False)  # type: ignore[arg-type]
     z, words = torch.randn(1, 32, 20, 20), 4
     numbers = network(GenerationShape(**config), references=1)
@@ -110,26 +110,29 @@ def test_references_are_counted() -> None:
             assert bank.router_BTR is not None
             kept = bank.bank_BTMD.nbytes + bank.router_BTR.nbytes
             assert memory._bank_of(numbers, rows * (words + memory.IMAGE_TOKENS)) == kept
-    kept = sum(kv.nbytes for kv in references.kv) + references.under_BND.nbytes
+    kept = sum(kv.nbytes for kv in references.kv) + references.reference_BND.nbytes
     assert memory._references(numbers, 400) == {"references": kept}
 
 
 def test_twice_the_branches_take_twice_the_activations_and_a_bank_of_their_own() -> None:
     size = (1024, 1024)
     for numbers in (find_network("mos-l"), replace(find_network("mos-s"), references=0)):
-        apart, both = (memory.stages(numbers, Setting(together=together), size)[2].parts for together in (False, True))
+        apart, both = (
+            memory.stages(numbers, Setting(batched_guidance=batched_guidance), size)[2].parts
+            for batched_guidance in (False, True)
+        )
         assert both["activations"] == 2 * apart["activations"]
         tokens = 2 * memory.context_tokens(numbers, size)
         assert both["bank"] - apart["bank"] == memory._bank_of(numbers, tokens)
     # NF4 unpacks one layer, whatever passes it.
     nf4 = Setting(generation="nf4")
     one, two = (
-        memory.stages(numbers, replace(nf4, together=together), size)[2].parts["activations"]
-        for together in (False, True)
+        memory.stages(numbers, replace(nf4, batched_guidance=batched_guidance), size)[2].parts["activations"]
+        for batched_guidance in (False, True)
     )
     assert two < 2 * one
     unguided = replace(numbers, defaults=numbers.defaults.model_copy(update={"cfg": 1.0}))
-    assert memory.stages(unguided, Setting(), size) == memory.stages(unguided, Setting(together=False), size)
+    assert memory.stages(unguided, Setting(), size) == memory.stages(unguided, Setting(batched_guidance=False), size)
 
 
 def test_full_precision_doubles_what_is_not_quantised() -> None:
@@ -152,7 +155,7 @@ def test_projecting_takes_what_is_counted() -> None:
     ):
         tower = GenerationTower(**shape.model_dump()).to(DTYPES[each]).eval().requires_grad_(False)  # type: ignore[arg-type]
         reader = UnderstandingShape(layers=layers - 1, width=width, hidden=64, linear=parameters, other=0, vision=0)
-        numbers = network(shape, understanding=reader, each=each)
+        numbers = network(shape, understanding=reader, value_bytes=each)
         states = torch.randn(1, tokens, layers, width, dtype=dtype)
         with torch.inference_mode():
             measured = peak(lambda: tower.project_states(states))  # noqa: B023
@@ -219,7 +222,7 @@ def test_decoding_takes_what_is_counted(kind: str, each: int) -> None:
     with torch.inference_mode():
         model.decode(z)
         measured = peak(lambda: model.decode(z))
-    numbers = network(GenerationShape(), autoencoder=shape, each=each)
+    numbers = network(GenerationShape(), autoencoder=shape, value_bytes=each)
     counted = memory.decoding_activations(numbers, (width, height))
     assert counted == pytest.approx(measured, rel=0.1)
 

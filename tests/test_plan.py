@@ -27,7 +27,7 @@ from mos_cli.cli.plan import plan
 from mos_cli.config.settings import RunSettings
 from mos_cli.errors import MemoryLimitError, ModelError, UsageError
 from mos_cli.planning import memory
-from mos_cli.planning.candidates import CARDS, candidates, fastest, parse_quant
+from mos_cli.planning.candidates import GPU_SIZES, candidates, fastest, parse_quant
 from mos_cli.planning.memory import GIB, Setting, stages, weights
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.vision_language import load_understanding
@@ -44,8 +44,8 @@ def command(*arguments: object) -> Result:
 def test_what_is_chosen_fits_and_a_larger_card_is_no_slower(name: str) -> None:
     numbers = find_network(name)
     found = candidates(numbers, numbers.canvas.native)
-    best = [fastest(found, card) for card in CARDS]
-    assert all(c.needs <= card * GIB for c, card in zip(best, CARDS, strict=True))
+    best = [fastest(found, card) for card in GPU_SIZES]
+    assert all(c.needs <= card * GIB for c, card in zip(best, GPU_SIZES, strict=True))
     seconds = [c.total_seconds for c in best]
     assert all(later <= 1.08 * earlier for earlier, later in pairwise(seconds))
     assert [c.total_seconds for c in found] == sorted(c.total_seconds for c in found)
@@ -77,7 +77,7 @@ def test_the_table_names_the_command_for_every_card(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("COLUMNS", "80")
     result = command("plan", "mos-l")
     assert result.exit_code == 0, result.output
-    for card in CARDS:
+    for card in GPU_SIZES:
         assert f"mos generate PROMPT -m DIR --max-vram {card} --quant " in result.output
     for stage in ("read", "bank", "draw", "decode"):
         assert stage in result.output
@@ -89,9 +89,9 @@ def test_the_table_names_the_command_for_every_card(monkeypatch: pytest.MonkeyPa
 def test_json_holds_every_part() -> None:
     result = command("plan", "mos-l", "--json")
     rows = [json.loads(line) for line in result.output.splitlines()]
-    assert [row["card"] for row in rows] == list(CARDS)
+    assert [row["card"] for row in rows] == list(GPU_SIZES)
     for row in rows:
-        assert row["setting"]["together"]
+        assert row["setting"]["batched_guidance"]
         assert row["peak"] == max(stage["peak"] for stage in row["stages"].values())
         assert all(sum(stage["parts"].values()) == stage["peak"] for stage in row["stages"].values())
 
@@ -120,7 +120,7 @@ def test_real_bundles_are_planned_too(editor: Bundle) -> None:
     assert numbers.generation.parameters == tower.num_parameters()
     assert numbers.understanding.states == tower.states_shape
     assert numbers.references == 1
-    assert numbers.eyes > 0
+    assert numbers.image_encoder_parameters > 0
     assert command("plan", "editor", "--max-vram", 8).exit_code == 0
 
 
@@ -153,12 +153,14 @@ def test_image_tokens_are_those_that_the_tower_makes(
     folder = getattr(vlm_towers, kind)(tmp_path)
     # The stand-in of the tests has patches of its own.
     monkeypatch.setattr(blueprints, "_PERCEPTION_PATCH", 7)
-    cell, seen = blueprints._sight(folder, read_config(folder))
-    shape = UnderstandingShape(layers=1, width=1, hidden=1, linear=1, other=1, vision=1, cell=cell, seen=seen)
+    cell, seen = blueprints._image_token_size(folder, read_config(folder))
+    shape = UnderstandingShape(
+        layers=1, width=1, hidden=1, linear=1, other=1, vision=1, image_token_size=cell, image_size=seen
+    )
     size = (96, 128)
     tower = load_understanding(folder)
-    (sight,) = tower.encode(["paint it"], [[torch.zeros(3, size[1], size[0])]]).image_spans[0]
-    assert shape.image_tokens(size) == sight.rows * sight.columns
+    (span,) = tower.encode(["paint it"], [[torch.zeros(3, size[1], size[0])]]).image_spans[0]
+    assert shape.image_tokens(size) == span.rows * span.columns
 
 
 def test_what_fits_every_card_is_shown_once(bundle: Bundle) -> None:
@@ -242,7 +244,7 @@ def hardware_rows(name: str, references: int) -> list[str]:
     numbers = find_network(name, references=references)
     found = candidates(numbers, numbers.canvas.native)
     rows = []
-    for card in CARDS:
+    for card in GPU_SIZES:
         best = fastest(found, card)
         options = f"--max-vram {card} {best.options}"
         tiles = "yes" if best.setting.tiled else "no"

@@ -16,7 +16,7 @@ from mos_cli.errors import InputError, UsageError
 from mos_cli.routing.analysis import Word
 from mos_cli.routing.section import cut, cut_all, layer_use, parse_range, readers
 from mos_cli.routing.trace import Recording, Steered, TraceToken, make_branch, trace_files
-from mos_cli.utils.files import write_together
+from mos_cli.utils.files import write_all
 
 
 def recording_of(**sizes: int) -> Recording:
@@ -26,7 +26,7 @@ def recording_of(**sizes: int) -> Recording:
 
 def save(recording: Recording, folder: Path) -> Path:
     path = folder / "apple.json"
-    write_together(trace_files(recording.trace, recording.routes, path))
+    write_all(trace_files(recording.trace, recording.routes, path))
     return path
 
 

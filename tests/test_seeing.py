@@ -136,8 +136,8 @@ def test_image_tokens_are_the_cells_of_their_picture(tower: VisionLanguageTower,
             for row in range(rows)
             for column in range(columns)
         ]
-        assert [(sight.rows, sight.columns) for sight in image_spans] == expected
-        assert all(tokens[sight.first].patch == (number, 0, 0) for number, sight in enumerate(image_spans))
+        assert [(span.rows, span.columns) for span in image_spans] == expected
+        assert all(tokens[span.first].patch == (number, 0, 0) for number, span in enumerate(image_spans))
     # The words behind the pictures are those of the prompt, and stand for its characters.
     words = [[(token.text, token.start, token.end) for token in tokens if token.end] for tokens in reading.tokens]
     assert words[0] == words[1] == words[3]
@@ -160,13 +160,13 @@ def test_a_token_shows_what_is_in_its_cell(tower: VisionLanguageTower, cell: tup
 def test_neither_padding_nor_another_prompt_shows(tower: VisionLanguageTower) -> None:
     shown = [[picture(256, 64)], [], [picture(64, 64), picture(96, 128)]]
     prompts = ["remove the dog on the left", TEXT, "a cat"]
-    together = tower.encode(prompts, shown)
+    batched = tower.encode(prompts, shown)
     for index, (prompt, pictures) in enumerate(zip(prompts, shown, strict=True)):
         alone = tower.encode([prompt], [pictures])
         assert alone.mask_BT.all()
-        states = together.states_BTMS[index][together.mask_BT[index]]
+        states = batched.states_BTMS[index][batched.mask_BT[index]]
         torch.testing.assert_close(states, alone.states_BTMS[0], **EXACT)
-        assert together.tokens[index] == alone.tokens[0]
+        assert batched.tokens[index] == alone.tokens[0]
 
 
 def test_words_depend_on_the_picture_they_stand_behind(tower: VisionLanguageTower) -> None:
@@ -237,7 +237,7 @@ def test_the_language_part_alone_is_quantised_but_for_sizes_that_cannot_be(
     assert isinstance(tower, VisionLanguageTower)
     states, expected = (each.encode(*shown).states_BTMS.float() for each in (tower, exact))
     assert 0 < (states - expected).norm() / expected.norm() < bound
-    linears = {name: layer for name, layer in tower._whole.named_modules() if isinstance(layer, torch.nn.Linear)}
+    linears = {name: layer for name, layer in tower._full_model.named_modules() if isinstance(layer, torch.nn.Linear)}
     full = {name for name, layer in linears.items() if type(layer) is torch.nn.Linear}
     assert {name for name in full if name.startswith("language_model.")} == {
         f"language_model.layers.{index}.mlp.down_proj" for index in range(vlm_towers.LAYERS)

@@ -68,10 +68,10 @@ def test_a_tower_that_only_reads_is_refused(mos, seeing, encoder_folder, tmp_pat
 def test_training_sees_what_drawing_sees(qwen: Path) -> None:
     tower, understanding = tiny_tower(), load_understanding(qwen)
     batches = Batches.__new__(Batches)
-    batches.understanding, batches.autoencoder, batches.eyes = understanding, Pixels(), None
+    batches.understanding, batches.autoencoder, batches.image_encoder = understanding, Pixels(), None
     batches.train = TrainTable.model_construct(context_tokens=30)
     before = torch.rand(1, 3, 64, 64) * 2 - 1
-    states, mask, grid = batches._read_in_sight([INSTRUCTION], before)
+    states, mask, grid = batches._read_with_images([INSTRUCTION], before)
     assert states.shape[1] == mask.shape[1] == 30 + grid[0] * grid[1]
     reading = PromptEncoder(understanding, None, tower, "tiny").encode_with_images(
         {"positive": PromptEncoder(understanding, None, tower, "tiny").encode(INSTRUCTION)}, [before], [before]
@@ -87,29 +87,31 @@ def test_a_step_of_training_learns_from_what_is_seen(qwen: Path) -> None:
     tower, understanding = tiny_tower(), load_understanding(qwen)
     pictures = torch.rand(2, 3, 64, 64) * 2 - 1
     reading = understanding.encode([INSTRUCTION, INSTRUCTION], [[picture] for picture in pictures])
-    (sight,) = reading.image_spans[0]
-    seen = range(sight.first, sight.first + sight.rows * sight.columns)
+    (span,) = reading.image_spans[0]
+    seen = range(span.first, span.first + span.rows * span.columns)
     order = [n for n in range(reading.mask_BT.shape[1]) if n not in seen] + list(seen)
-    loss, _ = Objective(tower, 0.0)._plain(
+    loss, _ = Objective(tower, 0.0)._uncompiled(
         torch.rand(2, 3, 64, 64), torch.randn(2, 3, 64, 64), torch.tensor([0.5, 0.9]),
-        reading.states_BTMS[:, order], reading.mask_BT[:, order], pictures, None, (sight.rows, sight.columns),
+        reading.states_BTMS[:, order], reading.mask_BT[:, order], pictures, None, (span.rows, span.columns),
     )  # fmt: skip
     loss.backward()
-    assert tower.under_in is not None
-    for weight in (tower.under_in.weight, tower.states_in.weight):
+    assert tower.reference_in is not None
+    for weight in (tower.reference_in.weight, tower.states_in.weight):
         assert weight.grad is not None
         assert weight.grad.abs().sum() > 0
 
 
 def test_eyes_apart_and_a_tower_that_sees_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="eyes apart"):
-        GenerationTower(states_layers=2, sight_widths=(8, 8), sees=True)
+        GenerationTower(states_layers=2, image_state_widths=(8, 8), has_vision=True)
 
 
 def tiny_tower() -> GenerationTower:
     torch.manual_seed(3)
     sizes = {"width": 32, "depth": 2, "heads": 2, "hidden": 48, "router_width": 32, "router_heads": 2}
-    tower = GenerationTower(**sizes, states_layers=vlm_towers.LAYERS + 1, states_width=vlm_towers.WIDTH, sees=True)
+    tower = GenerationTower(
+        **sizes, states_layers=vlm_towers.LAYERS + 1, states_width=vlm_towers.WIDTH, has_vision=True
+    )
     for parameter in tower.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return tower

@@ -117,9 +117,9 @@ def test_a_prompt_draws_the_same_whatever_else_is_in_the_batch(context: str) -> 
     z, t, states = inputs()
     mask = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
     with torch.no_grad():
-        together, route = tower(z, t, tower.project_states(states, mask))
+        batched, route = tower(z, t, tower.project_states(states, mask))
         alone, route_alone = tower(z[:1], t[:1], tower.project_states(states[:1, :3]))
-    torch.testing.assert_close(together[:1], alone, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(batched[:1], alone, atol=1e-4, rtol=1e-4)
     assert torch.equal(route.ids_BTJK[:1, :3], route_alone.ids_BTJK)
 
 

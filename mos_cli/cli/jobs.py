@@ -106,10 +106,10 @@ def check_sheet(option: str, sheet: Path, names: "Naming") -> None:
     """Raises UsageError or InputError if a sheet cannot be written under its name; called before pictures are drawn."""
     from mos_cli.utils.files import refuse_existing
 
-    if sheet.suffix.lower() != ".png" or sheet in names.given:
+    if sheet.suffix.lower() != ".png" or sheet in names.returned:
         raise UsageError(f"{option} {sheet}: name a .png of its own")
     refuse_existing(sheet, names.overwrite)
-    names.given.add(sheet)
+    names.returned.add(sheet)
 
 
 def print_jobs(jobs: list[Job], report: Report) -> None:

@@ -55,12 +55,12 @@ def fit_to_memory(
     where = f"no GPU: {cores}, {gib:.1f} GiB free" if on_cpu else f"{name}, {gib:.4g} GiB"
     how = f"--quant {chosen.quant}" + ("" if on_cpu else f" --offload {chosen.offload}")
     tiles = ", decoded in tiles" if chosen.tiled else ""
-    apart = "" if chosen.together else ", branches of guidance one by one"
+    apart = "" if chosen.batched_guidance else ", branches of guidance one by one"
     report.event(
         "setting",
         f"{f'auto: {where}, {precision}' if auto else f'for {gib:g} GiB'}: {how}{tiles}{apart}",
         **{"device": name, "threads": threads, "gib": gib, "precision": precision},
-        **chosen.model_dump(include={"quant", "offload", "tiled", "together"}),
+        **chosen.model_dump(include={"quant", "offload", "tiled", "batched_guidance"}),
     )
     return chosen
 

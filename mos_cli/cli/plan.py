@@ -88,9 +88,9 @@ def plan(
     """Show how much GPU memory a model needs, stage by stage, and the fastest setting that fits; load no weights."""
     from mos_cli.bundles.blueprints import find_network
     from mos_cli.config.settings import parse_size
-    from mos_cli.planning.candidates import CARDS, candidates, parse_quant
+    from mos_cli.planning.candidates import GPU_SIZES, candidates, parse_quant
 
-    memories = [_Memory(gib, f"{gib:g}") for gib in CARDS]
+    memories = [_Memory(gib, f"{gib:g}") for gib in GPU_SIZES]
     if max_vram is not None:
         memory, precision = _memory_of(max_vram, precision)
         memories = [memory]
@@ -124,7 +124,7 @@ def plan(
 
 def _memory_of(max_vram: str, precision: Precision | None) -> tuple[_Memory, Precision | None]:
     """The memory that --max-vram names, and the precision to plan for; torch is imported for auto only."""
-    from mos_cli.config.settings import make_settings, room
+    from mos_cli.config.settings import available_memory, make_settings
 
     gib = make_settings(max_vram=max_vram).max_vram
     if isinstance(gib, float):
@@ -132,7 +132,7 @@ def _memory_of(max_vram: str, precision: Precision | None) -> tuple[_Memory, Pre
     from mos_cli.utils.devices import choose_device, choose_precision
 
     device = choose_device("auto")
-    return _Memory(room(device), "auto", on_cpu=device.type == "cpu"), precision or choose_precision(device)
+    return _Memory(available_memory(device), "auto", on_cpu=device.type == "cpu"), precision or choose_precision(device)
 
 
 def _answer(found: "list[Candidate]", memory: _Memory) -> "Candidate | MemoryLimitError":
@@ -154,7 +154,7 @@ def _command(network: "Network", best: "Candidate", memory: _Memory, size: str |
     elif not (memory.up_to and (best.quant, best.setting.offload, best.setting.tiled) == ("none", "none", False)):
         # What fits every GPU without changes needs no limit: the same command is right without a GPU.
         words += [f"--max-vram {memory.option}", best.options]
-    words += ["--precision fp32"] if network.each == 4 else []
+    words += ["--precision fp32"] if network.value_bytes == 4 else []
     words += [f"--size {size}"] if size else []
     return " ".join(words)
 
@@ -208,7 +208,7 @@ def _print_memory(memory: _Memory, best: "Candidate", command: str) -> None:
     stdout.print(table)
     host = f"; {best.host / GIB:.1f} GiB of main memory" if best.host else ""
     tiled = "; decoded in tiles" if best.setting.tiled else ""
-    apart = "" if best.setting.together else "; branches of guidance one by one"
+    apart = "" if best.setting.batched_guidance else "; branches of guidance one by one"
     of = " GiB: fits all of them" if memory.up_to else f" of {memory.gib:.4g} GiB"
     stdout.print(f"  peak {best.needs / GIB:.1f}{of}{host}{tiled}{apart}")
     if not memory.on_cpu:

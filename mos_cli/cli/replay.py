@@ -130,7 +130,7 @@ def replay(
     loaded: dict[tuple[Any, ...], MoSPipeline] = {}
 
     def pipeline_of(bundle: "Bundle", recipe: "Recipe", made: "Provenance") -> "MoSPipeline":
-        key = (bundle.hash, recipe.precision, recipe.quant, made.tiled, made.together, compiles(made))
+        key = (bundle.hash, recipe.precision, recipe.quant, made.tiled, made.batched_guidance, compiles(made))
         if key not in loaded:
             # One at a time: together two models might not fit.
             loaded.clear()
@@ -140,7 +140,10 @@ def replay(
                 bundle, settings, size, report, quant=quant, precision=recipe.precision, references=shown
             )
             # As it was made, where that fits: otherwise it would round differently, and only come out close.
-            how = {"tiled": placed.tiled or made.tiled, "together": placed.together and made.together}
+            how = {
+                "tiled": placed.tiled or made.tiled,
+                "batched_guidance": placed.batched_guidance and made.batched_guidance,
+            }
             how["compile"] = compiles(made)
             placed = placed.model_copy(update=how)
             loaded[key] = load_with_progress(bundle, placed, report, precision=recipe.precision, quant=recipe.quant)

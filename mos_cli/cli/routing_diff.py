@@ -60,7 +60,7 @@ def _as_dict(difference: "Difference", a: "Trace", b: "Trace") -> dict[str, Any]
         "branches": {
             name: {
                 "steps": branch.steps,
-                "apart": branch.apart,
+                "apart": branch.time_distance,
                 "only_a": branch.only_a,
                 "only_b": branch.only_b,
                 **_counts(branch.tally),

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from mos_cli.bundles.bundle import Bundle, edits_of, find_bundle, remember
+from mos_cli.bundles.bundle import Bundle, edits_of, find_bundle, record_location
 from mos_cli.bundles.sources import fetch_tower
 from mos_cli.config.recipe import PictureRecord, make_recipe
 from mos_cli.config.settings import RunSettings, make_settings, parse_size
@@ -20,7 +20,7 @@ from mos_cli.errors import InputError
 from mos_cli.images.inputs import Inputs, make_inputs
 from mos_cli.images.outputs import read_record
 from mos_cli.images.pictures import Picture, make_picture, read_picture
-from mos_cli.inference.offload import cap
+from mos_cli.inference.offload import limit_memory
 from mos_cli.inference.pipeline import Drawing, MoSPipeline
 from mos_cli.inference.requests import (
     EditRequest,
@@ -57,17 +57,17 @@ def load_pipeline(
     """
     device = choose_device(settings.device)
     if isinstance(settings.max_vram, float) and device.type == "cuda":
-        cap(device, settings.max_vram)
+        limit_memory(device, settings.max_vram)
     pipeline = MoSPipeline(
         bundle,
         understanding,
         device=device,
         precision=precision,
         attention=settings.attention,
-        setting=Setting(*parse_quant(quant or "none"), settings.offload, settings.tiled, settings.together),
+        setting=Setting(*parse_quant(quant or "none"), settings.offload, settings.tiled, settings.batched_guidance),
         compiled=settings.compile,
     )
-    remember(bundle)
+    record_location(bundle)
     return pipeline
 
 

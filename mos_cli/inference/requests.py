@@ -14,7 +14,7 @@ from mos_cli.bundles.bundle import Bundle, edits_of
 from mos_cli.bundles.shapes import read_generation
 from mos_cli.bundles.specs import Canvas, Defaults
 from mos_cli.config.recipe import MaskRecipe, Recipe, RouteSource, check_blocks, check_guidance, pixels_hash
-from mos_cli.config.settings import RunSettings, fitted, parse_size, room
+from mos_cli.config.settings import RunSettings, available_memory, fitted, parse_size
 from mos_cli.errors import UsageError
 from mos_cli.images.inputs import Inputs, describe_edit
 from mos_cli.images.masks import read_mask
@@ -232,7 +232,7 @@ def fit_settings(
         quant = settings.quant
     if precision is None:
         precision = choose_precision(device) if settings.precision == "auto" else settings.precision
-    gib = settings.max_vram if isinstance(settings.max_vram, float) else room(device)
+    gib = settings.max_vram if isinstance(settings.max_vram, float) else available_memory(device)
     numbered = settings.model_copy(update={"max_vram": gib})
     network = network_of(bundle, precision=precision, references=references)
     chosen = fitted(numbered, network, size, quant, on_cpu=on_cpu)

@@ -1,4 +1,4 @@
-"""Keeps the libraries' chatter away from people who asked for a picture; errors still come through."""
+"""Silences warnings and progress bars of the libraries; errors are still shown."""
 
 import logging
 import os

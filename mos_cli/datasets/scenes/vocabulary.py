@@ -1,4 +1,4 @@
-"""The words scenes are made of: things with their pictures, colours, styles; and the English around them.
+"""The vocabulary of scenes: things with their pictures, colours, styles, and English grammar.
 
 Shapes: V pictures, H x W a picture's size.
 """
@@ -26,7 +26,7 @@ STYLES = {
     "twemoji": ("twemoji",),
     "emojione": ("emojione",),
 }
-"""How captions name the hand of each art set."""
+"""The names of each art set's style in captions."""
 
 COLOURS: dict[str, tuple[RGB, tuple[str, ...]]] = {
     "red": ((0.87, 0.13, 0.16), ("red", "crimson", "scarlet")),
@@ -63,13 +63,13 @@ _english = inflect.engine()
 
 @dataclass(frozen=True)
 class Word:
-    """A concept the model learns: the names captions use for it, and its picture's row in each style."""
+    """A concept: its names in captions, and the row of its picture in each style."""
 
     names: tuple[str, ...]
     pictures: dict[str, int]
 
     def names_for(self, *, counted: bool, painted: bool) -> list[str]:
-        """The names that can be counted, if they must be, and that say no colour themselves, if a colour is said."""
+        """The names that have a plural, if `counted`, and that contain no colour, if `painted`."""
         return [
             name
             for name in self.names
@@ -79,7 +79,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Words by their names in the art file, the styles they are drawn in, and their sprites, uint8 [V, H, W, 4]."""
+    """Words by their names in the art file, their styles, and their sprites, uint8 [V, H, W, 4]."""
 
     words: dict[str, Word]
     styles: tuple[str, ...]
