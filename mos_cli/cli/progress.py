@@ -24,7 +24,7 @@ def stop_between_steps() -> Iterator[Callable[[], None]]:
     pressed = False
     before = signal.getsignal(signal.SIGINT)
 
-    def remember(_number: int, _frame: FrameType | None) -> None:
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
         nonlocal pressed
         pressed = True
         stderr.print("finishing this step; Ctrl-C again to stop at once")
@@ -34,7 +34,7 @@ def stop_between_steps() -> Iterator[Callable[[], None]]:
         if pressed:
             raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, remember)
+    signal.signal(signal.SIGINT, on_signal)
     try:
         yield check
     finally:
