@@ -78,7 +78,7 @@ def fit_to_card(
         "setting",
         f"{f'auto: {where}, {precision}' if auto else f'for {gib:g} GiB'}: {how}{tiles}{apart}",
         **{"device": name, "threads": threads, "gib": gib, "precision": precision},
-        **chosen.model_dump(include={"quant", "offload", "tiled", "together"}),
+        **chosen.model_dump(include={"quant", "offload", "tiled", "batched_guidance"}),
     )
     return chosen.model_copy(update={"max_vram": None}) if on_cpu else chosen
 

@@ -138,7 +138,10 @@ def replay(
                 bundle, settings, size, report, quant=quant, precision=recipe.precision, references=shown
             )
             # As it was made, where that fits: otherwise it would round differently, and only come out close.
-            how = {"tiled": placed.tiled or made.tiled, "together": placed.batched_guidance and made.batched_guidance}
+            how = {
+                "tiled": placed.tiled or made.tiled,
+                "batched_guidance": placed.batched_guidance and made.batched_guidance,
+            }
             how["compile"] = compiles(made)
             placed = placed.model_copy(update=how)
             loaded[key] = load_pipeline(bundle, placed, report, precision=recipe.precision, quant=recipe.quant)
