@@ -240,6 +240,8 @@ def test_a_route_depends_on_what_the_router_sees_and_on_nothing_else(seen: tuple
         ({"router_inputs": ("latent", "time")}, "must name 'tokens'"),
         ({"top_k": 0}, "top_k cannot be 0"),
         ({"top_k": M + 1}, f"there are {M} layers"),
+        ({"heads": 3}, "width cannot be [0-9]+: with 3 heads it must be a multiple of 48"),
+        ({"router_heads": 3}, "router_width cannot be [0-9]+: with 3 heads it must be a multiple of 48"),
     ],
 )
 def test_choices_that_make_no_sense_are_refused_in_one_line(choices: dict, complaint: str) -> None:
