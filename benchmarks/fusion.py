@@ -136,7 +136,7 @@ def variant(name: str, seed: int, steps: int | None, path: Path = RECIPE) -> Tra
 
 
 def _bench(folder: Path, names: list[str], scenes: int, art: Path, recipe: TrainRecipe, device: torch.device) -> Bench:
-    """Scenes, prompts and what the towers read of them; writes the judge's ceiling."""
+    """Scenes, prompts and their hidden states; writes the judge's ceiling."""
     assert isinstance(recipe.data, DataTable)
     world, canvas = World(load_vocabulary(load_art(art), recipe.data)), recipe.bundle.canvas.native[0]
     train, held_back = world.scenes(scenes, canvas, "train"), world.scenes(HELD_BACK, canvas, "held back")
@@ -152,7 +152,7 @@ def _bench(folder: Path, names: list[str], scenes: int, art: Path, recipe: Train
 
 
 def _set_up(device: torch.device) -> None:
-    """For a process that makes many runs: the blocks of all variants stay compiled, beside each other."""
+    """For a process with many runs: keeps the compiled blocks of all variants."""
     torch._dynamo.config.recompile_limit = 64
     if device.type == "cuda":
         return

@@ -33,7 +33,7 @@ CATEGORIES: tuple[Category, ...] = ("single", "two", "colour", "position", "bind
 COLOURS = ("red", "yellow", "blue", "purple")
 SIDES = ("left", "right", "above", "below")
 MOST_WORDS = 9
-"""Longer captions are written anew: all are padded to the longest."""
+"""Longer captions are replaced, since all are padded to the longest."""
 
 
 @dataclass(frozen=True)

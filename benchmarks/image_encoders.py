@@ -176,7 +176,7 @@ def scored(states: dict[str, Tensor], sheets: dict[str, Sheet], steps: int) -> d
 
 
 def guessed(sheets: dict[str, Sheet]) -> dict[str, list[float]]:
-    """The same scores of saying what is most frequent among the scenes the probes learn from."""
+    """The scores of always predicting the most frequent class of the probes' training scenes."""
     taught, scores = sheets["probe"], {}
     for key, name in (("cells", "things_BV"), ("paint", "paints_BV"), ("style", "styles_BV")):
         truth = getattr(taught, name)

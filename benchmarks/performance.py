@@ -161,22 +161,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--rounds", type=int, default=20, help="forwards that are timed (20)")
     parser.add_argument("--tiny", action="store_true", help="small networks, on any machine: does the script work?")
-    arguments = parser.parse_args(arguments)
-    if not torch.cuda.is_available() and not arguments.tiny:
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available() and not options.tiny:
         print("error: there is no CUDA device here: --tiny shows that the script works", file=sys.stderr)
         return DeviceError.exit_code
     quieten()
-    run = Run(torch.device("cuda" if torch.cuda.is_available() else "cpu"), arguments.rounds, arguments.tiny)
+    run = Run(torch.device("cuda" if torch.cuda.is_available() else "cpu"), options.rounds, options.tiny)
     try:
-        rows = PARTS[arguments.part](run)
+        rows = PARTS[options.part](run)
     except torch.OutOfMemoryError:
         print(
-            f"error: {arguments.part} needs MoS-L in bf16, and {device_name(run.device)} has too little",
+            f"error: {options.part} needs MoS-L in bf16, and {device_name(run.device)} has too little",
             file=sys.stderr,
         )
         return MemoryLimitError.exit_code
     _print(rows)
-    about = {"part": arguments.part, **asdict(run), "device": device_name(run.device), "torch": torch.__version__}
+    about = {"part": options.part, **asdict(run), "device": device_name(run.device), "torch": torch.__version__}
     for row in rows:
         print(json.dumps({**about, **row}))
     return 0

@@ -43,7 +43,7 @@ class Stages:
 
 
 def draw_under(gib: int, plan: networks.Network, network: networks.Network, device: torch.device) -> dict[str, Any]:
-    """One picture under a cap: whether it passes, and what the plan says beside what was measured.
+    """One picture under a memory limit: whether it fits, and the plan compared with the measurement.
 
     Args:
         plan: the model whose setting is taken.

@@ -97,6 +97,6 @@ def matmul_rate(run: Run) -> float:
 
 
 def difference(said: Tensor, expected: Tensor) -> float:
-    """The largest of the rows' differences, as a part of the norm of what was expected."""
+    """The largest of the rows' differences, relative to the norm of the expected result."""
     rows = zip(said, expected, strict=True)
     return max(((one - other).norm() / other.norm()).item() for one, other in rows)

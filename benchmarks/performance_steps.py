@@ -28,12 +28,12 @@ from mos_cli.towers.router import Steering
 from mos_cli.utils.validation import DEFAULT_SOLVER
 
 LENGTHS = (32, 64, TOKENS)
-"""Tokens of the prompts that are met one after the other: what is made for one may have to be made anew."""
+"""Lengths of the prompts, one after the other: a new length may be compiled again."""
 NO_CUDA, NEVER = "no CUDA", "never waits"
 
 
 def batched_guidance(run: Run) -> list[Row]:
-    """Both branches in one pass beside two passes: with weights as they are, unpacked, and fetched over the bus."""
+    """Both branches as one batch and as two passes, with bf16, unpacked and offloaded weights."""
     rows: list[Row] = []
     kinds: list[tuple[str, Method | None]] = [("bf16", None), ("nf4", "nf4"), ("bf16, fetched", None)]
     for blocks, method in kinds:
@@ -85,7 +85,7 @@ def compiled(run: Run) -> list[Row]:
 
 
 def _costs(model: MoSL, expected: Tensor, *, graph: bool) -> Row:
-    """What the first calls cost, the steady time of the last, and how far it is from what was expected."""
+    """The time of the first calls, the steady time of the last, and its difference from the expected result."""
     steps, began = [model.step(tokens) for tokens in LENGTHS], time.perf_counter()
     for number, step in enumerate(steps):
         steps[number] = _captured(step, model.run.device) if graph else step
@@ -103,7 +103,7 @@ def _finished(action: Callable[[], object], device: torch.device) -> None:
 
 
 def _captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """The step as a graph, which the device replays on the same memory; what it returns is overwritten by the next."""
+    """The step as a CUDA graph, which runs on the same memory; its result is overwritten by the next."""
     beside = torch.cuda.Stream(device)
     beside.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(beside):

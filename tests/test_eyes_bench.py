@@ -23,7 +23,7 @@ from mos_cli.bundles.shapes import IMAGE_GRID
 from mos_cli.datasets.scenes.backgrounds import WHITE
 from mos_cli.datasets.scenes.description import DEFAULT_STYLE, held_out, held_out_style
 from mos_cli.datasets.scenes.layout import Placed, Scene
-from mos_cli.datasets.scenes.vocabulary import COLOURS, Vocabulary, Word
+from mos_cli.datasets.scenes.vocabulary import COLOURS, Vocabulary, VocabularyWord
 from mos_cli.towers.image_encoder import ImageEncoder
 
 STYLES = (DEFAULT_STYLE, "noto")
@@ -34,7 +34,7 @@ WORDS = 40
 def world() -> World:
     """Things are opaque squares, so that their boxes are the truth."""
     words = {
-        f"thing{row}": Word((f"thing{row}",), {style: 2 * row + at for at, style in enumerate(STYLES)})
+        f"thing{row}": VocabularyWord((f"thing{row}",), {style: 2 * row + at for at, style in enumerate(STYLES)})
         for row in range(WORDS)
     }
     sprites = torch.randint(0, 256, (2 * WORDS, 1, 1, 4), generator=torch.Generator().manual_seed(0))

@@ -23,6 +23,7 @@ from mos_cli.towers.layers import (
     unpatchify,
 )
 from mos_cli.towers.router import fixed_route
+from mos_cli.utils.migration import current_fields, current_weight
 
 FIXED = [
     *({"fusion": f, "context": c} for f, c in product(["last", "aligned", "mean"], ["kv", "tokens", "cross"])),
@@ -239,6 +240,8 @@ def test_a_route_depends_on_what_the_router_sees_and_on_nothing_else(seen: tuple
         ({"router_inputs": ("latent", "time")}, "must name 'tokens'"),
         ({"top_k": 0}, "top_k cannot be 0"),
         ({"top_k": M + 1}, f"there are {M} layers"),
+        ({"heads": 3}, "width cannot be [0-9]+: with 3 heads it must be a multiple of 48"),
+        ({"router_heads": 3}, "router_width cannot be [0-9]+: with 3 heads it must be a multiple of 48"),
     ],
 )
 def test_choices_that_make_no_sense_are_refused_in_one_line(choices: dict, complaint: str) -> None:
@@ -252,11 +255,11 @@ def test_the_default_is_routed_and_has_the_parameters_of_the_shipped_weights() -
     assert (config["fusion"], config["context"], config["routing"]) == ("routed", "kv", "token")
     assert set(config["router_inputs"]) == {"tokens", "latent", "time"}
     folder = find_bundle("emoji").folder / "generation"
-    shipped: Any = GenerationTower.load_config(folder)
+    shipped: Any = current_fields(GenerationTower.load_config(folder))
     # Configs written before there were rivals have no such fields.
     rivals = {"fusion", "fusion_layers", "router_inputs", "routing"}
     shipped = {name: value for name, value in shipped.items() if name not in rivals}
     with torch.device("meta"):
         expected = {name: list(p.shape) for name, p in GenerationTower(**shipped).state_dict().items()}
     (weights,) = folder.glob("*.safetensors")
-    assert {name: list(tensor.shape) for name, tensor in load_file(weights).items()} == expected
+    assert {current_weight(name): list(tensor.shape) for name, tensor in load_file(weights).items()} == expected

@@ -179,7 +179,7 @@ def test_reading_takes_what_is_counted() -> None:
         measured = peak(read)
     reader = UnderstandingShape(layers=6, width=256, hidden=768, linear=10**6, other=0, vision=0)
     numbers = network(GenerationShape(), understanding=reader)
-    counted = memory._states(numbers, memory.TOKENS) // 2 + memory._reading(numbers, Setting(), memory.TOKENS)
+    counted = memory._states(numbers, memory.TOKENS) // 2 + memory._encoding(numbers, Setting(), memory.TOKENS)
     assert counted == pytest.approx(measured, rel=0.1)
 
 

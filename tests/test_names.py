@@ -60,6 +60,8 @@ RETIRED_ANYWHERE = {
     "sight_widths": "image_state_widths",
     "under_BND": "reference_BND",
     "under_in": "reference_in",
+    "write_together": "write_all",
+    "xformers_takes": "xformers_supports",
 }
 """Names that are not words, and so may be in no text either."""
 EXEMPT = ("models/emoji/", "models/judge/", "models/enlarger/", "tests/fixtures/", "docs/LOG.md")

@@ -24,7 +24,7 @@ from mos_cli.datasets.scenes.description import (
     held_out_style,
 )
 from mos_cli.datasets.scenes.layout import JITTER, Placed, Scene, lay_out
-from mos_cli.datasets.scenes.vocabulary import COLOURS, STYLES, Vocabulary, Word, plural, with_article
+from mos_cli.datasets.scenes.vocabulary import COLOURS, STYLES, Vocabulary, VocabularyWord, plural, with_article
 from mos_cli.datasets.scenes.writer import OPEN_ARRANGEMENTS, OPEN_PAIRS, SceneWriter
 
 NAMES = ("dog", "apple", "cat", "owl", "unicorn", "bus", "key", "cheese")
@@ -43,7 +43,7 @@ def sprites() -> torch.Tensor:
 
 VOCABULARY = Vocabulary(
     {
-        name: Word((name,), {style: 2 * row + offset for offset, style in enumerate(HANDS)})
+        name: VocabularyWord((name,), {style: 2 * row + offset for offset, style in enumerate(HANDS)})
         for row, name in enumerate(NAMES)
     },
     HANDS,

@@ -62,7 +62,7 @@ def test_a_tower_that_only_reads_is_refused(mos, seeing, encoder_folder, tmp_pat
     write_bundle(tmp_path / "models" / "blind", encoder_folder, edits=EDITS)
     refused = mos("generate", "a dog", "-m", "blind", "-o", tmp_path / "x.png")
     assert refused.exit_code == 4
-    assert "needs an understanding tower that sees" in refused.stderr
+    assert "needs an understanding tower with vision" in refused.stderr
 
 
 def test_training_sees_what_drawing_sees(qwen: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_step_of_training_learns_from_what_is_seen(qwen: Path) -> None:
 
 
 def test_eyes_apart_and_a_tower_that_sees_exclude_each_other() -> None:
-    with pytest.raises(ValueError, match="eyes apart"):
+    with pytest.raises(ValueError, match="image_state_widths are for"):
         GenerationTower(states_layers=2, image_state_widths=(8, 8), has_vision=True)
 
 

@@ -64,7 +64,7 @@ def _copy(source: Path, file: str, made: Path) -> None:
     shutil.copyfile(source / file, target)
     if file == "recipe.json":
         fields = current_recipe(json.loads(target.read_bytes()))
-    elif target.name == "config.json":
+    elif current_file(file) == "image_encoder/config.json":
         config = json.loads(target.read_bytes())
         fields = {**config, "_class_name": CLASSES.get(config["_class_name"], config["_class_name"])}
     else:

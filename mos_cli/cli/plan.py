@@ -1,18 +1,18 @@
 """`mos plan`: how much memory a model needs, and the fastest setting that fits, from configs alone."""
 
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mos_cli.cli.output import print_json, stdout
 from mos_cli.errors import MemoryLimitError
+from mos_cli.utils.devices import Precision
 
 if TYPE_CHECKING:
     from mos_cli.bundles.blueprints import Network
     from mos_cli.planning.candidates import Candidate
 
-Precision = Literal["bf16", "fp32"]
 _STAGES = ("read", "bank", "draw", "decode")
 
 

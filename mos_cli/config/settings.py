@@ -119,7 +119,7 @@ def config_path() -> Path | None:
 
     if named := os.environ.get("MOS_CONFIG"):
         if not Path(named).is_file():
-            raise InputError(f"MOS_CONFIG names {named}, which is no file: mend it, or unset it to go without")
+            raise InputError(f"MOS_CONFIG names {named}, which is not a file: correct it or unset it")
         return Path(named)
     path = user_config_path("mos") / "config.toml"
     return path if path.is_file() else None

@@ -184,7 +184,7 @@ def _targets(scenes: list[LabelledScene], angles: list[float]) -> tuple[Tensor, 
 
 
 def judge_loss(net: JudgeNet, batch: JudgeBatch, *, bfloat16: bool) -> Tensor:
-    """CenterNet's focal loss on the centres (arXiv 1904.07850, eq. 1) and cross entropies of what is there."""
+    """CenterNet's focal loss on the centres (arXiv 1904.07850, eq. 1) and cross entropies of the classes."""
     with torch.autocast(batch.pictures.device.type, torch.bfloat16, enabled=bfloat16):
         logits, levels = net(batch.pictures.contiguous(memory_format=torch.channels_last))
         rows = torch.arange(len(batch.cells), device=batch.cells.device)[:, None].expand_as(batch.cells)

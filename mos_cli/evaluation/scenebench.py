@@ -22,7 +22,7 @@ from mos_cli.datasets.scenes.description import (
     held_out,
     held_out_style,
 )
-from mos_cli.datasets.scenes.vocabulary import COLOURS, Vocabulary, Word
+from mos_cli.datasets.scenes.vocabulary import COLOURS, Vocabulary, VocabularyWord
 from mos_cli.datasets.tables import DataTable, read_toml, with_words
 from mos_cli.utils.files import atomic_write
 from mos_cli.utils.folders import presets_folder
@@ -67,7 +67,7 @@ def bench_data() -> DataTable:
 def bench_words() -> Vocabulary:
     """The vocabulary of the prompts, without sprites."""
     data = bench_data()
-    words = {word: Word(names, dict.fromkeys(data.styles, 0)) for word, names in data.words.items()}
+    words = {word: VocabularyWord(names, dict.fromkeys(data.styles, 0)) for word, names in data.words.items()}
     return Vocabulary(words, data.styles, torch.empty(0))
 
 

@@ -42,8 +42,8 @@ def current_fields(fields: Any) -> Any:
 
 def current_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     """The fields of a training recipe under their present names, those of its network included."""
-    fields = current_fields(recipe)
-    return {**fields, "generation": current_fields(fields["generation"])}
+    fields = current_fields(recipe).items()
+    return {name: current_fields(value) if name == "generation" else value for name, value in fields}
 
 
 def current_weight(name: str) -> str:

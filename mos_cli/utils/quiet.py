@@ -13,7 +13,7 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # bf16 networks with fp32 norms (training under autocast) take the slower of two equal paths.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-    # So does inductor, of what it makes of int8 layers.
+    # Inductor warns of this for int8 layers.
     warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed")
     from transformers.utils import logging as transformers_logging
 

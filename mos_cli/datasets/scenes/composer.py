@@ -42,7 +42,7 @@ class Composer:
         while True:
             chosen = random.sample(self._words, count - 2 if self.held_out_pairs else count)
             if self.held_out_pairs:
-                chosen = [*random.sample(random.choice(self._held_out_pairs), 2), *chosen]
+                chosen = [*random.sample(random.choice(self._untrained_pairs), 2), *chosen]
             if any(held_out_style(word, style) for word in chosen for style in styles):
                 continue
             pairs = [frozenset(pair) for pair in combinations(chosen, 2)]
@@ -115,7 +115,7 @@ class Composer:
         return confusable([(word, known.names) for word, known in self.vocabulary.words.items()])
 
     @cached_property
-    def _held_out_pairs(self) -> tuple[tuple[str, str], ...]:
+    def _untrained_pairs(self) -> tuple[tuple[str, str], ...]:
         return tuple(pair for pair in combinations(self._words, 2) if held_out(*pair))
 
 

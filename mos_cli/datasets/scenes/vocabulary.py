@@ -62,7 +62,7 @@ _english = inflect.engine()
 
 
 @dataclass(frozen=True)
-class Word:
+class VocabularyWord:
     """A concept: its names in captions, and the row of its picture in each style."""
 
     names: tuple[str, ...]
@@ -81,7 +81,7 @@ class Word:
 class Vocabulary:
     """Words by their names in the art file, their styles, and their sprites, uint8 [V, H, W, 4]."""
 
-    words: dict[str, Word]
+    words: dict[str, VocabularyWord]
     styles: tuple[str, ...]
     sprites_VHW4: Tensor
 
@@ -104,7 +104,7 @@ def load_vocabulary(art: Art, data: DataTable) -> Vocabulary:
         missing = [style for style in data.styles if (name, style) not in found]
         if missing:
             raise InputError(f"the art file has no '{name}' in {', '.join(missing)}: drop the word or the style")
-        words[name] = Word(names, {style: len(rows) + offset for offset, style in enumerate(data.styles)})
+        words[name] = VocabularyWord(names, {style: len(rows) + offset for offset, style in enumerate(data.styles)})
         rows += [found[name, style] for style in data.styles]
     return Vocabulary(words, data.styles, art.pixels[rows])
 
