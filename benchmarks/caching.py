@@ -1,4 +1,4 @@
-"""What feature caching costs and saves: diffusers' techniques side by side, and taking fewer steps beside them.
+"""Feature caching: the time it saves and the error it causes, compared for diffusers' techniques and fewer steps.
 
 Every prompt is drawn with every technique in turn, so that whatever else the machine does slows all alike. "time" is
 that of a step as a share of the same without a cache, the median over prompts; on a CPU of the process's own time.
@@ -27,15 +27,16 @@ from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig
 from PIL import Image
 
 from mos_cli.bundles.bundle import find_bundle
-from mos_cli.cli.fetching import fetch_with_progress
+from mos_cli.cli.progress import fetch_with_progress
 from mos_cli.config.recipe import Recipe, make_recipe
 from mos_cli.config.settings import RunSettings
 from mos_cli.images.sheets import COLUMNS, contact_sheet
 from mos_cli.inference.pipeline import MoSPipeline, make_noise
 from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.trace import RecordOptions, Routes
-from mos_cli.sampling.feature_cache import CacheConfig, Cached
-from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, Step, make_sigmas, sample
+from mos_cli.sampling.feature_cache import CacheConfig, CachedTower
+from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, Guidance
+from mos_cli.sampling.sampler import Step, make_sigmas, sample
 from mos_cli.towers.autoencoder import to_image
 from mos_cli.towers.blocks import GenerationBlock
 from mos_cli.utils.devices import choose_device, choose_precision, device_name
@@ -60,7 +61,7 @@ class Outcome:
 
 @dataclass
 class Found:
-    """What a technique made of all prompts."""
+    """The results of a technique for all prompts."""
 
     times: list[float] = field(default_factory=list)
     skipped: list[float] = field(default_factory=list)
@@ -84,7 +85,7 @@ class Found:
 
 
 class Bench:
-    """A bundle that draws, with or without a cache."""
+    """A loaded bundle, with or without a cache."""
 
     def __init__(self, model: str | None) -> None:
         bundle, self.device = find_bundle(model or RunSettings().model), choose_device("auto")
@@ -93,7 +94,7 @@ class Bench:
         self.pipeline = MoSPipeline(bundle, tower, device=self.device, precision=self.precision)
         self.tower, self.bundle, self.passes = self.pipeline.tower, bundle, 0
         for block in self.tower.blocks:
-            # The block's own hooks run when it is passed over, too.
+            # The hooks of a skipped block run, too.
             block.mlp.register_forward_pre_hook(self._count)  # type: ignore[operator, union-attr]
         index = {"hidden_states": 0}
         metadata = TransformerBlockMetadata(return_hidden_states_index=0, _cached_parameter_indices=index)
@@ -117,26 +118,26 @@ class Bench:
         )
 
     def draw(self, recipe: Recipe, config: CacheConfig | None) -> Outcome:
-        """Draws as the pipeline does, with any cache."""
+        """Draws like the pipeline, with any cache."""
         banks = {
             POSITIVE: self.pipeline.prompt_encoder.encode(recipe.prompt),
             NEGATIVE: self.pipeline.prompt_encoder.encode(""),
         }
         recorder, ends, self.passes = Recorder(RecordOptions()), [], 0
-        predictor = self.tower if config is None else Cached(self.tower, config)
+        predictor = self.tower if config is None else CachedTower(self.tower, config)
         started = self.now()
         z = sample(
             predictor,
             make_noise(self.pipeline.autoencoder, recipe.working_size, recipe.seed, self.device),
-            {name: reading.bank for name, reading in banks.items()},
+            {name: encoding.bank for name, encoding in banks.items()},
             sigmas=make_sigmas(self.pipeline.scheduler, recipe.steps),
             solver=recipe.solver,
             guidance=Guidance(recipe.cfg, recipe.cfg_interval),
-            together=self.pipeline.setting.together,
+            batched_guidance=self.pipeline.setting.batched_guidance,
             observers=[recorder, lambda step: self._end(step, ends)],
-            reset_cache=predictor.reset_cache if isinstance(predictor, Cached) else lambda: None,
+            reset_cache=predictor.reset_cache if isinstance(predictor, CachedTower) else lambda: None,
         )
-        if isinstance(predictor, Cached):
+        if isinstance(predictor, CachedTower):
             predictor.end()
         with torch.inference_mode():
             image = to_image(self.pipeline.autoencoder.decode(z))
@@ -183,7 +184,7 @@ def same_layers(a: dict[str, Routes], b: dict[str, Routes]) -> float:
 
 
 def techniques(steps: int, blocks: int, ratios: list[float]) -> dict[str, CacheConfig]:
-    """TaylorSeer on what the last block hands on, the others as diffusers offers them."""
+    """TaylorSeer on the output of the last block, the others with diffusers' defaults."""
     made: dict[str, CacheConfig] = {}
     taylor = [(0, 2, 8), (1, 2, 8), (0, 2, 4), (0, 3, 4), (0, 4, 4), (1, 2, 4), (1, 3, 4), (1, 4, 4)]
     for order, every, part in taylor:
@@ -210,9 +211,9 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--sheet", type=Path, help="Write the first pictures of every technique side by side.")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     quieten()
-    bench = Bench(asked.model)
+    bench = Bench(arguments.model)
     steps = bench.bundle.index.defaults.steps
     configs = techniques(steps, bench.tower.depth, bench.calibrate())
     draws: dict[str, Callable[[str, int], Outcome]] = {
@@ -224,7 +225,7 @@ def main() -> None:
             bench.recipe(prompt, seed, fewer), None
         )
     lines = PROMPTS.read_text().splitlines()
-    prompts = lines[:: max(1, len(lines) // asked.prompts)][: asked.prompts]
+    prompts = lines[:: max(1, len(lines) // arguments.prompts)][: arguments.prompts]
     found, plain = {name: Found() for name in draws}, []
     bench.draw(bench.recipe(prompts[0], 0), None)
     for seed, prompt in enumerate(prompts):
@@ -236,9 +237,11 @@ def main() -> None:
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, one in found.items():
         print(one.line(name))
-    if asked.sheet is not None:
+    if arguments.sheet is not None:
         rows = {"no cache": [one.image for one in plain], **{name: one.images for name, one in found.items()}}
-        contact_sheet([(image, name) for name, images in rows.items() for image in images[:SHOWN]]).save(asked.sheet)
+        contact_sheet([(image, name) for name, images in rows.items() for image in images[:SHOWN]]).save(
+            arguments.sheet
+        )
 
 
 if __name__ == "__main__":

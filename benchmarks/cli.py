@@ -1,4 +1,4 @@
-"""How long the commands take, shell to end: median of several runs, and the stages of `mos generate`.
+"""Wall times of the commands: median of several runs, and the stages of `mos generate`.
 
 python benchmarks/cli.py [RUNS]
 """

@@ -1,4 +1,4 @@
-"""Ways of joining the two towers, compared at equal parameters, data, steps and seeds, and judged by what is drawn.
+"""Fusions of the two towers, compared at equal parameters, data, steps and seeds by the judge's scores.
 
     python benchmarks/fusion.py run FOLDER [--seeds 3] [--steps N] [--only TEXT] [--art PATH] [--recipe PATH]
     python benchmarks/fusion.py table FOLDER
@@ -136,7 +136,7 @@ def variant(name: str, seed: int, steps: int | None, path: Path = RECIPE) -> Tra
 
 
 def _bench(folder: Path, names: list[str], scenes: int, art: Path, recipe: TrainRecipe, device: torch.device) -> Bench:
-    """Scenes, prompts and what the towers read of them; writes the judge's ceiling."""
+    """Scenes, prompts and their hidden states; writes the judge's ceiling."""
     assert isinstance(recipe.data, DataTable)
     world, canvas = World(load_vocabulary(load_art(art), recipe.data)), recipe.bundle.canvas.native[0]
     train, held_back = world.scenes(scenes, canvas, "train"), world.scenes(HELD_BACK, canvas, "held back")
@@ -152,11 +152,11 @@ def _bench(folder: Path, names: list[str], scenes: int, art: Path, recipe: Train
 
 
 def _set_up(device: torch.device) -> None:
-    """For a process that makes many runs: the blocks of all variants stay compiled, beside each other."""
+    """For a process with many runs: keeps the compiled blocks of all variants."""
     torch._dynamo.config.recompile_limit = 64
     if device.type == "cuda":
         return
-    # As `mos_cli.training.launch` has it.
+    # As in `mos_cli.training.launch`.
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
 

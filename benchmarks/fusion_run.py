@@ -1,4 +1,4 @@
-"""One run of the fusion comparison: a network is trained on scenes already read, measured, and judged by what it draws.
+"""One run of the fusion comparison: trains a network on encoded scenes, measures its loss, and judges its pictures.
 
 Shapes: B pictures, H x W a picture's size, J generation blocks, M layers.
 """
@@ -19,7 +19,8 @@ from mos_cli.evaluation.checks import passes
 from mos_cli.evaluation.judge import Judge
 from mos_cli.evaluation.scenebench import Entry
 from mos_cli.sampling.flow import logit_normal, noised, velocity_loss
-from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, make_sigmas, sample
+from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, Guidance
+from mos_cli.sampling.sampler import make_sigmas, sample
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.training.batches import Batch
 from mos_cli.training.ema import PowerEMA
@@ -34,7 +35,7 @@ BATCH = 100
 
 @dataclass(frozen=True)
 class Bench:
-    """What all runs share: scenes to train on, others of that kind, and true scenes of the prompts.
+    """The data of all runs: scenes to train on, others of that kind, and true scenes of the prompts.
 
     `libraries` hold what each understanding tower reads of all captions and prompts.
     """
@@ -72,7 +73,7 @@ def one_run(recipe: TrainRecipe, bench: Bench, target: Path, *, router_rate: flo
 
 
 def parameters(generation: dict[str, Any]) -> int:
-    """How many a network of this configuration has, router included."""
+    """The number of parameters of a network of this configuration, router included."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in GenerationTower(**generation).parameters())
 
@@ -190,9 +191,9 @@ def _bank(tower: GenerationTower, library: Library, captions: list[str], device:
 
 
 def judged(judge: Judge, entries: list[Entry], pictures: Tensor) -> dict[str, dict[str, float]]:
-    """By category: the share of pictures that pass, and of the things asked for that are seen in their colour."""
+    """By category: the share of pictures that pass, and of the requested things that are detected in their colour."""
     passed, shares = [], []
-    for entry, seen in zip(entries, judge.look(pictures), strict=True):
+    for entry, seen in zip(entries, judge.detect(pictures), strict=True):
         things = entry.description.things
         there = [any(one.word == t.word and t.colour in (None, one.colour) for one in seen) for t in things]
         passed.append(float(passes(entry, seen)))

@@ -1,6 +1,6 @@
-"""The small world of the fusion comparison: one or two things on white, painted or not, by one hand.
+"""The small world of the fusion comparison: one or two things on white, painted or not, in one style.
 
-Pairs of words and painted words that SceneBench's rule holds out are never trained on and are all that is asked for.
+Pairs of words and painted words that SceneBench's rule holds out are held out of training; all prompts are of these.
 Captions are read once per understanding tower and kept on the disk.
 
 Shapes: N captions, T context tokens, M layers, S width of a state, H x W a picture's size.
@@ -33,7 +33,7 @@ CATEGORIES: tuple[Category, ...] = ("single", "two", "colour", "position", "bind
 COLOURS = ("red", "yellow", "blue", "purple")
 SIDES = ("left", "right", "above", "below")
 MOST_WORDS = 9
-"""Longer captions are written anew: all are padded to the longest."""
+"""Longer captions are replaced, since all are padded to the longest."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class World:
         return torch.cat([self.compositor.draw(placed[i : i + 64], canvas) for i in range(0, len(placed), 64)])
 
     def _described(self, random: Random) -> Description:
-        """What one training scene shows: two things in three of four, half of the things painted."""
+        """The description of a training scene: two things in three of four, half of the things painted."""
         alone = random.random() < 0.25
         words = random.sample(random.choice(self.met), 1 if alone else 2)
         things = tuple(self._painted(word, random) if random.random() < 0.5 else Thing(word=word) for word in words)
@@ -112,7 +112,7 @@ class World:
 
 @dataclass(frozen=True)
 class Library:
-    """What an understanding tower read: states [N, T, M, S] in bf16 and mask [N, T] of the captions in `rows`."""
+    """The hidden states [N, T, M, S] in bf16 and the mask [N, T] of the captions in `rows`."""
 
     states_NTMS: Tensor
     mask_NT: Tensor
@@ -122,7 +122,7 @@ class Library:
         return torch.tensor([self.rows[text] for text in captions])
 
     def handed(self, fusion: str, blocks: int) -> "Library":
-        """The same with those states alone that a fusion's blocks read: what it hands over no block can tell.
+        """The same with only the states that a fusion's blocks read, with equal results.
 
         "mean" becomes one state, the mean of the normalised layers: a block's norm hides the sum's length.
         """
@@ -138,7 +138,7 @@ class Library:
 
 
 def read_library(tower: str, captions: Iterator[str], folder: Path, report: Callable[[str], None]) -> Library:
-    """Reads every different caption once, or finds what was read before in `folder`."""
+    """Encodes every different caption once, or loads the states from `folder`."""
     texts = sorted(set(captions), key=lambda text: (len(text), text))
     key = hashlib.sha256("\n".join([tower, *texts]).encode()).hexdigest()[:12]
     path = folder / f"{tower}-{key}.safetensors"
@@ -146,14 +146,14 @@ def read_library(tower: str, captions: Iterator[str], folder: Path, report: Call
         report(f"{tower} reads {len(texts)} captions")
         folder.mkdir(parents=True, exist_ok=True)
         understanding = UnderstandingTower(find_understanding(tower)[1], dtype=torch.bfloat16)
-        readings = [understanding.encode(texts[start : start + 64]) for start in range(0, len(texts), 64)]
-        longest = max(reading.mask_BT.shape[1] for reading in readings)
-        states = torch.zeros(len(texts), longest, *readings[0].states_BTMS.shape[2:], dtype=torch.bfloat16)
+        batches = [understanding.encode(texts[start : start + 64]) for start in range(0, len(texts), 64)]
+        longest = max(batch.mask_BT.shape[1] for batch in batches)
+        states = torch.zeros(len(texts), longest, *batches[0].states_BTMS.shape[2:], dtype=torch.bfloat16)
         mask = torch.zeros(len(texts), longest, dtype=torch.bool)
-        for start, reading in zip(range(0, len(texts), 64), readings, strict=True):
-            rows, tokens = reading.mask_BT.shape
-            states[start : start + rows, :tokens] = reading.states_BTMS
-            mask[start : start + rows, :tokens] = reading.mask_BT
+        for start, batch in zip(range(0, len(texts), 64), batches, strict=True):
+            rows, tokens = batch.mask_BT.shape
+            states[start : start + rows, :tokens] = batch.states_BTMS
+            mask[start : start + rows, :tokens] = batch.mask_BT
         save_file({"states": states, "mask": mask}, path)
     held = load_file(path)
     return Library(held["states"], held["mask"], {text: row for row, text in enumerate(texts)})

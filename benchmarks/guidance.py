@@ -11,15 +11,15 @@ from rich.progress import track
 
 from mos_cli.bundles.bundle import edits_of, find_bundle
 from mos_cli.bundles.specs import Defaults
-from mos_cli.cli.asked import shared_fields
-from mos_cli.cli.drawing import Report
-from mos_cli.cli.loading import load_pipeline
+from mos_cli.cli.loading import load_with_progress
+from mos_cli.cli.output import Report
 from mos_cli.config.settings import RunSettings, make_settings
 from mos_cli.datasets.art.file import data_folder, load_art
 from mos_cli.evaluation.edit_run import EditEvaluation, evaluate_edits
 from mos_cli.evaluation.editbench import read_edit_bench
 from mos_cli.evaluation.examine import TrueScenes
 from mos_cli.evaluation.judge import Judge, judge_folder
+from mos_cli.inference.requests import recipe_fields
 from mos_cli.utils.quiet import quieten
 
 
@@ -39,20 +39,20 @@ def main() -> None:
     parser.add_argument("--art", type=Path)
     parser.add_argument("--cfg", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0, 4.0])
     parser.add_argument("--image-cfg", type=float, nargs="+", default=[1.0, 1.5])
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     quieten()
-    settings = RunSettings(**make_settings(model=asked.model).model_dump(exclude_none=True))
+    settings = RunSettings(**make_settings(model=arguments.model).model_dump(exclude_none=True))
     bundle = find_bundle(settings.model)
     defaults: Defaults = edits_of(bundle)
-    judge, true = Judge(judge_folder()), TrueScenes(load_art(asked.art or data_folder()))
-    common = shared_fields(settings, bundle, defaults)
+    judge, true = Judge(judge_folder()), TrueScenes(load_art(arguments.art or data_folder()))
+    common = recipe_fields(settings, bundle, defaults)
     common["width"], common["height"] = bundle.index.canvas.native
-    pipeline = load_pipeline(bundle, settings, Report(), precision=common["precision"], quant=None)
-    entries = read_edit_bench(asked.limit)
+    pipeline = load_with_progress(bundle, settings, Report(), precision=common["precision"], quant=None)
+    entries = read_edit_bench(arguments.limit)
     print(f"{bundle.ref} ({bundle.hash[:10]}), {len(entries)} edits, {common['steps']} steps\n")
     print("| cfg | image cfg | success (error) | nothing changed | dB outside | no-op error, levels |")
     print("| ---: | ---: | ---: | ---: | ---: | ---: |")
-    grid = [(cfg, image_cfg) for image_cfg in asked.image_cfg for cfg in asked.cfg]
+    grid = [(cfg, image_cfg) for image_cfg in arguments.image_cfg for cfg in arguments.cfg]
     for cfg, image_cfg in track(grid, "sweeping", transient=True):
         with tempfile.TemporaryDirectory() as folder:
             settings_here = common | {"cfg": cfg}

@@ -1,4 +1,4 @@
-"""What inspecting a large trace costs: 28 steps x 512 tokens x 40 blocks, top 2 of 33 layers, random numbers.
+"""The time for inspecting a large trace: 28 steps x 512 tokens x 40 blocks, top 2 of 33 layers, random numbers.
 
 Prints the size of the files per guidance branch, and the seconds to open, sum up, print and export the trace. The
 limits are 4 MB per branch, and one second for the whole of `mos inspect-routing`, which is single-threaded: on an idle
@@ -25,7 +25,7 @@ from mos_cli.routing.export import export_decisions
 from mos_cli.routing.section import cut, cut_all
 from mos_cli.routing.trace import Routes, Trace, TraceToken, load_recording, make_branch, trace_files
 from mos_cli.routing.views.terminal import RoutesView
-from mos_cli.utils.files import write_together
+from mos_cli.utils.files import write_all
 
 STEPS, TOKENS, BLOCKS, LAYERS, TOP_K = 28, 512, 40, 33, 2
 MOST_BYTES, MOST_SECONDS = 4e6, 1.0
@@ -60,7 +60,7 @@ def write_trace(path: Path) -> None:
         times=tuple(1 - step / STEPS for step in range(STEPS)),
         branches={name: make_branch(prompt, tokens, range(STEPS), held, LAYERS) for name, held in routes.items()},
     )
-    write_together(trace_files(trace, routes, path))
+    write_all(trace_files(trace, routes, path))
 
 
 def seconds(action: Callable[[], object], runs: int) -> tuple[float, float]:

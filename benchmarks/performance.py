@@ -6,14 +6,14 @@ rivals     a forward beside those of Qwen-Image, FLUX.1-dev and SANA-1.5, one af
 share      operations per second of a forward, as a share of those of one large product
 nf4        a forward with quantised blocks beside bf16
 attention  a forward with xformers' attention beside PyTorch's
-together   a step with guidance, both branches in one pass, beside two passes
+batched_guidance   a step with guidance, both branches as one batch, compared with one after the other
 compile    a step with blocks compiled, and as one CUDA graph, beside an eager one: what it costs and when it has paid
 sync       whether the host waits for the device within the steps of a picture
 
 Prints a markdown table and one JSON object per row. Networks are made on the device from configs alone. `--tiny` runs
 the same code with small networks on any machine: it shows that the script works, its figures mean nothing.
 
-python benchmarks/performance.py {caps,router,rivals,share,nf4,attention,together,compile,sync} [--rounds N] [--tiny]
+python benchmarks/performance.py PART [--rounds N] [--tiny]
 """
 
 import argparse
@@ -27,12 +27,12 @@ import performance_networks as networks
 import torch
 from performance_caps import draw_under
 from performance_model import MoSL, Row, Run, difference, matmul_rate, seconds
-from performance_steps import compiled, sync, together
+from performance_steps import batched_guidance, compiled, sync
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mos_cli.errors import DeviceError, MemoryLimitError
 from mos_cli.inference.profiling import Clock
-from mos_cli.planning.candidates import CARDS
+from mos_cli.planning.candidates import GPU_SIZES
 from mos_cli.planning.memory import GIB
 from mos_cli.towers.attention import choose_attention
 from mos_cli.utils.devices import device_name
@@ -42,7 +42,7 @@ from mos_cli.utils.quiet import quieten
 def caps(run: Run) -> list[Row]:
     """A row for each cap, the largest first."""
     plan, network = networks.mos_l(tiny=False), networks.mos_l(tiny=run.tiny)
-    return [draw_under(cap, plan, network, run.device) for cap in reversed(CARDS)]
+    return [draw_under(cap, plan, network, run.device) for cap in reversed(GPU_SIZES)]
 
 
 def router(run: Run) -> list[Row]:
@@ -74,7 +74,7 @@ def rivals(run: Run) -> list[Row]:
         try:
             took = _rival_seconds(rival, run)
         except torch.OutOfMemoryError:
-            rows.append({"model": rival.name, "why": "does not fit this card"})
+            rows.append({"model": rival.name, "why": "does not fit this GPU"})
             networks.free(run.device)
             continue
         networks.free(run.device)
@@ -152,7 +152,7 @@ def attention(run: Run) -> list[Row]:
     return rows
 
 
-PARTS = {part.__name__: part for part in (caps, router, rivals, share, nf4, attention, together, sync)}
+PARTS = {part.__name__: part for part in (caps, router, rivals, share, nf4, attention, batched_guidance, sync)}
 PARTS["compile"] = compiled
 
 
@@ -161,19 +161,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--rounds", type=int, default=20, help="forwards that are timed (20)")
     parser.add_argument("--tiny", action="store_true", help="small networks, on any machine: does the script work?")
-    asked = parser.parse_args(arguments)
-    if not torch.cuda.is_available() and not asked.tiny:
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available() and not options.tiny:
         print("error: there is no CUDA device here: --tiny shows that the script works", file=sys.stderr)
         return DeviceError.exit_code
     quieten()
-    run = Run(torch.device("cuda" if torch.cuda.is_available() else "cpu"), asked.rounds, asked.tiny)
+    run = Run(torch.device("cuda" if torch.cuda.is_available() else "cpu"), options.rounds, options.tiny)
     try:
-        rows = PARTS[asked.part](run)
+        rows = PARTS[options.part](run)
     except torch.OutOfMemoryError:
-        print(f"error: {asked.part} needs MoS-L in bf16, and {device_name(run.device)} has too little", file=sys.stderr)
+        print(
+            f"error: {options.part} needs MoS-L in bf16, and {device_name(run.device)} has too little",
+            file=sys.stderr,
+        )
         return MemoryLimitError.exit_code
     _print(rows)
-    about = {"part": asked.part, **asdict(run), "device": device_name(run.device), "torch": torch.__version__}
+    about = {"part": options.part, **asdict(run), "device": device_name(run.device), "torch": torch.__version__}
     for row in rows:
         print(json.dumps({**about, **row}))
     return 0

@@ -14,7 +14,8 @@ from mos_cli.inference.profiling import PeakMemory
 from mos_cli.planning.candidates import candidates, fastest
 from mos_cli.planning.memory import GIB, Quant, Setting
 from mos_cli.quantization.method import Method
-from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, make_sigmas, sample
+from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, Guidance
+from mos_cli.sampling.sampler import make_sigmas, sample
 from mos_cli.towers.attention import choose_attention
 from mos_cli.utils.validation import DEFAULT_SOLVER
 
@@ -42,7 +43,7 @@ class Stages:
 
 
 def draw_under(gib: int, plan: networks.Network, network: networks.Network, device: torch.device) -> dict[str, Any]:
-    """One picture under a cap: whether it passes, and what the plan says beside what was measured.
+    """One picture under a memory limit: whether it fits, and the plan compared with the measurement.
 
     Args:
         plan: the model whose setting is taken.
@@ -52,7 +53,7 @@ def draw_under(gib: int, plan: networks.Network, network: networks.Network, devi
     networks.free(device)
     if device.type == "cuda":
         _cap(gib * GIB, device)
-    laid = {"setting": best.options, "tiled": best.setting.tiled, "together": best.setting.together}
+    laid = {"setting": best.options, "tiled": best.setting.tiled, "batched_guidance": best.setting.batched_guidance}
     row = {"cap_gib": gib, **laid, "planned_gib": best.peak / GIB}
     try:
         picture = _draw(network, best.setting, stages)
@@ -77,7 +78,7 @@ def draw_under(gib: int, plan: networks.Network, network: networks.Network, devi
 
 
 def _cap(size: int, device: torch.device) -> None:
-    """What is taken outside of the allocator, by the driver and others, counts: a card of that size would hold it."""
+    """Memory outside of the allocator, of the driver and others, counts, as on a GPU of that size."""
     unused, whole = torch.cuda.mem_get_info(device)
     outside = whole - unused - torch.cuda.memory_reserved(device)
     torch.cuda.set_per_process_memory_fraction(min(1.0, (size - outside) / whole), device.index)
@@ -114,9 +115,9 @@ def _draw(network: networks.Network, setting: Setting, stages: Stages) -> Tensor
     noise, branches = networks.latents(network, device), {POSITIVE: banks[0], NEGATIVE: banks[1]}
     sigmas = make_sigmas(FlowMatchEulerDiscreteScheduler(), defaults.steps)
     guidance = Guidance(defaults.cfg, defaults.cfg_interval)
-    asked: dict[str, Any] = {"sigmas": sigmas, "solver": DEFAULT_SOLVER, "guidance": guidance}
-    asked["together"] = setting.together
-    z = stages.run("draw", lambda: sample(tower, noise, branches, **asked))
+    arguments: dict[str, Any] = {"sigmas": sigmas, "solver": DEFAULT_SOLVER, "guidance": guidance}
+    arguments["batched_guidance"] = setting.batched_guidance
+    z = stages.run("draw", lambda: sample(tower, noise, branches, **arguments))
     return stages.run("decode", decode)
 
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from mos_cli.inference.profiling import Clock
 from mos_cli.planning.memory import TOKENS
 from mos_cli.quantization.method import Method
-from mos_cli.sampling.branches import Branches
-from mos_cli.sampling.sampler import NEGATIVE, POSITIVE
+from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, Branches
 from mos_cli.towers.attention import choose_attention
 from mos_cli.towers.bank import StateBank
 
@@ -56,7 +55,7 @@ class MoSL:
         return self.z_BCHW.shape[-1] * self.z_BCHW.shape[-2]
 
     def banks(self, tokens: int) -> dict[str, StateBank]:
-        """Of both branches: a prompt of so many tokens, and a short one."""
+        """Of both branches: a prompt of `tokens` tokens, and a short one."""
         counts = {POSITIVE: tokens, NEGATIVE: SHORT}
         return {name: networks.bank(self.network, self.tower, self.run.device, count) for name, count in counts.items()}
 
@@ -67,10 +66,10 @@ class MoSL:
     def seconds(self) -> float:
         return seconds(self.forward, self.run)
 
-    def step(self, tokens: int = TOKENS, *, together: bool = True) -> Callable[[], Tensor]:
+    def step(self, tokens: int = TOKENS, *, batched_guidance: bool = True) -> Callable[[], Tensor]:
         """What predicts both branches of a step, [2, C, H, W]."""
         banks = self.banks(tokens)
-        predict = Branches(self.tower, banks, together=together)
+        predict = Branches(self.tower, banks, batched_guidance=batched_guidance)
 
         @torch.inference_mode()
         def predicted() -> Tensor:
@@ -98,6 +97,6 @@ def matmul_rate(run: Run) -> float:
 
 
 def difference(said: Tensor, expected: Tensor) -> float:
-    """The largest of the rows' differences, as a part of the norm of what was expected."""
+    """The largest of the rows' differences, relative to the norm of the expected result."""
     rows = zip(said, expected, strict=True)
     return max(((one - other).norm() / other.norm()).item() for one, other in rows)

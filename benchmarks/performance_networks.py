@@ -107,7 +107,7 @@ def latents(network: Network, device: torch.device, *, scale: int = 1) -> Tensor
 
 @torch.inference_mode()
 def bank(network: Network, tower: GenerationTower, device: torch.device, tokens: int = TOKENS) -> StateBank:
-    """The bank of a prompt of so many tokens whose states are noise, the same for every call."""
+    """The bank of a prompt of `tokens` tokens whose states are noise, the same for every call."""
     layers, width = network.understanding.states
     noise = torch.Generator(device).manual_seed(tokens)
     return tower.project_states(torch.randn(1, tokens, layers, width, generator=noise, device=device, dtype=COMPUTE))

@@ -22,29 +22,33 @@ from mos_cli.planning.memory import TOKENS
 from mos_cli.quantization.method import Method
 from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.trace import RecordOptions
-from mos_cli.sampling.sampler import POSITIVE, Guidance, make_sigmas, sample
+from mos_cli.sampling.guidance import POSITIVE, Guidance
+from mos_cli.sampling.sampler import make_sigmas, sample
 from mos_cli.towers.router import Steering
 from mos_cli.utils.validation import DEFAULT_SOLVER
 
 LENGTHS = (32, 64, TOKENS)
-"""Tokens of the prompts that are met one after the other: what is made for one may have to be made anew."""
+"""Lengths of the prompts, one after the other: a new length may be compiled again."""
 NO_CUDA, NEVER = "no CUDA", "never waits"
 
 
-def together(run: Run) -> list[Row]:
-    """Both branches in one pass beside two passes: with weights as they are, unpacked, and fetched over the bus."""
+def batched_guidance(run: Run) -> list[Row]:
+    """Both branches as one batch and as two passes, with bf16, unpacked and offloaded weights."""
     rows: list[Row] = []
     kinds: list[tuple[str, Method | None]] = [("bf16", None), ("nf4", "nf4"), ("bf16, fetched", None)]
     for blocks, method in kinds:
         for scale in (1, 2):
             model = MoSL(run, method, scale=scale)
-            joined, apart = model.step(), model.step(together=False)
+            batched, sequential = model.step(), model.step(batched_guidance=False)
             if blocks.endswith("fetched"):
                 model.tower.blocks = StreamedBlocks(list(model.tower.blocks), run.device)
-            differs = difference(joined(), apart())
-            times = {"apart_seconds": (two := seconds(apart, run)), "together_seconds": (one := seconds(joined, run))}
+            differs = difference(batched(), sequential())
+            times = {
+                "sequential_seconds": (two := seconds(sequential, run)),
+                "batched_seconds": (one := seconds(batched, run)),
+            }
             rows.append({"blocks": blocks, "tokens": model.patches, **times, "ratio": one / two, "difference": differs})
-            del model, joined, apart
+            del model, batched, sequential
             networks.free(run.device)
     return rows
 
@@ -81,7 +85,7 @@ def compiled(run: Run) -> list[Row]:
 
 
 def _costs(model: MoSL, expected: Tensor, *, graph: bool) -> Row:
-    """What the first calls cost, the steady time of the last, and how far it is from what was expected."""
+    """The time of the first calls, the steady time of the last, and its difference from the expected result."""
     steps, began = [model.step(tokens) for tokens in LENGTHS], time.perf_counter()
     for number, step in enumerate(steps):
         steps[number] = _captured(step, model.run.device) if graph else step
@@ -99,7 +103,7 @@ def _finished(action: Callable[[], object], device: torch.device) -> None:
 
 
 def _captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """The step as a graph, which the device replays on the same memory; what it returns is overwritten by the next."""
+    """The step as a CUDA graph, which runs on the same memory; its result is overwritten by the next."""
     beside = torch.cuda.Stream(device)
     beside.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(beside):
@@ -134,7 +138,7 @@ def sync(run: Run) -> list[Row]:
             sigmas=make_sigmas(FlowMatchEulerDiscreteScheduler(), 2),
             solver=DEFAULT_SOLVER,
             guidance=Guidance(model.network.defaults.cfg),
-            together=True,
+            batched_guidance=True,
             steer=lambda step, branch, rules=rules: rules.get(branch),
         )
         rows.append(

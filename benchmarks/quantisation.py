@@ -1,9 +1,9 @@
-"""What quantising the generation tower costs and saves: error, pictures, routes, size and time, per policy.
+"""Quantising the generation tower: error, pictures, routes, size and time, per policy.
 
 Two tables. The first rounds one group of layers at a time to the values quantisation leaves, everything else in bf16:
 which layers are sensitive. The second quantises for good, under several policies, and draws. The error is that of the
 predicted picture, |x - x_0| / |x_0| over all inputs, where x_0 is what the tower says in bf16; the inputs are noised
-pictures of its own at four times, in the first table also in sight of themselves, as edits are. "same layers" is the
+pictures of its own at four times, in the first table also with themselves as references. "same layers" is the
 share of the layers read that are the same in bf16: in the first table for the same input, in the second for the same
 step of two runs. Seconds are those of the quickest picture; on a CPU seconds of its time, summed over threads, which
 others on the machine hardly disturb.
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mos_cli.bundles.bundle import find_bundle
-from mos_cli.cli.fetching import fetch_with_progress
+from mos_cli.cli.progress import fetch_with_progress
 from mos_cli.config.recipe import Recipe, make_recipe
 from mos_cli.config.settings import RunSettings
 from mos_cli.inference.pipeline import Drawing, MoSPipeline, make_noise
@@ -57,8 +57,8 @@ GROUPS = {
     "blocks: feed-forward, down": lambda name: name.startswith("blocks.") and name.endswith("down"),
     **{name: (lambda layer, name=name: layer.split(".")[0] == name) for name in GENERATION_KEPT},
 }
-ASKED = ("patches_in", "states_in", "time_in.mlp.linear_1", "router.time_in.mlp.linear_1")
-"""Layers whose weight tells the network what type to compute in: where they are quantised, they are rounded instead."""
+TYPE_SOURCES = ("patches_in", "states_in", "time_in.mlp.linear_1", "router.time_in.mlp.linear_1")
+"""Layers whose weight sets the type of the computation: they are rounded instead of quantised."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class Input:
     def to_tower(self, tower: GenerationTower) -> tuple[Tensor, Route]:
         bank = tower.project_states(self.states_BTMS)
         if self.edited is not None:
-            latent_BCHW, sight_BVMZ = self.edited
-            bank = tower.add_image_tokens(bank, sight_BVMZ, tower.cache_references([latent_BCHW]))
+            latent_BCHW, image_states_BVMZ = self.edited
+            bank = tower.add_image_tokens(bank, image_states_BVMZ, tower.cache_references([latent_BCHW]))
         return tower(self.z_BCHW, self.t_B, bank)
 
 
@@ -85,7 +85,7 @@ class Outcome:
 
 
 class Bench:
-    """A bundle in bf16, fixed inputs, and what it makes of them."""
+    """A bundle in bf16, fixed inputs, and its outputs for them."""
 
     def __init__(self, prompts: int, steps: int) -> None:
         bundle, self.device = find_bundle(RunSettings().model), choose_device("auto")
@@ -109,7 +109,7 @@ class Bench:
             self.expected = [input.to_tower(self.tower) for input in (*self.draws, *self.edits)]
 
     def _add_inputs(self, recipe: Recipe) -> None:
-        """What was drawn, under the noise it was drawn from, at all times."""
+        """The drawn latents with the noise that they were drawn from, at all times."""
         kept: list[Tensor] = []
         self.pipeline.draw(recipe, [lambda step: kept.append(step.x_hat_BCHW)])
         clean, noise = kept[-1], make_noise(self.pipeline.autoencoder, recipe.working_size, recipe.seed, self.device)
@@ -117,9 +117,9 @@ class Bench:
         for t in TIMES:
             z, t_B = (1 - t) * clean + t * noise, torch.tensor([t], device=self.device)
             self.draws.append(Input(z, t_B, states))
-            if self.pipeline.eyes is not None:
-                sight = self.pipeline.eyes.encode_images(self.pipeline.autoencoder.decode(clean))
-                self.edits.append(Input(z, t_B, states, (clean, sight)))
+            if self.pipeline.image_encoder is not None:
+                image_states = self.pipeline.image_encoder.encode_images(self.pipeline.autoencoder.decode(clean))
+                self.edits.append(Input(z, t_B, states, (clean, image_states)))
 
     @torch.inference_mode()
     def compare(self, tower: GenerationTower, *, edits: bool) -> tuple[float, float]:
@@ -137,8 +137,8 @@ class Bench:
         clock = time.perf_counter if self.device.type == "cuda" else time.process_time
         drawings, seconds = [], []
         for recipe in self.recipes:
-            # A reading holds the bank that another tower projected.
-            self.pipeline.prompt_encoder.forget()
+            # The cached encodings have banks that another tower projected.
+            self.pipeline.prompt_encoder.clear_cache()
             started = clock()
             drawings.append(self.pipeline.draw(recipe, record_options=RecordOptions(probabilities=True)))
             if self.device.type == "cuda":
@@ -149,8 +149,8 @@ class Bench:
 
     def _take(self, tower: GenerationTower) -> None:
         self.pipeline.tower = self.pipeline.prompt_encoder.tower = tower
-        # A reading holds the bank that another tower projected.
-        self.pipeline.prompt_encoder.forget()
+        # The cached encodings have banks that another tower projected.
+        self.pipeline.prompt_encoder.clear_cache()
 
     def row(self, tower: GenerationTower, size: int) -> str:
         """A line of the second table."""
@@ -175,11 +175,11 @@ def _psnr(a: Drawing, b: Drawing) -> float:
 
 
 @torch.no_grad()
-def round_layers(tower: GenerationTower, method: Method, wanted: Callable[[str], bool]) -> int:
+def round_layers(tower: GenerationTower, method: Method, chosen: Callable[[str], bool]) -> int:
     """Rounds the weights of layers to the values that quantisation leaves; returns how many weights that were."""
     functional, weights = bitsandbytes().functional, 0
     for name, layer in tower.named_modules():
-        if isinstance(layer, nn.Linear) and wanted(name):
+        if isinstance(layer, nn.Linear) and chosen(name):
             parts = quantised_parts(layer.weight, method)
             if method == "int8":
                 rounded = parts["weight"] * (parts["SCB"][:, None] / 127)
@@ -194,9 +194,9 @@ def round_layers(tower: GenerationTower, method: Method, wanted: Callable[[str],
 def under_policy(tower: GenerationTower, method: Method, kept: tuple[str, ...]) -> tuple[GenerationTower, int]:
     """A copy of the tower, quantised, and the bytes of its weights."""
     quantisation, made = Quantisation(method=method, kept=kept), copy.deepcopy(tower)
-    asked = tuple(name for name in ASKED if not quantisation.keeps(name))
-    round_layers(made, method, asked.__contains__)
-    quantise(made, Quantisation(method=method, kept=(*kept, *asked)))
+    type_sources = tuple(name for name in TYPE_SOURCES if not quantisation.keeps(name))
+    round_layers(made, method, type_sources.__contains__)
+    quantise(made, Quantisation(method=method, kept=(*kept, *type_sources)))
     return made.eval().requires_grad_(False), survey(tower, quantisation).bytes_after
 
 

@@ -1,12 +1,12 @@
-"""Seconds per picture after loading, where they go, and how near that is to what this machine can do.
+"""Seconds per picture after loading, by part, compared with the peak rate of this machine.
 
 The floor is the time that the matrix products of router and generation tower would take at the rate of one large
 product. The rate is measured between the pictures, so that whatever else the machine does slows both alike.
 
 With `--against` every picture is drawn both ways, one right after the other: as `mos` does it, and with guidance's
-branches in passes of their own ("apart") or the blocks compiled ("compiled"), which begins with empty caches.
+branches in passes of their own ("sequential") or the blocks compiled ("compiled"), which begins with empty caches.
 
-python benchmarks/sampling.py [PICTURES] [--against apart|compiled]
+python benchmarks/sampling.py [PICTURES] [--against sequential|compiled]
 """
 
 import argparse
@@ -25,7 +25,7 @@ from torch._inductor.utils import fresh_cache
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mos_cli.bundles.bundle import Bundle, find_bundle
-from mos_cli.cli.fetching import fetch_with_progress
+from mos_cli.cli.progress import fetch_with_progress
 from mos_cli.config.recipe import Recipe, make_recipe
 from mos_cli.config.settings import RunSettings
 from mos_cli.inference.loading import DTYPES
@@ -78,7 +78,7 @@ def matmul_rate(dtype: torch.dtype, watch: Stopwatch, repeats: int = 20) -> floa
 
 def count_operations(pipeline: MoSPipeline, recipe: Recipe) -> dict[str, int]:
     """Operations (two per multiply-add) of all matrix products of one picture, by part; steps and branches included."""
-    # The counter does not know by itself what attention is called on a CPU.
+    # The counter does not know the attention operator of a CPU.
     on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     attention = {on_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
     with FlopCounterMode(display=False, custom_mapping=attention) as counter:
@@ -116,8 +116,8 @@ def where_time_goes(pipeline: MoSPipeline, precision: str, pictures: int) -> Non
     drawn: list[dict[str, float]] = []
     rates: list[dict[str, float]] = []
     for number in range(pictures + 1):
-        # A picture drawn alone reads both of its prompts.
-        pipeline.prompt_encoder.forget()
+        # A picture drawn alone encodes both of its prompts.
+        pipeline.prompt_encoder.clear_cache()
         recipe = recipe_of(pipeline.bundle, precision, number)
         drawn.append(watch.time(lambda recipe=recipe: pipeline.draw(recipe)))
         rates.append({name: matmul_rate(dtype, watch) for name, dtype in DTYPES.items()})
@@ -150,7 +150,7 @@ def compare(pipeline: MoSPipeline, other: MoSPipeline, against: str, precision: 
     for number in range(len(PROMPTS) + pictures):
         recipe, images = recipe_of(pipeline.bundle, precision, number), []
         for name in ways if number % 2 else reversed(ways):
-            ways[name].prompt_encoder.forget()
+            ways[name].prompt_encoder.clear_cache()
             took[name].append(watch.time(lambda way=ways[name]: images.append(way.draw(recipe).image))["all"])  # noqa: B023
         alike.append(psnr(*images))
     first = {name: seconds[: len(PROMPTS)] for name, seconds in took.items()}
@@ -173,8 +173,8 @@ def compare(pipeline: MoSPipeline, other: MoSPipeline, against: str, precision: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", type=int, nargs="?", default=8)
-    parser.add_argument("--against", choices=("apart", "compiled"))
-    asked = parser.parse_args()
+    parser.add_argument("--against", choices=("sequential", "compiled"))
+    arguments = parser.parse_args()
     quieten()
     bundle, device = find_bundle(RunSettings().model), choose_device("auto")
     precision = choose_precision(device)
@@ -183,12 +183,15 @@ def main() -> None:
     recipe = recipe_of(bundle, precision, 0)
     print(f"{bundle.ref} {recipe.width}x{recipe.height}, {recipe.steps} steps, cfg {recipe.cfg:g} in ", end="")
     print(f"{recipe.cfg_interval}, {precision}, {device_name(device)}, {torch.get_num_threads()} threads")
-    if asked.against is None:
-        where_time_goes(load(), precision, asked.pictures)
+    if arguments.against is None:
+        where_time_goes(load(), precision, arguments.pictures)
         return
     with fresh_cache():
-        other = load(setting=Setting(together=asked.against != "apart"), compiled=asked.against == "compiled")
-        compare(load(), other, asked.against, precision, asked.pictures)
+        other = load(
+            setting=Setting(batched_guidance=arguments.against != "sequential"),
+            compiled=arguments.against == "compiled",
+        )
+        compare(load(), other, arguments.against, precision, arguments.pictures)
 
 
 if __name__ == "__main__":

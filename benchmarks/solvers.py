@@ -1,4 +1,4 @@
-"""The solvers of mos beside diffusers' multistep schedulers: how near a few steps come to very many.
+"""The solvers of mos and diffusers' multistep schedulers: the error of few steps compared with very many.
 
 Every prompt is drawn by every solver with every number of steps, from the same noise; all of them evaluate the network
 once a step. PSNR is that of the picture against the one of `REFERENCE` steps, the mean over prompts.
@@ -25,14 +25,13 @@ from PIL import Image
 from torch import Tensor
 
 from mos_cli.bundles.bundle import find_bundle
-from mos_cli.cli.fetching import fetch_with_progress
+from mos_cli.cli.progress import fetch_with_progress
 from mos_cli.config.recipe import Recipe, make_recipe
 from mos_cli.config.settings import RunSettings
 from mos_cli.inference.ablation import difference
 from mos_cli.inference.pipeline import MoSPipeline, make_noise
-from mos_cli.sampling.branches import Branches
 from mos_cli.sampling.flow import velocity
-from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance
+from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, Branches, Guidance
 from mos_cli.towers.autoencoder import to_image
 from mos_cli.utils.devices import choose_device, choose_precision, device_name
 from mos_cli.utils.quiet import quieten
@@ -64,7 +63,7 @@ def integrate(scheduler: Any, steps: int, z: Tensor, predict: Callable[[Tensor, 
 
 
 class Bench:
-    """A bundle that draws with any solver."""
+    """A loaded bundle that draws with any solver."""
 
     def __init__(self, model: str | None, precision: str | None) -> None:
         bundle, self.device = find_bundle(model or RunSettings().model), choose_device("auto")
@@ -88,7 +87,7 @@ class Bench:
         guidance = Guidance(recipe.cfg, recipe.cfg_interval)
         texts = {POSITIVE: recipe.prompt, NEGATIVE: recipe.negative}
         banks = {name: pipeline.prompt_encoder.encode(text).bank for name, text in texts.items()}
-        branches = Branches(pipeline.tower, banks, together=pipeline.setting.together)
+        branches = Branches(pipeline.tower, banks, batched_guidance=pipeline.setting.batched_guidance)
 
         def predict(z: Tensor, t: float) -> Tensor:
             return guidance.guided(branches(guidance.branches(t), z, t, lambda branch: None)[0])
@@ -100,7 +99,7 @@ class Bench:
 
 
 def compare_times(bench: Bench, prompts: list[str], pairs: int) -> None:
-    """Prints the seconds of pictures drawn as now and as before, and the median ratio of the pairs."""
+    """Prints the seconds of pictures drawn in the present and the former way, and the median ratio of the pairs."""
     ways: dict[str, tuple[int, Solver]] = {
         "now": (bench.bundle.index.defaults.steps, DEFAULT_SOLVER),
         "before": (BEFORE_STEPS, "euler"),
@@ -108,7 +107,7 @@ def compare_times(bench: Bench, prompts: list[str], pairs: int) -> None:
     took: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(pairs + 1):
         for name in ways if number % 2 else reversed(ways):
-            bench.pipeline.prompt_encoder.forget()
+            bench.pipeline.prompt_encoder.clear_cache()
             started = time.perf_counter()
             bench.draw(prompts[number % len(prompts)], number, *ways[name])
             took[name].append(time.perf_counter() - started)
@@ -128,10 +127,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--steps", type=int, nargs="+", default=[6, 8, 10, 12, 16, 24])
     parser.add_argument("--precision", choices=["bf16", "fp32"])
-    parser.add_argument("--times", type=int, help="Time so many pairs of pictures instead.")
-    asked = parser.parse_args()
+    parser.add_argument("--times", type=int, help="The number of pairs of pictures to time instead.")
+    arguments = parser.parse_args()
     quieten()
-    bench = Bench(asked.model, asked.precision)
+    bench = Bench(arguments.model, arguments.precision)
     draws: dict[str, Callable[[str, int, int], Image.Image]] = {
         solver: lambda prompt, seed, count, solver=solver: bench.draw(prompt, seed, count, solver)
         for solver in get_args(Solver)
@@ -139,22 +138,22 @@ def main() -> None:
     for name, make in SCHEDULERS.items():
         draws[name] = lambda prompt, seed, count, make=make: bench.draw_with(make(), prompt, seed, count)
     lines = PROMPTS.read_text().splitlines()
-    if asked.times is not None:
+    if arguments.times is not None:
         threads = torch.get_num_threads()
         print(f"{bench.bundle.ref}, {bench.precision}, {device_name(bench.device)}, {threads} threads")
-        compare_times(bench, lines, asked.times)
+        compare_times(bench, lines, arguments.times)
         return
-    prompts = lines[:: max(1, len(lines) // asked.prompts)][: asked.prompts]
-    found: dict[tuple[str, int], list[float]] = {(name, count): [] for name in draws for count in asked.steps}
+    prompts = lines[:: max(1, len(lines) // arguments.prompts)][: arguments.prompts]
+    found: dict[tuple[str, int], list[float]] = {(name, count): [] for name in draws for count in arguments.steps}
     for seed, prompt in enumerate(prompts):
         reference = bench.draw(prompt, seed, REFERENCE, DEFAULT_SOLVER)
         for (name, count), psnrs in found.items():
             psnrs.append(difference(reference, draws[name](prompt, seed, count))[1])
     print(f"{bench.bundle.ref}, {len(prompts)} prompts, {bench.precision}, {device_name(bench.device)}")
-    print(f"\n| PSNR, dB | {' | '.join(map(str, asked.steps))} |")
-    print("| --- |" + " ---: |" * len(asked.steps))
+    print(f"\n| PSNR, dB | {' | '.join(map(str, arguments.steps))} |")
+    print("| --- |" + " ---: |" * len(arguments.steps))
     for name in draws:
-        print(f"| {name} | {' | '.join(f'{statistics.mean(found[name, n]):.1f}' for n in asked.steps)} |")
+        print(f"| {name} | {' | '.join(f'{statistics.mean(found[name, n]):.1f}' for n in arguments.steps)} |")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What recording and steering cost, as shares of the time that one picture takes without them.
+"""The cost of recording and steering, as shares of the time of a picture without them.
 
 Pictures are drawn in turn, one of each kind, so that whatever else the machine does slows all alike. The first row is
-what recording every decision takes, measured apart: the observer at every step and the one copy at the end.
+what recording every decision takes, measured separately: the observer at every step and the one copy at the end.
 
 python benchmarks/tracing.py [ROUNDS]
 """
@@ -16,7 +16,7 @@ import torch
 from sampling import recipe_of
 
 from mos_cli.bundles.bundle import find_bundle
-from mos_cli.cli.fetching import fetch_with_progress
+from mos_cli.cli.progress import fetch_with_progress
 from mos_cli.config.settings import RunSettings
 from mos_cli.inference.pipeline import MoSPipeline
 from mos_cli.routing.recorder import Recorder

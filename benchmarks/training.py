@@ -1,4 +1,4 @@
-"""What the data costs: images/s of whole training steps, against steps on a batch that lies on the device already.
+"""The cost of data: images/s of complete training steps, compared with steps on a batch that is already on the device.
 
 python benchmarks/training.py RECIPE [ART] [STEPS]
 """
@@ -15,7 +15,7 @@ from mos_cli.utils.quiet import quieten
 
 
 def seconds(step: Callable[[], object], steps: int, device: torch.device) -> float:
-    """Mean time of a step, after three that do not count."""
+    """Mean time of a step, after three for warming up."""
     for _ in range(3):
         step()
     _wait(device)

@@ -1,3 +1,20 @@
-"""mos: local, steerable image generation with Mixture of States."""
+"""mos: local, steerable image generation with Mixture of States.
+
+`mos_cli.load` is the Python interface; docs/api.md describes it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mos_cli.inference.model import load as load
 
 __version__ = "0.2.0"
+__all__ = ["__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when it is used: PyTorch takes seconds, and the command line imports this package too.
+    if name == "load":
+        return import_module("mos_cli.inference.model").load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

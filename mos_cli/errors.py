@@ -1,14 +1,14 @@
-"""What can go wrong for a user: one clear line each, with the exit code scripts can rely on."""
+"""Errors for the user, printed as one line each, with their exit codes."""
 
 
 class MosError(Exception):
-    """A mistake or a limit the user can act upon; the command line prints it without a traceback."""
+    """An error that the user can act upon; the command line prints it without a traceback."""
 
     exit_code = 1
 
 
 class UsageError(MosError):
-    """An option or a setting makes no sense."""
+    """An option or a setting is invalid."""
 
     exit_code = 2
 
@@ -32,7 +32,7 @@ class MemoryLimitError(MosError):
 
 
 class DeviceError(MosError):
-    """The device asked for is not there or cannot be used."""
+    """The requested device does not exist or cannot be used."""
 
     exit_code = 6
 

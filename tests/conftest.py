@@ -65,7 +65,9 @@ def editor(tmp_path: Path, encoder_folder: Path, bundle: Bundle, monkeypatch: py
     monkeypatch.setenv("MOS_MODEL", "editor")
     torch.manual_seed(2)
     edits = EditDefaults(steps=3, cfg=2.0, cfg_interval=(0.0, 1.0), image_cfg=1.0)
-    return write_bundle(tmp_path / "models" / "editor", encoder_folder, eyes=ImageEncoder(layers=4), edits=edits)
+    return write_bundle(
+        tmp_path / "models" / "editor", encoder_folder, image_encoder=ImageEncoder(layers=4), edits=edits
+    )
 
 
 @pytest.fixture

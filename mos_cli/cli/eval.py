@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mos_cli.cli import console
-from mos_cli.cli.bars import stage_bars
+from mos_cli.cli.loading import load_with_progress
 from mos_cli.cli.options import ArtFile, Device, Model, Solver
+from mos_cli.cli.output import Report, print_table, stdout
+from mos_cli.cli.progress import fetch_with_progress, stage_bars
 from mos_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,27 +23,38 @@ JudgeFolder = Annotated[
 
 
 class Suite(StrEnum):
-    """What a model is asked for."""
+    """What is evaluated: generating or editing."""
 
     scenes = "scenes"
     edit = "edit"
 
 
 def evaluate(
-    suite: Annotated[Suite, typer.Option(help="Drawing (SceneBench) or editing (EditBench).")] = Suite.scenes,
+    suite: Annotated[
+        Suite, typer.Option("--suite", help="Drawing (SceneBench) or editing (EditBench).")
+    ] = Suite.scenes,
     model: Model = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder for pictures and tables.", show_default="outputs/eval-MODEL"),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each category or kind; all by default.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.", show_default="the model's")] = None,
-    solver: Solver = None,
-    cfg: Annotated[float | None, typer.Option(min=0, help="Guidance scale.", show_default="the model's")] = None,
-    image_cfg: Annotated[
-        float | None, typer.Option(min=0, help="Guidance towards the picture, editing.", show_default="the model's")
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Prompts of each category or kind; all by default.")
     ] = None,
-    size: Annotated[int | None, typer.Option(help="Side of the pictures.", show_default="the model's")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Denoising steps.", show_default="the model's")
+    ] = None,
+    solver: Solver = None,
+    cfg: Annotated[
+        float | None, typer.Option("--cfg", min=0, help="Guidance scale.", show_default="the model's")
+    ] = None,
+    image_cfg: Annotated[
+        float | None,
+        typer.Option("--image-cfg", min=0, help="Guidance towards the picture, editing.", show_default="the model's"),
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option("--size", help="Side of the pictures.", show_default="the model's")
+    ] = None,
     art: ArtFile = None,
     judge: JudgeFolder = None,
     device: Device = None,
@@ -52,13 +64,11 @@ def evaluate(
     A run that was interrupted goes on where it stopped when it is given the same --output.
     """
     from mos_cli.bundles.bundle import edits_of, find_bundle
-    from mos_cli.cli.asked import shared_fields
-    from mos_cli.cli.drawing import Report
-    from mos_cli.cli.loading import load_pipeline
     from mos_cli.config.settings import RunSettings, make_settings, parse_size
+    from mos_cli.inference.requests import recipe_fields
     from mos_cli.utils.quiet import quieten
 
-    # The user's config file stays out of it: a table must not depend on whose machine it was made on.
+    # The user's config file is not read: a table must not depend on whose machine it was made on.
     side = None if size is None else str(size)
     flags = make_settings(model=model, steps=steps, solver=solver, cfg=cfg, size=side, device=device)
     settings = RunSettings(**flags.model_dump(exclude_none=True))
@@ -66,7 +76,7 @@ def evaluate(
     editing = edits_of(bundle) if suite is Suite.edit else None
     if image_cfg is not None and editing is None:
         raise UsageError("--image-cfg is for --suite edit")
-    common = shared_fields(settings, bundle, editing or bundle.index.defaults)
+    common = recipe_fields(settings, bundle, editing or bundle.index.defaults)
     common["width"], common["height"] = parse_size(settings.size, bundle.index.canvas)
     quieten()
     from mos_cli.datasets.art.file import data_folder, load_art
@@ -74,7 +84,7 @@ def evaluate(
     from mos_cli.evaluation.judge import Judge, judge_folder
 
     judging, true = Judge(judge or judge_folder()), TrueScenes(load_art(art or data_folder()))
-    pipeline = load_pipeline(bundle, settings, Report(), precision=common["precision"], quant=common["quant"])
+    pipeline = load_with_progress(bundle, settings, Report(), precision=common["precision"], quant=common["quant"])
     folder = output or Path("outputs") / f"eval-{bundle.index.name}"
     if editing is None:
         _evaluate_scenes(pipeline, judging, true, folder, common, limit)
@@ -91,7 +101,6 @@ def _evaluate_scenes(
     common: dict[str, Any],
     limit: int | None,
 ) -> None:
-    from mos_cli.cli.fetching import fetch_with_progress
     from mos_cli.evaluation.features import load_features
     from mos_cli.evaluation.results import HEADINGS, markdown, table
     from mos_cli.evaluation.run import Bench
@@ -127,16 +136,4 @@ def _print(headings: tuple[str, ...], rows: list[tuple[str, ...]], text: str, fi
     """The table, and what stands below it in the file."""
     print_table(headings, rows)
     below = text.rsplit("|\n", 1)[1].strip()
-    console.out.print(f"{below}\n{file}", markup=False, soft_wrap=True)
-
-
-def print_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """A table of scores; the first column is text."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console.out.print(table)
+    stdout.print(f"{below}\n{file}", markup=False, soft_wrap=True)

@@ -1,149 +1,67 @@
-"""`mos generate`: from words to pictures and routing traces."""
+"""`mos generate`: from prompts to pictures and routing traces."""
 
 from typing import Annotated
 
 import typer
 
-from mos_cli.cli.asked import (
-    check_recipe,
+from mos_cli.cli.jobs import (
     check_sheet,
+    draw_jobs,
     make_jobs,
     make_record_options,
+    parse_percent,
+    print_jobs,
     read_prompts,
-    route_source,
-    say_what_would_be_drawn,
-    shared_fields,
 )
-from mos_cli.cli.drawing import Report, draw_jobs
-from mos_cli.cli.loading import fit_to_card, load_pipeline
-from mos_cli.cli.options import (
-    Attention,
-    Cfg,
-    CfgInterval,
-    Compile,
-    Count,
-    Device,
-    DryRun,
-    FeatureCache,
-    Json,
-    MaxVram,
-    Model,
-    Negative,
-    Offload,
-    Output,
-    Overwrite,
-    Precision,
-    Preset,
-    PreviewSteps,
-    Quant,
-    Quiet,
-    Regions,
-    Route,
-    RouteFrom,
-    RouteUntil,
-    Seed,
-    Sheet,
-    Solver,
-    Steps,
-    Trace,
-    Verbose,
-)
+from mos_cli.cli.loading import fit_to_memory, load_with_progress
+from mos_cli.cli.options import DrawOptions, with_draw_options
+from mos_cli.cli.output import Report
 
 
+@with_draw_options
 def generate(
     prompt: Annotated[
         str, typer.Argument(help="What to draw; - reads prompts from stdin, @FILE from a file, a line each.")
     ],
-    model: Model = None,
-    preset: Preset = None,
-    seed: Seed = None,
-    count: Count = 1,
-    steps: Steps = None,
-    solver: Solver = None,
-    cfg: Cfg = None,
-    cfg_interval: CfgInterval = None,
-    negative: Negative = None,
     size: Annotated[
         str | None,
-        typer.Option(envvar="MOS_SIZE", metavar="SIZE", help="64, 96x64 or 3:2.", show_default="the model's"),
+        typer.Option("--size", envvar="MOS_SIZE", metavar="SIZE", help="64, 96x64 or 3:2.", show_default="the model's"),
     ] = None,
-    output: Output = None,
-    overwrite: Overwrite = False,
-    trace: Trace = None,
-    route: Route = None,
-    route_from: RouteFrom = None,
-    route_until: RouteUntil = None,
-    regions: Regions = False,
-    preview_steps: PreviewSteps = False,
-    device: Device = None,
-    precision: Precision = None,
-    quant: Quant = None,
-    feature_cache: FeatureCache = None,
-    max_vram: MaxVram = None,
-    offload: Offload = None,
-    attention: Attention = None,
-    compiled: Compile = None,
-    sheet: Sheet = None,
-    dry_run: DryRun = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    *,
+    options: DrawOptions,
 ) -> None:
     """Draw pictures from a prompt, each with its recipe inside and its routing trace beside it."""
     from mos_cli.bundles.bundle import find_bundle
-    from mos_cli.config.settings import make_settings, parse_size, resolve
+    from mos_cli.config.settings import parse_size, resolve
     from mos_cli.images.outputs import naming
+    from mos_cli.inference.requests import check_recipe, generation_fields, route_source
 
-    report = Report(json=json, quiet=quiet, verbose=verbose)
+    report = Report(json=options.json, quiet=options.quiet, verbose=options.verbose)
     prompts = read_prompts(prompt, 'what to draw, for example: mos generate "a red apple"')
-    flags = make_settings(
-        model=model,
-        steps=steps,
-        solver=solver,
-        cfg=cfg,
-        cfg_interval=cfg_interval,
-        negative=negative,
-        size=size,
-        output=output,
-        trace=trace,
-        routes=route or None,
-        device=device,
-        precision=precision,
-        quant=quant,
-        feature_cache=feature_cache,
-        max_vram=max_vram,
-        offload=offload,
-        attention=attention,
-        compile=compiled,
-    )
-    settings = resolve(flags, preset)
-    record_options = make_record_options(settings.trace, regions=regions, previews=preview_steps)
-    names = naming(settings.output, overwrite=overwrite)
+    flags = options.settings(size=size)
+    settings = resolve(flags, options.preset)
+    record_options = make_record_options(settings.trace, regions=options.regions, previews=options.preview_steps)
+    names = naming(settings.output, overwrite=options.overwrite)
     bundle = find_bundle(settings.model)
-    width, height = parse_size(settings.size, bundle.index.canvas)
-    settings = fit_to_card(bundle, settings, (width, height), report, fetch=not dry_run)
+    canvas = parse_size(settings.size, bundle.index.canvas)
+    settings = fit_to_memory(bundle, settings, canvas, report, fetch=not options.dry_run)
     with report.stage("libraries"):
-        fields = shared_fields(settings, bundle, bundle.index.defaults)
-    from mos_cli.config.recipe import check_guidance
-
-    fields["width"], fields["height"] = width, height
-    check_guidance(fields["cfg"], {"--negative": settings.negative, "--cfg-interval": flags.cfg_interval})
-    routes, fields["route_from"] = route_source(route_from, route_until, bundle)
-    jobs = make_jobs(prompts, names, fields, seed=seed, count=count)
-    check_recipe(jobs[0].recipe, bundle, compiled=settings.compile, regions=regions)
-    if sheet is not None:
-        check_sheet("--sheet", sheet, names)
-    if dry_run:
-        say_what_would_be_drawn(jobs, report)
+        fields = generation_fields(settings, bundle, canvas, cfg_interval=flags.cfg_interval)
+    recording, fields["route_from"] = route_source(options.route_from, parse_percent(options.route_until), bundle)
+    jobs = make_jobs(prompts, names, fields, seed=options.seed, count=options.count)
+    check_recipe(jobs[0].recipe, bundle, compiled=settings.compile, regions=options.regions)
+    if options.sheet is not None:
+        check_sheet("--sheet", options.sheet, names)
+    if options.dry_run:
+        print_jobs(jobs, report)
         return
-    pipeline = load_pipeline(bundle, settings, report, precision=fields["precision"], quant=fields["quant"])
     draw_jobs(
-        pipeline,
+        load_with_progress(bundle, settings, report, precision=fields["precision"], quant=fields["quant"]),
         jobs,
         trace=settings.trace,
-        overwrite=overwrite,
+        overwrite=options.overwrite,
         report=report,
         record_options=record_options,
-        route_from=routes,
-        sheet=sheet,
+        route_from=recording,
+        sheet=options.sheet,
     )

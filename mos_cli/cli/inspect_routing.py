@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mos_cli.cli import console
+from mos_cli.cli.loading import refuse_folders
 from mos_cli.cli.options import Overwrite
+from mos_cli.cli.output import stdout
 
 if TYPE_CHECKING:
     from mos_cli.routing.trace import Recording
@@ -17,7 +18,12 @@ def inspect_routing(
     trace: Annotated[Path, typer.Argument(help="A trace (.json), or the picture beside it.")],
     branch: Annotated[
         str | None,
-        typer.Option(help="The guidance branch to show.", show_default="positive; --export writes all", metavar="NAME"),
+        typer.Option(
+            "--branch",
+            help="The guidance branch to show.",
+            show_default="positive; --export writes all",
+            metavar="NAME",
+        ),
     ] = None,
     word: Annotated[list[str] | None, typer.Option("--word", "-w", help="Show only this word; repeatable.")] = None,
     step: Annotated[
@@ -28,21 +34,25 @@ def inspect_routing(
     ] = None,
     patch: Annotated[
         list[str] | None,
-        typer.Option(metavar="ROW,COLUMN", help="Show which words this patch of the picture read; repeatable."),
+        typer.Option(
+            "--patch", metavar="ROW,COLUMN", help="Show which words this patch of the picture read; repeatable."
+        ),
     ] = None,
     export: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write every decision as a table: .parquet or .csv.")
+        Path | None, typer.Option("--export", metavar="FILE", help="Write every decision as a table: .parquet or .csv.")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a figure of the routes: .png, .pdf or .svg.")
+        Path | None, typer.Option("--plot", metavar="FILE", help="Write a figure of the routes: .png, .pdf or .svg.")
     ] = None,
     regions: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write a figure of which patches read which word: .png or .pdf."),
+        typer.Option(
+            "--regions", metavar="FILE", help="Write a figure of which patches read which word: .png or .pdf."
+        ),
     ] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report for the browser.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a report for the browser.")] = None,
     compare: Annotated[
-        Path | None, typer.Option(metavar="TRACE", help="A second trace, beside the first in the report.")
+        Path | None, typer.Option("--compare", metavar="TRACE", help="A second trace, beside the first in the report.")
     ] = None,
     overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -71,7 +81,7 @@ def inspect_routing(
 
     recording = load_recording(trace)
     section = cut(recording, "positive" if branch is None else branch, step, block)
-    asked = find_words(section.words, word) if word else ()
+    requested = find_words(section.words, word) if word else ()
     origins = {place: patch_origins(section, place) for place in map(_parse_patch, patch or ())}
     if export is not None:
         from mos_cli.routing.export import export_decisions
@@ -81,11 +91,11 @@ def inspect_routing(
     if plot is not None:
         from mos_cli.routing.views.figures import save_routes_figure
 
-        save_routes_figure(cut_all(recording, section.name, step, block), asked or section.words, plot, overwrite)
+        save_routes_figure(cut_all(recording, section.name, step, block), requested or section.words, plot, overwrite)
     if regions is not None:
         from mos_cli.routing.views.figures import save_regions_figure
 
-        save_regions_figure(section, asked or section.words, regions, overwrite)
+        save_regions_figure(section, requested or section.words, regions, overwrite)
     if html is not None:
         _write_report(recording, compare, html, overwrite)
 
@@ -95,7 +105,7 @@ def inspect_routing(
 
         from mos_cli.routing.views.facts import patch_facts, section_facts
 
-        facts = section_facts(section, asked)
+        facts = section_facts(section, requested)
         facts |= {"patches": [patch_facts(place, found) for place, found in origins.items()], "written": written}
         typer.echo(json.dumps(facts, ensure_ascii=False))
         return
@@ -104,18 +114,9 @@ def inspect_routing(
     for path in written:
         typer.echo(path)
     for place, found in origins.items():
-        console.out.print(PatchView(section, place, found, asked))
+        stdout.print(PatchView(section, place, found, requested))
     if not written and not origins:
-        console.out.print(RoutesView(section, asked))
-
-
-def refuse_folders(*traces: Path | None) -> None:
-    """Raises InputError for a folder: what lies beside it must not be taken for its trace."""
-    from mos_cli.errors import InputError
-
-    for path in traces:
-        if path is not None and path.is_dir():
-            raise InputError(f"cannot read {path}: it is a folder; name a trace (.json) or the picture beside it")
+        stdout.print(RoutesView(section, requested))
 
 
 def _check_outputs(outputs: dict[str, Path], *traces: Path | None) -> None:

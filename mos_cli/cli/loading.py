@@ -1,17 +1,21 @@
-"""How a command lays a model out on the device, and loads it."""
+"""How commands load what they draw with: settings that fit the memory, the pipeline, and traces."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mos_cli.cli.drawing import Report
-from mos_cli.errors import UsageError
+from mos_cli.cli.output import Report
+from mos_cli.cli.progress import fetch_with_progress
+from mos_cli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from mos_cli.bundles.bundle import Bundle
+    from mos_cli.config.recipe import Recipe
     from mos_cli.config.settings import RunSettings
     from mos_cli.inference.pipeline import MoSPipeline
+    from mos_cli.routing.trace import Recording
 
 
-def fit_to_card(
+def fit_to_memory(
     bundle: "Bundle",
     settings: "RunSettings",
     size: tuple[int, int],
@@ -22,17 +26,10 @@ def fit_to_card(
     precision: str | None = None,
     references: int = 0,
 ) -> "RunSettings":
-    """The settings with what --max-vram leaves open chosen by the plan, which is said in one line.
+    """The settings with what --max-vram leaves open chosen as `fit_settings` does, and reported in one line.
 
     Args:
-        size: of the picture as the model draws it, in pixels.
-        fetch: an understanding tower that is not here yet may be fetched: the plan reads how large it is.
-        quant: how the towers are quantised in any case; by default as the settings say, where they do.
-        precision: bf16 or fp32; by default as the settings say.
-        references: how many pictures are shown.
-
-    Returns:
-        Settings whose `max_vram` is a number on a GPU, and None on a CPU.
+        fetch: an understanding tower that is not in the cache may be downloaded: its size is read from its config.
 
     Raises:
         UsageError: a number for `max_vram`, or something to offload, where nothing is drawn on a GPU.
@@ -40,83 +37,71 @@ def fit_to_card(
     """
     if settings.max_vram is None and settings.offload == "none":
         return settings
-    from mos_cli.bundles.blueprints import network_of
-    from mos_cli.config.settings import fitted, room
-    from mos_cli.utils.devices import choose_device, choose_precision, device_name, device_threads
+    from mos_cli.inference.requests import fit_settings, needs_fitting
+    from mos_cli.utils.devices import device_name, device_threads
 
     with report.stage("libraries"):
-        device = choose_device(settings.device)
-    on_cpu, auto = device.type == "cpu", settings.max_vram == "auto"
-    if on_cpu and (settings.offload != "none" or not auto):
-        limited = settings.max_vram is not None and not auto
-        name, way_out = ("max_vram", "auto takes what fits this machine") if limited else ("offload", "none")
-        option = f"--{name.replace('_', '-')}"
-        origins = f"{option}, MOS_{name.upper()}, a preset or the config file"
-        raise UsageError(f"{name} ({origins}) needs a GPU, and this run is on a CPU: {option} {way_out}")
-    if settings.max_vram is None:
-        return settings
+        if not needs_fitting(settings):
+            return settings
     if fetch:
-        from mos_cli.cli.fetching import fetch_with_progress
-
         with report.stage("fetching"):
             fetch_with_progress(bundle.index.understanding)
-    if quant is None and "quant" in settings.model_fields_set:
-        quant = settings.quant
-    if precision is None:
-        precision = choose_precision(device) if settings.precision == "auto" else settings.precision
-    gib = room(device) if auto else settings.max_vram
-    numbered = settings.model_copy(update={"max_vram": gib})
-    network = network_of(bundle, precision=precision, references=references)
-    chosen = fitted(numbered, network, size, quant, on_cpu=on_cpu)
-    name, threads = device_name(device), device_threads(device)
+    auto = settings.max_vram == "auto"
+    fitted = fit_settings(bundle, settings, size, quant=quant, precision=precision, references=references)
+    chosen, gib, precision = fitted.settings, fitted.gib, fitted.precision
+    on_cpu = fitted.device.type == "cpu"
+    name, threads = device_name(fitted.device), device_threads(fitted.device)
     cores = f"{threads} CPU thread{'' if threads == 1 else 's'}"
     where = f"no GPU: {cores}, {gib:.1f} GiB free" if on_cpu else f"{name}, {gib:.4g} GiB"
     how = f"--quant {chosen.quant}" + ("" if on_cpu else f" --offload {chosen.offload}")
     tiles = ", decoded in tiles" if chosen.tiled else ""
-    apart = "" if chosen.together else ", branches of guidance one by one"
+    apart = "" if chosen.batched_guidance else ", branches of guidance one by one"
     report.event(
         "setting",
         f"{f'auto: {where}, {precision}' if auto else f'for {gib:g} GiB'}: {how}{tiles}{apart}",
         **{"device": name, "threads": threads, "gib": gib, "precision": precision},
-        **chosen.model_dump(include={"quant", "offload", "tiled", "together"}),
+        **chosen.model_dump(include={"quant", "offload", "tiled", "batched_guidance"}),
     )
-    return chosen.model_copy(update={"max_vram": None}) if on_cpu else chosen
+    return chosen
 
 
-def load_pipeline(
+def load_with_progress(
     bundle: "Bundle", settings: "RunSettings", report: Report, *, precision: str, quant: str | None
 ) -> "MoSPipeline":
-    """Imports the libraries and loads a bundle; an understanding tower that is not here yet is fetched.
+    """Loads a bundle as `load_pipeline` does; an understanding tower that is not in the cache is downloaded.
 
     Raises:
-        MosError: as `MoSPipeline` and `choose_device` do.
+        MosError: as `fetch_tower` and `load_pipeline` do.
     """
-    from mos_cli.bundles.bundle import remember
-    from mos_cli.cli.fetching import fetch_with_progress
-
     with report.stage("fetching"):
         understanding = fetch_with_progress(bundle.index.understanding)
     with report.stage("libraries"):
         from mos_cli.utils.quiet import quieten
 
         quieten()
-        from mos_cli.inference.offload import cap
-        from mos_cli.inference.pipeline import MoSPipeline
-        from mos_cli.planning.candidates import parse_quant
-        from mos_cli.planning.memory import Setting
-        from mos_cli.utils.devices import choose_device
-    device = choose_device(settings.device)
-    if isinstance(settings.max_vram, float) and device.type == "cuda":
-        cap(device, settings.max_vram)
+        from mos_cli.inference.model import load_pipeline
     with report.stage("weights"):
-        pipeline = MoSPipeline(
-            bundle,
-            understanding,
-            device=device,
-            precision=precision,
-            attention=settings.attention,
-            setting=Setting(*parse_quant(quant or "none"), settings.offload, settings.tiled, settings.together),
-            compiled=settings.compile,
-        )
-    remember(bundle)
-    return pipeline
+        return load_pipeline(bundle, understanding, settings, precision=precision, quant=quant)
+
+
+def load_route_source(picture: Path, recipe: "Recipe", route_from: Path | None) -> "Recording | None":
+    """The run that a picture took its routes from, which is not in the picture; None where there is none.
+
+    Raises:
+        UsageError: it is not named, or one is named that there is not.
+        InputError: its trace cannot be read.
+    """
+    from mos_cli.routing.trace import load_recording
+
+    if route_from is None and recipe.route_from is not None:
+        raise UsageError(f"{picture} takes its routes from another run: name its trace with --route-from FILE")
+    if route_from is not None and recipe.route_from is None:
+        raise UsageError(f"{picture} takes its routes from no other run: drop --route-from")
+    return None if route_from is None else load_recording(route_from)
+
+
+def refuse_folders(*traces: Path | None) -> None:
+    """Raises InputError for a folder: files beside it must not be taken for its trace."""
+    for path in traces:
+        if path is not None and path.is_dir():
+            raise InputError(f"cannot read {path}: it is a folder; name a trace (.json) or the picture beside it")

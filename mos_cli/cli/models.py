@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mos_cli.cli import console
-from mos_cli.cli.fetching import fetch_with_progress, size_text
-from mos_cli.cli.init import init
-from mos_cli.cli.quantize import quantize
+from mos_cli.cli.models_init import init
+from mos_cli.cli.models_quantize import quantize
+from mos_cli.cli.output import print_json, print_warning, size_text, stdout
+from mos_cli.cli.progress import fetch_with_progress
 
 if TYPE_CHECKING:
     from mos_cli.bundles.blueprints import Blueprint
@@ -33,13 +33,13 @@ def list_all(as_json: AsJson = False) -> None:
     rows = []
     for name, bundle in list_bundles().items():
         if isinstance(bundle, ModelError):
-            console.print_warning(f"{name} is left out: {bundle}")
+            print_warning(f"{name} is left out: {bundle}")
         else:
             rows.append(_bundle_row(bundle))
     rows += [_blueprint_row(find_blueprint(name), file) for name, file in list_blueprints().items()]
     rows += [_tower_row(spec) for spec in list_tower_specs()]
     if as_json:
-        console.print_json(rows)
+        print_json(rows)
         return
     from rich.table import Table
 
@@ -50,9 +50,9 @@ def list_all(as_json: AsJson = False) -> None:
         pulled = {True: "[green]yes[/]", False: "no", None: "-"}[row["pulled"]]
         size = "-" if row["size"] is None else size_text(row["size"])
         table.add_row(row["name"], row["kind"], row["tower"], pulled, size, row["license"])
-    console.out.print(table)
+    stdout.print(table)
     if any(row["kind"] == "blueprint" for row in rows):
-        console.out.print("A blueprint is a model without weights: see mos plan NAME.", style="dim")
+        stdout.print("A blueprint is a model without weights: see mos plan NAME.", style="dim")
 
 
 @models_app.command("show")
@@ -66,7 +66,7 @@ def show(name: Name, as_json: AsJson = False) -> None:
     else:
         row, index = _tower_row(model), model
     if as_json:
-        console.print_json([{**row, "index": index.model_dump(mode="json", by_alias=True)}])
+        print_json([{**row, "index": index.model_dump(mode="json", by_alias=True)}])
         return
     lines = {
         "name": row["name"],
@@ -86,7 +86,7 @@ def show(name: Name, as_json: AsJson = False) -> None:
     lines |= {"pulled": "yes" if row["pulled"] else "no", "size": size_text(row["size"])}
     lines["files"] = ", ".join(index.files)
     for heading, text in lines.items():
-        console.out.print(f"{heading:<9} {text}", markup=False, soft_wrap=True)
+        stdout.print(f"{heading:<9} {text}", markup=False, soft_wrap=True)
     if isinstance(model, Bundle):
         _print_card(model)
 
@@ -97,7 +97,7 @@ def pull(name: Name) -> None:
     from mos_cli.bundles.bundle import find_model
 
     spec = _tower_of(find_model(name))
-    console.out.print(fetch_with_progress(spec), soft_wrap=True)
+    stdout.print(fetch_with_progress(spec), soft_wrap=True)
 
 
 @models_app.command("verify")
@@ -175,12 +175,12 @@ def _print_card(bundle: "Bundle") -> None:
     if card.is_file():
         # The part before the first section is the summary.
         summary = card.read_text(encoding="utf-8").split("\n## ")[0].strip()
-        console.out.print(f"\n{summary}", markup=False)
+        stdout.print(f"\n{summary}", markup=False)
 
 
 def _print_ok(name: str, files: Iterable[str]) -> None:
     for file in files:
-        console.out.print(f"[green]ok[/] {name}/{file}", soft_wrap=True)
+        stdout.print(f"[green]ok[/] {name}/{file}", soft_wrap=True)
 
 
 models_app.command("quantize")(quantize)

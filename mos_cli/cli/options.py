@@ -1,9 +1,19 @@
-"""Options that several commands share, declared once."""
+"""The options that several commands share, each declared once, and the set that `generate` and `edit` have in common.
 
+Options are named explicitly everywhere: typer 0.27 makes the metavar the name of an option that has no other.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from mos_cli.config.settings import Settings
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say how long each stage took.")]
@@ -11,11 +21,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print newline-delimited JSON
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write over files that are there.")]
 Device = Annotated[
     str | None,
-    typer.Option(envvar="MOS_DEVICE", help="auto, cpu or cuda.", show_default="auto", metavar="DEVICE"),
+    typer.Option("--device", envvar="MOS_DEVICE", help="auto, cpu or cuda.", show_default="auto", metavar="DEVICE"),
 ]
 Attention = Annotated[
     str | None,
     typer.Option(
+        "--attention",
         envvar="MOS_ATTENTION",
         metavar="NAME",
         help="What computes attention: xformers, sdpa (PyTorch's), or auto: xformers where it can.",
@@ -36,6 +47,7 @@ Output = Annotated[
 Trace = Annotated[
     str | None,
     typer.Option(
+        "--trace",
         envvar="MOS_TRACE",
         metavar="LEVEL",
         help="Routing trace beside the picture: off, summary, topk (every decision), or full (and all probabilities).",
@@ -65,10 +77,13 @@ Seed = Annotated[
     typer.Option("--seed", "-s", envvar="MOS_SEED", help="Seed of the first picture.", show_default="random"),
 ]
 Count = Annotated[int, typer.Option("--count", "-n", min=1, max=10_000, help="Pictures per prompt; seeds count up.")]
-Steps = Annotated[int | None, typer.Option(envvar="MOS_STEPS", help="Denoising steps.", show_default="the model's")]
+Steps = Annotated[
+    int | None, typer.Option("--steps", envvar="MOS_STEPS", help="Denoising steps.", show_default="the model's")
+]
 Solver = Annotated[
     str | None,
     typer.Option(
+        "--solver",
         envvar="MOS_SOLVER",
         metavar="NAME",
         help="What integrates the steps: ab2 (Adams-Bashforth, second order) or euler.",
@@ -77,11 +92,12 @@ Solver = Annotated[
 ]
 Cfg = Annotated[
     float | None,
-    typer.Option(envvar="MOS_CFG", help="Guidance scale; 1 turns it off.", show_default="the model's"),
+    typer.Option("--cfg", envvar="MOS_CFG", help="Guidance scale; 1 turns it off.", show_default="the model's"),
 ]
 CfgInterval = Annotated[
     str | None,
     typer.Option(
+        "--cfg-interval",
         envvar="MOS_CFG_INTERVAL",
         metavar="LOW,HIGH",
         help="Times at which guidance acts; 1 is noise, 0 the picture.",
@@ -89,11 +105,12 @@ CfgInterval = Annotated[
     ),
 ]
 Negative = Annotated[
-    str | None, typer.Option(envvar="MOS_NEGATIVE", metavar="TEXT", help="What guidance leads away from.")
+    str | None, typer.Option("--negative", envvar="MOS_NEGATIVE", metavar="TEXT", help="What guidance leads away from.")
 ]
-Route = Annotated[
+Routes = Annotated[
     list[str] | None,
     typer.Option(
+        "--route",
         metavar="RULE",
         help="Steer the routes: red=5,6 pins a word to layers, cat!=0-2 bans, dog+=0.5@4 leans, last and others stand "
         "for every word; repeatable, see docs/routing.md.",
@@ -101,11 +118,20 @@ Route = Annotated[
 ]
 RouteFrom = Annotated[
     Path | None,
-    typer.Option(metavar="TRACE", help="Let every word read the layers that it read in another run, weights anew."),
+    typer.Option(
+        "--route-from",
+        metavar="TRACE",
+        help="Take the layers that every word read in another run; the weights stay the router's.",
+    ),
 ]
 RouteUntil = Annotated[
     str | None,
-    typer.Option(metavar="PERCENT", help="Take them for the first steps only.", show_default="100%"),
+    typer.Option(
+        "--route-until",
+        metavar="PERCENT",
+        help="Take them for this share of the steps, the first ones.",
+        show_default="100%",
+    ),
 ]
 Regions = Annotated[
     bool, typer.Option("--regions", help="Also record which parts of the picture attended to which word.")
@@ -115,11 +141,14 @@ PreviewSteps = Annotated[
 ]
 Precision = Annotated[
     str | None,
-    typer.Option(envvar="MOS_PRECISION", help="auto, bf16 or fp32.", show_default="auto", metavar="PRECISION"),
+    typer.Option(
+        "--precision", envvar="MOS_PRECISION", help="auto, bf16 or fp32.", show_default="auto", metavar="PRECISION"
+    ),
 ]
 Quant = Annotated[
     str | None,
     typer.Option(
+        "--quant",
         envvar="MOS_QUANT",
         metavar="KIND",
         help="Quantise on load: int8 or nf4; nf4,none for the understanding and the generation tower apart.",
@@ -129,9 +158,10 @@ Quant = Annotated[
 FeatureCache = Annotated[
     int | None,
     typer.Option(
+        "--feature-cache",
         envvar="MOS_FEATURE_CACHE",
         metavar="N",
-        help="Compute the blocks at every N-th step only, once the first quarter of the steps is done: faster, and the "
+        help="Compute the blocks at every N-th step only, after the first quarter of the steps: faster, and the "
         "picture changes a little; 1 turns it off, see docs/caching.md.",
         show_default="1",
     ),
@@ -139,20 +169,22 @@ FeatureCache = Annotated[
 MaxVram = Annotated[
     str | None,
     typer.Option(
+        "--max-vram",
         envvar="MOS_MAX_VRAM",
         metavar="GIB",
-        help="Use so much of the GPU's memory at most, with the fastest setting that fits; see `mos plan`. auto: all "
-        "there is; without a GPU, of main memory.",
+        help="GPU memory to use at most; the fastest setting that fits is chosen, see `mos plan`. auto: all there "
+        "is; without a GPU, of main memory.",
         show_default="no limit",
     ),
 ]
 Offload = Annotated[
     str | None,
     typer.Option(
+        "--offload",
         envvar="MOS_OFFLOAD",
         metavar="WHAT",
-        help="What waits in main memory until the GPU needs it: none, understanding (the tower that reads), or blocks "
-        "(also those of the tower that draws, fetched one by one).",
+        help="What waits in main memory until the GPU needs it: none, understanding (the understanding tower), or "
+        "blocks (also the blocks of the generation tower, fetched one by one).",
         show_default="none",
     ),
 ]
@@ -161,13 +193,78 @@ Compile = Annotated[
     typer.Option(
         "--compile/--no-compile",
         envvar="MOS_COMPILE",
-        help="Compile the tower that draws when it is first used; where that pays is in docs/performance.md.",
+        help="Compile the generation tower when it is first used; docs/performance.md says where that pays.",
         show_default="no",
     ),
 ]
 Sheet = Annotated[
-    Path | None, typer.Option(metavar="PNG", help="Also write one sheet of all pictures with their prompts.")
+    Path | None, typer.Option("--sheet", metavar="PNG", help="Also write one sheet of all pictures with their prompts.")
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be drawn and where; load no weights, write nothing.")
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawOptions:
+    """The options that `generate` and `edit` share; see `with_draw_options`."""
+
+    model: Model = None
+    preset: Preset = None
+    seed: Seed = None
+    count: Count = 1
+    steps: Steps = None
+    solver: Solver = None
+    cfg: Cfg = None
+    cfg_interval: CfgInterval = None
+    negative: Negative = None
+    output: Output = None
+    overwrite: Overwrite = False
+    trace: Trace = None
+    routes: Routes = None
+    route_from: RouteFrom = None
+    route_until: RouteUntil = None
+    regions: Regions = False
+    preview_steps: PreviewSteps = False
+    device: Device = None
+    precision: Precision = None
+    quant: Quant = None
+    feature_cache: FeatureCache = None
+    max_vram: MaxVram = None
+    offload: Offload = None
+    attention: Attention = None
+    compile: Compile = None
+    sheet: Sheet = None
+    dry_run: DryRun = False
+    json: Json = False
+    quiet: Quiet = False
+    verbose: Verbose = False
+
+    def settings(self, **more: Any) -> "Settings":
+        """The settings among the options, and `more` that only one command has.
+
+        Raises:
+            UsageError: a value is out of range or of the wrong kind.
+        """
+        from mos_cli.config.settings import Settings, make_settings
+
+        values = {option.name: getattr(self, option.name) for option in fields(self)}
+        values = {name: value for name, value in values.items() if name in Settings.model_fields}
+        return make_settings(**values | {"routes": self.routes or None} | more)
+
+
+def with_draw_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of `DrawOptions`, after its own: they arrive as its parameter `options`."""
+    own = [parameter for name, parameter in signature(command).parameters.items() if name != "options"]
+    shared = signature(DrawOptions).parameters.values()
+    # typer reads the signature. It calls with keywords, so own parameters without a default may follow others.
+    parameters = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in (*own, *shared)]
+
+    @wraps(command)
+    def call(**values: Any) -> None:
+        options = DrawOptions(**{option.name: values.pop(option.name) for option in fields(DrawOptions)})
+        command(**values, options=options)
+
+    call.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return call

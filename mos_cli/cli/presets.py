@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mos_cli.cli import console
+from mos_cli.cli.output import print_json, stdout
 
 if TYPE_CHECKING:
     from mos_cli.config.settings import Preset
@@ -23,7 +23,7 @@ def ls(json: Json = False) -> None:
 
     presets = list_presets()
     if json:
-        console.print_json(_row(preset) for preset in presets)
+        print_json(_row(preset) for preset in presets)
         return
     table = Table(box=None, pad_edge=False)
     for column in ("preset", "settings", "description"):
@@ -31,7 +31,7 @@ def ls(json: Json = False) -> None:
     for preset in presets:
         settings = ", ".join(f"{key} {value}" for key, value in preset.settings.model_dump(exclude_none=True).items())
         table.add_row(preset.name, settings, preset.description)
-    console.out.print(table)
+    stdout.print(table)
 
 
 @presets_app.command("show")
@@ -41,11 +41,11 @@ def show(name: Annotated[str, typer.Argument(help="A preset.")], json: Json = Fa
 
     preset = load_preset(name)
     if json:
-        console.print_json([_row(preset)])
+        print_json([_row(preset)])
         return
-    console.out.print(preset.description, markup=False)
+    stdout.print(preset.description, markup=False)
     for key, value in preset.settings.model_dump(exclude_none=True).items():
-        console.out.print(f"  {key} = {value}", markup=False)
+        stdout.print(f"  {key} = {value}", markup=False)
 
 
 def _row(preset: "Preset") -> dict[str, Any]:

@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mos_cli.cli.asked import check_recipe, followed_run, make_record_options
-from mos_cli.cli.drawing import Job, Report, draw_jobs
-from mos_cli.cli.loading import fit_to_card, load_pipeline
+from mos_cli.cli.jobs import Job, draw_jobs, make_record_options
+from mos_cli.cli.loading import fit_to_memory, load_route_source, load_with_progress
 from mos_cli.cli.options import (
     Attention,
     Compile,
@@ -24,6 +23,7 @@ from mos_cli.cli.options import (
     Trace,
     Verbose,
 )
+from mos_cli.cli.output import Report
 from mos_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,16 +49,17 @@ def replay(
         bool,
         typer.Option("--verify", help="Write nothing; say whether the picture comes out exact, close or different."),
     ] = False,
-    given: Annotated[
+    source_files: Annotated[
         list[Path] | None,
         typer.Option("--input", "-i", metavar="FILE", help="A picture that was edited; repeatable."),
     ] = None,
     mask: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="A mask that an edit was made with; repeatable.")
+        list[Path] | None, typer.Option("--mask", metavar="FILE", help="A mask that an edit was made with; repeatable.")
     ] = None,
     models: Models = None,
     route_from: Annotated[
-        Path | None, typer.Option(metavar="TRACE", help="The run that the picture took its routes from.")
+        Path | None,
+        typer.Option("--route-from", metavar="TRACE", help="The run that the picture took its routes from."),
     ] = None,
     output: Output = None,
     overwrite: Overwrite = False,
@@ -84,6 +85,7 @@ def replay(
     from mos_cli.config.settings import check_size, make_settings, resolve
     from mos_cli.images.inputs import Finder
     from mos_cli.images.outputs import naming, read_drawing
+    from mos_cli.inference.requests import check_recipe
     from mos_cli.utils.devices import cpu_threads
 
     report = Report(json=json, quiet=quiet, verbose=verbose)
@@ -105,7 +107,7 @@ def replay(
     if record.recipe.edit is not None:
         edits_of(bundle)
         fields["edit"] |= {key: changed.pop(key) for key in ("image_cfg", "strength") if key in changed}
-    elif given or mask:
+    elif source_files or mask:
         raise UsageError(f"{picture} is no edit: drop --input and --mask")
     recipe = make_recipe(**fields | changed)
     if recipe.edit is not None:
@@ -123,25 +125,28 @@ def replay(
     settings = resolve(flags, None)
     check_size(*recipe.working_size, bundle.index.canvas)
     record_options = make_record_options(settings.trace, regions=regions, previews=preview_steps)
-    routes = followed_run(picture, recipe, route_from)
+    routes = load_route_source(picture, recipe, route_from)
     path = None if verify else naming(settings.output, overwrite=overwrite).path(recipe)
     loaded: dict[tuple[Any, ...], MoSPipeline] = {}
 
     def pipeline_of(bundle: "Bundle", recipe: "Recipe", made: "Provenance") -> "MoSPipeline":
-        key = (bundle.hash, recipe.precision, recipe.quant, made.tiled, made.together, compiles(made))
+        key = (bundle.hash, recipe.precision, recipe.quant, made.tiled, made.batched_guidance, compiles(made))
         if key not in loaded:
             # One at a time: together two models might not fit.
             loaded.clear()
             quant, size = recipe.quant or "none", recipe.working_size
             shown = 0 if recipe.edit is None else len(recipe.edit.sources)
-            placed = fit_to_card(
+            placed = fit_to_memory(
                 bundle, settings, size, report, quant=quant, precision=recipe.precision, references=shown
             )
             # As it was made, where that fits: otherwise it would round differently, and only come out close.
-            how = {"tiled": placed.tiled or made.tiled, "together": placed.together and made.together}
+            how = {
+                "tiled": placed.tiled or made.tiled,
+                "batched_guidance": placed.batched_guidance and made.batched_guidance,
+            }
             how["compile"] = compiles(made)
             placed = placed.model_copy(update=how)
-            loaded[key] = load_pipeline(bundle, placed, report, precision=recipe.precision, quant=recipe.quant)
+            loaded[key] = load_with_progress(bundle, placed, report, precision=recipe.precision, quant=recipe.quant)
         return loaded[key]
 
     def redraw(earlier: "EarlierPicture", inputs: "Inputs | None") -> "Image":
@@ -157,7 +162,7 @@ def replay(
         with cpu_threads(earlier.made.threads):
             return pipeline_of(bundle, earlier.recipe, earlier.made).draw(earlier.recipe, inputs=inputs).image
 
-    finder = Finder(given or [], mask or [], redraw)
+    finder = Finder(source_files or [], mask or [], redraw)
     inputs = finder.inputs_of(recipe, record.earlier)
     finder.check_all_used()
     for note in () if inputs is None else inputs.notes:

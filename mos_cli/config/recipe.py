@@ -1,6 +1,6 @@
-"""The recipe of a picture: everything needed to make it again, and the record that travels inside the PNG.
+"""The recipe of a picture, with everything needed to draw it again, and the record in the PNG.
 
-One pydantic model writes and reads it, so that the two can never drift apart.
+One pydantic model writes and reads it.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mos_cli import __version__
 from mos_cli.errors import UsageError
+from mos_cli.utils.migration import Migrated
 from mos_cli.utils.validation import Frozen, Interval, RouteRules, Sha256, Solver, first_problem
 
 if TYPE_CHECKING:
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
 MAX_THREADS = 1024
-"""No picture asks for more: libraries end the whole process where so many threads cannot be started."""
+"""The limit for a record's threads: libraries end the process if they cannot start as many as requested."""
 
 
 class SourcePicture(Frozen):
-    """A picture that was edited or drawn after: the sha256 of its pixels (see `pixels_hash`) and its size."""
+    """A picture that was edited or used as a reference: the sha256 of its pixels (see `pixels_hash`) and its size."""
 
     sha256: Sha256
     width: int = Field(ge=1)
@@ -32,7 +33,7 @@ class SourcePicture(Frozen):
 
 
 class MaskRecipe(Frozen):
-    """Where an edit may change: the sha256 of the mask's pixels as it was used, and how its file was read."""
+    """The mask of an edit: the sha256 of its pixels as it was used, and how its file was read."""
 
     sha256: Sha256
     invert: bool = False
@@ -40,11 +41,11 @@ class MaskRecipe(Frozen):
 
 
 class EditRecipe(Frozen):
-    """What an edit needs beside the rest of its recipe.
+    """The part of a recipe that only edits have.
 
-    `sources` are the picture that is edited and those it is to be drawn after. `canvas` is the size the model works at,
-    `strength` the time it begins at (1 = from noise alone). `composite` says that what the mask, or else the change
-    itself, leaves out is taken from the source, bit for bit.
+    `sources` are the edited picture and further references. `canvas` is the size at which the model draws, `strength`
+    the time at which it begins (1 = from noise alone). With `composite`, pixels outside the mask, or without one
+    outside the estimated change, are copied from the source.
     """
 
     sources: tuple[SourcePicture, ...] = Field(min_length=1)
@@ -56,19 +57,19 @@ class EditRecipe(Frozen):
 
 
 class RouteSource(Frozen):
-    """The run whose choices of layers are taken over: their sha256, and for what part of the steps."""
+    """The run whose routes are taken over: their sha256, and for which first part of the steps."""
 
     sha256: Sha256
     until: float = Field(default=1.0, gt=0, le=1)
 
 
 class Recipe(Frozen):
-    """What decides a picture. Sizes are in pixels; `model` is the bundle's name, or its hub id.
+    """Everything that determines a picture. Sizes are in pixels; `model` is the bundle's name, or its hub id.
 
-    `solver` is "euler" where it is missing: pictures made before it was recorded were drawn so.
-    `quant` says how the towers were quantised on load, where they were: "nf4" or, for each of the two, "nf4,none".
-    `feature_cache` is the distance of the steps at which the blocks are computed; None computes them at every step.
-    `routes` are the rules that steer the routes, as they are written; `route_from` is the run they are taken from.
+    `solver` is "euler" where it is missing, as in pictures of version 0.1.0. `quant` is the quantisation of the towers
+    on load: "nf4" for both or, for each of them, "nf4,none". `feature_cache` is the distance of the steps at which the
+    blocks are computed; None computes them at every step. `routes` are the route rules as text, `route_from` is the
+    run that routes are taken from.
     """
 
     prompt: str = Field(min_length=1)
@@ -114,13 +115,13 @@ class Recipe(Frozen):
         return self
 
 
-class Provenance(Frozen):
-    """What made a picture: the bundle's hash, the versions and the device. Nothing of it depends on the day.
+class Provenance(Migrated):
+    """What drew a picture: the bundle's hash, the versions and the device. It contains no date.
 
-    `threads` is the number of CPU threads, which decides in what order products are summed, and so their rounding in
-    bf16; None on a GPU, and in pictures made before it was recorded. Pillow, which reads and scales, counts for edits.
-    `tiled`: it was decoded tile by tile. `together`: guidance's branches were computed in one pass. `compiled`:
-    the blocks were compiled, which rounds otherwise.
+    `threads` is the number of CPU threads, on which the rounding depends; None on a GPU and in the oldest pictures.
+    `pillow`, the library that reads and scales pictures, matters for edits. `tiled`: the picture was decoded tile by
+    tile. `batched_guidance`: the guidance branches were computed as one batch. `compiled`: the blocks were compiled.
+    The last three affect the rounding.
     """
 
     bundle_hash: str
@@ -133,12 +134,12 @@ class Provenance(Frozen):
     pillow: str | None = None
     threads: int | None = Field(default=None, ge=1, le=MAX_THREADS)
     tiled: bool = False
-    together: bool = False
+    batched_guidance: bool = False
     compiled: bool = False
 
 
 class EarlierPicture(Frozen):
-    """A picture of ours that an edit goes back to: the sha256 of its pixels and how it was made."""
+    """A picture made by mos that an edit was made from: the sha256 of its pixels, its recipe and provenance."""
 
     sha256: Sha256
     recipe: Recipe
@@ -148,8 +149,8 @@ class EarlierPicture(Frozen):
 class PictureRecord(Frozen):
     """The `mos` chunk of a PNG.
 
-    `sha256` is that of the picture's own pixels, by which changes by others show. `earlier` are the pictures of ours
-    that an edit goes back to, through however many steps, the first first.
+    `sha256` is that of the picture's pixels, by which changes by other programs are found. `earlier` are all pictures
+    made by mos that an edit was made from, over all steps of a chain, in their order.
     """
 
     schema_id: Literal["mos-picture/1"] = Field("mos-picture/1", alias="schema")
@@ -162,7 +163,7 @@ class PictureRecord(Frozen):
         return self.model_dump_json(by_alias=True, exclude_none=True)
 
     def parameters(self) -> str:
-        """The same in the text form that other image tools read from the `parameters` chunk."""
+        """The recipe in the text form that other image tools read from the `parameters` chunk."""
         recipe = self.recipe
         negative = f"Negative prompt: {recipe.negative}\n" if recipe.negative else ""
         edit = {} if recipe.edit is None else {"Image CFG scale": recipe.edit.image_cfg}
@@ -198,14 +199,14 @@ def make_recipe(**values: Any) -> Recipe:
 
 
 def check_guidance(cfg: float, options: Mapping[str, Any], image_cfg: float = 1.0) -> None:
-    """Raises UsageError if one of the options, all of them guidance's, has a value while cfg 1 turns guidance off."""
+    """Raises UsageError if one of the options, which only affect guidance, is set while cfg 1 turns guidance off."""
     idle = [name for name, value in options.items() if value]
     if cfg == image_cfg == 1 and idle:
         raise UsageError(f"{idle[0]} has no effect at cfg 1, without guidance: raise cfg or leave {idle[0]} out")
 
 
 def check_blocks(recipe: Recipe, *, compiled: bool, regions: bool) -> None:
-    """Raises UsageError where blocks are to be looked into, compiled or left out, and this does not go together."""
+    """Raises UsageError for combinations of compiled blocks, regions and feature caching that exclude each other."""
     if compiled and regions:
         raise UsageError("compiled blocks cannot be looked into: drop --regions, or draw with --no-compile")
     if recipe.feature_cache is not None and (compiled or regions):
@@ -214,6 +215,6 @@ def check_blocks(recipe: Recipe, *, compiled: bool, regions: bool) -> None:
 
 
 def provenance(**how: Any) -> Provenance:
-    """Describes what is about to draw, the fields of `Provenance`; versions are those installed."""
+    """The provenance with the installed versions; `how` has the other fields."""
     versions = {package: version(package) for package in ("torch", "diffusers", "transformers", "pillow")}
     return Provenance(mos=__version__, **versions, **how)

@@ -1,4 +1,4 @@
-"""Where the settings of a run come from: flag or environment, then preset, then config file, then the bundle."""
+"""The settings of a run: from a flag or the environment, else the preset, the config file or the bundle."""
 
 import os
 import re
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mos_cli.planning.memory import Setting
 
 TraceLevel = Literal["off", "summary", "topk", "full"]
-Precision = Literal["auto", "bf16", "fp32"]
+PrecisionSetting = Literal["auto", "bf16", "fp32"]
 
 
 def _gib_or_auto(value: object) -> object:
@@ -39,11 +39,11 @@ def _gib_or_auto(value: object) -> object:
 
 
 MaxVram = Annotated[float | Literal["auto"], BeforeValidator(_gib_or_auto)]
-"""GiB that a device may take; "auto": all that there is."""
+"""GiB that may be used of a device; "auto": all that are available."""
 
 
 class Settings(BaseModel):
-    """What a preset or a config file may set; None leaves it to the next in line."""
+    """The settings of a preset or a config file; None leaves a value to the next source."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -54,7 +54,7 @@ class Settings(BaseModel):
     cfg_interval: Interval | None = None
     negative: str | None = None
     size: str | None = None
-    precision: Precision | None = None
+    precision: PrecisionSetting | None = None
     quant: str | None = None
     feature_cache: int | None = Field(default=None, ge=1)
     max_vram: MaxVram | None = None
@@ -72,20 +72,20 @@ class Settings(BaseModel):
 
 
 class RunSettings(Settings):
-    """Settings of a run: only what the bundle itself decides may still be open.
+    """Settings of a run; None leaves a value to the bundle.
 
-    `tiled` and `together` follow from `max_vram`: the picture is decoded tile by tile, and the branches of guidance are
-    computed in one pass.
+    `tiled` (decode tile by tile) and `batched_guidance` (compute the guidance branches as one batch) follow from
+    `max_vram`.
     """
 
     model: str = "emoji"
     solver: Solver = DEFAULT_SOLVER
     negative: str = ""
-    precision: Precision = "auto"
+    precision: PrecisionSetting = "auto"
     quant: str = "none"
     offload: Offload = "none"
     tiled: bool = False
-    together: bool = True
+    batched_guidance: bool = True
     device: str = "auto"
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     compile: bool = False
@@ -95,7 +95,7 @@ class RunSettings(Settings):
 
 @dataclass(frozen=True)
 class Preset:
-    """A named way to draw."""
+    """Named settings for drawing."""
 
     name: str
     description: str
@@ -119,14 +119,14 @@ def config_path() -> Path | None:
 
     if named := os.environ.get("MOS_CONFIG"):
         if not Path(named).is_file():
-            raise InputError(f"MOS_CONFIG names {named}, which is no file: mend it, or unset it to go without")
+            raise InputError(f"MOS_CONFIG names {named}, which is not a file: correct it or unset it")
         return Path(named)
     path = user_config_path("mos") / "config.toml"
     return path if path.is_file() else None
 
 
 def list_presets() -> list[Preset]:
-    """The presets to draw with; recipes to train (train-*.toml) lie beside them and are not among these."""
+    """The presets for drawing, without the training recipes (train-*.toml) in the same folder."""
     files = sorted(presets_folder().glob("*.toml"))
     return [load_preset(file.stem) for file in files if not file.stem.startswith("train-")]
 
@@ -159,7 +159,7 @@ def make_settings(**values: Any) -> Settings:
 
 
 def resolve(flags: Settings, preset: str | None) -> RunSettings:
-    """Flags over the preset over the config file; what is left open is the bundle's to say.
+    """Merges flags, preset and config file, in this order of precedence; None is left to the bundle.
 
     Raises:
         UsageError, InputError: a preset or the config file is missing or wrong.
@@ -172,8 +172,8 @@ def resolve(flags: Settings, preset: str | None) -> RunSettings:
     return RunSettings(**settings.model_dump(exclude_none=True))
 
 
-def room(device: "torch.device") -> float:
-    """The GiB there are for a model: the memory of a card, or what of main memory is free."""
+def available_memory(device: "torch.device") -> float:
+    """The GiB available for a model: all memory of a GPU, or the free main memory."""
     import psutil
     import torch
 
@@ -192,11 +192,11 @@ def fitted(
     *,
     on_cpu: bool = False,
 ) -> RunSettings:
-    """The settings with what `max_vram`, a number here, decides: the fastest that fits, as `mos plan` finds it.
+    """The settings with the fastest quantisation, offloading, tiling and batching that fit `max_vram` (a number here).
 
     Args:
-        quant: how the towers are quantised in any case; None leaves it open. `offload` is kept if it is set.
-        on_cpu: `max_vram` is of main memory, and nothing is offloaded.
+        quant: the quantisation of the towers; None leaves it open. `offload` is kept if it is set.
+        on_cpu: `max_vram` is main memory, and nothing is offloaded.
 
     Raises:
         MemoryLimitError: nothing fits.
@@ -204,8 +204,8 @@ def fitted(
     from mos_cli.planning.candidates import candidates, fastest, fastest_on_cpu, parse_quant
 
     assert isinstance(settings.max_vram, float)
-    given = settings.model_dump(include={"steps", "cfg", "cfg_interval"}, exclude_none=True)
-    network = replace(network, defaults=network.defaults.model_copy(update=given))
+    changed = settings.model_dump(include={"steps", "cfg", "cfg_interval"}, exclude_none=True)
+    network = replace(network, defaults=network.defaults.model_copy(update=changed))
     found = candidates(network, size, quant=None if quant is None else parse_quant(quant))
     if on_cpu:
         best = fastest_on_cpu(found, settings.max_vram)
@@ -213,32 +213,32 @@ def fitted(
         if "offload" in settings.model_fields_set:
             found = [one for one in found if one.setting.offload == settings.offload]
         best = fastest(found, settings.max_vram)
-    laid = {name: getattr(best.setting, name) for name in ("offload", "tiled", "together")}
-    return settings.model_copy(update={"quant": best.quant, **laid})
+    chosen = {name: getattr(best.setting, name) for name in ("offload", "tiled", "batched_guidance")}
+    return settings.model_copy(update={"quant": best.quant, **chosen})
 
 
-def smaller(network: "Network", size: tuple[int, int], now: "Setting", card: float | None) -> "Candidate | None":
-    """The fastest setting that needs clearly less than the one that ran out of memory; None where there is none.
+def smaller(network: "Network", size: tuple[int, int], failed: "Setting", gpu: float | None) -> "Candidate | None":
+    """The fastest setting that needs clearly less memory than the one that failed; None where there is none.
 
     Args:
-        card: GiB of the GPU; None for a CPU, where nothing can be offloaded.
+        gpu: GiB of the GPU; None for a CPU, where nothing can be offloaded.
     """
     from mos_cli.planning.candidates import candidates, fastest
     from mos_cli.planning.memory import stages
 
     try:
         found = candidates(network, size)
-        kept = replace(now, generation=network.method or now.generation)
+        kept = replace(failed, generation=network.method or failed.generation)
         peak = max(stage.peak for stage in stages(network, kept, size))
-        # The plan may be a tenth off, and what it counted with did not fit.
+        # The plan has an error of up to a tenth.
         less = [one for one in found if one.peak < 0.9 * peak]
-        if card is None:
-            # Tiles, and branches one after the other, cannot be asked for there.
-            asked = [one for one in less if not one.setting.tiled and one.setting.together]
-            less = [one for one in asked if one.setting.offload == "none"]
-        return fastest(less, float("inf") if card is None else card) if less else None
+        if gpu is None:
+            # On a CPU there is no option for tiling or for sequential guidance.
+            less = [one for one in less if not one.setting.tiled and one.setting.batched_guidance]
+            less = [one for one in less if one.setting.offload == "none"]
+        return fastest(less, float("inf") if gpu is None else gpu) if less else None
     except MosError:
-        # A model that cannot be planned, or nothing that fits: then only a smaller picture helps.
+        # The model cannot be planned, or nothing fits.
         return None
 
 
@@ -246,7 +246,7 @@ def parse_size(text: str | None, canvas: Canvas) -> tuple[int, int]:
     """Width and height in pixels from "96", "96x64" or "3:2" (the native area in that shape).
 
     Raises:
-        UsageError: the text makes no size, or none that the model can draw.
+        UsageError: the text is not a size, or the model cannot draw it.
     """
     if text is None:
         return canvas.native

@@ -1,7 +1,7 @@
 """Pictures with captions in files: a folder of them, or webdataset shards.
 
-Three layouts, told apart by what lies in the folder:
-- `*.tar`: webdataset shards, `KEY.jpg` (png, webp) and `KEY.txt` side by side in each;
+The content of the folder decides among three layouts:
+- `*.tar`: webdataset shards, with `KEY.jpg` (png, webp) and `KEY.txt`;
 - `metadata.jsonl`: lines with `file_name` and `text` (Hugging Face's imagefolder);
 - else pictures anywhere below the folder, with `NAME.txt` beside `NAME.jpg`.
 
@@ -31,7 +31,7 @@ BEFORE = ".before"
 
 @dataclass(frozen=True)
 class Blob:
-    """A file on the disk, or `size` bytes from `offset` of a shard; `name` is what people know it by."""
+    """A file on the disk, or `size` bytes from `offset` of a shard; `name` is for messages."""
 
     name: str
     path: Path
@@ -46,7 +46,7 @@ class Blob:
 
 @dataclass(frozen=True)
 class Example:
-    """A picture and its caption, which may also be text that was in an index already; of an edit, what was before."""
+    """A picture and its caption, a file or text from an index; for an edit, also the picture before."""
 
     picture: Blob
     caption: Blob | str
@@ -55,24 +55,24 @@ class Example:
 
 @dataclass(frozen=True)
 class Captioned:
-    """All examples of a folder; any of them can be picked at once, without reading the others."""
+    """All examples of a folder, which are read when they are picked."""
 
     examples: tuple[Example, ...]
 
     @property
     def pictures(self) -> "Captioned":
-        """Those that are no edits."""
+        """The examples that are not edits."""
         return Captioned(tuple(example for example in self.examples if example.before is None))
 
     @property
     def edits(self) -> "Captioned":
-        """Those that are."""
+        """The examples that are edits."""
         return Captioned(tuple(example for example in self.examples if example.before is not None))
 
     def pick(self, random: Random, canvas: int) -> tuple[np.ndarray, str]:
-        """An example with its caption: the picture and, of an edit, the one before, uint8 [1 or 2, H, W, 3].
+        """A random example: the picture and, for an edit, the one before, uint8 [1 or 2, H, W, 3], and the caption.
 
-        They fill the canvas, cropped in the middle.
+        Pictures are scaled and cropped to the canvas.
 
         Raises:
             InputError: a picture or the caption cannot be read; it is named.
@@ -113,7 +113,7 @@ def load_captioned(folder: Path) -> Captioned:
 
 
 def to_device(picked: list[np.ndarray], device: torch.device, which: int = 0) -> Tensor:
-    """The pictures that were picked, or with `which` 1 those before, as [B, 3, H, W] in -1..1."""
+    """The picked pictures, or with `which` 1 those before, as [B, 3, H, W] in -1..1."""
     batch_BHW3 = torch.from_numpy(np.stack([example[which] for example in picked])).to(device)
     return batch_BHW3.permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -169,7 +169,7 @@ def _in_shard(shard: Path) -> list[Example]:
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
-                # The key ends at the first dot of the file's name, as webdataset has it.
+                # The key ends at the first dot of the file's name, as in webdataset.
                 parent, _, name = member.name.rpartition("/")
                 key, _, suffix = name.partition(".")
                 key, kind = f"{parent}/{key}", f".{suffix.lower()}"

@@ -1,4 +1,4 @@
-"""What a model is trained on, as the `[data]` table of a recipe says it."""
+"""The `[data]` table of a training recipe."""
 
 import tomllib
 from pathlib import Path
@@ -12,14 +12,14 @@ from mos_cli.utils.validation import Frozen
 
 
 class DataTable(Frozen):
-    """Scenes composed from the art file: which words and styles they are made of."""
+    """Scenes composed from the art file: their words and styles."""
 
     kind: Literal["scenes"] = "scenes"
     styles: tuple[str, ...] = Field(min_length=1)
     words: dict[str, tuple[str, ...]]
     """Names in the art file to the names captions use; in a recipe also a TOML file, its own or a preset."""
     edits: float = Field(default=0.0, ge=0, le=1)
-    """Share of the steps that learn to edit scenes; such a step learns nothing else."""
+    """Share of the steps that train edits of scenes."""
 
     @model_validator(mode="after")
     def _enough_words(self) -> Self:
@@ -31,12 +31,12 @@ class DataTable(Frozen):
 
 
 class CaptionedTable(Frozen):
-    """Pictures with captions in files: a folder of both, or of webdataset shards; see `training.captioned`."""
+    """Pictures with captions in files: a folder of both, or of webdataset shards; see `datasets.captioned`."""
 
     kind: Literal["captioned"]
     path: str
     edits: float = Field(default=0.0, ge=0, le=1)
-    """Share of the steps that learn from its edits."""
+    """Share of the steps that train its edits."""
 
 
 def _kind(data: Any) -> str:
@@ -50,10 +50,10 @@ Data = Annotated[
 
 
 def with_words(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A `[data]` table whose words are read, where it names a file: one in `folder`, or one of the presets.
+    """A `[data]` table with its words read from the file that it names, in `folder` or among the presets.
 
     Raises:
-        InputError: the file is not there, or it is not TOML.
+        InputError: the file does not exist, or it is not TOML.
     """
     if not isinstance(data.get("words"), str):
         return data

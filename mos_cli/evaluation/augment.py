@@ -1,4 +1,4 @@
-"""What a camera or a copy does to a picture: the judge learns to look through it.
+"""Augmentation of the judge's training pictures: rotation, blur, compression, colours, noise.
 
 Shapes: B pictures, H x W = 128.
 """
@@ -13,7 +13,7 @@ TURN = math.radians(10)
 
 
 def turned(pictures_B3HW: Tensor, angles_B: Tensor) -> Tensor:
-    """Turns each picture around its middle; what was at (x, y) lies at `turned_point(x, y, angle)` afterwards."""
+    """Rotates each picture around its centre; the point (x, y) moves to `turned_point(x, y, angle)`."""
     cos, sin = angles_B.cos(), angles_B.sin()
     zero = torch.zeros_like(cos)
     affine = torch.stack([torch.stack([cos, sin, zero], dim=1), torch.stack([-sin, cos, zero], dim=1)], dim=1)
@@ -22,13 +22,13 @@ def turned(pictures_B3HW: Tensor, angles_B: Tensor) -> Tensor:
 
 
 def turned_point(x: float, y: float, angle: float) -> tuple[float, float]:
-    """Where a point (in picture widths) lies after turning."""
+    """The position of a point (in picture widths) after rotation by `angle`, in radians."""
     x, y = x - 0.5, y - 0.5
     return x * math.cos(angle) - y * math.sin(angle) + 0.5, x * math.sin(angle) + y * math.cos(angle) + 0.5
 
 
-def spoilt(pictures_B3HW: Tensor, generator: torch.Generator) -> Tensor:
-    """Blurs, quantises as JPEG does, shifts colours and adds noise: each to some of the pictures, more or less."""
+def degraded(pictures_B3HW: Tensor, generator: torch.Generator) -> Tensor:
+    """Blurs, quantises as JPEG does, shifts colours and adds noise, each to some of the pictures."""
     pictures = _blurred(pictures_B3HW, generator)
     pictures = _shifted_colours(pictures, generator)
     pictures = _quantised(pictures, generator)
@@ -37,7 +37,7 @@ def spoilt(pictures_B3HW: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _blurred(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Half stay sharp, the others are shrunk and enlarged again."""
+    """Blurs half of the pictures by shrinking and enlarging."""
     groups = torch.randperm(len(pictures), generator=generator).chunk(8)
     blurred, side = pictures.clone(), pictures.shape[-1]
     for group, smaller in zip(groups[4:], (48, 64, 80, 96), strict=False):
@@ -65,9 +65,9 @@ def _quantised(pictures: Tensor, generator: torch.Generator) -> Tensor:
     blocks = pictures[rows].reshape(count, 3, side // 8, 8, side // 8, 8).transpose(3, 4)
     steps = 0.02 + 0.03 * _each(count, generator)[:, :, None, None] * (k[None] + k[:, None])
     rounded = (basis @ blocks @ basis.T / steps).round() * steps
-    spoilt = pictures.clone()
-    spoilt[rows] = (basis.T @ rounded @ basis).transpose(3, 4).reshape(count, 3, side, side)
-    return spoilt
+    degraded = pictures.clone()
+    degraded[rows] = (basis.T @ rounded @ basis).transpose(3, 4).reshape(count, 3, side, side)
+    return degraded
 
 
 def _each(count: int, generator: torch.Generator) -> Tensor:

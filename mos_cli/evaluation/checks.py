@@ -1,4 +1,4 @@
-"""Does a picture show what its prompt asked for? One check per category, on what the judge has seen in it."""
+"""SceneBench's checks: whether the detections in a picture match its prompt, one check per category."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,39 +7,39 @@ from mos_cli.evaluation.judge import Detection
 from mos_cli.evaluation.scenebench import Category, Entry
 
 MARGIN = 0.08
-"""How far apart two centres must be to stand in a relation, in picture widths."""
+"""The least distance of two centres in a relation, in picture widths."""
 
-Seen = Sequence[Detection]
+Detections = Sequence[Detection]
 
 
-def passes(entry: Entry, seen: Seen) -> bool:
+def passes(entry: Entry, detections: Detections) -> bool:
     """Whether the check of the entry's category holds."""
-    return _CHECKS[entry.category](entry.description, seen)
+    return _CHECKS[entry.category](entry.description, detections)
 
 
-def _all_found(description: Description, seen: Seen) -> bool:
-    return all(_of(thing, seen) for thing in description.things)
+def _all_found(description: Description, detections: Detections) -> bool:
+    return all(_of(thing, detections) for thing in description.things)
 
 
-def _counted(description: Description, seen: Seen) -> bool:
-    return all(len(_of(thing, seen)) == thing.count for thing in description.things)
+def _counted(description: Description, detections: Detections) -> bool:
+    return all(len(_of(thing, detections)) == thing.count for thing in description.things)
 
 
-def _coloured(description: Description, seen: Seen) -> bool:
-    """Every thing is found in its own colour."""
-    return all(any(one.colour == thing.colour for one in _of(thing, seen)) for thing in description.things)
+def _coloured(description: Description, detections: Detections) -> bool:
+    """Whether every thing is found in its colour."""
+    return all(any(one.colour == thing.colour for one in _of(thing, detections)) for thing in description.things)
 
 
-def _placed(description: Description, seen: Seen) -> bool:
-    first, second = (_of(thing, seen) for thing in description.things)
+def _placed(description: Description, detections: Detections) -> bool:
+    first, second = (_of(thing, detections) for thing in description.things)
     return any(_stands(description.relation, a, b) for a in first for b in second)
 
 
-def _styled(description: Description, seen: Seen) -> bool:
-    return all(any(one.style == description.style for one in _of(thing, seen)) for thing in description.things)
+def _styled(description: Description, detections: Detections) -> bool:
+    return all(any(one.style == description.style for one in _of(thing, detections)) for thing in description.things)
 
 
-_CHECKS: dict[Category, Callable[[Description, Seen], bool]] = {
+_CHECKS: dict[Category, Callable[[Description, Detections], bool]] = {
     "single": _all_found,
     "two": _all_found,
     "counting": _counted,
@@ -50,12 +50,12 @@ _CHECKS: dict[Category, Callable[[Description, Seen], bool]] = {
 }
 
 
-def _of(thing: Thing, seen: Seen) -> list[Detection]:
-    return [one for one in seen if one.word == thing.word]
+def _of(thing: Thing, detections: Detections) -> list[Detection]:
+    return [one for one in detections if one.word == thing.word]
 
 
 def _stands(relation: str | None, a: Detection, b: Detection) -> bool:
-    """Whether `a` is left of, right of, above or below `b`, by the margin and more so than along the other axis."""
+    """Whether `a` is left of, right of, above or below `b`, by more than the margin and than along the other axis."""
     right, down = a.x - b.x, a.y - b.y
     towards = {"left": -right, "right": right, "above": -down, "below": down}
     aside = down if relation in ("left", "right") else right

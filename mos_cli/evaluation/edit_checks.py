@@ -1,4 +1,6 @@
-"""Did an edit do what was asked, and only that? On what the judge sees, on likeness to rivals, and in plain measures.
+"""EditBench's checks: whether an edit did what was requested, and only that.
+
+They use the judge's detections, the similarity to true pictures of other edits, and measures of the pixels.
 
 Shapes: B pictures, H x W a picture's size.
 """
@@ -10,30 +12,31 @@ from dataclasses import replace
 import torch.nn.functional as F
 from torch import Tensor
 
+from mos_cli.datasets.scenes.backgrounds import PAINTS, SCENERIES
 from mos_cli.datasets.scenes.composition import Composition, Item
 from mos_cli.datasets.scenes.edits import EditKind
-from mos_cli.datasets.scenes.grounds import PAINTS, SCENERIES
 from mos_cli.evaluation.editbench import EditEntry
 from mos_cli.evaluation.judge import Detection
 from mos_cli.evaluation.scenebench import bench_data
 
 NEAR = 0.16
-"""How far from its place an object may be seen, in picture widths: half of what is between the nearest spots."""
+"""The largest distance of a detection from its object, in picture widths: half of that of the nearest spots."""
 MOST_DB = 60.0
-"""Above this, differences are those of rounding to 8 bits."""
+"""The upper limit of a PSNR; above it, differences are those of rounding to 8 bits."""
 LEAST_OUTSIDE = 1 / 64
-"""Least share of a picture that a PSNR is taken of."""
+"""The least share of a picture for which a PSNR is computed."""
 
 
 def shows(entry: EditEntry, seen: Sequence[Detection], seen_before: Sequence[Detection]) -> bool:
-    """Whether what is new is seen in its place, what stays is seen or at least looks as before, and nothing else is.
+    """Whether new objects are detected in their places, unchanged objects as before, and nothing else.
 
-    What is added, moved or painted must have its colour too. What stays may be misnamed, if it was so before. Nothing
-    else means nothing of a word of the edit, and nothing at all where something was to go.
+    Objects that are added, moved or painted must have their colours. An unchanged object may be detected as another
+    word if it was so before. No further object may have a word of the edit, or be where one was removed.
 
     Args:
-        seen: in the edited picture; a mirror image is looked at flipped back, as the judge knows things unflipped.
-        seen_before: in the true picture before.
+        seen: the detections in the edited picture; a mirror image is flipped back first, since the judge was trained on
+            unflipped objects.
+        seen_before: the detections in the true picture before.
     """
     was = entry.before.items
     now = was if entry.kind == "mirror" else entry.after.items
@@ -61,16 +64,16 @@ def _near(item: Item, one: Detection) -> bool:
 
 
 def _nearest(item: Item, seen: Sequence[Detection]) -> Detection | None:
-    """What is seen in an object's place."""
+    """The detection nearest to an object, if there is one."""
     there = [one for one in seen if _near(item, one)]
     return min(there, key=lambda one: math.hypot(one.x - item.x, one.y - item.y), default=None)
 
 
 def rivals(entry: EditEntry) -> tuple[Composition, ...]:
-    """What the result may not look more like than like the picture after: what the judge cannot tell from it.
+    """Wrong results that the judge cannot distinguish from the right one, to which the result must be more similar.
 
-    The picture before for a size or a colour; the other styles; the other grounds; for a mirror image, the picture
-    before and its objects moved but not flipped.
+    The picture before for a size or a colour; the other styles; the other backgrounds; for a mirror image, the picture
+    before, and the objects moved but not flipped.
     """
     return RIVALRIES[entry.kind](entry) if entry.kind in RIVALRIES else ()
 
@@ -90,10 +93,14 @@ def _other_styles(entry: EditEntry) -> tuple[Composition, ...]:
     )
 
 
-def _other_grounds(entry: EditEntry) -> tuple[Composition, ...]:
+def _other_backgrounds(entry: EditEntry) -> tuple[Composition, ...]:
     plain = [None if paint == "white" else paint for paint in PAINTS]
-    grounds = dict.fromkeys([entry.before.ground, *plain, *SCENERIES])
-    return tuple(replace(entry.after, ground=ground) for ground in grounds if ground != entry.after.ground)
+    backgrounds = dict.fromkeys([entry.before.background, *plain, *SCENERIES])
+    return tuple(
+        replace(entry.after, background=background)
+        for background in backgrounds
+        if background != entry.after.background
+    )
 
 
 def _not_flipped(entry: EditEntry) -> tuple[Composition, ...]:
@@ -104,29 +111,30 @@ def _not_flipped(entry: EditEntry) -> tuple[Composition, ...]:
 
 
 COLOURED: set[EditKind] = {"add", "replace", "move", "recolour", "count", "swap"}
-"""Kinds whose new and moved objects must have the colour they are painted in."""
+"""Kinds whose new and moved objects must have their paint's colour."""
 RIVALRIES: dict[EditKind, Callable[[EditEntry], tuple[Composition, ...]]] = {
     "resize": lambda entry: (entry.before,),
     "recolour": lambda entry: (entry.before,),
     "style": _other_styles,
     "style all": _other_styles,
-    "background": _other_grounds,
+    "background": _other_backgrounds,
     "mirror": _not_flipped,
 }
 
 
 def may_change(before_B3HW: Tensor, after_B3HW: Tensor) -> Tensor:
-    """The pixels an edit may touch, [B, H, W]: where before and after differ, and a thirty-second of a width around."""
+    """The pixels that an edit may change, [B, H, W]: where before and after differ, and 1/32 of a width around."""
     differs_BHW = (before_B3HW - after_B3HW).abs().amax(dim=1) > 1 / 255
     reach = max(1, round(before_B3HW.shape[-1] / 32))
     return F.max_pool2d(differs_BHW.float()[:, None], 2 * reach + 1, 1, reach)[:, 0] > 0
 
 
 def psnr_outside(pictures_B3HW: Tensor, before_B3HW: Tensor, region_BHW: Tensor) -> list[float | None]:
-    """How well each picture keeps what may not change, in dB; None where hardly anything may not.
+    """The PSNR of each picture outside its region, in dB; None where the region covers nearly everything.
 
     Args:
-        pictures_B3HW: in -1..1, as the pictures before.
+        pictures_B3HW, before_B3HW: in -1..1.
+        region_BHW: the pixels that may change.
     """
     outside_BHW = ~region_BHW
     squares_BHW = ((pictures_B3HW - before_B3HW) / 2).square().mean(dim=1)

@@ -1,4 +1,4 @@
-"""Examines edited pictures: what the judge sees in them, whether the edit is done, and what else has changed.
+"""Judging edited pictures: detections, whether the edit is done, and what else has changed.
 
 Shapes: B pictures, H x W a picture's size.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from mos_cli.datasets.scenes.composition import Composition
 from mos_cli.evaluation.edit_checks import may_change, no_op_error, psnr_outside, rivals, shows
 from mos_cli.evaluation.editbench import EditEntry
-from mos_cli.evaluation.examine import Seen, TrueScenes, check_words
+from mos_cli.evaluation.examine import Detections, TrueScenes, check_words
 from mos_cli.evaluation.judge import Judge
 
 
@@ -21,28 +21,28 @@ class Examined:
     """One edited picture.
 
     Attributes:
-        passed: the change is there, and so is all else.
-        outside: PSNR where nothing may change, in dB; None where hardly anything may not.
-        error: mean difference in levels of 255 if nothing is to change, else None.
+        passed: whether the edit is done and nothing else has changed.
+        outside: PSNR where nothing may change, in dB; None where nearly everything may.
+        error: mean difference in levels of 255 if nothing should change, else None.
     """
 
     passed: bool
-    seen: Seen
+    seen: Detections
     outside: float | None
     error: float | None
 
 
 class EditExaminer:
-    """Examines pictures of some edits.
+    """Judges the results of some edits.
 
     Args:
-        canvas: side of the pictures, in pixels; true ones are drawn in the same size.
+        canvas: side of the pictures, in pixels; true pictures are drawn in the same size.
 
     Attributes:
         before_B3HW, after_B3HW: the true pictures, in -1..1.
 
     Raises:
-        ModelError: the edits name a word that the judge has not learned.
+        ModelError: an edit has a word that the judge has not learned.
     """
 
     def __init__(self, judge: Judge, true: TrueScenes, entries: Sequence[EditEntry], canvas: int) -> None:
@@ -51,19 +51,19 @@ class EditExaminer:
         self.mirrored = [row for row, entry in enumerate(entries) if entry.kind == "mirror"]
         self.before_B3HW = self._draw([entry.before for entry in entries])
         self.after_B3HW = self._draw([entry.after for entry in entries])
-        self.seen_before = judge.look(self.before_B3HW)
+        self.seen_before = judge.detect(self.before_B3HW)
         self.region_BHW = may_change(self.before_B3HW, self.after_B3HW)
 
     def examine(self, pictures_B3HW: Tensor) -> list[Examined]:
-        """One picture per edit."""
-        looked_at_B3HW = pictures_B3HW.clone()
-        looked_at_B3HW[self.mirrored] = pictures_B3HW[self.mirrored].flip(-1)
-        seen = self.judge.look(looked_at_B3HW)
+        """The verdicts on one picture per edit, [B, 3, H, W] in -1..1."""
+        unflipped_B3HW = pictures_B3HW.clone()
+        unflipped_B3HW[self.mirrored] = pictures_B3HW[self.mirrored].flip(-1)
+        seen = self.judge.detect(unflipped_B3HW)
         outside = psnr_outside(pictures_B3HW, self.before_B3HW, self.region_BHW)
         errors = no_op_error(pictures_B3HW, self.before_B3HW)
         return [
             Examined(
-                passed=shows(entry, seen[row], self.seen_before[row]) and self._likest(row, pictures_B3HW[row]),
+                passed=shows(entry, seen[row], self.seen_before[row]) and self._most_similar(row, pictures_B3HW[row]),
                 seen=seen[row],
                 outside=outside[row],
                 error=errors[row] if entry.kind == "nothing" else None,
@@ -72,11 +72,11 @@ class EditExaminer:
         ]
 
     def ceiling(self) -> list[bool]:
-        """Which true pictures after pass."""
+        """For each edit, whether the true picture after passes."""
         return [one.passed for one in self.examine(self.after_B3HW)]
 
-    def _likest(self, row: int, picture_3HW: Tensor) -> bool:
-        """Whether the picture looks more like the true one after than like any rival of it, by squared error."""
+    def _most_similar(self, row: int, picture_3HW: Tensor) -> bool:
+        """Whether the picture is nearer to the true one after than to any rival, by squared error."""
         others = rivals(self.entries[row])
         if not others:
             return True

@@ -1,4 +1,4 @@
-"""One evaluation of editing, from bundle to table: every edit drawn, judged, and compared with what was to stay.
+"""One evaluation of editing, from bundle to table: draws and judges every edit.
 
 Shapes: B pictures, H x W a picture's size.
 """
@@ -44,13 +44,13 @@ ON_SHEET = 2
 
 
 class EditScore(Score):
-    """A kind's score; `outside` is the mean PSNR where nothing may change, in dB, None where everything may."""
+    """The score of a kind; `outside` is the mean PSNR where nothing may change, in dB, None where everything may."""
 
     outside: float | None
 
 
 class EditVerdict(Frozen):
-    """One edit: whether it passes, the PSNR outside it, and what the judge saw in the result."""
+    """One edit: whether it passes, the PSNR outside of it, and the detections in the result."""
 
     id: str
     instruction: str
@@ -60,9 +60,9 @@ class EditVerdict(Frozen):
 
 
 class EditEvaluation(Measured):
-    """All that was found of how a model edits.
+    """The results of an evaluation of editing.
 
-    `no_op_error` is the mean difference, in levels of 255, of edits that ask for no change.
+    `no_op_error` is the mean difference, in levels of 255, of edits that request no change.
     """
 
     schema_: Literal["mos-edit-eval/1"] = Field(alias="schema")
@@ -86,13 +86,13 @@ def evaluate_edits(
 ) -> EditEvaluation:
     """Draws and judges all edits; writes edit.json, edit.md, a sheet and the pictures to `folder`.
 
-    Pictures that an interrupted run of the same bundle and settings left in `folder` are taken as they are.
+    Pictures in `folder` from an interrupted run of the same bundle and settings are used again.
 
     Args:
         common: the fields of a recipe that all edits share; width and height are the same.
 
     Raises:
-        InputError: `folder` holds pictures made otherwise.
+        InputError: `folder` holds pictures with another recipe.
         ModelError: the judge does not know the bench's words.
         UsageError: the pictures are not square, or a setting is out of range.
     """
@@ -148,7 +148,7 @@ def rows(evaluation: EditEvaluation) -> list[tuple[str, ...]]:
 
 
 def markdown(evaluation: EditEvaluation) -> str:
-    """The table with its settings and hashes, as it goes into a card."""
+    """The table with its settings and hashes, for a model card."""
     return f"""{markdown_table(HEADINGS, rows(evaluation))}
 
 Where nothing was to change: {evaluation.no_op_error:.2f} levels of 255 on average.
@@ -175,7 +175,7 @@ def _mean(values: Any) -> float | None:
 def _sheet(
     entries: Sequence[EditEntry], befores: list[Image.Image], images: list[Image.Image], examined: list[Examined]
 ) -> Image.Image:
-    """A few edits of every kind, before and after, with the verdict."""
+    """Some edits of every kind, before and after, with the verdict."""
     shown = []
     for kind in EDIT_KINDS:
         for row in [row for row, entry in enumerate(entries) if entry.kind == kind][:ON_SHEET]:

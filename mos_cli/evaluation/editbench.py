@@ -1,17 +1,22 @@
-"""EditBench: edits of every kind, with the pictures before and after, on things that never met in training.
+"""EditBench: edits of every kind, with the pictures before and after, of pairs of things held out of training.
 
-The edits are fixed in editbench.jsonl; `python -m mos_cli.evaluation.editbench` writes that file again.
+The edits are fixed in editbench.jsonl. Evaluations name the hash of this file, so it keeps the field names of
+version 0.1.0; `python -m mos_cli.evaluation.editbench` writes the same edits with the present names.
 """
 
 import json
 from pathlib import Path
 from random import Random
+from typing import Annotated
+
+from pydantic import BeforeValidator
 
 from mos_cli.datasets.scenes.composition import Composition
 from mos_cli.datasets.scenes.edits import EDIT_KINDS, EditKind, EditWriter
 from mos_cli.datasets.scenes.vocabulary import Vocabulary
 from mos_cli.evaluation.scenebench import bench_words
 from mos_cli.utils.files import atomic_write
+from mos_cli.utils.migration import current_fields
 from mos_cli.utils.validation import Frozen
 
 PER_KIND = 40
@@ -19,14 +24,14 @@ FILE = Path(__file__).with_name("editbench.jsonl")
 
 
 class EditEntry(Frozen):
-    """One edit and the seed it is drawn with. What the result must show follows from `before` and `after`."""
+    """One edit and the seed that it is drawn with. The expected result follows from `before` and `after`."""
 
     id: str
     kind: EditKind
     seed: int
     instruction: str
-    before: Composition
-    after: Composition
+    before: Annotated[Composition, BeforeValidator(current_fields)]
+    after: Annotated[Composition, BeforeValidator(current_fields)]
 
 
 def read_edit_bench(limit: int | None = None) -> tuple[EditEntry, ...]:
@@ -38,7 +43,7 @@ def read_edit_bench(limit: int | None = None) -> tuple[EditEntry, ...]:
 
 def make_edit_bench(vocabulary: Vocabulary, count: int = PER_KIND) -> tuple[EditEntry, ...]:
     """`count` edits of every kind, always the same ones."""
-    writer, entries = EditWriter(vocabulary, unseen=True), []
+    writer, entries = EditWriter(vocabulary, held_out_pairs=True), []
     for kind in EDIT_KINDS:
         random = Random(f"editbench/{kind}")
         for number in range(count):
@@ -57,7 +62,7 @@ def make_edit_bench(vocabulary: Vocabulary, count: int = PER_KIND) -> tuple[Edit
 
 
 def edit_bench_text(entries: tuple[EditEntry, ...]) -> str:
-    """The entries as JSON lines; what is at its default is left out."""
+    """The entries as JSON lines, without default values."""
     lines = [json.dumps(entry.model_dump(exclude_defaults=True), ensure_ascii=False) for entry in entries]
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""What a picture shows and whether that is what was asked: the judge, with true scenes to compare styles with.
+"""Judging pictures of prompts: the judge's detections, with styles from a comparison with true scenes.
 
 Shapes: B pictures, H x W a picture's size, F features, A styles.
 """
@@ -21,15 +21,15 @@ from mos_cli.evaluation.judge import Detection, Judge
 from mos_cli.evaluation.scenebench import Entry, bench_data
 
 TRUE_SCENES = 4
-"""True scenes per prompt, for a steady ceiling; the first of each is what KID compares with."""
+"""True scenes per prompt, for the ceiling; the first of each is compared by KID."""
 REFERENCE = TRUE_SCENES
-"""The take of the true scenes that styles are compared with: none of those that are examined themselves."""
+"""The take of the true scenes for the comparison of styles, not one of those that are judged."""
 
-Seen = tuple[Detection, ...]
+Detections = tuple[Detection, ...]
 
 
 class TrueScenes:
-    """The scenes the prompts describe, as the compositor draws them from the art."""
+    """Draws the scenes that prompts describe from the art file."""
 
     def __init__(self, art: Art) -> None:
         self.vocabulary = load_vocabulary(art, bench_data())
@@ -39,7 +39,7 @@ class TrueScenes:
     def draw(self, entries: Sequence[Entry], canvas: int, take: int, style: str | None = None) -> Tensor:
         """One picture per entry, [B, 3, H, W] in -1..1; another `take` is another scene of the same description.
 
-        With a style it is the same scene by another hand.
+        `style` replaces the description's style.
         """
         scenes = []
         for entry in entries:
@@ -53,23 +53,23 @@ class TrueScenes:
         return torch.cat([self.compositor.draw(part, canvas) for part in parts])
 
 
-def check_words(judge: Judge, asked: set[str]) -> None:
+def check_words(judge: Judge, words: set[str]) -> None:
     """Raises ModelError if the judge has not learned a word."""
-    if unknown := sorted(asked - set(judge.config.words)):
+    if unknown := sorted(words - set(judge.config.words)):
         raise ModelError(f"the judge has not learned {', '.join(unknown[:3])}: run mos train-judge")
 
 
 class Examiner:
-    """Examines pictures of some prompts.
+    """Judges pictures of some prompts.
 
-    In pictures of a style prompt, what is seen gets the style in which a true scene of the same description looks
-    most like the picture, by the cosine of the judge's features.
+    In pictures of style prompts, detections get the style whose true scene of the same description is most similar to
+    the picture, by the cosine of the judge's features.
 
     Args:
         canvas: side of the pictures, in pixels; true scenes are drawn in the same size.
 
     Raises:
-        ModelError: the prompts ask for a word that the judge has not learned.
+        ModelError: a prompt has a word that the judge has not learned.
     """
 
     def __init__(self, judge: Judge, true: TrueScenes, entries: Sequence[Entry], canvas: int) -> None:
@@ -82,20 +82,20 @@ class Examiner:
             [judge.features(true.draw(prompts, canvas, REFERENCE, style)) for style in self.styles], dim=1
         )
 
-    def examine(self, pictures_B3HW: Tensor) -> tuple[list[Seen], list[bool]]:
-        """What is seen in one picture per prompt, and whether it passes the check of its category."""
-        seen = self.judge.look(pictures_B3HW)
-        for row, style in zip(self.styled, self.likest(pictures_B3HW[self.styled]), strict=True):
+    def examine(self, pictures_B3HW: Tensor) -> tuple[list[Detections], list[bool]]:
+        """The detections in one picture per prompt, and whether it passes the check of its category."""
+        seen = self.judge.detect(pictures_B3HW)
+        for row, style in zip(self.styled, self.nearest_style(pictures_B3HW[self.styled]), strict=True):
             seen[row] = tuple(replace(one, style=style) for one in seen[row])
         return seen, [passes(entry, what) for entry, what in zip(self.entries, seen, strict=True)]
 
-    def likest(self, pictures_B3HW: Tensor) -> list[str]:
-        """The style that each picture of the style prompts, in their order, looks most like."""
+    def nearest_style(self, pictures_B3HW: Tensor) -> list[str]:
+        """The most similar style of each picture of the style prompts, in their order."""
         features_BF = self.judge.features(pictures_B3HW)
         nearest = F.cosine_similarity(features_BF[:, None], self.references_BAF, dim=2).argmax(dim=1)
         return [self.styles[style] for style in nearest.tolist()]
 
     def ceiling(self) -> list[list[bool]]:
-        """Which true scenes pass: one list per entry."""
+        """For each entry, whether its true scenes pass."""
         takes = [self.examine(self.true.draw(self.entries, self.canvas, take))[1] for take in range(TRUE_SCENES)]
         return [list(passed) for passed in zip(*takes, strict=True)]

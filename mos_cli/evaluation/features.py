@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0: the features that KID compares, from weights trained on ImageNet by others.
+"""EfficientNet-Lite0, trained on ImageNet: the features that KID compares.
 
 Shapes: B pictures, H x W = 224, C channels, F = 1280 features.
 """
@@ -38,5 +38,5 @@ def load_features(folder: Path) -> EfficientNetLite0:
 
 @torch.inference_mode()
 def features_of(net: nn.Module, pictures_B3HW: Tensor) -> Tensor:
-    """Features [B, F], a few pictures at a time."""
+    """Features [B, F], computed in batches of 32."""
     return torch.cat([net(part) for part in pictures_B3HW.split(32)])

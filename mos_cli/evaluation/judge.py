@@ -1,8 +1,8 @@
-"""The judge: a small detector that says which words stand where in a picture and in which colour.
+"""The judge: a small detector of objects, their words and colours.
 
-It is trained on true scenes only (see judge_training) and is what SceneBench is scored with.
+It is trained on true scenes only (see judge_training) and scores SceneBench and EditBench.
 
-Shapes: B pictures, H x W = 128, h x w = 32 cells of 4 pixels, N cells looked at.
+Shapes: B pictures, H x W = 128, h x w = 32 cells of 4 pixels, N cells that are classified.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from mos_cli.utils.folders import models_folder
 from mos_cli.utils.validation import Frozen, Sha256, read_json
 
 SIDE = 128
-"""Side of the pictures the judge looks at, in pixels; others are scaled to it."""
+"""Side of the judge's input, in pixels; other pictures are scaled to it."""
 CELLS = 32
 THRESHOLD = 0.2
 """Least score of a detection."""
@@ -31,7 +31,7 @@ INDEX, WEIGHTS = "judge.json", "judge.safetensors"
 
 
 class JudgeConfig(Frozen):
-    """What the judge can say, and the size of its network: channels at each scale, and values in naming."""
+    """The classes of the judge, and the sizes of its network: channels at each scale, and width of the classifier."""
 
     words: tuple[str, ...]
     colours: tuple[str, ...]
@@ -41,7 +41,7 @@ class JudgeConfig(Frozen):
 
 
 class JudgeIndex(Frozen):
-    """The content of judge.json; `sha256` is that of the weights beside it and names the judge in every table."""
+    """The content of judge.json; `sha256` is that of the weights and identifies the judge in tables."""
 
     schema_: Literal["mos-judge/1"] = Field(alias="schema")
     sha256: Sha256
@@ -50,9 +50,9 @@ class JudgeIndex(Frozen):
 
 @dataclass(frozen=True)
 class Detection:
-    """One object seen: its centre in picture widths (x right, y down), and a score in 0..1 for it being that word.
+    """One detected object: its word, its centre in picture widths (x right, y down), and a score in 0..1.
 
-    `colour` is the paint it looks most like, whether it is painted or not; `style` the hand, where it was compared.
+    `colour` is the most similar paint, whether it is painted or not; `style` is set where styles were compared.
     """
 
     word: str
@@ -64,16 +64,16 @@ class Detection:
 
 
 class JudgeNet(nn.Module):
-    """Convolutions at 1/4 to 1/32 of the picture: whether a cell is an object's centre, and what stands there.
+    """Convolutions at 1/4 to 1/32 of the picture: whether a cell is an object's centre, and the class of the object.
 
-    Naming is dear and asked of a few cells only, so it looks at all scales and at the mean of the coarsest; finding
-    centres joins the scales first.
+    The scales are merged to find centres. Few cells are classified, so the classifier can use the features of all
+    scales and the mean of the coarsest.
     """
 
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__()
         small, middle, large, largest = config.widths
-        self.answers = [len(config.words), len(config.colours), len(config.styles)]
+        self.class_counts = [len(config.words), len(config.colours), len(config.styles)]
         self.stem = nn.Sequential(nn.Conv2d(3, small, 5, 4, 2, bias=False), nn.BatchNorm2d(small), nn.ReLU())
         self.stages = nn.ModuleList(
             [
@@ -86,12 +86,12 @@ class JudgeNet(nn.Module):
         self.joins = nn.ModuleList([nn.Conv2d(width, small, 1) for width in config.widths])
         self.mix = nn.Sequential(nn.Conv2d(small, small, 3, 1, 1, bias=False), nn.BatchNorm2d(small), nn.ReLU())
         self.centre = nn.Conv2d(small, 1, 1)
-        # Most cells hold no centre: starting there spares the first steps from learning it.
+        # Most cells have no centre: a low bias makes that the initial prediction.
         nn.init.constant_(self.centre.bias, -4.0)  # type: ignore[arg-type]
         self.what = nn.Sequential(
             nn.Linear(sum(config.widths) + largest, config.hidden),
             nn.ReLU(),
-            nn.Linear(config.hidden, sum(self.answers)),
+            nn.Linear(config.hidden, sum(self.class_counts)),
         )
 
     def forward(self, pictures_B3HW: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -108,11 +108,11 @@ class JudgeNet(nn.Module):
     def name(self, levels: list[Tensor], rows_N: Tensor, y_N: Tensor, x_N: Tensor) -> tuple[Tensor, ...]:
         """Logits of words, colours and styles at some cells of some pictures, [N, words], [N, colours], [N, styles].
 
-        Styles are asked in training only, for features that tell hands apart; see `Judge.features`.
+        Styles are used in training only, for features that distinguish them; see `Judge.features`.
         """
-        seen = [level[rows_N, :, y_N >> scale, x_N >> scale] for scale, level in enumerate(levels)]
+        local = [level[rows_N, :, y_N >> scale, x_N >> scale] for scale, level in enumerate(levels)]
         whole = levels[-1].mean(dim=(2, 3))[rows_N]
-        return self.what(torch.cat([*seen, whole], dim=1)).split(self.answers, dim=1)
+        return self.what(torch.cat([*local, whole], dim=1)).split(self.class_counts, dim=1)
 
 
 class _Block(nn.Module):
@@ -149,13 +149,13 @@ class Judge:
         self.net.eval().requires_grad_(False)
 
     @torch.inference_mode()
-    def look(self, pictures_B3HW: Tensor) -> list[tuple[Detection, ...]]:
-        """The objects in pictures with values in -1..1 and of any square size, surest first."""
-        return [seen for part in pictures_B3HW.split(64) for seen in self._look(part)]
+    def detect(self, pictures_B3HW: Tensor) -> list[tuple[Detection, ...]]:
+        """The objects in pictures in -1..1 of any square size, by descending score."""
+        return [seen for part in pictures_B3HW.split(64) for seen in self._detect(part)]
 
     @torch.inference_mode()
     def features(self, pictures_B3HW: Tensor) -> Tensor:
-        """The means of all scales, [B, F]: how a picture looks, wherever in it things are."""
+        """The spatial means of the features of all scales, [B, F]."""
         parts = [self._net(part)[1] for part in pictures_B3HW.split(64)]
         return torch.cat([torch.cat([level.mean(dim=(2, 3)) for level in levels], dim=1) for levels in parts])
 
@@ -164,7 +164,7 @@ class Judge:
             pictures_B3HW = F.interpolate(pictures_B3HW, (SIDE, SIDE), mode="bilinear", antialias=True)
         return self.net(pictures_B3HW)
 
-    def _look(self, pictures_B3HW: Tensor) -> list[tuple[Detection, ...]]:
+    def _detect(self, pictures_B3HW: Tensor) -> list[tuple[Detection, ...]]:
         logits, levels = self._net(pictures_B3HW)
         centres = logits.sigmoid()
         peaks = (centres == F.max_pool2d(centres[:, None], 5, 1, 2)[:, 0]) & (centres >= THRESHOLD)
@@ -188,7 +188,7 @@ class Judge:
 
 
 def judge_folder() -> Path:
-    """Where the judge lies that comes with mos."""
+    """The folder of the judge in the package."""
     return models_folder() / "judge"
 
 

@@ -1,10 +1,10 @@
-"""Trains the judge: true pictures of every art set, strewn over the canvas as no prompt would have them, and spoilt.
+"""Training the judge: sprites of every art set at random places on the canvas, augmented.
 
-Its scenes have nothing of the layouts, the single hand per picture and the cleanness that the generator learns from,
-and more art sets, so that the judge knows a thing by its looks alone. It learns colours from painted things only: asked
-for the colour of another it says the likest one, and a banana that is yellow by nature is a yellow banana.
+The scenes have neither the layouts nor the one style per picture of the generator's training data, and more art sets,
+so that the judge learns only appearances. It learns colours from painted things; for others it predicts the most
+similar paint, so that an unpainted banana is yellow.
 
-Shapes: B pictures, K cells looked at in a picture, V sprites, H x W = 128.
+Shapes: B pictures, K classified cells of a picture, V sprites, H x W = 128.
 """
 
 import math
@@ -19,31 +19,31 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mos_cli.datasets.art.file import Art
+from mos_cli.datasets.scenes.backgrounds import PAINTS, SCENERIES, Background
 from mos_cli.datasets.scenes.compositor import Compositor
-from mos_cli.datasets.scenes.grounds import PAINTS, SCENERIES, Ground
 from mos_cli.datasets.scenes.layout import Placed, Scene
 from mos_cli.datasets.scenes.vocabulary import COLOURS, RGB
 from mos_cli.datasets.tables import DataTable
-from mos_cli.evaluation.augment import TURN, spoilt, turned, turned_point
+from mos_cli.evaluation.augment import TURN, degraded, turned, turned_point
 from mos_cli.evaluation.judge import CELLS, SIDE, JudgeConfig, JudgeNet, save_judge
 from mos_cli.utils.devices import choose_device, choose_precision
 
-MOST_STREWN = 5
+MOST_OBJECTS = 5
 AROUND = [(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)]
-"""Cells, beside that of the centre, which have to know the object as well."""
+"""The centre's cell and its neighbours, all of which are trained to classify the object."""
 IGNORED = -100
-"""What is not asked."""
+"""The label of what is not trained."""
 SPREAD = 1.2
-"""Width of the bump that marks a centre, in cells."""
+"""Standard deviation of the Gaussian target of a centre, in cells."""
 
 
 @dataclass(frozen=True)
 class Sprites:
-    """What a judge learns from: sprites uint8 [V, H, W, 4], and where those of each word are.
+    """The sprites for training, uint8 [V, H, W, 4], and their words and styles.
 
     Attributes:
         pictures: for each word, the style (a number) and the row of every sprite of it. Numbers beyond the styles of
-            `config` are art sets whose hand the judge need not tell.
+            `config` are art sets that are not styles of the judge.
     """
 
     config: JudgeConfig
@@ -52,15 +52,15 @@ class Sprites:
 
 
 @dataclass(frozen=True)
-class Strewn:
-    """Objects on a canvas with what the judge should say of each: word, colour and style as numbers, or IGNORED."""
+class LabelledScene:
+    """A scene with the labels of its objects: word, colour and style as numbers, or IGNORED."""
 
     scene: Scene
-    said: tuple[tuple[int, int, int], ...]
+    labels: tuple[tuple[int, int, int], ...]
 
 
 def load_sprites(art: Art, data: DataTable) -> Sprites:
-    """The recipe's words in all styles of the art file, those the generator does not learn included."""
+    """The sprites of the recipe's words in all styles of the art file, also those that the recipe leaves out."""
     others = sorted({picture.style for picture in art.manifest.pictures} - set(data.styles))
     found = {(picture.name, picture.style): picture.index for picture in art.manifest.pictures}
     pictures, rows = [], []
@@ -72,17 +72,17 @@ def load_sprites(art: Art, data: DataTable) -> Sprites:
     return Sprites(config, art.pixels[rows], tuple(pictures))
 
 
-def strew(sprites: Sprites, random: Random) -> Strewn:
-    """Up to five objects anywhere, in any sizes, hands and colours; at most a little of one is hidden by another."""
+def random_scene(sprites: Sprites, random: Random) -> LabelledScene:
+    """Up to five objects at random places, in random sizes, styles and colours, with little overlap."""
     count = random.choice((1, 1, 1, 2, 2, 3, 4, 5))
-    one_hand = random.randrange(len(sprites.config.styles)) if random.random() < 0.5 else None
+    one_style = random.randrange(len(sprites.config.styles)) if random.random() < 0.5 else None
     words = random.sample(range(len(sprites.pictures)), count)
     if random.random() < 0.4:
         words = words[:1] * count
     spots: list[tuple[float, float, float]] = []
-    placed, said = [], []
+    placed, labels = [], []
     for word in words:
-        style = random.choice(list(sprites.pictures[word])) if one_hand is None else one_hand
+        style = random.choice(list(sprites.pictures[word])) if one_style is None else one_style
         x, y, side = _spot(count, spots, random)
         spots.append((x, y, side))
         colour, tint = IGNORED, None
@@ -90,12 +90,12 @@ def strew(sprites: Sprites, random: Random) -> Strewn:
             colour = random.randrange(len(sprites.config.colours))
             tint = _varied(COLOURS[sprites.config.colours[colour]][0], random)
         placed.append(Placed(sprites.pictures[word][style], x, y, side, tint))
-        said.append((word, colour, style if style < len(sprites.config.styles) else IGNORED))
-    return Strewn(Scene(tuple(placed), _ground(random)), tuple(said))
+        labels.append((word, colour, style if style < len(sprites.config.styles) else IGNORED))
+    return LabelledScene(Scene(tuple(placed), _background(random)), tuple(labels))
 
 
 def _spot(count: int, taken: list[tuple[float, float, float]], random: Random) -> tuple[float, float, float]:
-    """Centre and side of the next object; it shrinks until it finds room."""
+    """Centre and side of the next object, smaller and smaller until there is space for it."""
     side = random.uniform(0.32, 1.0) if count == 1 else random.uniform(0.22, 0.62 if count == 2 else 0.48)
     while True:
         for _ in range(20):
@@ -111,27 +111,27 @@ def _varied(colour: RGB, random: Random) -> RGB:
     return tuple(min(1.0, max(0.0, value + random.uniform(-0.05, 0.05))) for value in colour)  # type: ignore[return-value]
 
 
-def _ground(random: Random) -> Ground:
-    """White, a named paint, a scenery, or any two colours at all."""
+def _background(random: Random) -> Background:
+    """White, a named paint, a scenery, or two random colours."""
     kind = random.random()
     if kind < 0.25:
-        return Ground(PAINTS["white"], PAINTS["white"])
+        return Background(PAINTS["white"], PAINTS["white"])
     if kind < 0.5:
         paint = random.choice(list(PAINTS.values()))
-        return Ground(paint, paint)
+        return Background(paint, paint)
     if kind < 0.65:
         return random.choice(list(SCENERIES.values()))[0]
     top, bottom = ((random.random(), random.random(), random.random()) for _ in range(2))
-    return Ground(top, bottom, random.uniform(0.4, 0.8) if random.random() < 0.3 else None)
+    return Background(top, bottom, random.uniform(0.4, 0.8) if random.random() < 0.3 else None)
 
 
 @dataclass(frozen=True)
 class JudgeBatch:
-    """Spoilt pictures [B, 3, H, W], and what the judge should say of them.
+    """Augmented pictures [B, 3, H, W], and the targets of the judge.
 
     Attributes:
-        centres: [B, cells, cells]; 1 at an object's centre, falling off around it.
-        cells: [B, K] numbers of the cells around the centres; `words`, `colours`, `styles` [B, K] say what is there.
+        centres: [B, cells, cells]; 1 at an object's centre, a Gaussian around it.
+        cells: [B, K] numbers of the cells around the centres; `words`, `colours`, `styles` [B, K] are their labels.
     """
 
     pictures: Tensor
@@ -143,7 +143,7 @@ class JudgeBatch:
 
 
 class JudgeBatches(Dataset):
-    """Step number in, batch out; the same step always gives the same batch."""
+    """A batch for every step; it depends only on the seed and the step's number."""
 
     def __init__(self, sprites: Sprites, batch: int, steps: int, seed: int) -> None:
         self.sprites, self.batch, self.steps, self.seed = sprites, batch, steps, seed
@@ -155,36 +155,36 @@ class JudgeBatches(Dataset):
     def __getitem__(self, step: int) -> JudgeBatch:
         random = Random(f"judge/{self.seed}/{step}")
         generator = torch.Generator().manual_seed(random.getrandbits(63))
-        strewn = [strew(self.sprites, random) for _ in range(self.batch)]
-        angles = [random.uniform(-TURN, TURN) if random.random() < 0.7 else 0.0 for _ in strewn]
-        pictures = turned(self.compositor.draw([one.scene for one in strewn], SIDE), torch.tensor(angles))
-        return JudgeBatch(spoilt(pictures, generator), *_targets(strewn, angles))
+        scenes = [random_scene(self.sprites, random) for _ in range(self.batch)]
+        angles = [random.uniform(-TURN, TURN) if random.random() < 0.7 else 0.0 for _ in scenes]
+        pictures = turned(self.compositor.draw([one.scene for one in scenes], SIDE), torch.tensor(angles))
+        return JudgeBatch(degraded(pictures, generator), *_targets(scenes, angles))
 
 
-def _targets(strewn: list[Strewn], angles: list[float]) -> tuple[Tensor, ...]:
+def _targets(scenes: list[LabelledScene], angles: list[float]) -> tuple[Tensor, ...]:
     middles = (torch.arange(CELLS) + 0.5)[None]
-    room = MOST_STREWN * len(AROUND)
-    centres = torch.zeros(len(strewn), CELLS, CELLS)
-    cells = torch.zeros(len(strewn), room, dtype=torch.long)
-    said = torch.full((3, len(strewn), room), IGNORED)
-    for row, (one, angle) in enumerate(zip(strewn, angles, strict=True)):
+    columns = MOST_OBJECTS * len(AROUND)
+    centres = torch.zeros(len(scenes), CELLS, CELLS)
+    cells = torch.zeros(len(scenes), columns, dtype=torch.long)
+    labels = torch.full((3, len(scenes), columns), IGNORED)
+    for row, (one, angle) in enumerate(zip(scenes, angles, strict=True)):
         column = 0
-        for placed, what in zip(one.scene.objects, one.said, strict=True):
+        for placed, what in zip(one.scene.objects, one.labels, strict=True):
             x, y = (CELLS * value for value in turned_point(placed.x, placed.y, angle))
-            # The bump is drawn around the cell's middle, so that exactly one cell is the centre.
+            # Centred on the cell's middle, so that exactly one cell has the value 1.
             across, down = (min(CELLS - 1, max(0, int(value))) for value in (x, y))
             distance = (middles - across - 0.5).square() + (middles.T - down - 0.5).square()
             centres[row] = torch.maximum(centres[row], (-distance / (2 * SPREAD**2)).exp())
             for right, below in AROUND:
                 if 0 <= across + right < CELLS and 0 <= down + below < CELLS:
                     cells[row, column] = (down + below) * CELLS + across + right
-                    said[:, row, column] = torch.tensor(what)
+                    labels[:, row, column] = torch.tensor(what)
                     column += 1
-    return centres, cells, *said
+    return centres, cells, *labels
 
 
 def judge_loss(net: JudgeNet, batch: JudgeBatch, *, bfloat16: bool) -> Tensor:
-    """CenterNet's focal loss on the centres (arXiv 1904.07850, eq. 1) and cross entropies of what is there."""
+    """CenterNet's focal loss on the centres (arXiv 1904.07850, eq. 1) and cross entropies of the classes."""
     with torch.autocast(batch.pictures.device.type, torch.bfloat16, enabled=bfloat16):
         logits, levels = net(batch.pictures.contiguous(memory_format=torch.channels_last))
         rows = torch.arange(len(batch.cells), device=batch.cells.device)[:, None].expand_as(batch.cells)
@@ -197,7 +197,7 @@ def judge_loss(net: JudgeNet, batch: JudgeBatch, *, bfloat16: bool) -> Tensor:
     focal = -(hit + miss).sum() / at_centre.sum()
     targets = (batch.words, batch.colours, batch.styles)
     weights = (1.0, 0.5, 1.0)
-    # Summed and divided here: the mean over a batch in which something is never asked would not be a number.
+    # Summed and divided here, because the mean of a batch with only ignored labels is NaN.
     return focal + sum(
         weight
         * F.cross_entropy(logits.float(), target.flatten(), ignore_index=IGNORED, reduction="sum")
@@ -216,7 +216,7 @@ def train_judge(
     seed: int = 0,
     log: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
-    """Trains a judge from scratch and writes it to `folder`; `log` is told the step done and its loss."""
+    """Trains a judge from scratch and writes it to `folder`; `log` is called with each step and its loss."""
     device = choose_device("auto")
     bfloat16 = choose_precision(device) == "bf16"
     torch.manual_seed(seed)

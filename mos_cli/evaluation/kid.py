@@ -1,4 +1,4 @@
-"""Kernel Inception Distance (arXiv 1801.01401): how far apart two sets of pictures are, by their features.
+"""Kernel Inception Distance (arXiv 1801.01401): the distance of two sets of pictures, by their features.
 
 Shapes: N pictures of a set, F features.
 """
@@ -24,8 +24,8 @@ class Kid:
 def kid(drawn_NF: Tensor, true_NF: Tensor, *, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = 0) -> Kid:
     """Compares random subsets of two sets in which row i is a picture of the same prompt.
 
-    The subsets have no prompt in common: pictures of one prompt resemble each other, which would pass for quality.
-    They are of at most half of the prompts.
+    Two compared subsets have no prompt in common, since pictures of one prompt resemble each other. So a subset has at
+    most half of the prompts.
     """
     assert len(drawn_NF) == len(true_NF)
     size = min(size, len(drawn_NF) // 2)
@@ -37,7 +37,7 @@ def kid(drawn_NF: Tensor, true_NF: Tensor, *, subsets: int = SUBSETS, size: int 
 
 
 def squared_mmd(a_NF: Tensor, b_NF: Tensor) -> Tensor:
-    """The unbiased estimate of the squared distance for two sets of one size, with the kernel (x y / F + 1)^3."""
+    """The unbiased estimate of the squared MMD of two sets of one size, with the kernel (x y / F + 1)^3."""
     count = len(a_NF)
     within = sum(_kernel(x, x).fill_diagonal_(0).sum() for x in (a_NF, b_NF)) / (count * (count - 1))
     return within - 2 * _kernel(a_NF, b_NF).mean()

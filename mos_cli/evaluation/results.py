@@ -1,4 +1,4 @@
-"""What an evaluation found: as JSON that says everything, and as the table that goes into a card."""
+"""The results of an evaluation: the complete JSON, and the table for a model card."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -12,9 +12,9 @@ class Score(Frozen):
     """Share of prompts of a category whose picture passes.
 
     Attributes:
-        raw: of the pictures drawn; `error` is its standard error over `pictures` prompts.
-        ceiling: of true scenes of the same descriptions, which is what the judge can see at all.
-        relative: raw by ceiling; None if the judge passes no true scene.
+        raw: of the drawn pictures; `error` is its standard error over `pictures` prompts.
+        ceiling: of true scenes of the same descriptions.
+        relative: raw divided by ceiling; None if no true scene passes.
     """
 
     category: str
@@ -34,7 +34,7 @@ class KidScore(Frozen):
 
 
 class Seen(Frozen):
-    """One object that the judge saw, its centre in picture widths; the style where the prompt asks for one."""
+    """One detected object, its centre in picture widths; the style only for style prompts."""
 
     word: str
     colour: str
@@ -45,7 +45,7 @@ class Seen(Frozen):
 
 
 class Verdict(Frozen):
-    """One picture: its prompt, whether it passes, and what the judge saw in it."""
+    """One picture: its prompt, whether it passes, and the detections in it."""
 
     id: str
     prompt: str
@@ -54,7 +54,7 @@ class Verdict(Frozen):
 
 
 class Measured(Frozen):
-    """What was measured, and with what. Tables compare where the hashes of judge, bench and art are the same."""
+    """The model, the settings and the judge. Tables compare where the hashes of judge, bench and art are equal."""
 
     model: str
     bundle_hash: Sha256
@@ -65,14 +65,14 @@ class Measured(Frozen):
 
     @property
     def origin(self) -> str:
-        """The same as a line for people."""
+        """The same as one line of text."""
         settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
         hashes = f"Judge {self.judge_hash[:12]}, bench {self.bench_hash[:12]}, art {self.art_hash[:12]}."
         return f"{self.model} ({self.bundle_hash[:12]}), {settings}. {hashes}"
 
 
 class Evaluation(Measured):
-    """All that was found of how a model draws."""
+    """The results of an evaluation of drawing."""
 
     schema_: Literal["mos-eval/1"] = Field(alias="schema")
     scores: tuple[Score, ...]
@@ -81,12 +81,12 @@ class Evaluation(Measured):
 
 
 def settings_of(common: Mapping[str, Any]) -> dict[str, Any]:
-    """What a table says of the fields that all its recipes share: those that were set, but for the model."""
+    """The settings for a table, from the fields that all recipes share: those that were set, without the model."""
     return {name: value for name, value in common.items() if name not in ("model", "negative") and value is not None}
 
 
 def score(category: str, passed: list[bool], true_passed: list[bool]) -> Score:
-    """Counts one category."""
+    """The score of one category."""
     raw, ceiling = sum(passed) / len(passed), sum(true_passed) / len(true_passed)
     error = (raw * (1 - raw) / len(passed)) ** 0.5
     return Score(
@@ -130,7 +130,7 @@ def table(scores: Sequence[Score]) -> list[tuple[str, ...]]:
 
 
 def markdown(evaluation: Evaluation) -> str:
-    """The table with its settings and hashes, as it goes into a card."""
+    """The table with its settings and hashes, for a model card."""
     kid = evaluation.kid
     return f"""{markdown_table(HEADINGS, table(evaluation.scores))}
 

@@ -1,4 +1,4 @@
-"""One evaluation from bundle to table: draw every prompt, judge it, and judge true scenes of the same descriptions.
+"""One evaluation, from bundle to table: draws and judges every prompt, and true scenes of the same descriptions.
 
 Shapes: B pictures, H x W a picture's size, F features.
 """
@@ -39,15 +39,15 @@ from mos_cli.inference.pipeline import MoSPipeline
 from mos_cli.utils.files import atomic_write, sha256_of
 
 CHECKED = 50
-"""Pictures on the sheet for checking the judge by eye."""
+"""The number of pictures on the sheet for checking the judge by eye."""
 
 Advance = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
+"""Called with a description, the number of items done and the total."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What pictures are measured with: the prompts, the judge, the network of KID's features, and true scenes."""
+    """The tools of an evaluation: the prompts, the judge, the network of KID's features, and true scenes."""
 
     entries: tuple[Entry, ...]
     judge: Judge
@@ -58,13 +58,13 @@ class Bench:
 def evaluate(pipeline: MoSPipeline, bench: Bench, folder: Path, common: dict[str, Any], advance: Advance) -> Evaluation:
     """Draws and judges all prompts; writes eval.json, eval.md, two sheets and the pictures to `folder`.
 
-    Pictures that an interrupted run of the same bundle and settings left in `folder` are taken as they are.
+    Pictures in `folder` from an interrupted run of the same bundle and settings are used again.
 
     Args:
         common: the fields of a recipe that all pictures share; width and height are the same.
 
     Raises:
-        InputError: `folder` holds pictures made otherwise.
+        InputError: `folder` holds pictures with another recipe.
         ModelError: the judge does not know the bench's words.
         UsageError: the pictures are not square, as the true scenes are.
     """
@@ -136,7 +136,7 @@ def tensor_of(image: Image.Image) -> Tensor:
 
 
 def _write(evaluation: Evaluation, images: list[Image.Image], entries: Sequence[Entry], folder: Path) -> None:
-    """The numbers, a sheet with the first pictures of each category, and one with verdicts to check by eye."""
+    """Writes the numbers, a sheet with the first pictures of each category, and one with verdicts to check by eye."""
     indices = {category: [i for i, e in enumerate(entries) if e.category == category] for category in CATEGORIES}
     first = [row for rows in indices.values() for row in rows[:COLUMNS]]
     checked = sorted(Random(0).sample(range(len(entries)), min(CHECKED, len(entries))))

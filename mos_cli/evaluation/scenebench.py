@@ -1,6 +1,7 @@
-"""SceneBench: prompts that compose what a model has learned in ways it has never seen, in seven categories.
+"""SceneBench: prompts in seven categories, of combinations held out of training.
 
-The prompts are fixed in scenebench.jsonl; `python -m mos_cli.evaluation.scenebench` writes that file again.
+The prompts are fixed in scenebench.jsonl. Evaluations name the hash of this file, so it keeps the field names of
+version 0.1.0; `python -m mos_cli.evaluation.scenebench` writes the same prompts with the present names.
 """
 
 import json
@@ -12,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from mos_cli.datasets.scenes.backgrounds import PAINTS
 from mos_cli.datasets.scenes.captions import caption
 from mos_cli.datasets.scenes.description import (
     DEFAULT_STYLE,
@@ -20,8 +22,7 @@ from mos_cli.datasets.scenes.description import (
     held_out,
     held_out_style,
 )
-from mos_cli.datasets.scenes.grounds import PAINTS
-from mos_cli.datasets.scenes.vocabulary import COLOURS, Vocabulary, Word
+from mos_cli.datasets.scenes.vocabulary import COLOURS, Vocabulary, VocabularyWord
 from mos_cli.datasets.tables import DataTable, read_toml, with_words
 from mos_cli.utils.files import atomic_write
 from mos_cli.utils.folders import presets_folder
@@ -36,7 +37,7 @@ FILE = Path(__file__).with_name("scenebench.jsonl")
 
 
 class Entry(Frozen):
-    """One prompt with what a picture drawn from it must show, and the seed it is drawn with."""
+    """One prompt, the description that its picture must match, and the seed that it is drawn with."""
 
     id: str
     category: Category
@@ -64,9 +65,9 @@ def bench_data() -> DataTable:
 
 
 def bench_words() -> Vocabulary:
-    """The same without sprites: enough to think up prompts."""
+    """The vocabulary of the prompts, without sprites."""
     data = bench_data()
-    words = {word: Word(names, dict.fromkeys(data.styles, 0)) for word, names in data.words.items()}
+    words = {word: VocabularyWord(names, dict.fromkeys(data.styles, 0)) for word, names in data.words.items()}
     return Vocabulary(words, data.styles, torch.empty(0))
 
 
@@ -94,7 +95,7 @@ def make_bench(vocabulary: Vocabulary, count: int = PER_CATEGORY) -> tuple[Entry
 
 
 def bench_text(entries: tuple[Entry, ...]) -> str:
-    """The entries as JSON lines; what is at its default is left out."""
+    """The entries as JSON lines, without default values."""
     lines = [json.dumps(entry.model_dump(exclude_defaults=True), ensure_ascii=False) for entry in entries]
     return "\n".join(lines) + "\n"
 
@@ -128,11 +129,11 @@ def _descriptions(category: Category, vocabulary: Vocabulary, random: Random) ->
     while True:
         for subject in random.sample(subjects, len(subjects)):
             fields = {"style": DEFAULT_STYLE, "style_named": False, **make(subject)}
-            yield Description(**fields, ground=_ground(fields["things"], random))
+            yield Description(**fields, background=_background(fields["things"], random))
 
 
-def _ground(things: tuple[Thing, ...], random: Random) -> str | None:
-    """White, or a plain ground that no painted thing vanishes into."""
+def _background(things: tuple[Thing, ...], random: Random) -> str | None:
+    """White (None), or a plain background in which no painted thing is invisible."""
     colours = {thing.colour for thing in things if thing.colour}
     if random.random() < 0.5 and "white" not in colours:
         return None

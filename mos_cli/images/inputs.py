@@ -1,4 +1,4 @@
-"""The pictures of an edit: read, described in its recipe, and found again when it is replayed."""
+"""The pictures of an edit: reading them, describing them in a recipe, and finding them for a replay."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from mos_cli.config.recipe import (
     EarlierPicture,
     EditRecipe,
     MaskRecipe,
+    PictureRecord,
     Recipe,
     SourcePicture,
     pixels_hash,
@@ -25,9 +26,9 @@ from mos_cli.utils.validation import first_problem
 
 @dataclass(frozen=True)
 class Inputs:
-    """The pictures of an edit, the one to be edited first, and where it may change: L, 255 may, of its size.
+    """The pictures of an edit, the edited one first, and its mask: L, 255 may change, of its size.
 
-    `earlier` are those pictures that mos made, and all that they go back to.
+    `earlier` are those made by mos, and all pictures that these were made from.
     """
 
     pictures: tuple[Picture, ...]
@@ -41,19 +42,23 @@ class Inputs:
 
 def read_inputs(paths: Sequence[Path]) -> Inputs:
     """Reads pictures for an edit, without a mask; raises InputError."""
-    pictures = tuple(read_picture(path) for path in paths)
+    return make_inputs([(read_picture(path), read_record(path)) for path in paths])
+
+
+def make_inputs(pictures: Sequence[tuple[Picture, PictureRecord | None]]) -> Inputs:
+    """The inputs of an edit from pictures, each with the record that came with it."""
     earlier: dict[str, EarlierPicture] = {}
-    for path, picture in zip(paths, pictures, strict=True):
-        record, sha256 = read_record(path), pixels_hash(picture.image)
-        # Of a picture that another program has changed since, the record says nothing any more.
+    for picture, record in pictures:
+        sha256 = pixels_hash(picture.image)
+        # The record is not valid if another program has changed the picture.
         if record is not None and record.sha256 == sha256:
             for one in (*record.earlier, EarlierPicture(sha256=sha256, recipe=record.recipe, made=record.made)):
                 earlier.setdefault(one.sha256, one)
-    return Inputs(pictures, earlier=tuple(earlier.values()))
+    return Inputs(tuple(picture for picture, _ in pictures), earlier=tuple(earlier.values()))
 
 
 def describe_edit(inputs: Inputs, **settings: Any) -> EditRecipe:
-    """An edit's recipe from its pictures and the settings that `EditRecipe` has beside them.
+    """The recipe of an edit, from its pictures and the other fields of `EditRecipe`.
 
     Raises:
         UsageError: a setting is out of range.
@@ -69,24 +74,24 @@ def describe_edit(inputs: Inputs, **settings: Any) -> EditRecipe:
 
 
 Redraw = Callable[[EarlierPicture, "Inputs | None"], Image.Image]
-"""Makes a picture of ours again, from the inputs it had."""
+"""Draws a picture made by mos again, from its inputs."""
 
 
 class Finder:
-    """Finds what an edit was made from: among files given, or drawn again from the records of our own pictures.
+    """Finds the inputs of an edit: among given files, or by drawing pictures made by mos again from their records.
 
     Args:
-        pictures, masks: the files given, in any order; each is known by its pixels.
+        pictures, masks: the given files, in any order; they are identified by their pixels.
     """
 
     def __init__(self, pictures: Sequence[Path], masks: Sequence[Path], redraw: Redraw) -> None:
-        self.given = {path: read_picture(path) for path in pictures}
+        self.files = {path: read_picture(path) for path in pictures}
         self.masks, self.redraw = masks, redraw
         self.used: set[Path] = set()
         self._redrawn: dict[str, Picture] = {}
 
     def inputs_of(self, recipe: Recipe, earlier: tuple[EarlierPicture, ...]) -> Inputs | None:
-        """The inputs of a recipe that goes back to `earlier` pictures; None if it is no edit.
+        """The inputs of a recipe that was made from `earlier` pictures; None if it is not an edit.
 
         Raises:
             InputError: a picture or a mask is missing.
@@ -98,20 +103,20 @@ class Finder:
         return Inputs(pictures, mask, earlier)
 
     def check_all_used(self) -> None:
-        """Raises InputError naming a file that was given and has no part in the chain."""
-        for path in (*self.given, *self.masks):
+        """Raises InputError for a given file that is not an input of the chain."""
+        for path in (*self.files, *self.masks):
             if path not in self.used:
                 raise InputError(f"{path} is not what this picture was made from: its pixels are others")
 
     def _picture(self, source: SourcePicture, earlier: tuple[EarlierPicture, ...]) -> Picture:
-        for path, picture in self.given.items():
+        for path, picture in self.files.items():
             if pixels_hash(picture.image) == source.sha256:
                 self.used.add(path)
                 return picture
         for index, one in enumerate(earlier):
             if one.sha256 == source.sha256:
                 if source.sha256 not in self._redrawn:
-                    # A picture goes back to those before it alone: a record made up to go in circles comes to an end.
+                    # A picture can only be made from those before it, so that a forged record cannot be circular.
                     redrawn = self.redraw(one, self.inputs_of(one.recipe, earlier[:index]))
                     note = f"{one.recipe.prompt!r} did not come out exactly as it was: give the picture with --input"
                     same = pixels_hash(redrawn) == source.sha256
@@ -125,7 +130,7 @@ class Finder:
             try:
                 read = read_mask(path, size, invert=mask.invert, feather=mask.feather)
             except InputError:
-                # The mask of another step of the chain may have any shape.
+                # The mask of another step of the chain may have another shape.
                 continue
             if pixels_hash(read) == mask.sha256:
                 self.used.add(path)

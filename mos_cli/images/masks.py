@@ -1,73 +1,76 @@
-"""Masks: where a picture may change. White may, black stays as it was."""
+"""Masks: a picture may change where its mask is white, not where it is black."""
 
 from pathlib import Path
 
 from PIL import Image, ImageChops, ImageFilter, ImageOps, ImageStat
 
 from mos_cli.errors import InputError, UsageError
-from mos_cli.images.pictures import on, read_picture
+from mos_cli.images.pictures import Picture, over, read_picture
 
 FAINTEST, CLEAREST = 10, 32
 """Levels of difference between which the threshold of a change lies."""
 
 
-def read_mask(path: Path, size: tuple[int, int], *, invert: bool = False, feather: float = 0) -> Image.Image:
+def read_mask(
+    source: Path | Picture, size: tuple[int, int], *, invert: bool = False, feather: float = 0
+) -> Image.Image:
     """Reads a mask for a picture of `size`, as L: 255 may change, 0 stays.
 
-    What is transparent in it counts as black, before `invert`. A mask of the picture's shape but not its size is
-    scaled. `feather`, in pixels of the picture, fades it towards its inside: what was black stays black.
+    Transparent pixels count as black, before `invert`. A mask of the picture's shape but another size is scaled.
+    `feather`, in pixels of the picture, blurs the edge inwards: black pixels stay black.
 
     Raises:
-        InputError: it is no picture, has another shape than the picture, or lets nothing change.
+        InputError: it is not a picture, has another shape than the picture, or is black.
         UsageError: `feather` is negative or longer than the picture.
     """
     if not 0 <= feather <= max(size):
         raise UsageError(f"feather {feather:g} must lie between 0 and the picture's longer side, {max(size)}")
-    mask = on(read_picture(path).image, "black").convert("L")
+    picture, name = (source, "") if isinstance(source, Picture) else (read_picture(source), f" {source}")
+    mask = over(picture.image, "black").convert("L")
     if mask.size != size:
         (width, height), (across, down) = mask.size, size
-        # One pixel more or less in any side is rounding.
+        # A difference of one pixel is rounding.
         if abs(width * down - height * across) > max(width, height, across, down):
-            raise InputError(f"the mask {path} is {width}x{height}, of another shape than the picture, {across}x{down}")
+            raise InputError(f"the mask{name} is {width}x{height}, of another shape than the picture, {across}x{down}")
         mask = mask.resize(size, Image.Resampling.BILINEAR)
     if invert:
         mask = ImageOps.invert(mask)
     if feather:
         blurred = mask.filter(ImageFilter.GaussianBlur(feather))
-        # A blurred edge is at half height where the edge was: twice the upper half begins there, and goes inwards.
+        # A blurred edge has half its height at the edge: the upper half, doubled, begins there and goes inwards.
         mask = ImageChops.darker(mask, blurred.point([max(0, 2 * level - 255) for level in range(256)]))
     if mask.getextrema() == (0, 0):
         cause = "a smaller feather would leave some of it" if feather else "paint white what may change"
-        raise InputError(f"the mask {path} lets nothing change: {cause}")
+        raise InputError(f"the mask{name} lets nothing change: {cause}")
     return mask
 
 
 def composite(before: Image.Image, after: Image.Image, mask: Image.Image) -> Image.Image:
-    """`before` where the mask is 0, bit for bit, `after` where it is 255, between them blended.
+    """`before` where the mask is 0, exactly; `after` where it is 255; blended between them.
 
-    All three of one size: `before` RGB or RGBA, 8 bits; `after` RGB, opaque; the mask L. The result is RGBA if
-    some of it is transparent, else RGB.
+    All have one size: `before` is RGB or RGBA, `after` RGB, the mask L. The result is RGBA if some of it is
+    transparent, else RGB.
     """
-    over = after.copy()
-    over.putalpha(mask)
-    result = Image.alpha_composite(before.convert("RGBA"), over)
+    masked = after.copy()
+    masked.putalpha(mask)
+    result = Image.alpha_composite(before.convert("RGBA"), masked)
     opaque = result.getchannel("A").getextrema() == (255, 255)
     return result.convert("RGB") if opaque else result
 
 
 def estimate_mask(before: Image.Image, after: Image.Image) -> Image.Image:
-    """A mask of what an edit changed, as L of 0 and 255, from both pictures, RGB, at the size the model worked at.
+    """A mask of the changes of an edit, L with 0 and 255, from both pictures, RGB, at the size of the canvas.
 
-    At the input's size the sharpness lost on the way to the model and back would count as change. `Fit.back` brings
-    the mask there. It is black where no change stands out from the noise of redrawing.
+    At the size of the input the loss of sharpness by scaling would count as a change. Small differences from redrawing
+    are left out. `Fit.back` scales the mask to the input.
     """
     difference = ImageChops.difference(before, after).filter(ImageFilter.GaussianBlur(1))
     red, green, blue = difference.split()
     change = ImageChops.lighter(ImageChops.lighter(red, green), blue)
-    # Half the picture at least is noise of redrawing, as a rule; where more than that changed, the upper limit holds.
+    # Usually at least half of the picture differs only by redrawing; if more has changed, the upper limit applies.
     threshold = min(max(3 * ImageStat.Stat(change).median[0], FAINTEST), CLEAREST)
     mask = change.point([255 * (level > threshold) for level in range(256)])
-    # Growing by twice as much as shrinking: small holes close, and a margin is left for soft edges and shadows.
+    # Grown twice as much as shrunk: small holes close, and there is a margin for soft edges and shadows.
     reach = max(1, round(min(mask.size) / 32))
     for step in [ImageFilter.MaxFilter(3)] * 2 * reach + [ImageFilter.MinFilter(3)] * reach:
         mask = mask.filter(step)

@@ -1,4 +1,4 @@
-"""Where pictures go and what travels in them: names from a template, PNG text chunks, reading them back."""
+"""The names of outputs, from a template, and the metadata of PNGs: writing and reading."""
 
 import re
 from datetime import date
@@ -22,22 +22,22 @@ FIELDS = ("date", "number", "prompt", "seed", "model")
 ARRAYS_SUFFIX = ".routing.safetensors"
 PREVIEWS_SUFFIX = ".steps.webp"
 PREVIEW = 128
-"""Largest side of a preview of a step, in pixels."""
+"""Largest side of a step's preview, in pixels."""
 IN_FOLDER = "{number}_{prompt}_s{seed}.png"
 
 
 class Naming:
-    """Turns a template into paths that are free, and never gives a path twice.
+    """Turns a template into unused paths, each returned once.
 
     Fields: {date} of today, {number} the next free one in the folder, {prompt} a slug, {seed}, {model}.
 
     Raises:
-        UsageError: the template is not a PNG's, or has unknown fields.
+        UsageError: the template does not end in .png, or has unknown fields.
     """
 
     def __init__(self, template: str, *, overwrite: bool = False) -> None:
         self.template, self.overwrite = template, overwrite
-        self.given: set[Path] = set()
+        self.returned: set[Path] = set()
         self._numbers: dict[tuple[Path, str], int] = {}
         try:
             fields = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
@@ -55,8 +55,8 @@ class Naming:
         """The path for a picture.
 
         Raises:
-            InputError: the path is taken and may not be overwritten.
-            UsageError: the template gave the same path before.
+            InputError: the path exists and may not be overwritten.
+            UsageError: the path was returned before.
         """
         fields = {
             "date": date.today().isoformat(),
@@ -67,16 +67,16 @@ class Naming:
         path = Path(self.template.format(number="{number}", **fields))
         if "{number}" in path.name:
             path = path.with_name(path.name.replace("{number}", f"{self._next_number(path):04d}"))
-        if path in self.given:
+        if path in self.returned:
             raise UsageError(f"several pictures would be written to {path}: add {{seed}} or {{number}} to the name")
         check_writable(path.parent)
         for file in (path, *companions(path)):
             refuse_existing(file, self.overwrite)
-        self.given.add(path)
+        self.returned.add(path)
         return path
 
     def _next_number(self, path: Path) -> int:
-        """One number a picture: whatever stands in the folder under a number keeps it to itself."""
+        """The next number that no file in the folder has."""
         before = path.name.partition("{number}")[0]
         key = (path.parent, before)
         if key not in self._numbers:
@@ -88,7 +88,7 @@ class Naming:
 
 
 class Companions(NamedTuple):
-    """The files a trace puts beside a picture: its readable head, its arrays, and what was seen at every step."""
+    """The files of a trace beside a picture: its head, its arrays, and the previews of the steps."""
 
     head: Path
     arrays: Path
@@ -96,12 +96,12 @@ class Companions(NamedTuple):
 
 
 def companions(path: Path) -> Companions:
-    """What lies beside a picture, or beside the head of its trace."""
+    """The paths of the files beside a picture, or beside the head of its trace."""
     return Companions(*(path.with_suffix(suffix) for suffix in (".json", ARRAYS_SUFFIX, PREVIEWS_SUFFIX)))
 
 
 def naming(output: str, *, overwrite: bool = False) -> Naming:
-    """A naming from the user's --output: a template, a file, or a folder."""
+    """The naming of --output: a template, a file, or a folder."""
     if output.endswith(("/", "\\")) or Path(output).is_dir():
         return Naming(str(Path(output) / IN_FOLDER), overwrite=overwrite)
     return Naming(output, overwrite=overwrite)
@@ -113,7 +113,7 @@ def slug(text: str) -> str:
 
 
 def png(image: "Image", record: PictureRecord | None) -> bytes:
-    """A picture as a PNG file; `record` None leaves the metadata out."""
+    """A picture as a PNG file, without metadata if `record` is None."""
     from io import BytesIO
 
     from PIL.PngImagePlugin import PngInfo
@@ -127,7 +127,7 @@ def png(image: "Image", record: PictureRecord | None) -> bytes:
 
 
 def animation(frames: "Sequence[Image]") -> bytes:
-    """The pictures one after the other as an animated WebP, each at most PREVIEW pixels wide and high."""
+    """The pictures as an animated WebP, each at most PREVIEW pixels wide and high."""
     from io import BytesIO
 
     from PIL import Image
@@ -136,14 +136,14 @@ def animation(frames: "Sequence[Image]") -> bytes:
     for frame in small:
         frame.thumbnail((PREVIEW, PREVIEW), Image.Resampling.LANCZOS)
     file = BytesIO()
-    # Frames that are alike would be merged, and no longer one for every step.
+    # Keeps equal frames, which would be merged otherwise.
     options = {"duration": 120, "loop": 0, "quality": 85, "minimize_size": False, "kmin": 1, "kmax": 1}
     small[0].save(file, format="WEBP", save_all=True, append_images=small[1:], **options)
     return file.getvalue()
 
 
 def read_record(path: Path) -> PictureRecord | None:
-    """The record in a picture; None if there is none, or none that this version understands."""
+    """The record in a picture; None if there is none, or this version cannot read it."""
     from PIL import Image
 
     from mos_cli.images.pictures import FORMATS
@@ -157,10 +157,10 @@ def read_record(path: Path) -> PictureRecord | None:
 
 
 def read_drawing(path: Path) -> tuple["Image", PictureRecord]:
-    """Opens a picture of ours with its record.
+    """Opens a picture made by mos, with its record.
 
     Raises:
-        InputError: it cannot be read, is no picture, or carries no record this version understands.
+        InputError: it cannot be read, is not a picture, or has no record that this version can read.
     """
     from PIL import Image, UnidentifiedImageError
 

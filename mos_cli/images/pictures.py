@@ -1,7 +1,7 @@
-"""The user's pictures: reading them, and laying any size on the model's canvas and back."""
+"""The user's pictures: reading them, and fitting them to the model's canvas and back."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -13,19 +13,18 @@ from mos_cli.bundles.specs import Canvas
 from mos_cli.errors import InputError, UsageError
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-"""What is read. A fixed list: Pillow knows dozens more, some of which run other programs."""
+"""The formats that are read. Pillow supports dozens more, some of which run other programs."""
 SAME_COLOUR = 2
-"""Levels by which a profile may move a colour and still be sRGB under another name."""
+"""The largest change of a colour, in levels, by a profile that counts as sRGB."""
 FILTER = Image.Resampling.BICUBIC
-"""Keeps the place of what is in a picture: box and Hamming move an edge by a part of a pixel, depending on where
-it lies. Lanczos keeps it as well, but its second lobe leaves a ripple of ones and twos far outside an enlarged mask."""
+"""Does not shift edges, unlike box and Hamming, and unlike Lanczos leaves no ripples around an enlarged mask."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of the user's, upright, 8 bits a channel, in sRGB.
+    """A picture of the user, upright, with 8 bits per channel, in sRGB.
 
-    `image` is RGBA if any of it is transparent, else RGB. `notes` say what was lost in reading, a line each.
+    `image` is RGBA if any of it is transparent, else RGB. `notes` are lines about what was lost in reading.
     """
 
     image: Image.Image
@@ -33,12 +32,12 @@ class Picture:
 
     @property
     def rgb(self) -> Image.Image:
-        """What the model sees: RGB, the transparent parts laid on white."""
-        return on(self.image, "white")
+        """RGB for the model, with white behind transparent parts."""
+        return over(self.image, "white")
 
 
-def on(image: Image.Image, colour: str) -> Image.Image:
-    """The picture as RGB, what is transparent in it laid on a colour."""
+def over(image: Image.Image, colour: str) -> Image.Image:
+    """The picture as RGB, over a colour where it is transparent."""
     if image.mode != "RGBA":
         return image.convert("RGB")
     return Image.alpha_composite(Image.new("RGBA", image.size, colour), image).convert("RGB")
@@ -50,22 +49,22 @@ def read_picture(path: Path) -> Picture:
     Of an animated picture the first frame is read.
 
     Raises:
-        InputError: it cannot be read, is no such picture, is damaged, or has more pixels than Pillow's limit.
+        InputError: it cannot be read, is not such a picture, is damaged, or has more pixels than Pillow's limit.
     """
-    # Transparency is kept with the picture and not put back onto the result: the old outline would cut off what the
-    # edit adds outside it. So a result is opaque; only `composite`, which knows what was left alone, keeps it there.
+    # The transparency is not applied to the result, because its outline would cut off what an edit adds. Only
+    # `composite` keeps it, outside the mask.
     notes: list[str] = []
     try:
         with warnings.catch_warnings():
-            # Of too many pixels Pillow warns before it decodes any; its other warnings tell a user nothing.
+            # Pillow warns of too many pixels before it decodes any; its other warnings are of no use to a user.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as opened:
-                # The further pictures in a phone's JPEG (MPO) are previews and depths, not frames.
+                # Further pictures in a phone's JPEG (MPO) are previews and depth maps, not frames.
                 if opened.format in FORMATS and getattr(opened, "n_frames", 1) > 1:
                     notes.append(f"{path} is animated: only its first frame is read")
                 opened.load()
-                upright = _or_note(lambda: ImageOps.exif_transpose(opened), opened, notes, f"the EXIF data in {path}")
+                return make_picture(opened, str(path), notes)
     except UnidentifiedImageError:
         raise InputError(f"{path} is not a PNG, JPEG or WebP picture, the kinds that can be read, or damaged") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -76,13 +75,19 @@ def read_picture(path: Path) -> Picture:
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:
             raise InputError(f"cannot read {path}: {error.strerror}") from None
-        # Pillow's decoders raise whatever a damaged file happens to break in them.
+        # Pillow's decoders raise many kinds of errors for a damaged file.
         raise InputError(f"{path} is damaged: {error}") from None
-    return Picture(_eight_bit_srgb(upright, notes, path), tuple(notes))
 
 
-def _eight_bit_srgb(image: Image.Image, notes: list[str], path: Path) -> Image.Image:
-    """RGBA where something is transparent, else RGB; the colours through the picture's own profile."""
+def make_picture(image: Image.Image, name: str = "the picture", notes: Sequence[str] = ()) -> Picture:
+    """A picture from an image of any mode, turned as its EXIF says; `name` is what notes call it."""
+    found = list(notes)
+    upright = _or_note(lambda: ImageOps.exif_transpose(image), image, found, f"the EXIF data in {name}")
+    return Picture(_eight_bit_srgb(upright, found, name), tuple(found))
+
+
+def _eight_bit_srgb(image: Image.Image, notes: list[str], name: str) -> Image.Image:
+    """RGBA if something is transparent, else RGB; the colours are converted by the picture's profile."""
     profile = image.info.get("icc_profile")
     if image.mode == "I;16":
         image = _eight_bit_grey(image)
@@ -91,7 +96,7 @@ def _eight_bit_srgb(image: Image.Image, notes: list[str], path: Path) -> Image.I
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     rgb = image.convert("RGB")
     if profile:
-        rgb = _or_note(lambda: _to_srgb(image, profile), rgb, notes, f"the colour profile in {path}")
+        rgb = _or_note(lambda: _to_srgb(image, profile), rgb, notes, f"the colour profile in {name}")
     if alpha is None or alpha.getextrema() == (255, 255):
         return rgb
     rgb.putalpha(alpha)
@@ -99,7 +104,7 @@ def _eight_bit_srgb(image: Image.Image, notes: list[str], path: Path) -> Image.I
 
 
 def _eight_bit_grey(image: Image.Image) -> Image.Image:
-    """A 16-bit grey picture as L, or LA if one of its greys stands for transparent; Pillow itself would clip it."""
+    """A 16-bit grey picture as L, or LA with a transparent grey; Pillow would clip the levels."""
     grey_HW = np.asarray(image)
     eight = Image.fromarray(np.rint(grey_HW / 257).astype(np.uint8))
     if (transparent := image.info.get("transparency")) is not None:
@@ -108,21 +113,21 @@ def _eight_bit_grey(image: Image.Image) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """The colours of a picture as RGB in sRGB; raises what ImageCms does if the profile is of no use for them."""
+    """The colours of a picture in sRGB; raises ImageCms' own errors if the profile cannot be used."""
     source, srgb = ImageCms.ImageCmsProfile(BytesIO(profile)), ImageCms.createProfile("sRGB")
     space = source.profile.xcolor_space.strip()  # type: ignore[attr-defined]
     plain = image.convert("RGB")
-    # A grey picture often carries the RGB profile of the program that made it.
+    # A grey picture often has the RGB profile of the program that wrote it.
     colours = {"RGB": plain, "GRAY": image.convert("L") if image.mode in ("1", "L", "LA") else image}.get(space, image)
     rgb = ImageCms.profileToProfile(colours, source, srgb, outputMode="RGB")
     assert rgb is not None
     moved = max(high for _, high in ImageChops.difference(rgb, plain).getextrema())  # type: ignore[misc]
-    # Rounding there and back would cost a picture that is in sRGB already its exactness.
+    # A picture in sRGB is not converted, which would round it.
     return plain if moved <= SAME_COLOUR else rgb
 
 
 def _or_note(read: Callable[[], Image.Image], otherwise: Image.Image, notes: list[str], what: str) -> Image.Image:
-    """What `read` makes of the picture; if what it needs beside the pixels is damaged, `otherwise` and a note."""
+    """The result of `read`; if it fails because of damaged metadata, `otherwise` and a note."""
     try:
         return read()
     except Exception as error:
@@ -132,10 +137,10 @@ def _or_note(read: Callable[[], Image.Image], otherwise: Image.Image, notes: lis
 
 @dataclass(frozen=True)
 class Fit:
-    """A picture of size `source` in the middle of the model's canvas of size `working`: width and height in pixels.
+    """Fits a picture of size `source` to the middle of a canvas of size `working`: width and height in pixels.
 
-    Both sides are scaled by the same factor, but for rounding to whole pixels, so the four borders of the picture are
-    borders of pixels on the canvas and nothing shifts or zooms. What is left around it repeats the picture's edge.
+    Both sides are scaled by the same factor, apart from rounding to whole pixels, so that the picture's borders are
+    borders of pixels on the canvas. The space around it repeats the picture's edge.
     """
 
     source: tuple[int, int]
@@ -161,15 +166,15 @@ class Fit:
         return Image.fromarray(np.pad(pixels, around[: pixels.ndim], mode="edge"))
 
     def back(self, image: Image.Image) -> Image.Image:
-        """What the model drew on the canvas, at the size and place of the source."""
+        """The part of a canvas that has the picture, scaled to the size of the source."""
         (left, top), (width, height) = self.corner, self.inner
         return image.crop((left, top, left + width, top + height)).resize(self.source, FILTER)
 
 
 def working_size(size: tuple[int, int], canvas: Canvas, max_pixels: int | None = None) -> tuple[int, int]:
-    """The size a model works at for a picture of any size: the largest scale, then the least padding around it.
+    """The size of the canvas for a picture of any size: with the largest scale, then the least padding.
 
-    The size has at most `max_pixels` pixels; by default as many as the native size, which the model draws best.
+    It has at most `max_pixels` pixels, by default those of the native size, which the model draws best.
 
     Raises:
         UsageError: even the smallest canvas has more than `max_pixels`.
@@ -180,7 +185,7 @@ def working_size(size: tuple[int, int], canvas: Canvas, max_pixels: int | None =
         raise UsageError(f"--max-pixels {budget} is too few for this model: it takes at least {smallest**2}")
 
     def needed(across: int) -> int:
-        """The height that holds the picture when it is `across` wide, as far as the canvas and the budget go."""
+        """The height for a picture that is `across` wide, within the canvas and the budget."""
         rows = -(-across * size[1] // (size[0] * multiple)) * multiple
         most = min(canvas.max, budget // across) // multiple * multiple
         return min(max(rows, smallest), most)

@@ -1,4 +1,4 @@
-"""Contact sheets: many pictures in one, each with its prompt below; strips: what an edit did."""
+"""Contact sheets: pictures with their prompts; strips: an edit before and after."""
 
 import textwrap
 from typing import TYPE_CHECKING
@@ -30,9 +30,9 @@ def contact_sheet(pictures: list[tuple["Image", str]]) -> "Image":
 
 
 def strip(before: "Image", after: "Image", instruction: str) -> "Image":
-    """An edit at a glance: before, after and their difference (white where they are equal), the instruction below.
+    """An edit before and after, and the difference (white where they are equal), with the instruction below.
 
-    Both RGB and of one size. The panes are as large as the pictures, within the limits of the sheet.
+    Both are RGB and of one size. The panes are as large as the pictures, within limits.
     """
     from PIL import ImageChops
 

@@ -1,4 +1,4 @@
-"""What each layer does for a word: the word may not read it, or nothing else, and all else stays as it was.
+"""Ablation: a word may not read a layer, or only that layer, and everything else stays as it was.
 
 Shapes: S steps, J generation blocks, T tokens, K kept layers, M understanding layers.
 """
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ablated:
-    """A picture drawn without one layer for a word, or with that layer alone, and what became of it.
+    """A picture drawn without one layer for a word, or with that layer only, compared with the picture before.
 
-    `read` is the share of the word's decisions that kept the layer before. `change` is the mean absolute difference to
-    the picture before, in 8-bit levels (0 to 255), and `psnr` the same in dB, infinite where nothing changed.
-    `refused` says why it could not be drawn: the rules it was drawn with leave the word no layer.
+    `read` is the share of the word's decisions that kept the layer before. `change` is the mean absolute difference, in
+    8-bit levels (0 to 255), and `psnr` that in dB, infinite for equal pictures. `refused` is the reason why it could
+    not be drawn: the other rules leave the word no layer.
     """
 
     layer: int
@@ -40,33 +40,34 @@ class Ablated:
 
 
 class _BegunError(Exception):
-    """Ends a drawing that has begun."""
+    """Stops a drawing at its first step."""
 
 
 def check_rule(recipe: "Recipe", rule: Rule, draw: "Callable[[Recipe, Observer], object]") -> None:
-    """Finds out whether a recipe can be drawn with a rule, by beginning to: rules are checked before the first step.
+    """Checks a rule by drawing with it until the first step, before which rules are checked.
 
     Raises:
-        UsageError: the prompt has no such word, the model no such blocks, the run no such steps, or other rules forbid.
+        UsageError: the prompt, the model or the run does not have the rule's word, blocks or steps, or it conflicts
+            with other rules.
     """
 
     def stop(step: "Step") -> None:
         raise _BegunError
 
     with suppress(_BegunError):
-        # Adding nothing clashes with no other rule.
+        # A bias of 0 conflicts with no other rule.
         draw(with_layer(recipe, replace(rule, operator="+=", amount=0.0), 0), stop)
 
 
 def ablate(before: "Drawing", rule: Rule, draw: "Callable[[Recipe], Image]") -> Iterator[Ablated]:
-    """Bans one layer after the other, in their order, or pins the word to one after the other.
+    """Bans one layer after the other for a word, or pins the word to one after the other.
 
-    A layer that the word never read is not drawn without: the router keeps what it kept, so that nothing can change.
+    A ban of a layer that the word never read changes nothing, and is not drawn.
 
     Args:
-        before: the picture as it is, with its routes.
-        rule: a ban or a pin; which layers it names counts for nothing.
-        draw: draws a recipe, everything beside the recipe as it was for `before`.
+        before: the picture without the rule, with its routes.
+        rule: a ban or a pin; its layers are ignored.
+        draw: draws a recipe with the settings of `before`.
     """
     recipe, shares_M = before.record.recipe, shares_read(before.trace, before.routes, rule)
     for layer, share in enumerate(shares_M):
@@ -81,9 +82,9 @@ def ablate(before: "Drawing", rule: Rule, draw: "Callable[[Recipe], Image]") -> 
 
 
 def shares_read(trace: "Trace", routes: "dict[str, Routes]", rule: Rule) -> list[float]:
-    """For each layer, the share of the decisions that a rule speaks of, in all branches, that kept it, [M].
+    """For each layer, the share of the rule's decisions, over all branches, that kept it, [M].
 
-    All are 0 where guidance computed no branch with the rule's word at its steps.
+    All are 0 where no branch with the rule's word was computed at its steps.
     """
     kept_M, decisions = np.zeros(len(trace.layers)), 0
     for name, branch in trace.branches.items():
@@ -97,12 +98,12 @@ def shares_read(trace: "Trace", routes: "dict[str, Routes]", rule: Rule) -> list
 
 
 def with_layer(recipe: "Recipe", rule: Rule, layer: int) -> "Recipe":
-    """The recipe with the rule, made to speak of one layer, beside the rules it has."""
+    """The recipe with the rule for one layer added to its rules."""
     return recipe.model_copy(update={"routes": (*(recipe.routes or ()), str(replace(rule, layers=(layer,))))})
 
 
 def difference(before: "Image", after: "Image") -> tuple[float, float]:
     """Mean absolute difference of two 8-bit pictures of one size, in levels, and their PSNR in dB."""
-    apart = np.asarray(before, np.float64) - np.asarray(after, np.float64)
-    squared = np.square(apart).mean()
-    return float(np.abs(apart).mean()), float("inf") if squared == 0 else float(10 * np.log10(255**2 / squared))
+    error = np.asarray(before, np.float64) - np.asarray(after, np.float64)
+    squared = np.square(error).mean()
+    return float(np.abs(error).mean()), float("inf") if squared == 0 else float(10 * np.log10(255**2 / squared))

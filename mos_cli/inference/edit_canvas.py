@@ -1,4 +1,4 @@
-"""The pixels of an edit: onto the model's canvas, and back to where they came from.
+"""The pixels of an edit: from the pictures to the model's canvas, and back to their size.
 
 Shapes: B = 1 picture, C channels, H x W the latent's size.
 """
@@ -21,7 +21,7 @@ from mos_cli.towers.autoencoder import Autoencoder
 
 @dataclass(frozen=True)
 class EditConditioning:
-    """Inputs on the canvas: what the towers need of them."""
+    """The inputs of an edit on the canvas, as tensors."""
 
     pictures: tuple[Tensor, ...]
     """The pictures themselves, each [B, 3, height, width] in -1..1."""
@@ -31,7 +31,7 @@ class EditConditioning:
 
 
 def prepare_edit(inputs: Inputs, recipe: Recipe, autoencoder: Autoencoder, device: torch.device) -> EditConditioning:
-    """Lays every picture on the recipe's canvas, and encodes it."""
+    """Fits every picture to the recipe's canvas and encodes it."""
     assert recipe.edit is not None
     canvas = recipe.edit.canvas
     pictures = tuple(
@@ -46,7 +46,7 @@ def prepare_edit(inputs: Inputs, recipe: Recipe, autoencoder: Autoencoder, devic
 
 
 def restore_size(drawn: Image.Image, inputs: Inputs, recipe: Recipe) -> Image.Image:
-    """What was drawn, at the size the recipe asks for; where it is not to change, the source itself."""
+    """The drawn picture at the size of the recipe; with `composite`, the source's pixels where it may not change."""
     assert recipe.edit is not None
     source, canvas, size = inputs.pictures[0], recipe.edit.canvas, (recipe.width, recipe.height)
     fit = Fit(source.image.size, canvas)

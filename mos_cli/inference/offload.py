@@ -1,7 +1,7 @@
-"""Where the parts of a model lie, and when they move: on the device while they are needed, else in main memory.
+"""Offloading: the parts of a model are on the device while they are needed, else in main memory.
 
-Copies stay in main memory, so that nothing travels back. diffusers' group offloading is not used: it leaves the scales
-of quantised weights where they are, and moves blocks for `forward` alone, which references do not pass.
+Copies stay in main memory, so that nothing is copied back. diffusers' group offloading is not used: it does not move
+the scales of quantised weights, and it moves blocks only for `forward`, which references do not use.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,34 +21,34 @@ from mos_cli.towers.understanding import HiddenStates, ImageInput, Understanding
 _CPU = torch.device("cpu")
 
 
-def cap(device: torch.device, gib: float) -> None:
-    """Lets this process use so many GiB of a CUDA device, or all of it where it has less."""
+def limit_memory(device: torch.device, gib: float) -> None:
+    """Limits this process to `gib` GiB of a CUDA device, or to all of its memory where it has less."""
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), device.index)
 
 
-def card(device: torch.device) -> float:
+def memory_limit(device: torch.device) -> float:
     """The GiB of a CUDA device that this process may use."""
     fraction = torch.cuda.get_per_process_memory_fraction(device.index)
     return torch.cuda.get_device_properties(device).total_memory * fraction / GIB
 
 
 class Part:
-    """The tensors of networks that come and go together, those that quantised layers keep beside their weights too.
+    """The tensors of networks that are moved together, including those that quantised layers keep beside their weights.
 
     Args:
-        owners: networks, or what holds some in its attributes: they are looked up anew whenever the part leaves.
-        pinned: the copies in main memory are such that the device fetches them while it computes.
+        owners: networks, or objects with networks as attributes, which are looked up again at every move.
+        pinned: whether the copies are in pinned memory, so that the device fetches them while it computes.
     """
 
     def __init__(self, *owners: object, device: torch.device, pinned: bool = False) -> None:
         self.owners, self.device, self.pinned = owners, device, pinned
-        self.here = True
+        self.on_device = True
         self._copies: dict[tuple[object, ...], Tensor] = {}
 
     def offload(self) -> None:
-        """Frees the device; what has no copy in main memory yet gets one."""
-        if not self.here:
+        """Frees the device. Tensors without a copy in main memory are copied."""
+        if not self.on_device:
             return
         for tensor, put in list(_held(self.owners)):
             key = _key(tensor)
@@ -56,14 +56,14 @@ class Part:
                 copy = tensor.to(_CPU)
                 self._copies[key] = copy.pin_memory() if self.pinned else copy
             put(self._copies[key])
-        self.here = False
+        self.on_device = False
 
     def onload(self) -> None:
-        """Copies the part to the device; where that has too little memory, the part stays where it was."""
-        if self.here:
+        """Copies the part to the device. If it has too little memory, the part stays in main memory."""
+        if self.on_device:
             return
         held, moved = list(_held(self.owners)), {}
-        # Made in inference mode, a tensor could not be used outside of it.
+        # A tensor created in inference mode cannot be used outside of it.
         with torch.inference_mode(False):
             for tensor, _ in held:
                 if _key(tensor) not in moved:
@@ -71,13 +71,13 @@ class Part:
         self._copies = {_key(moved[_key(tensor)]): tensor for tensor, _ in held}
         for tensor, put in held:
             put(moved[_key(tensor)])
-        self.here = True
+        self.on_device = True
 
 
 class StreamedBlocks(nn.ModuleList):
-    """Blocks of which two are on the device at a time: while one computes, the next is fetched.
+    """Blocks of which two are on the device at a time: while one computes, the next is copied.
 
-    To go through them in their order is all that can be done with them.
+    They can only be iterated over, in order.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
@@ -98,8 +98,8 @@ class StreamedBlocks(nn.ModuleList):
                 if self.stream is not None:
                     done.append(torch.cuda.current_stream(self.stream.device).record_event())
                 if number:
-                    # The device is busy with this block meanwhile: only what has computed is let go.
-                    self._let_go(number - 1, done)
+                    # The device computes this block meanwhile; the one before is finished.
+                    self._release(number - 1, done)
                 if number + 1 < len(self.parts):
                     fetched = self._fetch(number + 1)
         finally:
@@ -113,18 +113,18 @@ class StreamedBlocks(nn.ModuleList):
             self.parts[number].onload()
         return None if self.stream is None else self.stream.record_event()
 
-    def _let_go(self, number: int, done: list[Any]) -> None:
+    def _release(self, number: int, done: list[Any]) -> None:
         if done:
             done[number].synchronize()
         self.parts[number].offload()
 
 
 class Offloader:
-    """What is on the device when: the understanding tower while it reads, the rest while a picture is drawn.
+    """Moves the parts of a model: the understanding tower is on the device while it encodes, the rest while it draws.
 
     Args:
-        offload: "none" leaves all on the device; "blocks" fetches the generation tower's blocks one by one, too, and
-            the autoencoder and the eyes only when they are used.
+        offload: "none" keeps all on the device; "blocks" also copies the generation tower's blocks one by one, and the
+            autoencoder and the image encoder only when they are used.
     """
 
     def __init__(self, device: torch.device, offload: Offload) -> None:
@@ -135,12 +135,12 @@ class Offloader:
 
     @property
     def loading(self) -> torch.device:
-        """Where the generation tower is loaded to: with "blocks" it may be too large for the device as a whole."""
+        """The device to load the generation tower to; with "blocks" it may be too large for the GPU."""
         return _CPU if self.offload == "blocks" else self.device
 
     @contextmanager
     def briefly_onloaded(self, tower: GenerationTower) -> Iterator[None]:
-        """What `choose_attention` looks at is on the device within the block, wherever the tower was loaded to."""
+        """Puts the weights that `choose_attention` inspects on the device within the context."""
         if self.offload != "blocks":
             yield
             return
@@ -151,13 +151,13 @@ class Offloader:
         norms.offload()
 
     def add_understanding(self, understanding: UnderstandingTower) -> None:
-        """Takes over an understanding tower that is on the device."""
+        """Adds an understanding tower that is on the device."""
         if self.offload != "none":
             self.understanding = Part(understanding, device=self.device)
             self._offload([self.understanding])
 
     def add_tower(self, tower: GenerationTower) -> None:
-        """Takes over a generation tower that was loaded to `loading`."""
+        """Adds a generation tower that was loaded to `loading`."""
         if self.offload == "blocks":
             tower.blocks = StreamedBlocks(list(tower.blocks), self.device)
             rest = [child for child in tower.children() if child is not tower.blocks]
@@ -167,7 +167,7 @@ class Offloader:
         self._offload(self.drawing)
 
     def add_other(self, other: object) -> None:
-        """Takes over an autoencoder or eyes on the device."""
+        """Adds an autoencoder or image encoder that is on the device."""
         if self.offload != "none":
             part = Part(other, device=self.device)
             (self.others if self.offload == "blocks" else self.drawing).append(part)
@@ -175,11 +175,11 @@ class Offloader:
 
     @contextmanager
     def understanding_onloaded(self) -> Iterator[None]:
-        """The understanding tower is on the device within the block, alone; after it, what draws is there."""
+        """Only the understanding tower is on the device within the context; afterwards the other parts are."""
         if self.understanding is None:
             yield
             return
-        after = [*self.drawing, *(part for part in self.others if part.here)]
+        after = [*self.drawing, *(part for part in self.others if part.on_device)]
         self._offload([*self.drawing, *self.others])
         try:
             self.understanding.onload()
@@ -191,7 +191,7 @@ class Offloader:
 
     @contextmanager
     def others_onloaded(self) -> Iterator[None]:
-        """Autoencoder and eyes are on the device within the block."""
+        """Autoencoder and image encoder are on the device within the context."""
         for part in self.others:
             part.onload()
         try:
@@ -203,14 +203,14 @@ class Offloader:
         for part in parts:
             part.offload()
         if parts and self.device.type == "cuda":
-            # What comes next has tensors of other sizes, and finds no room between the pieces that are kept.
+            # The next part has tensors of other sizes, which do not fit into the cached blocks of memory.
             torch.cuda.empty_cache()
 
 
 class OffloadedTower:
-    """An understanding tower that comes to the device when there is something to read.
+    """An understanding tower that is moved to the device to encode prompts.
 
-    What it reads ahead is kept in main memory: for a long run of prompts, one visit.
+    Prompts encoded ahead are kept in main memory, so that a run of many prompts moves the tower once.
     """
 
     def __init__(self, understanding: UnderstandingTower, offloader: Offloader) -> None:
@@ -218,12 +218,12 @@ class OffloadedTower:
         self._encoded: dict[str, HiddenStates] = {}
 
     def encode_ahead(self, prompts: Sequence[str]) -> None:
-        """Reads prompts; one that cannot be read is left to `read`, which says why."""
-        unread = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
-        if not unread:
+        """Encodes prompts. One that fails is left to `encode`, which raises its error."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
+        if not new:
             return
         with self.offloader.understanding_onloaded():
-            for prompt in unread:
+            for prompt in new:
                 try:
                     states = self.understanding.encode([prompt])
                 except MosError:
@@ -231,23 +231,19 @@ class OffloadedTower:
                 self._encoded[prompt] = _on(states, _CPU)
 
     def encode(self, prompts: list[str], pictures: Sequence[Sequence[ImageInput]] = ()) -> HiddenStates:
-        """Reads as the tower does, with the same result."""
+        """As `UnderstandingTower.encode`, with the same result."""
         if len(prompts) == 1 and prompts[0] in self._encoded and not any(pictures):
             return _on(self._encoded[prompts[0]], self.offloader.device)
         with self.offloader.understanding_onloaded():
             return self.understanding.encode(prompts, pictures)
 
 
-def _on(understanding_onloaded: HiddenStates, device: torch.device) -> HiddenStates:
-    return replace(
-        understanding_onloaded,
-        states_BTMS=understanding_onloaded.states_BTMS.to(device),
-        mask_BT=understanding_onloaded.mask_BT.to(device),
-    )
+def _on(states: HiddenStates, device: torch.device) -> HiddenStates:
+    return replace(states, states_BTMS=states.states_BTMS.to(device), mask_BT=states.mask_BT.to(device))
 
 
 def _held(owners: Sequence[object]) -> Iterator[tuple[Tensor, Callable[[Tensor], None]]]:
-    """Every tensor of the networks, with what puts another in its place."""
+    """Every tensor of the networks, with the function that replaces it."""
     for owner in owners:
         networks = [owner] if isinstance(owner, nn.Module) else vars(owner).values()
         for module in (part for network in networks if isinstance(network, nn.Module) for part in network.modules()):
@@ -269,6 +265,6 @@ def _beside(values: dict[str, Any]) -> Iterator[tuple[Tensor, Callable[[Tensor],
 
 
 def _key(tensor: Tensor) -> tuple[object, ...]:
-    """Tensors with equal keys are one piece of memory: bitsandbytes has several names for a weight."""
+    """Equal for tensors that are one piece of memory: bitsandbytes has several names for a weight."""
     place = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
     return (*place, tensor.dtype, tensor.shape, tensor.stride())

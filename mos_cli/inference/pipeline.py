@@ -1,7 +1,7 @@
-"""The one place where a prompt becomes a picture.
+"""The pipeline: from a prompt, and the pictures of an edit, to a picture and its trace.
 
 prompt -> understanding tower -> state bank -> (router + generation tower) x steps -> autoencoder -> picture and trace
-pictures to edit -> eyes, autoencoder ----^
+pictures to edit -> image encoder, autoencoder ----^
 
 Shapes: B = 1 picture, T context tokens, S steps, J generation blocks, K kept layers, M layers, C channels, H x W.
 """
@@ -19,37 +19,70 @@ from torch import Tensor
 from mos_cli.bundles.blueprints import network_of
 from mos_cli.bundles.bundle import Bundle, verify_bundle
 from mos_cli.config.recipe import PictureRecord, Recipe, check_blocks, pixels_hash, provenance
-from mos_cli.config.settings import smaller
+from mos_cli.config.settings import TraceLevel, smaller
 from mos_cli.errors import DeviceError, MemoryLimitError, ModelError, UsageError
 from mos_cli.images.inputs import Inputs
+from mos_cli.images.outputs import animation, companions, png
 from mos_cli.inference.edit_canvas import EditConditioning, prepare_edit, restore_size
 from mos_cli.inference.loading import load_parts
-from mos_cli.inference.offload import OffloadedTower, Offloader, card
+from mos_cli.inference.offload import OffloadedTower, Offloader, memory_limit
 from mos_cli.inference.prompt_encoding import PromptEncoder, PromptEncoding
 from mos_cli.planning.memory import Setting
 from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.rules import BaselineRule, parse_rules
 from mos_cli.routing.steering import Steerer
-from mos_cli.routing.trace import Recording, RecordOptions, Routes, Trace, make_branch
+from mos_cli.routing.trace import Recording, RecordOptions, Routes, Trace, make_branch, trace_files
 from mos_cli.routing.transfer import check_model, choices_hash, transfer_routes
-from mos_cli.sampling.branches import Predictor
 from mos_cli.sampling.feature_cache import caching
-from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, WITHOUT_IMAGE, Guidance, Observer, make_sigmas, sample
+from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, WITHOUT_IMAGE, Guidance, Predictor
+from mos_cli.sampling.sampler import Observer, make_sigmas, sample
 from mos_cli.towers.attention import AttentionBackend
 from mos_cli.towers.autoencoder import Autoencoder, to_image
 from mos_cli.utils.devices import device_name, device_threads
+from mos_cli.utils.files import refuse_existing, write_all
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A finished picture with its record, and what it takes to write its trace."""
+    """A finished picture, its record (recipe and versions), and its trace: a head, and the routes of each branch."""
 
     image: Image.Image
     record: PictureRecord
     trace: Trace
     routes: dict[str, Routes]
     previews: tuple[Image.Image, ...] = ()
-    """What the tower expected the picture to be, step by step, where it was requested."""
+    """The predicted clean pictures of the steps, where they were requested."""
+
+    def save(self, path: str | Path, *, trace: TraceLevel = "topk", overwrite: bool = False) -> list[Path]:
+        """Writes the PNG with its recipe, and its trace and previews beside it: all of them or none.
+
+        Args:
+            trace: "off" for none, "summary" for the head alone; otherwise also all arrays that were recorded.
+
+        Returns:
+            The files written, the PNG first.
+
+        Raises:
+            UsageError: the name does not end in .png.
+            InputError: a file is there already and may not be overwritten, or the folder cannot be written.
+        """
+        path = Path(path)
+        if path.suffix.lower() != ".png":
+            raise UsageError(f"{path}: pictures are written as PNG, choose a name that ends in .png")
+        for file in (path, *companions(path)):
+            refuse_existing(file, overwrite)
+        files = {path: png(self.image, self.record)}
+        if trace != "off":
+            files |= trace_files(self.trace, None if trace == "summary" else self.routes, path)
+        if self.previews:
+            files[companions(path).previews] = animation(self.previews)
+        replaced = path.is_file()
+        write_all(files, overwrite)
+        for other in companions(path):
+            if replaced and other not in files:
+                # What a replaced picture had beside it would describe the new one wrongly.
+                other.unlink(missing_ok=True)
+        return list(files)
 
 
 def encode_branches(
@@ -59,20 +92,19 @@ def encode_branches(
     guidance: Guidance,
     conditioning: EditConditioning | None = None,
 ) -> dict[str, PromptEncoding]:
-    """What each of guidance's branches reads, by branch; of an edit also what is seen of its pictures."""
+    """The encoded prompt of each guidance branch; in an edit with its pictures, except in the branch without them."""
     encodings = {POSITIVE: prompt_encoder.encode(prompt), NEGATIVE: prompt_encoder.encode(negative)}
     if conditioning is not None:
-        unseen = encodings[NEGATIVE]
-        encodings = prompt_encoder.encode_with_images(encodings, conditioning.pictures, conditioning.references) | {
-            WITHOUT_IMAGE: unseen
-        }
+        pictures, references = conditioning.pictures, conditioning.references
+        without = {WITHOUT_IMAGE: encodings[NEGATIVE]}
+        encodings = prompt_encoder.encode_with_images(encodings, pictures, references) | without
     return {branch: encodings[branch] for branch in guidance.branches(guidance.interval[0])}
 
 
 def make_noise(autoencoder: Autoencoder, size: tuple[int, int], seed: int, device: torch.device) -> Tensor:
     """The noise z_1 of a picture of `size` (width, height) in pixels, [1, C, H, W].
 
-    It is made on the CPU, so that it depends on the seed and not on the device.
+    It is drawn on the CPU, so that it does not depend on the device.
     """
     width, height = (side // autoencoder.factor for side in size)
     shape = (1, autoencoder.channels, height, width)
@@ -89,7 +121,7 @@ def generate_latents(
     seed: int,
     **sampling: Any,
 ) -> Tensor:
-    """The latent of one picture, [1, C, H, W], from its seed and what its branches read.
+    """The latent of one picture, [1, C, H, W], from its seed and the encoded prompts of its branches.
 
     Args:
         size: width and height in pixels.
@@ -100,19 +132,19 @@ def generate_latents(
 
 
 class MoSPipeline:
-    """A bundle, loaded and ready to draw.
+    """A loaded bundle.
 
     Args:
-        bundle: where the weights are; every file is checked against its hash.
+        bundle: the bundle; every file is checked against its hash.
         understanding: folder of the understanding tower, as `fetch_tower` returns it.
-        attention: what computes it; see `choose_attention`.
-        setting: how it is laid out; a tower is quantised while it is loaded.
-        compiled: the generation tower's blocks are compiled when they are first used, which takes a while.
+        attention: the attention backend; see `choose_attention`.
+        setting: quantisation, offload and tiling; a tower is quantised while it is loaded.
+        compiled: compile the generation tower's blocks at their first use, which takes up to a minute.
 
     Raises:
         ModelError: the bundle is damaged, or its parts do not fit together.
         MemoryLimitError: the device has too little memory for them.
-        DeviceError: what is to compute the attention cannot do so here, or the blocks cannot be compiled.
+        DeviceError: the device does not support the attention backend, or the blocks cannot be compiled.
     """
 
     def __init__(
@@ -137,23 +169,23 @@ class MoSPipeline:
         except (torch.OutOfMemoryError, MemoryError):
             raise self._out_of_memory(bundle.index.canvas.native, "take a smaller model") from None
         self.understanding, self.tower, self.attention = parts.understanding, parts.tower, parts.attention
-        self.scheduler, self.autoencoder, self.eyes = parts.scheduler, parts.autoencoder, parts.eyes
+        self.scheduler, self.autoencoder, self.image_encoder = parts.scheduler, parts.autoencoder, parts.image_encoder
         if compiled:
             self._compile()
         self._offloaded_tower = OffloadedTower(self.understanding, self.offloader)
         self.prompt_encoder = PromptEncoder(
-            self.understanding, self.eyes, self.tower, bundle.index.name, encode=self._offloaded_tower.encode
+            self.understanding, self.image_encoder, self.tower, bundle.index.name, encode=self._offloaded_tower.encode
         )
 
     def _compile(self) -> None:
         if self.device.type == "cpu" and any(hasattr(weight, "quant_state") for weight in self.tower.parameters()):
-            # bitsandbytes packs them at their first use: they are of another shape than those that were compiled.
+            # bitsandbytes packs them at their first use, into another shape than the compiled one.
             raise DeviceError("NF4 weights cannot be compiled on a CPU: draw with --no-compile")
-        # For any length of a prompt at once: a picture does not depend on those drawn before it.
+        # With dynamic lengths of prompts, so that a picture does not depend on those drawn before it.
         self.tower.compile_repeated_blocks(dynamic=True)
 
     def encode_ahead(self, recipes: Sequence[Recipe]) -> None:
-        """Reads the prompts of a run at once where the understanding tower would have to come back for each.
+        """Encodes the prompts of a run at once where the understanding tower is offloaded; else does nothing.
 
         Raises:
             MemoryLimitError: the device ran out of memory.
@@ -176,18 +208,18 @@ class MoSPipeline:
         record_options: RecordOptions = RecordOptions(),
         route_from: Recording | None = None,
     ) -> Drawing:
-        """Draws one picture. Its noise depends on its own seed alone, made on the CPU whatever the device.
+        """Draws one picture. Its noise depends only on its seed.
 
         Args:
-            inputs: the pictures of an edit, as its recipe describes them; the bundle must be one that edits.
-            record_options: what is recorded beside the routes.
-            route_from: the run that the recipe takes choices from.
+            inputs: the pictures of an edit, as its recipe describes them; the bundle must support editing.
+            record_options: what is recorded in addition to the routes.
+            route_from: the run that the recipe takes routes from.
 
         Raises:
-            InputError: a prompt is longer than the understanding tower reads.
+            InputError: a prompt is too long for the understanding tower.
             MemoryLimitError: the device ran out of memory.
-            DeviceError: the blocks are to be compiled, and cannot be.
-            UsageError: compiled blocks cannot record what is requested.
+            DeviceError: the blocks cannot be compiled.
+            UsageError: the recipe, the options and the model do not go together.
         """
         check_blocks(recipe, compiled=self.compiled, regions=record_options.regions)
         guidance = Guidance(recipe.cfg, recipe.cfg_interval, 1.0 if recipe.edit is None else recipe.edit.image_cfg)
@@ -198,7 +230,7 @@ class MoSPipeline:
                 encodings = encode_branches(self.prompt_encoder, recipe.prompt, recipe.negative, guidance, conditioning)
             sigmas = make_sigmas(self.scheduler, recipe.steps, 1.0 if recipe.edit is None else recipe.edit.strength)
             steerer = self._steerer(recipe, sigmas[:-1].tolist(), guidance, encodings, record_options, route_from)
-            with recorder.watching(self.tower), caching(self.tower, recipe.feature_cache, recipe.steps) as cached:
+            with recorder.attached(self.tower), caching(self.tower, recipe.feature_cache, recipe.steps) as cached:
                 tower, reset_cache = cached
                 z = generate_latents(
                     tower,
@@ -210,7 +242,7 @@ class MoSPipeline:
                     sigmas=sigmas,
                     solver=recipe.solver,
                     guidance=guidance,
-                    together=self.setting.together,
+                    batched_guidance=self.setting.batched_guidance,
                     observers=[recorder, *observers],
                     initial=None if conditioning is None else conditioning.initial,
                     steer=steerer,
@@ -232,7 +264,7 @@ class MoSPipeline:
             attention=self.attention,
             threads=device_threads(self.device),
             tiled=self.setting.tiled,
-            together=self.setting.together,
+            batched_guidance=self.setting.batched_guidance,
             compiled=self.compiled,
         )
         record = PictureRecord(
@@ -246,17 +278,17 @@ class MoSPipeline:
         return Drawing(image, record, self._trace(record, encodings, recorder, routes, steerer), routes, previews)
 
     def _out_of_memory(self, size: tuple[int, int], otherwise: str, references: int = 0) -> MemoryLimitError:
-        """What to do where memory ran out: the setting that should fit, if there is one, or something else."""
-        room = card(self.device) if self.device.type == "cuda" else None
+        """The error for too little memory, with a setting that should fit, if there is one, or other advice."""
+        available = memory_limit(self.device) if self.device.type == "cuda" else None
         try:
             network = network_of(self.bundle, precision=self.precision, references=references)
-        except ModelError:  # it cannot be planned: what else there is to do is said
-            network = None
-        found = None if network is None else smaller(network, size, self.setting, room)
+        except ModelError:
+            network = None  # It cannot be planned.
+        found = None if network is None else smaller(network, size, self.setting, available)
         advice = otherwise
         if found is not None:
-            # Tiles follow from the memory alone.
-            limit = f"--max-vram {room:.4g} " if room else ""
+            # Tiling has no option of its own: it follows from --max-vram.
+            limit = f"--max-vram {available:.4g} " if available else ""
             advice = f"{limit}{found.options} should fit, or {otherwise}"
         return MemoryLimitError(f"out of memory at {size[0]}x{size[1]} on {self.device}: {advice}")
 
@@ -269,7 +301,7 @@ class MoSPipeline:
         record_options: RecordOptions,
         route_from: Recording | None,
     ) -> Steerer:
-        rules, given = parse_rules(recipe.routes or ()), None
+        rules, transferred = parse_rules(recipe.routes or ()), None
         computed = {name: [step for step, t in enumerate(times) if name in guidance.branches(t)] for name in encodings}
         baseline = any(isinstance(rule, BaselineRule) and rule.name != "shuffle" for rule in rules)
         if recipe.route_from is not None:
@@ -278,11 +310,11 @@ class MoSPipeline:
             if choices_hash(route_from) != recipe.route_from.sha256:
                 raise UsageError(f"{route_from.path} is not the run that {recipe.prompt!r} takes its routes from")
             check_model(route_from, recipe.model, self.bundle_hash)
-            given = transfer_routes(route_from, encodings, times, recipe.route_from.until)
-        if self.tower.router is None and (rules or given):
+            transferred = transfer_routes(route_from, encodings, times, recipe.route_from.until)
+        if self.tower.router is None and (rules or transferred):
             raise UsageError(f"the routes of {recipe.model} are fixed: there is nothing that a rule could steer")
         if record_options.probabilities and (self.tower.router is None or baseline):
-            raise UsageError("--trace full records what the router thinks of every layer, and no router is asked here")
+            raise UsageError("--trace full records the router's probabilities, and no router is used here")
         return Steerer(
             rules,
             encodings,
@@ -291,7 +323,7 @@ class MoSPipeline:
             blocks=self.tower.depth,
             layers=self.understanding.layers,
             device=self.device,
-            given=given,
+            transferred=transferred,
         )
 
     def _trace(
@@ -325,10 +357,10 @@ class MoSPipeline:
 
 
 def _not_compiled(error: RuntimeError) -> Exception:
-    """What to say of an error that compiling may have caused."""
+    """The DeviceError for an error of the compiler; other errors are returned as they are."""
     from torch._dynamo.exc import ShortenTraceback, Unsupported
 
-    # The first are what a backend raises, where a card is too old for Triton, or there is none, too.
+    # ShortenTraceback is the base of errors of a backend, for example on a GPU that is too old for Triton.
     if not isinstance(error, ShortenTraceback | Unsupported):
         return error
     reason = str(error).strip().splitlines()[0]

@@ -1,6 +1,6 @@
-"""What a loaded pipeline takes: seconds of its parts, memory at the peak, energy.
+"""Measuring a loaded pipeline: seconds of its parts, peak memory, energy.
 
-Moments are marked on the device's own clock, so that measuring never makes the host wait within a picture.
+Times are taken on the device's own clock, so that measuring does not synchronise host and device within a picture.
 """
 
 import statistics
@@ -19,19 +19,19 @@ from mos_cli.config.recipe import Recipe
 from mos_cli.inference.pipeline import MoSPipeline
 
 _EVERY = 0.005
-"""Seconds between two looks at the memory of the process."""
+"""Seconds between two readings of the memory of the process."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians over pictures, in seconds; `joules` is the mean of a picture, None where no driver tells.
+    """Medians over pictures, in seconds; `joules` is the mean of a picture, None where the driver does not report it.
 
     Args:
-        first_step: from a prompt that was not read before to the end of the first step.
+        first_step: from a new prompt to the end of the first step.
         step: of one step, its guidance included; over all steps of all pictures.
-        router_share: part of the steps that the router's network takes; None where there is no router.
+        router_share: the router's part of the time of the steps; None where there is no router.
         decode: from the latent to pixels.
-        picture: from a prompt that was not read before to the picture with its record.
+        picture: from a new prompt to the picture with its record.
     """
 
     first_step: float
@@ -47,24 +47,24 @@ class Timing:
 
 
 class PeakMemory:
-    """The most memory taken within the block, in bytes.
+    """The peak memory within the context, in bytes.
 
-    On CUDA what tensors took at once, by torch's allocator. On a CPU the growth of the process, looked at every 5 ms.
+    On CUDA that of tensors, by torch's allocator. On a CPU the growth of the process, read every 5 ms.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.bytes = device, 0
         self._over = threading.Event()
-        self._looking = threading.Thread(target=self._look, daemon=True)
+        self._poller = threading.Thread(target=self._poll, daemon=True)
 
     def __enter__(self) -> "PeakMemory":
         if self.device.type == "cuda":
-            # There are no statistics of a card that this process has not touched.
+            # There are no statistics before the first use of the GPU.
             torch.cuda.init()
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             self._before = psutil.Process().memory_info().rss
-            self._looking.start()
+            self._poller.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -72,9 +72,9 @@ class PeakMemory:
             self.bytes = torch.cuda.max_memory_allocated(self.device)
         else:
             self._over.set()
-            self._looking.join()
+            self._poller.join()
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         process, over = psutil.Process(), False
         while not over:
             over = self._over.wait(_EVERY)
@@ -82,17 +82,17 @@ class PeakMemory:
 
 
 def measure(pipeline: MoSPipeline, recipe: Recipe, rounds: int) -> Timing:
-    """Draws one picture to warm up and `rounds` that count, each with the next seed and its prompt read anew.
+    """Draws one picture to warm up and `rounds` that are measured, each with the next seed and no cached prompt.
 
     Raises what `MoSPipeline.draw` does.
     """
     joules = _energy_meter(pipeline.device)
     pipeline.draw(recipe)
     before = joules() if joules else 0.0
-    moments = [_watched(pipeline, recipe.model_copy(update={"seed": recipe.seed + n})) for n in range(rounds)]
+    moments = [_timed(pipeline, recipe.model_copy(update={"seed": recipe.seed + n})) for n in range(rounds)]
     spent = (joules() - before) / rounds if joules else None
     clock = Clock(pipeline.device)
-    steps = [clock.between(a, b) for m in moments for a, b in zip([m.asked[0], *m.stepped], m.stepped, strict=False)]
+    steps = [clock.between(a, b) for m in moments for a, b in zip([m.entered[0], *m.stepped], m.stepped, strict=False)]
     routed = [clock.between(a, b) for m in moments for a, b in m.routed]
     return Timing(
         first_step=statistics.median(clock.between(m.began, m.stepped[0]) for m in moments),
@@ -106,10 +106,10 @@ def measure(pipeline: MoSPipeline, recipe: Recipe, rounds: int) -> Timing:
 
 @dataclass
 class _Moments:
-    """When things happened in one picture, by its clock; pairs are a beginning and an end."""
+    """Times of the events of one picture; pairs are a start and an end."""
 
     began: Any
-    asked: list[Any] = field(default_factory=list)
+    entered: list[Any] = field(default_factory=list)
     stepped: list[Any] = field(default_factory=list)
     routed: list[tuple[Any, Any]] = field(default_factory=list)
     decoded: list[tuple[Any, Any]] = field(default_factory=list)
@@ -117,7 +117,7 @@ class _Moments:
 
 
 class Clock:
-    """Moments of a device: CUDA events, which the device stamps when it gets there, or the time."""
+    """The clock of a device: CUDA events, or on a CPU the time."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -130,18 +130,18 @@ class Clock:
         return event
 
     def between(self, first: Any, then: Any) -> float:
-        """Seconds."""
+        """The seconds between two times of this clock."""
         if self.device.type != "cuda":
             return then - first
         then.synchronize()
         return first.elapsed_time(then) / 1000
 
 
-def _watched(pipeline: MoSPipeline, recipe: Recipe) -> _Moments:
+def _timed(pipeline: MoSPipeline, recipe: Recipe) -> _Moments:
     clock, entered = Clock(pipeline.device), []
-    pipeline.prompt_encoder.forget()
+    pipeline.prompt_encoder.clear_cache()
     started, moments = time.perf_counter(), _Moments(began=clock.now())
-    hooks = [pipeline.tower.register_forward_pre_hook(lambda *_: moments.asked.append(clock.now()))]
+    hooks = [pipeline.tower.register_forward_pre_hook(lambda *_: moments.entered.append(clock.now()))]
     if (router := pipeline.tower.router) is not None:
         hooks.append(router.register_forward_pre_hook(lambda *_: entered.append(clock.now())))
         hooks.append(router.register_forward_hook(lambda *_: moments.routed.append((entered.pop(), clock.now()))))
@@ -157,7 +157,7 @@ def _watched(pipeline: MoSPipeline, recipe: Recipe) -> _Moments:
 
 @contextmanager
 def _decoding(pipeline: MoSPipeline, clock: Clock, moments: _Moments) -> Iterator[None]:
-    """Marks every call of the autoencoder's `decode`, which is no forward and takes no hooks."""
+    """Times every call of the autoencoder's `decode`, which is not `forward` and has no hooks."""
     decode: Callable[[Tensor], Tensor] = pipeline.autoencoder.decode
 
     def marked(z_BCHW: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ def _decoding(pipeline: MoSPipeline, clock: Clock, moments: _Moments) -> Iterato
 
 
 def _energy_meter(device: torch.device) -> Callable[[], float] | None:
-    """The driver's count of joules since it was loaded; None where there is no such count."""
+    """The driver's counter of joules; None where there is none."""
     if device.type != "cuda":
         return None
     try:
@@ -183,8 +183,8 @@ def _energy_meter(device: torch.device) -> Callable[[], float] | None:
         return None
     try:
         pynvml.nvmlInit()
-        card = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(card)
+        gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu)
     except pynvml.NVMLError:
         return None
-    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(card) / 1000
+    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1000

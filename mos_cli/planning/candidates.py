@@ -1,7 +1,7 @@
-"""Which setting of a model fits a card and is fastest there. Imports no torch.
+"""Settings of a model that fit a GPU, and the fastest of them. Imports no torch.
 
-Time is estimated from three rates and counts what differs between settings: arithmetic, weights over the bus, and what
-quantised layers cost beside their products. Decoding and loading from the disk are left out.
+Time is estimated from three rates and covers what differs between settings: arithmetic, copies of weights over the bus,
+and the overhead of quantised layers. Decoding and loading from the disk are left out.
 """
 
 from dataclasses import dataclass
@@ -28,27 +28,28 @@ from mos_cli.planning.memory import (
 BUS = 25e9
 """Bytes per second from main memory, PCIe 4.0 x16."""
 MEMORY = 500e9
-"""Bytes per second of the card's own memory."""
+"""Bytes per second of the GPU's memory."""
 FLOPS = 50e12
 """Operations per second of bf16 products."""
-CARDS = (8, 12, 16, 24)
+GPU_SIZES = (8, 12, 16, 24)
+"""GiB of the GPUs that plans and presets are made for."""
 _ALIKE = 1.08
-"""Estimates nearer than this are not told apart: the higher precision is taken."""
-_SHOWS = 0.1
-"""What at least shows of the time to fetch blocks: some of it falls between steps, where nothing computes."""
+"""The ratio up to which estimates count as equal, so that the higher precision is chosen."""
+_NOT_HIDDEN = 0.1
+"""The least part of the time to copy blocks that is not hidden by computing: some copies are between steps."""
 _CPU_ORDER: tuple[Quant, ...] = ("none", "nf4", "int8")
-"""From the fastest on a CPU to the slowest; the last is larger than the one before, and so never taken there."""
+"""From the fastest on a CPU to the slowest. int8 is larger and slower than NF4, so it is never chosen there."""
 _BITS: dict[Quant, int] = {"none": 16, "int8": 8, "nf4": 4}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A setting with what it needs and how long a picture takes by estimate.
+    """A setting with the memory it needs and the estimated time of a picture.
 
     Args:
-        quant: what asks `mos generate` for it: the setting's, without what the bundle's weights are already.
+        quant: the value of `--quant`: the setting's quantisation without that of the bundle's own weights.
         host: bytes of main memory.
-        seconds: parts of the estimate by name, for a picture with a prompt of its own.
+        seconds: parts of the estimate by name, for a picture with a new prompt.
     """
 
     setting: Setting
@@ -63,7 +64,7 @@ class Candidate:
 
     @property
     def needs(self) -> int:
-        """The peak and what is reserved, in bytes."""
+        """The peak and the reserve, in bytes."""
         return self.peak + RESERVE
 
     @property
@@ -72,7 +73,7 @@ class Candidate:
 
     @property
     def options(self) -> str:
-        """What asks `mos generate` for this setting."""
+        """The options of `mos generate` for this setting."""
         return f"--quant {self.quant} --offload {self.setting.offload}"
 
 
@@ -92,10 +93,10 @@ def candidates(network: Network, size: tuple[int, int], *, quant: tuple[Quant, Q
     """All settings of a model at a size, from the fastest to the slowest.
 
     Args:
-        quant: only what this asks for; "none" leaves a tower as it is.
+        quant: only settings with this quantisation; "none" leaves a tower as it is.
 
     Raises:
-        UsageError: the model is quantised already, and is to be once more.
+        UsageError: the model is quantised already.
     """
     towers: tuple[Quant, ...] = get_args(Quant) if quant is None else quant[:1]
     generations: tuple[Quant, ...] = get_args(Quant) if quant is None else quant[1:]
@@ -104,10 +105,10 @@ def candidates(network: Network, size: tuple[int, int], *, quant: tuple[Quant, Q
             raise UsageError(f"{network.ref} is quantised already ({network.method}): --quant {quant[0]},none")
         generations = ("none",)
     tiles = (False, True) if network.autoencoder and network.autoencoder.tiles and max(size) > TILE else (False,)
-    together = (True, False) if network.guided else (True,)
+    batched = (True, False) if network.guided else (True,)
     found = []
-    for u, g, offload, tiled, joined in product(towers, generations, get_args(Offload), tiles, together):
-        setting = Setting(u, network.method or g, offload, tiled, joined)
+    for u, g, offload, tiled, batched_guidance in product(towers, generations, get_args(Offload), tiles, batched):
+        setting = Setting(u, network.method or g, offload, tiled, batched_guidance)
         found.append(
             Candidate(
                 setting=setting,
@@ -117,39 +118,39 @@ def candidates(network: Network, size: tuple[int, int], *, quant: tuple[Quant, Q
                 seconds=_seconds(network, setting, size),
             )
         )
-    return sorted(found, key=lambda c: (c.total_seconds, c.setting.tiled, not c.setting.together))
+    return sorted(found, key=lambda c: (c.total_seconds, c.setting.tiled, not c.setting.batched_guidance))
 
 
-def fastest(found: list[Candidate], card: float) -> Candidate:
-    """The fastest of candidates that fits a card of so many GiB; of about equally fast ones the most precise.
+def fastest(found: list[Candidate], gib: float) -> Candidate:
+    """The fastest candidate that fits a GPU of `gib` GiB; of about equally fast ones the most precise.
 
     Raises:
-        MemoryLimitError: none does.
+        MemoryLimitError: none fits.
     """
-    fitting = _fitting(found, card)
+    fitting = _fitting(found, gib)
     alike = [c for c in fitting if c.total_seconds <= _ALIKE * fitting[0].total_seconds]
     return min(alike, key=lambda c: _drawbacks(c.setting))
 
 
-def fastest_on_cpu(found: list[Candidate], memory: float) -> Candidate:
-    """The fastest of candidates that fits so many GiB of main memory, where the rates of a card say nothing.
+def fastest_on_cpu(found: list[Candidate], gib: float) -> Candidate:
+    """The fastest candidate that fits `gib` GiB of main memory; the rates of a GPU do not apply.
 
-    Quantised layers draw more slowly there, int8 even more so than NF4; reading, which is done once, is not felt.
+    Quantised layers are slower on a CPU, int8 more so than NF4. The understanding tower runs once and is not counted.
 
     Raises:
-        MemoryLimitError: none does.
+        MemoryLimitError: none fits.
     """
-    here = [c for c in found if c.setting.offload == "none" and c.setting.together]
-    return min(_fitting(here, memory), key=lambda c: (_CPU_ORDER.index(c.setting.generation), _drawbacks(c.setting)))
+    here = [c for c in found if c.setting.offload == "none" and c.setting.batched_guidance]
+    return min(_fitting(here, gib), key=lambda c: (_CPU_ORDER.index(c.setting.generation), _drawbacks(c.setting)))
 
 
-def _fitting(found: list[Candidate], room: float) -> list[Candidate]:
-    fitting = [c for c in found if c.needs <= room * GIB]
+def _fitting(found: list[Candidate], gib: float) -> list[Candidate]:
+    fitting = [c for c in found if c.needs <= gib * GIB]
     if not fitting:
         nearest = min(found, key=lambda c: c.needs)
         raise MemoryLimitError(
-            f"nothing fits {room:.4g} GiB: the nearest, {nearest.options}, needs {nearest.needs / GIB:.1f} GiB, "
-            f"{nearest.needs / GIB - room:.1f} more (the stage '{_worst(nearest).name}')"
+            f"nothing fits {gib:.4g} GiB: the nearest, {nearest.options}, needs {nearest.needs / GIB:.1f} GiB, "
+            f"{nearest.needs / GIB - gib:.1f} more (the stage '{_worst(nearest).name}')"
         )
     return fitting
 
@@ -159,40 +160,40 @@ def _worst(candidate: Candidate) -> MemoryStage:
 
 
 def _drawbacks(setting: Setting) -> tuple[int, int, int, bool, bool]:
-    """Of equally fast settings: coarse weights are worst, then what depends on the bus, then the seams of tiles."""
+    """A key of equally fast settings, the best first: by precision, then by offloading, then by tiling."""
     offload = get_args(Offload).index(setting.offload)
     bits = -_BITS[setting.generation], -_BITS[setting.understanding]
-    return *bits, offload, setting.tiled, not setting.together
+    return *bits, offload, setting.tiled, not setting.batched_guidance
 
 
 def _seconds(network: Network, setting: Setting, size: tuple[int, int]) -> dict[str, float]:
-    """The estimate of one picture: reading both prompts, moving weights, and all passes of the generation tower."""
+    """The estimate for one picture: encoding both prompts, copying weights, and all passes of the generation tower."""
     g, defaults, made = network.generation, network.defaults, weights(network, setting)
     low, high = defaults.cfg_interval
     forwards = defaults.steps * (1 + (high - low) * (defaults.cfg != 1))
-    # Branches that pass together share the weights, unpacked and fetched once.
-    passes = defaults.steps if setting.together else forwards
+    # A batch of branches unpacks and copies the weights once.
+    passes = defaults.steps if setting.batched_guidance else forwards
     tokens, patches = context_tokens(network, size), patches_of(network, size)
     rows = patches + (tokens if g.in_sequence else 0)
     linear = sum(i * o for i, o in g.linears)
     attention = 4 * rows * (patches * (1 + network.references) + tokens) * g.width * g.depth
     operations = 2 * linear * rows + attention + 2 * g.router_parameters * (patches + tokens)
-    compute = max(forwards * operations * network.each / (2 * FLOPS), passes * made.blocks / MEMORY)
+    compute = max(forwards * operations * network.value_bytes / (2 * FLOPS), passes * made.blocks / MEMORY)
     moved = made.blocks * passes / BUS if setting.offload == "blocks" else 0.0
     parts = {
         "reading": 2 * 2 * network.understanding.linear * tokens / FLOPS,
         "drawing": compute,
     }
     if setting.generation == "nf4":
-        # Unpacked to bf16 at every pass.
+        # Unpacked to bf16 in every pass.
         parts["quantised layers"] = passes * 2.5 * linear / MEMORY
     if setting.generation == "int8":
-        # Rounds what goes in and rescales what comes out.
+        # Inputs are rounded, outputs rescaled.
         parts["quantised layers"] = forwards * rows * sum(3 * i + 10 * o for i, o in g.linears) / MEMORY
     if setting.offload != "none":
         rest = made.rest + made.others + (0 if setting.offload == "blocks" else made.blocks)
         parts["towers over the bus"] = (made.understanding + rest) / BUS
     if moved:
-        # Blocks are fetched while others compute: only what takes longer is waited for.
-        parts["waiting for blocks"] = max(_SHOWS * moved, moved - compute)
+        # Blocks are copied while others compute: only the excess is waited for.
+        parts["waiting for blocks"] = max(_NOT_HIDDEN * moved, moved - compute)
     return parts

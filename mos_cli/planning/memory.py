@@ -1,7 +1,7 @@
-"""How much memory a model needs on the device, stage by stage, from its numbers alone. Imports no torch.
+"""The memory that a model needs on the device, stage by stage, from its config alone. Imports no torch.
 
-The stages of a picture: the prompts are read, their states projected into the bank, the picture drawn, and decoded.
-Activations follow the code: at every peak, the tensors that are alive are counted.
+The stages of a picture: encoding the prompts, projecting their states into the bank, drawing, decoding. The activations
+are those of the code: at every peak, the tensors that exist are counted.
 
 Shapes: B guidance branches computed at once, T context tokens, those of references included, N patches, L = T + N, D
 width, M understanding layers, S width of a state, J generation blocks, K kept layers, R width of the router, E width of
@@ -19,40 +19,40 @@ Quant = Literal["none", "int8", "nf4"]
 Offload = Literal["none", "understanding", "blocks"]
 GIB = 2**30
 TOKENS = 256
-"""Words' tokens of a prompt that is counted with: the longest that models are trained on."""
+"""Tokens of a prompt's words in a plan: the longest that models are trained on."""
 RESERVE = GIB
-"""What the driver, the libraries' workspaces, gaps between tensors and tables of positions take beside the rest."""
+"""Bytes for the driver, the libraries' workspaces, fragmentation and tables of positions."""
 TILE = 512
-"""Pixels along a tile of the picture; diffusers lays one every 448."""
+"""Pixels along a tile of the picture; the distance of tiles in diffusers is 448."""
 LARGE_TOWER = 10**9
 """Parameters from which on an understanding tower computes in bf16."""
 IMAGE_TOKENS = IMAGE_GRID**2
-"""Image tokens of a picture where eyes apart from the understanding tower make them."""
+"""Image tokens of a picture from an image encoder."""
 _BRANCHES = 2
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is laid out on a device.
+    """Quantisation, offloading, tiling and batching of a model.
 
     Args:
         understanding, generation: quantisation of the two towers.
-        offload: what lies in main memory while it is not needed: nothing; the understanding tower while drawing, and
-            the rest while reading; also the generation tower's blocks, of which two are on the device at a time.
-        tiled: the picture is decoded tile by tile.
-        together: the branches of guidance pass the generation tower as one batch, not one after the other.
+        offload: the parts in main memory while they are not needed: "none"; "understanding": the understanding tower
+            while drawing, and the rest while encoding; "blocks": also the generation tower's blocks, all but two.
+        tiled: decode the picture tile by tile.
+        batched_guidance: compute the guidance branches as one batch, not one after the other.
     """
 
     understanding: Quant = "none"
     generation: Quant = "none"
     offload: Offload = "none"
     tiled: bool = False
-    together: bool = True
+    batched_guidance: bool = True
 
 
 @dataclass(frozen=True)
 class MemoryStage:
-    """What is on the device at the peak of a stage, by name."""
+    """The bytes on the device at the peak of a stage, by name."""
 
     name: str
     parts: dict[str, int]
@@ -64,75 +64,75 @@ class MemoryStage:
 
 @dataclass(frozen=True)
 class Weights:
-    """The bytes of a model's weights as a setting keeps them."""
+    """The bytes of a model's weights in a setting."""
 
     understanding: int
     blocks: int
     rest: int
     """The generation tower without its blocks."""
     others: int
-    """Autoencoder and eyes."""
+    """Autoencoder and image encoder."""
 
 
 def weights(network: Network, setting: Setting) -> Weights:
-    """The bytes of all weights. What sees is loaded where pictures are shown: only by models that edit."""
+    """The bytes of all weights. The vision part of an understanding tower counts only with references."""
     generation, tower = network.generation, network.understanding
-    sees = tower.vision if network.references else 0
+    vision = tower.vision if network.references else 0
     linear = sum(i * o for i, o in generation.linears)
     rows = sum(o for _, o in generation.linears)
-    each, autoencoder = network.each, network.autoencoder
+    each, autoencoder = network.value_bytes, network.autoencoder
     full = 2 if setting.understanding != "none" else understanding_bytes(network)
     return Weights(
         understanding=_quantised(tower.linear, tower.linear // tower.width, setting.understanding, full)
-        + full * (tower.other + sees),
+        + full * (tower.other + vision),
         blocks=_quantised(linear, rows, setting.generation, each) + each * (generation.block_parameters - linear),
         rest=each * (generation.parameters - generation.block_parameters),
-        others=each * (autoencoder.parameters if autoencoder else 0) + 4 * network.eyes,
+        others=each * (autoencoder.parameters if autoencoder else 0) + 4 * network.image_encoder_parameters,
     )
 
 
 def understanding_bytes(network: Network) -> int:
-    """Bytes of a parameter, and of a value of a state, where the understanding tower is not quantised."""
-    return 4 if reads_in_fp32(network.understanding.parameters, "none") else 2
+    """Bytes of a parameter, and of a value of a state, of an understanding tower that is not quantised."""
+    return 4 if computes_in_fp32(network.understanding.parameters, "none") else 2
 
 
-def reads_in_fp32(parameters: int, quant: Quant) -> bool:
-    """Whether an understanding tower of so many parameters computes in fp32.
+def computes_in_fp32(parameters: int, quant: Quant) -> bool:
+    """Whether an understanding tower with this number of parameters computes in fp32.
 
-    Small ones do, as their states are few and computed once. Large and quantised ones compute in bf16.
+    Small ones do, which costs little. Large and quantised ones compute in bf16.
     """
     return quant == "none" and parameters < LARGE_TOWER
 
 
 def context_tokens(network: Network, size: tuple[int, int]) -> int:
-    """Tokens of a prompt, those of the pictures that it is read in sight of included."""
+    """Context tokens of a prompt, including the image tokens of references."""
     tower = network.understanding
-    return TOKENS + network.references * (tower.image_tokens(size) if network.generation.sees else IMAGE_TOKENS)
+    return TOKENS + network.references * (tower.image_tokens(size) if network.generation.has_vision else IMAGE_TOKENS)
 
 
 def stages(network: Network, setting: Setting, size: tuple[int, int]) -> tuple[MemoryStage, ...]:
     """The peaks of the four stages at a size in pixels, width and height.
 
     Raises:
-        ModelError: the autoencoder is of a kind that is not known here.
+        ModelError: the memory of this kind of autoencoder is not known.
     """
     made = weights(network, setting)
     stays = setting.offload == "none"
     drawing = made.rest + (2 * made.blocks // network.generation.depth if setting.offload == "blocks" else made.blocks)
-    others = {"autoencoder": made.others} if network.autoencoder or network.eyes else {}
+    others = {"autoencoder": made.others} if network.autoencoder or network.image_encoder_parameters else {}
     beside = {"generation tower": made.rest + made.blocks, **others} if stays else {}
-    reader = {"understanding tower": made.understanding}
-    kept = reader if stays else {}
+    tower = {"understanding tower": made.understanding}
+    kept = tower if stays else {}
     tokens, patches = context_tokens(network, size), patches_of(network, size)
     states, bank, latents = _states(network, tokens), _bank(network, tokens), _latents(network, size)
     near = {} if setting.offload == "blocks" else others
-    rows = _BRANCHES if network.guided and setting.together else 1
-    # The branches are laid side by side in a bank of their own.
+    rows = _BRANCHES if network.guided and setting.batched_guidance else 1
+    # The branches are copied into one bank.
     joined = _bank_of(network, rows * tokens) if rows > 1 else 0
     return (
         MemoryStage(
             "read",
-            {**reader, **beside, "hidden states": states, "activations": _reading(network, setting, tokens)},
+            {**tower, **beside, "hidden states": states, "activations": _encoding(network, setting, tokens)},
         ),
         MemoryStage(
             "bank",
@@ -173,40 +173,40 @@ def stages(network: Network, setting: Setting, size: tuple[int, int]) -> tuple[M
 
 
 def host_bytes(network: Network, setting: Setting) -> int:
-    """Main memory for what is offloaded; copies stay there, so that nothing travels back."""
+    """Bytes of main memory for offloading; copies of all weights stay there."""
     made = weights(network, setting)
     return 0 if setting.offload == "none" else made.understanding + made.blocks + made.rest + made.others
 
 
 def _quantised(linear: int, rows: int, quant: Quant, full: int) -> int:
-    """Bytes of linear layers with so many weights and output rows."""
+    """Bytes of linear layers with `linear` weights and `rows` output rows."""
     if quant == "int8":
         return linear + 4 * rows
     if quant == "nf4":
-        # A byte of scale for 64 weights, and 4 for 256 such bytes.
+        # One byte of scale for 64 weights, and four for 256 scales.
         return linear // 2 + linear // 64 + 4 * (linear // (64 * 256))
     return full * linear
 
 
 def _states(network: Network, tokens: int) -> int:
-    """The states of all layers, of both prompts."""
+    """Bytes of the states of all layers, of both prompts."""
     layers, width = network.understanding.states
     return _BRANCHES * tokens * layers * width * understanding_bytes(network)
 
 
 def _bank(network: Network, tokens: int) -> int:
-    """Of both prompts; where they are read in sight of pictures, those of the words alone are kept as well."""
+    """Bytes of the banks of both prompts; with references, those without pictures are kept as well."""
     return _bank_of(network, _BRANCHES * (tokens + TOKENS * (network.references > 0)))
 
 
 def _bank_of(network: Network, tokens: int) -> int:
     g = network.generation
     router = g.router_width if g.fusion == "routed" else 0
-    return tokens * (g.states_layers * g.width + router) * network.each
+    return tokens * (g.states_layers * g.width + router) * network.value_bytes
 
 
-def _reading(network: Network, setting: Setting, tokens: int) -> int:
-    """Of one prompt: a layer's tensors beside the states so far, or the states a second time while they are stacked."""
+def _encoding(network: Network, setting: Setting, tokens: int) -> int:
+    """Bytes for one prompt: the tensors of a layer, or the copy of all states while they are stacked."""
     tower, each = network.understanding, understanding_bytes(network)
     layers, width = tower.states
     layer = tokens * each * (3 * tower.hidden + 2 * width)
@@ -215,46 +215,45 @@ def _reading(network: Network, setting: Setting, tokens: int) -> int:
 
 
 def _projecting(network: Network, tokens: int) -> int:
-    """Of one prompt: its states normalised in fp32, beside them in fp32, or else as they are projected."""
+    """Bytes for one prompt: its states normalised in fp32, and a copy of them in fp32 or as they are projected."""
     layers, width = network.understanding.states
-    beside = 4 if understanding_bytes(network) == 2 else 4 - network.each
+    beside = 4 if understanding_bytes(network) == 2 else 4 - network.value_bytes
     return tokens * layers * width * (4 + beside)
 
 
 def patches_of(network: Network, size: tuple[int, int]) -> int:
-    """Patches of a picture of so many pixels."""
+    """Patches of a picture of `size` pixels, width and height."""
     side = network.generation.patch * (network.autoencoder.factor if network.autoencoder else 1)
     return (size[0] // side) * (size[1] // side)
 
 
 def _latents(network: Network, size: tuple[int, int]) -> int:
-    """The noised latent, the pictures both branches predict, the guided one and the velocity, in fp32."""
+    """Bytes of the noised latent, both predictions, the guided one and the velocities, in fp32."""
     factor = network.autoencoder.factor if network.autoencoder else 1
     return 6 * 4 * network.generation.channels * (size[0] // factor) * (size[1] // factor)
 
 
 def _references(network: Network, patches: int) -> dict[str, int]:
     g = network.generation
-    each = network.each * (g.depth * 2 * g.width + g.width)
+    each = network.value_bytes * (g.depth * 2 * g.width + g.width)
     return {"references": network.references * patches * each} if network.references else {}
 
 
 def drawing_activations(network: Network, quant: Quant, tokens: int, patches: int, rows: int) -> int:
-    """The peak within a pass of the generation tower, its router included, for so many branches at once."""
-    g, each = network.generation, network.each
+    """The peak of the activations of the generation tower with its router, for a batch of `rows` branches."""
+    g, each = network.generation, network.value_bytes
     D, R, T, refs = g.width, g.router_width, tokens, network.references * patches
     N = patches + (T if g.in_sequence else 0)
     L, T = patches + T + refs, (0 if g.in_sequence else T)
-    # Rotating positions upcasts: two products and their sum in fp32 beside the turned copy, and the input where it is
-    # not fp32 already.
-    turned = 16 if each == 4 else 14
+    # The rotary embedding computes two products and their sum in fp32, and copies the input where it is not fp32.
+    rotated = 16 if each == 4 else 14
     context = each * T * D * 3 + each * (refs + T) * 2 * D * (refs > 0)
-    attention = each * N * D * 6 + each * 3 * L * D + turned * L * D
+    attention = each * N * D * 6 + each * 3 * L * D + rotated * L * D
     feed_forward = each * N * (4 * D + 4 * g.hidden)
     routed = 0
     if g.fusion == "routed":
         length = 1 + tokens + patches
-        block = max(7 * each + turned, 15 * each) * length * R
+        block = max(7 * each + rotated, 15 * each) * length * R
         routed = block + each * patches * R
     route = tokens * g.depth * g.kept_layers * 12 + 8 * tokens * g.states_layers * g.depth
     ends = 3 * each * patches * g.channels * g.patch**2 + each * 6 * D
@@ -265,17 +264,17 @@ def drawing_activations(network: Network, quant: Quant, tokens: int, patches: in
 
 def _decoding(network: Network, setting: Setting, size: tuple[int, int]) -> int:
     width, height = (min(side, TILE) for side in size) if setting.tiled else size
-    # The tiles so far and the picture they are put together to; as floats and bytes at last.
+    # The tiles and the picture that they are joined to, as floats, and finally bytes.
     picture = 3 * size[0] * size[1] * (4 * 4 + 4 * setting.tiled)
     return decoding_activations(network, (width, height)) + picture
 
 
 def decoding_activations(network: Network, size: tuple[int, int]) -> int:
-    """The peak within the decoder at a size in pixels; raises ModelError for an autoencoder that is not known here.
+    """The peak of the activations of the decoder at a size in pixels; raises ModelError for an unknown autoencoder.
 
-    It is at the last stage: a residual block's input and output, its norm in fp32, and the stage before.
+    It is in the last stage: input and output of a residual block, its norm in fp32, and the output of the stage before.
     """
-    autoencoder, pixels, each = network.autoencoder, size[0] * size[1], network.each
+    autoencoder, pixels, each = network.autoencoder, size[0] * size[1], network.value_bytes
     if autoencoder is None:
         return 0
     if autoencoder.kind == "Enlarger":

@@ -1,7 +1,6 @@
-"""A checkpoint, read tensor by tensor.
+"""Checkpoints of weights, read tensor by tensor.
 
-A quantised checkpoint is one safetensors file under diffusers' usual name. What was done to it stands in its header,
-so that it cannot be parted from it.
+A quantised checkpoint is one safetensors file with diffusers' usual name. The quantisation is described in its header.
 """
 
 import contextlib
@@ -15,6 +14,7 @@ from pydantic import ValidationError
 
 from mos_cli.errors import ModelError
 from mos_cli.quantization.method import HEADER, Quantisation
+from mos_cli.utils.migration import current_weight
 from mos_cli.utils.validation import PLAIN_NAME, first_problem
 
 if TYPE_CHECKING:
@@ -28,10 +28,10 @@ GENERATION = "generation"
 class Checkpoint:
     """The tensors of a folder in diffusers' format, one file or shards, read one at a time.
 
-    Nothing is mapped into memory: a tensor is there only while somebody holds it.
+    Names of earlier versions are replaced. Files are not mapped into memory.
 
     Raises:
-        ModelError: a file is missing, is no safetensors, or its header does not make sense.
+        ModelError: a file is missing or damaged, or its header is invalid.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,13 +39,13 @@ class Checkpoint:
 
         self.folder = folder
         names = _shards(folder) if (folder / SHARDS).is_file() else (WEIGHTS,)
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, tuple[Any, str]] = {}
         metadata: dict[str, str] = {}
         for name in names:
             with _readable(folder / name):
                 file: Any = safe_open(folder / name, framework="pt", backend="pread")
                 metadata |= file.metadata() or {}
-                self._files |= dict.fromkeys(file.keys(), file)
+                self._files |= {current_weight(stored): (file, stored) for stored in list(file.keys())}
         self.quantisation = from_header(folder, metadata)
 
     @property
@@ -53,15 +53,16 @@ class Checkpoint:
         return set(self._files)
 
     def read(self, name: str) -> "Tensor":
-        """One tensor, on the CPU; raises ModelError if it is not there or cannot be read."""
+        """One tensor, on the CPU; raises ModelError if it is missing or cannot be read."""
         if name not in self._files:
             raise ModelError(f"the weights in {self.folder} lack {name}")
         with _readable(self.folder):
-            return self._files[name].get_tensor(name)
+            file, stored = self._files[name]
+            return file.get_tensor(stored)
 
 
 def _shards(folder: Path) -> tuple[str, ...]:
-    """The names of the shards, from diffusers' index; they lie beside it."""
+    """The names of the shards, from diffusers' index."""
     try:
         names = set(json.loads((folder / SHARDS).read_bytes())["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError):

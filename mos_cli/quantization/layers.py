@@ -1,7 +1,7 @@
-"""One linear layer in bitsandbytes' hands: the tensors that stand for its weight, and the layer made of them.
+"""Quantised linear layers of bitsandbytes: the tensors that replace a weight, and the layer made of them.
 
-NF4 has 4 bits a weight, a scale for every 64, and scales that are quantised themselves (double quantisation). int8 has
-8 bits and a scale for every row; what goes in is quantised row by row, too.
+NF4 has 4 bits per weight and a scale for every 64, which is quantised itself (double quantisation). int8 has 8 bits and
+a scale for every row; its inputs are quantised row by row, too.
 """
 
 import json
@@ -16,9 +16,9 @@ from mos_cli.errors import DeviceError, ModelError
 from mos_cli.quantization.method import Method
 
 COMPUTE = torch.bfloat16
-"""What NF4 layers compute in, and the type weights have before they are quantised."""
+"""The type in which NF4 layers compute, and that of weights before they are quantised."""
 COLUMNS, ROWS = 64, 32
-"""The sizes bitsandbytes can do on every CPU are multiples of these: what goes into a layer, and what comes out."""
+"""bitsandbytes supports on every CPU inputs and outputs whose sizes are multiples of these."""
 
 _AT_ONCE = 2**18
 """Weights quantised at once: bitsandbytes needs about 17 bytes for each on a CPU."""
@@ -26,7 +26,7 @@ _STATE = "weight.quant_state.bitsandbytes__nf4"
 
 
 def bitsandbytes() -> Any:
-    """The library, imported when it is needed: that takes seconds, and not every platform has it."""
+    """The library, imported on first use: the import takes seconds, and not every platform has it."""
     try:
         import bitsandbytes as library
     except ImportError:
@@ -35,7 +35,7 @@ def bitsandbytes() -> Any:
 
 
 def expected_parts(method: Method, layer: nn.Linear) -> dict[str, tuple[torch.dtype, tuple[int, ...] | None]]:
-    """Type and shape of the tensors that stand for a quantised weight, by their names in the layer's state."""
+    """Type and shape of the tensors that replace a quantised weight, by their names in the layer's state."""
     rows, columns = layer.out_features, layer.in_features
     if method == "int8":
         return {
@@ -55,7 +55,7 @@ def expected_parts(method: Method, layer: nn.Linear) -> dict[str, tuple[torch.dt
 
 
 def quantised_parts(weight: Tensor, method: Method, device: torch.device | None = None) -> dict[str, Tensor]:
-    """A weight quantised: the tensors `expected_parts` names. Equal to what bitsandbytes makes of it in one go."""
+    """Quantises a weight to the tensors of `expected_parts`, in pieces; equal to bitsandbytes' result in one piece."""
     functional = bitsandbytes().functional
     rows = max(1, _AT_ONCE // weight.shape[1])
     pieces = (piece.to(device or weight.device, COMPUTE) for piece in weight.split(rows))
@@ -75,7 +75,7 @@ def quantised_parts(weight: Tensor, method: Method, device: torch.device | None 
 
 
 def check_state(parts: Mapping[str, Tensor], name: str, layer: nn.Linear) -> None:
-    """Compares what a file says about an NF4 weight with what it must be: the kernels believe it."""
+    """Checks the description of an NF4 weight in a file, which the kernels do not; raises ModelError."""
     if _STATE not in parts:
         return
     expected = {
@@ -87,16 +87,16 @@ def check_state(parts: Mapping[str, Tensor], name: str, layer: nn.Linear) -> Non
         "nested_dtype": "float32",
     }
     try:
-        said = json.loads(parts[_STATE].numpy().tobytes())
-        assert isinstance(said.pop("nested_offset"), float)
+        stored = json.loads(parts[_STATE].numpy().tobytes())
+        assert isinstance(stored.pop("nested_offset"), float)
     except (ValueError, KeyError, AttributeError, AssertionError):
-        said = None
-    if said != expected:
+        stored = None
+    if stored != expected:
         raise ModelError(f"{name} is not quantised as it should be: the file is damaged")
 
 
 def assembled(layer: nn.Linear, method: Method, parts: Mapping[str, Tensor], device: torch.device) -> nn.Linear:
-    """The bitsandbytes layer that stands in the place of `layer`, with its bias."""
+    """The bitsandbytes layer that replaces `layer`, with its bias."""
     nn_ = bitsandbytes().nn
     sizes = (layer.in_features, layer.out_features, layer.bias is not None)
     if method == "int8":

@@ -1,24 +1,27 @@
-"""How a network is quantised. Imports no torch."""
+"""Methods of quantisation. Imports no torch."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import AfterValidator
+
+from mos_cli.utils.migration import current_weight
 from mos_cli.utils.validation import Frozen
 
 Method = Literal["nf4", "int8"]
 METHODS: dict[Method, str] = {"nf4": "4-bit NF4, double quantisation", "int8": "8-bit integers"}
 
 HEADER = "mos_quantisation"
-"""The field of a safetensors header that says how its tensors are quantised."""
+"""The field of a safetensors header with the quantisation of its tensors."""
 
 
 class Quantisation(Frozen):
-    """How a network is quantised: the method, and what stays in high precision.
+    """The quantisation of a network: the method, and the modules that stay in high precision.
 
-    `kept` names modules; everything below a module is kept with it.
+    `kept` names modules; everything in a module is kept with it.
     """
 
     method: Method
-    kept: tuple[str, ...]
+    kept: tuple[Annotated[str, AfterValidator(current_weight)], ...]
 
     def keeps(self, module: str) -> bool:
         """Whether a module is kept, by its full name."""
@@ -26,5 +29,5 @@ class Quantisation(Frozen):
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What the header of a quantised file says."""
+        """The metadata for the header of a quantised file."""
         return {"format": "pt", HEADER: self.model_dump_json()}

@@ -1,4 +1,4 @@
-"""Which tokens of one prompt are those of another, and which steps of one run those of another."""
+"""Aligning the tokens of two prompts, and the steps of two runs."""
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -11,7 +11,7 @@ from mos_cli.routing.analysis import Spanned, split_words
 
 
 class EncodedPrompt(Protocol):
-    """What a branch reads: its prompt and its tokens."""
+    """A prompt and its tokens."""
 
     @property
     def prompt(self) -> str: ...
@@ -21,7 +21,7 @@ class EncodedPrompt(Protocol):
 
 @dataclass(frozen=True)
 class WordKey:
-    """A word is aligned by its kind, name and occurrence (from 1); how its prompt spells it counts for nothing."""
+    """The key by which words are aligned: kind, name and occurrence (from 1). `text` is the spelling in the prompt."""
 
     kind: str
     name: str
@@ -30,7 +30,7 @@ class WordKey:
 
 
 def keyed_words(encoding: EncodedPrompt) -> dict[WordKey, dict[Hashable, int]]:
-    """The words of a branch, each with the numbers of its tokens by what they are aligned by."""
+    """The words of a prompt, each with the numbers of its tokens by their own keys."""
     seen: Counter[tuple[str, str]] = Counter()
     words = {}
     for word in split_words(encoding.prompt, encoding.tokens):
@@ -42,7 +42,7 @@ def keyed_words(encoding: EncodedPrompt) -> dict[WordKey, dict[Hashable, int]]:
         spelled: Counter[Hashable] = Counter()
         for number in word.tokens:
             token = encoding.tokens[number]
-            # The tokenizer's own spelling depends on what stands before a word; the characters do not.
+            # The characters of the prompt, because a tokenizer's spelling depends on the text before a word.
             piece = token.patch or encoding.prompt[token.start : token.end].strip().casefold()
             spelled[piece] += 1
             pieces[piece, spelled[piece]] = number
@@ -50,24 +50,24 @@ def keyed_words(encoding: EncodedPrompt) -> dict[WordKey, dict[Hashable, int]]:
     return words
 
 
-def partners(mine: EncodedPrompt, theirs: EncodedPrompt) -> tuple[int, ...]:
-    """For every token of one reading the number of its like in the other, -1 where it has none."""
-    others, found = keyed_words(theirs), [-1] * len(mine.tokens)
-    for key, pieces in keyed_words(mine).items():
+def partners(first: EncodedPrompt, second: EncodedPrompt) -> tuple[int, ...]:
+    """For every token of one prompt the number of the same token in the other, or -1."""
+    others, found = keyed_words(second), [-1] * len(first.tokens)
+    for key, pieces in keyed_words(first).items():
         for piece, number in pieces.items():
             found[number] = others.get(key, {}).get(piece, -1)
     return tuple(found)
 
 
 def nearest_steps(times_a: Sequence[float], times_b: Sequence[float]) -> list[tuple[int, int]]:
-    """The pairs of steps that are nearest to each other in time, whichever run one looks from."""
-    apart = np.abs(np.subtract.outer(times_a, times_b))
-    to_b, to_a = apart.argmin(axis=1), apart.argmin(axis=0)
+    """The pairs of steps that are mutually nearest in time."""
+    distances = np.abs(np.subtract.outer(times_a, times_b))
+    to_b, to_a = distances.argmin(axis=1), distances.argmin(axis=0)
     return [(i, int(j)) for i, j in enumerate(to_b) if to_a[j] == i]
 
 
 def _bare(text: str) -> str:
-    """A word without the punctuation around it and whatever its case; punctuation alone stays."""
+    """A word in lower case without the punctuation around it; a word of only punctuation is kept."""
     folded = text.casefold()
     inside = [index for index, character in enumerate(folded) if character.isalnum()]
     return folded[inside[0] : inside[-1] + 1] if inside else folded

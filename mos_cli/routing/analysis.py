@@ -1,4 +1,4 @@
-"""What the routes say: summaries, the words of a prompt, and how choices differ between steps and branches.
+"""Analysis of routes: summaries, the words of a prompt, and differences between steps and branches.
 
 Shapes: S steps, J generation blocks, T context tokens, K kept layers, M understanding layers.
 """
@@ -16,7 +16,7 @@ DIGITS = 4
 
 
 class Spanned(Protocol):
-    """A token with the characters of the prompt that it stands for, or the cell of a picture."""
+    """A token with its span of characters in the prompt, or its cell of a picture."""
 
     @property
     def text(self) -> str: ...
@@ -30,7 +30,7 @@ class Spanned(Protocol):
 
 @dataclass(frozen=True)
 class Word:
-    """A word of the prompt, or a picture, and the numbers of its tokens; one that stands for neither is special."""
+    """A word of the prompt, or a picture, and the numbers of its tokens; special tokens are words of their own."""
 
     text: str
     tokens: tuple[int, ...]
@@ -41,7 +41,7 @@ def summarise(ids_SJTK: np.ndarray, weights_SJTK: np.ndarray, layers: int) -> di
     """The fields of a branch's summary, as plain tuples of floats of four digits; weights need not sum to 1.
 
     mean_layer_ST: the layer each token reads on average over blocks, weighted, per step.
-    layer_use_JM: per block, the share of the mixing weight that each layer got; 0 only if it got none at all.
+    layer_use_JM: per block, the share of each layer in the mixing weights; 0 only if its weight is exactly 0.
     entropy_S: per step, the entropy of the layers' shares over blocks and tokens, divided by ln(layers).
     """
     steps, blocks = ids_SJTK.shape[:2]
@@ -56,7 +56,7 @@ def summarise(ids_SJTK: np.ndarray, weights_SJTK: np.ndarray, layers: int) -> di
     logs_SM = np.log(use_SM, out=np.zeros_like(use_SM), where=use_SM > 0)
     entropy_S = (use_SM * -logs_SM).sum(axis=1) / np.log(layers)
 
-    # Rounded up from 0, so that a dead layer can be told from a rare one without the arrays.
+    # Values above 0 are not rounded to 0, so that unused layers are distinct from rarely used ones.
     use_JM = np.where(use_JM > 0, np.maximum(use_JM.round(DIGITS), 10.0**-DIGITS), 0.0)
     return {
         "mean_layer_ST": tuple(map(tuple, mean_layer_ST.round(DIGITS).tolist())),
@@ -68,39 +68,39 @@ def summarise(ids_SJTK: np.ndarray, weights_SJTK: np.ndarray, layers: int) -> di
 def split_words(prompt: str, tokens: Sequence[Spanned]) -> tuple[Word, ...]:
     """The words between the prompt's spaces, each with its tokens, in order; then pictures, then other tokens.
 
-    A token belongs to the word of its first character that is no space: some tokenizers count the space
-    before a word to its first token.
+    A token belongs to the word of its first character that is not a space: in some tokenizers the space before a word
+    is part of its first token.
     """
     spans = [match.span() for match in re.finditer(r"\S+", prompt)]
     numbers: dict[tuple[int, int], list[int]] = {span: [] for span in spans}
-    apart, pictures = [], {}
+    special, pictures = [], {}
     for number, token in enumerate(tokens):
         if token.patch is not None:
             pictures.setdefault(token.text, []).append(number)
             continue
         text = prompt[token.start : token.end]
         if not text.strip():
-            apart.append(Word(token.text, (number,), special=True))
+            special.append(Word(token.text, (number,), special=True))
             continue
         first = token.start + len(text) - len(text.lstrip())
         numbers[next(span for span in spans if span[0] <= first < span[1])].append(number)
     words = [Word(prompt[start:end], tuple(held)) for (start, end), held in numbers.items() if held]
-    return (*words, *(Word(name, tuple(held)) for name, held in pictures.items()), *apart)
+    return (*words, *(Word(name, tuple(held)) for name, held in pictures.items()), *special)
 
 
 def is_special(token: Spanned) -> bool:
-    """Whether a token stands neither for text nor for a cell of a picture."""
+    """Whether a token has neither text nor a cell of a picture."""
     return token.patch is None and token.start == token.end
 
 
-def find_words(words: Sequence[Word], wanted: Iterable[str]) -> tuple[Word, ...]:
-    """The words asked for, in the prompt's order, whatever their case and the punctuation around them.
+def find_words(words: Sequence[Word], requested: Iterable[str]) -> tuple[Word, ...]:
+    """The requested words, in the prompt's order, regardless of case and of punctuation around them.
 
     Raises:
         UsageError: one of them is not in the prompt.
     """
     found = {}
-    for text in wanted:
+    for text in requested:
         hits = matching_words(words, [text])
         if not hits:
             there = ", ".join(dict.fromkeys(word.text for word in words))
@@ -109,32 +109,32 @@ def find_words(words: Sequence[Word], wanted: Iterable[str]) -> tuple[Word, ...]
     return tuple(word for word in words if word in found)
 
 
-def matching_words(words: Sequence[Word], wanted: Iterable[str]) -> tuple[Word, ...]:
-    """The words of those asked for that are there, matched as `find_words` does."""
-    texts = {text.casefold() for text in wanted}
+def matching_words(words: Sequence[Word], requested: Iterable[str]) -> tuple[Word, ...]:
+    """The requested words that are in `words`, matched as in `find_words`."""
+    texts = {text.casefold() for text in requested}
     return tuple(word for word in words if texts & {word.text.casefold(), _bare(word.text)})
 
 
 def word_layers(word: Word, mean_layer_ST: Sequence[Sequence[float]] | np.ndarray) -> tuple[float, ...]:
-    """The layer a word reads on average over its tokens, per step."""
+    """The mean layer that a word reads, over its tokens, per step."""
     means_S = np.asarray(mean_layer_ST)[:, list(word.tokens)].mean(axis=1)
     return tuple(means_S.round(DIGITS).tolist())
 
 
 def strongest_layers(layer_use_JM: Sequence[Sequence[float]], count: int = 3) -> tuple[tuple[int, float], ...]:
-    """The layers with the largest share of the weight, all blocks alike, and that share; at most `count`."""
+    """The layers with the largest share of the weight, mean over blocks, and that share; at most `count`."""
     shares_M = np.mean(layer_use_JM, axis=0).round(DIGITS).tolist()
     ranked = sorted(enumerate(shares_M), key=lambda layer: -layer[1])
     return tuple((layer, share) for layer, share in ranked[:count] if share > 0)
 
 
 def dead_layers(layer_use_JM: Sequence[Sequence[float]]) -> tuple[int, ...]:
-    """The layers that got no weight anywhere in the branch."""
+    """The layers without any weight in the branch."""
     return tuple(np.flatnonzero(np.max(layer_use_JM, axis=0) == 0).tolist())
 
 
 def step_changes(ids_SJTK: np.ndarray) -> tuple[float, ...]:
-    """For every step but the first, the share of the kept layers that were not kept a step before."""
+    """For every step but the first, the share of the kept layers that were not kept at the step before."""
     kept = (ids_SJTK[1:, ..., :, None] == ids_SJTK[:-1, ..., None, :]).any(axis=-1)
     return tuple((1 - kept.mean(axis=(1, 2, 3))).round(DIGITS).tolist())
 

@@ -1,14 +1,13 @@
-"""Two runs compared, choice by choice: what agrees, what was a near-tie, what really changed.
+"""Comparing the routes of two runs, choice by choice: agreements, near-ties and real changes.
 
-A decision is what one token does in one block at one step; a choice is one of the layers it reads. A choice that the
-other run does not make is a flip: one layer stands for another, the strongest for the strongest.
+A decision is made for one token in one block at one step; its choices are the layers that are kept. A choice that only
+one run makes is a flip: one layer is exchanged for another, the strongest for the strongest.
 
-A flip is a near-tie if the two layers lie within NEAR of each other in both runs: if the router gave them almost the
-same, measured in the decision's own weight (what its kept layers share, 1). Otherwise it is a real change. What a layer
-that was not kept would have weighed is known where all probabilities were recorded. Where they were not, it lies
-between nothing and the weight of the layer it stands for, so that the gap is at most that weight: near-ties found this
-way are certain, and there may be more of them. Where a rule or another run decided, even that is unknown, and a flip
-counts as real.
+A flip is a near-tie if the weights of the two layers differ by at most NEAR in both runs, as shares of the decision's
+weight; otherwise it is a real change. The weight of a layer that was not kept is known only if all probabilities were
+recorded. Without them it lies between 0 and the weight of the layer it is exchanged for, so that near-ties are certain
+if that weight is at most NEAR, and there may be more of them. Where a rule or another run decided, it is unknown, and a
+flip counts as a real change.
 
 Shapes: S steps and T tokens compared, J generation blocks, K kept layers, M understanding layers, F flips at most = K.
 """
@@ -27,10 +26,10 @@ NEAR = 0.1
 
 @dataclass(frozen=True)
 class Tally:
-    """How much of something agrees.
+    """Counts of agreeing and differing choices.
 
-    `distance` is the total variation of the weights over the layers, mean over decisions: 0 = equal, 1 = no layer
-    shared. `first` is the first step, by its number in the first run, at which a choice differs.
+    `distance` is the total variation distance of the weights over the layers, mean over decisions: 0 = equal, 1 = no
+    common layer. `first` is the first step, by its number in the first run, at which a choice differs.
     """
 
     choices: int
@@ -46,7 +45,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class WordDifference:
-    """A word that both prompts have; `nth` (from 1) tells its occurrences apart."""
+    """A word that both prompts have; `nth` (from 1) is its occurrence."""
 
     text: str
     nth: int
@@ -62,21 +61,21 @@ class WordDifference:
 class BranchDifference:
     """A guidance branch that both runs have.
 
-    `steps` are the steps compared, by their numbers in both runs, and `apart` is how far the times of such a pair lie
-    from each other at most. `only_a` and `only_b` are the words that one prompt alone has.
+    `steps` are the compared steps, by their numbers in both runs, and `time_distance` is the largest distance of the
+    times of such a pair. `only_a` and `only_b` are the words that only one prompt has.
     """
 
     words: tuple[WordDifference, ...]
     tally: Tally
     steps: tuple[tuple[int, int], ...]
-    apart: float
+    time_distance: float
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Two runs compared. `exact` says that every near-tie is known as such; otherwise there may be more of them."""
+    """The comparison of two runs. With `exact` all near-ties are known; otherwise there may be more of them."""
 
     branches: dict[str, BranchDifference]
     tally: Tally
@@ -85,13 +84,13 @@ class Difference:
 
 
 def compare(a: Trace, routes_a: Mapping[str, Routes], b: Trace, routes_b: Mapping[str, Routes]) -> Difference:
-    """Compares the branches that two runs have both.
+    """Compares the branches that both runs have.
 
-    Words are aligned by their text and occurrence, special tokens by their name, image tokens by their place, and steps
-    by their times: each pair is nearest to each other.
+    Words are aligned by their text and occurrence, special tokens by their name, image tokens by their cell, and steps
+    by their times, as mutually nearest pairs.
 
     Raises:
-        InputError: the models have other layers or blocks, or the prompts no word in common.
+        InputError: the models have different layers or blocks, or the prompts no word in common.
     """
     for what, count_a, count_b in (
         ("understanding layers", len(a.layers), len(b.layers)),
@@ -119,7 +118,7 @@ def compare(a: Trace, routes_a: Mapping[str, Routes], b: Trace, routes_b: Mappin
 
 @dataclass(frozen=True)
 class _Counts:
-    """Per decision [S, J, T]: choices compared, flips of both kinds, distance of the weights; and A's step numbers."""
+    """Per decision [S, J, T]: choices, flips of both kinds, distance of the weights; and A's step numbers."""
 
     steps: tuple[int, ...]
     choices_SJT: np.ndarray
@@ -173,7 +172,7 @@ def _compare_branch(
         words=tuple(words),
         tally=_tally([counts]),
         steps=pairs,
-        apart=max(abs(times_a[i] - times_b[j]) for i, j in steps),
+        time_distance=max(abs(times_a[i] - times_b[j]) for i, j in steps),
         only_a=tuple(key.text for key in words_a if key not in shared),
         only_b=tuple(key.text for key in words_b if key not in shared),
     ), counts
@@ -181,7 +180,7 @@ def _compare_branch(
 
 @dataclass(frozen=True)
 class _Side:
-    """The decisions of one run that are compared; weights as shares of the decision, 0 where no layer is read."""
+    """The compared decisions of one run; weights are shares of a decision's, 0 where there is no layer."""
 
     ids_SJTK: np.ndarray
     weights_SJTK: np.ndarray
@@ -189,7 +188,7 @@ class _Side:
     ruled_T: np.ndarray
 
     def padded(self, kept: int) -> "_Side":
-        """With as many places for layers as the other run has."""
+        """Padded to the number of kept layers of the other run."""
         more = [(0, 0)] * 3 + [(0, kept - self.ids_SJTK.shape[-1])]
         return _Side(
             np.pad(self.ids_SJTK, more), np.pad(self.weights_SJTK, more), self.probabilities_SJTM, self.ruled_T
@@ -197,7 +196,7 @@ class _Side:
 
 
 def _ruled(trace: Trace, branch: TraceBranch) -> set[int]:
-    """The tokens whose layers were not the router's own choice, or need not have been."""
+    """The tokens whose layers rules or another run may have chosen."""
     if trace.recipe.route_from is not None:
         return set(range(len(branch.tokens)))
     return {number for steered in branch.steered or () for number in steered.tokens}
@@ -222,7 +221,7 @@ def _count(a: _Side, b: _Side, steps: tuple[int, ...]) -> _Counts:
     in_b = (same * b.weights_SJTK[..., None, :]).sum(axis=-1)
     distance = np.abs(a.weights_SJTK - in_b).sum(axis=-1) + (b.weights_SJTK * gained).sum(axis=-1)
 
-    # Both stand in order of strength: the strongest that went is exchanged for the strongest that came.
+    # Layers are in order of strength: the strongest lost one is exchanged for the strongest gained one.
     went, came = np.argsort(~lost, axis=-1, kind="stable"), np.argsort(~gained, axis=-1, kind="stable")
     lost_F, gained_F = np.take_along_axis(lost, went, -1), np.take_along_axis(gained, came, -1)
     ids_a, ids_b = np.take_along_axis(a.ids_SJTK, went, -1), np.take_along_axis(b.ids_SJTK, came, -1)
@@ -237,7 +236,7 @@ def _count(a: _Side, b: _Side, steps: tuple[int, ...]) -> _Counts:
 
 
 def _close(side: _Side, places_SJTF: np.ndarray, own_SJTF: np.ndarray, other_SJTF: np.ndarray) -> np.ndarray:
-    """Whether the layers read in these places lie within NEAR of those the other run reads in their stead."""
+    """Whether the weights of these layers differ by at most NEAR from those that the other run reads instead."""
     if side.probabilities_SJTM is None:
         weights = np.take_along_axis(side.weights_SJTK, places_SJTF, -1)
         return (weights <= NEAR) & ~side.ruled_T[:, None]

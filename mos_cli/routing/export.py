@@ -1,4 +1,4 @@
-"""Every decision of a recording as a table, for other tools: one row a decision, in parquet or csv.
+"""Exporting a recording as a table with one row per decision, in parquet or csv.
 
 Shapes: S steps, J generation blocks, T context tokens, K kept layers, M understanding layers.
 """
@@ -67,7 +67,7 @@ def export_decisions(sections: Sequence[tuple[Section, Sequence[Word]]], path: P
     """Writes `decisions_table` of each section, one after the other, to a .parquet or a .csv file.
 
     Raises:
-        UsageError: the name ends otherwise, or pyarrow is not installed.
+        UsageError: the name has another suffix, or pyarrow is not installed.
         InputError: the trace holds a summary only, or the file exists and `overwrite` is false, or cannot be written.
     """
     if path.suffix.lower() not in SUFFIXES:

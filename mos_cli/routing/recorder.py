@@ -1,4 +1,6 @@
-"""What is recorded while a picture is drawn. It is kept where it was computed, and copied once, at the end.
+"""Recording routes, probabilities and attention while a picture is drawn.
+
+The data stays on the device and is copied once, at the end.
 
 Shapes: S steps, J generation blocks, T context tokens, K kept layers, M understanding layers, N patches, R patches of
 the references, L queries of an attention.
@@ -21,7 +23,7 @@ from mos_cli.towers.router import Route
 
 @dataclass
 class Recorder:
-    """An observer of the sampler that keeps every route, and what else is wanted of a step."""
+    """An observer of the sampler that keeps every route, and what the options request."""
 
     record_options: RecordOptions
     times: list[float] = field(default_factory=list)
@@ -41,27 +43,27 @@ class Recorder:
             self.steps.setdefault(name, []).append(step.index)
             self._routes.setdefault(name, []).append(route)
         # The tower computed the branches in this order. Without hooks there are no passes.
-        rows = [row for seen in self._passes for row in seen.rows]
+        rows = [row for one in self._passes for row in one.rows]
         for name, row in zip(step.routes, rows, strict=True) if rows else ():
             if row.probabilities_JTM is not None:
                 self._probabilities.setdefault(name, []).append(row.probabilities_JTM)
-            if row.shares:
-                shares_JTN = torch.stack(row.shares)
-                self._regions[name] = self._regions.get(name, torch.zeros_like(shares_JTN)) + shares_JTN
+            if row.attention_weights:
+                weights_JTN = torch.stack(row.attention_weights)
+                self._regions[name] = self._regions.get(name, torch.zeros_like(weights_JTN)) + weights_JTN
         self._passes.clear()
 
     @contextmanager
-    def watching(self, tower: GenerationTower) -> Iterator[None]:
-        """Looks into the tower while it draws, as far as it is wanted: nothing else pays for it."""
+    def attached(self, tower: GenerationTower) -> Iterator[None]:
+        """Adds the hooks that the options need to a tower within the context."""
         handles = []
         if self.record_options.probabilities or self.record_options.regions:
             handles.append(tower.register_forward_pre_hook(self._begin_pass))
         if self.record_options.probabilities and tower.router is not None:
-            handles.append(tower.router.register_forward_hook(self._see_logits))
+            handles.append(tower.router.register_forward_hook(self._record_logits))
         if self.record_options.regions:
             for block in tower.blocks:
                 attention: Any = block.cross if hasattr(block, "cross") else block.attention
-                handles.append(attention.register_forward_pre_hook(self._see_attention))
+                handles.append(attention.register_forward_pre_hook(self._record_attention))
         try:
             yield
         finally:
@@ -69,13 +71,13 @@ class Recorder:
                 handle.remove()
 
     def routes(self) -> dict[str, Routes]:
-        """The decisions of the one picture that was drawn, [S, J, T, K] per branch, in the types they are stored in."""
+        """The decisions of the picture, [S, J, T, K] per branch, in the types of the trace file."""
         routes = {}
         for name, kept in self._routes.items():
             tokens = kept[0].ids_BTJK.shape[1]
             probabilities, regions = self._probabilities.get(name), self._regions.get(name)
             if probabilities is not None:
-                # A decision that all tokens of a prompt share is written for each of them.
+                # With routing per sample, the one decision is written for every token.
                 probabilities = torch.stack(probabilities).expand(-1, -1, tokens, -1).cpu().numpy()
             routes[name] = Routes(
                 torch.stack([route.ids_BTJK[0].transpose(0, 1) for route in kept]).to(torch.uint8).cpu().numpy(),
@@ -86,7 +88,7 @@ class Recorder:
         return routes
 
     def changed(self, name: str) -> int | None:
-        """The number of a branch's decisions that rules turned from the router's own; None where nothing steered it."""
+        """The number of a branch's decisions in which rules changed the router's choice; None without rules."""
         changed = [route.changed_BTJ for route in self._routes[name] if route.changed_BTJ is not None]
         return int(torch.stack([each.sum() for each in changed]).sum()) if changed else None
 
@@ -98,42 +100,42 @@ class Recorder:
             _Pass(rows * columns, bank.bank_BTMD.shape[1], bank.padding or VariableLengths((bank.bank_BTMD.shape[1],)))
         )
 
-    def _see_logits(self, router: nn.Module, inputs: tuple[Any, ...], logits_BTMJ: Tensor) -> None:
-        self._passes[-1].see_logits(logits_BTMJ)
+    def _record_logits(self, router: nn.Module, inputs: tuple[Any, ...], logits_BTMJ: Tensor) -> None:
+        self._passes[-1].record_logits(logits_BTMJ)
 
-    def _see_attention(self, attention: Any, inputs: tuple[Any, ...]) -> None:
-        self._passes[-1].see_attention(attention.attention_weights(*inputs))
+    def _record_attention(self, attention: Any, inputs: tuple[Any, ...]) -> None:
+        self._passes[-1].record_attention(attention.attention_weights(*inputs))
 
 
 @dataclass
 class _Row:
-    """What was seen of one branch in a pass; the shares of each block's attention are [T, N]."""
+    """What was recorded of one branch in a pass; the attention weights of each block are [T, N]."""
 
     probabilities_JTM: Tensor | None = None
-    shares: list[Tensor] = field(default_factory=list)
+    attention_weights: list[Tensor] = field(default_factory=list)
 
 
 class _Pass:
-    """One call of the tower: the number of its patches, and what was seen of each row."""
+    """One call of the tower: the number of its patches, and what was recorded of each row."""
 
     def __init__(self, patches: int, tokens: int, padding: VariableLengths) -> None:
         self.patches, self.padding = patches, padding
         self.tokens = [tokens - max(padding.lengths) + length for length in padding.lengths]
         self.rows = [_Row() for _ in padding.lengths]
 
-    def see_logits(self, logits_BTMJ: Tensor) -> None:
+    def record_logits(self, logits_BTMJ: Tensor) -> None:
         """Keeps the probabilities of all layers."""
         shared = logits_BTMJ.shape[1] == 1
         for number, row in enumerate(self.rows):
             logits_1TMJ = logits_BTMJ[number : number + 1] if shared else self.padding.row(logits_BTMJ, number)
             row.probabilities_JTM = logits_1TMJ[0].float().softmax(dim=1).permute(2, 0, 1).half()
 
-    def see_attention(self, shares: Sequence[Tensor]) -> None:
-        """Keeps of a block's attention, queries by keys, what the patches give to the context.
+    def record_attention(self, attention_weights: Sequence[Tensor]) -> None:
+        """Keeps the part of a block's attention weights [queries, keys] that patches give to the context.
 
-        The keys are [references; context; patches], or the context alone where it is attended to apart.
+        The keys are [references; context; patches], or the context alone in cross-attention.
         """
-        for shares_LK, row, tokens in zip(shares, self.rows, self.tokens, strict=True):
-            keys = shares_LK.shape[1]
+        for weights_LK, row, tokens in zip(attention_weights, self.rows, self.tokens, strict=True):
+            keys = weights_LK.shape[1]
             first = 0 if keys == tokens else keys - self.patches - tokens
-            row.shares.append(shares_LK[-self.patches :, first : first + tokens].T)
+            row.attention_weights.append(weights_LK[-self.patches :, first : first + tokens].T)

@@ -1,4 +1,4 @@
-"""Which patches of the picture read which word, joined with the layers the word was read from.
+"""Regions: the attention of patches to words, and the layers that the words were read from.
 
 Shapes: J generation blocks, T context tokens, M understanding layers, N patches.
 """
@@ -16,9 +16,9 @@ from mos_cli.routing.trace import RegionGrid, Routes
 
 @dataclass(frozen=True)
 class WordMap:
-    """The share of its attention that each patch gives to a word, [rows, columns], mean over blocks.
+    """The share of each patch's attention to a word, [rows, columns], mean over blocks.
 
-    `layers` are those the word read most in these blocks, the strongest first, each with its share of the weight.
+    `layers` are the strongest layers of the word in these blocks, each with its share of the weight.
     """
 
     word: Word
@@ -28,12 +28,12 @@ class WordMap:
 
 @dataclass(frozen=True)
 class PatchSource:
-    """What a patch had from a word.
+    """The contribution of a word to a patch.
 
     attention: the share of the patch's attention that went to the word, mean over blocks.
-    of_words: its share of the attention that went to words; None for a special token, which is none.
-    layer: the layer that brought most of it: the word's routed weights, each block's counted by the patch's attention.
-    part: the part of the word's weight that came through this layer, counted in the same way.
+    of_words: its share of the attention that went to words; None for a special token.
+    layer: the strongest layer: by the word's routed weights, each block's multiplied by the patch's attention.
+    part: the share of this layer, weighted in the same way.
     """
 
     word: Word
@@ -44,7 +44,7 @@ class PatchSource:
 
 
 def word_maps(section: Section, words: Sequence[Word], layers: int = 2) -> tuple[WordMap, ...]:
-    """One map a word, in the order given; attention to a word is the sum over its tokens.
+    """One map per word, in order; attention to a word is the sum over its tokens.
 
     Raises:
         InputError: no regions were recorded.
@@ -61,7 +61,7 @@ def word_maps(section: Section, words: Sequence[Word], layers: int = 2) -> tuple
 
 
 def patch_origins(section: Section, patch: tuple[int, int]) -> tuple[PatchSource, ...]:
-    """What the patch at (row, column) had from each word, the most first; then what it had from special tokens.
+    """The contributions of words to the patch at (row, column), in descending order; then those of special tokens.
 
     Raises:
         InputError: no regions were recorded.
@@ -103,7 +103,7 @@ def _recorded(section: Section) -> tuple[RegionGrid, Routes, np.ndarray]:
 
 
 def _use_by_token(routes: Routes, layers: int) -> np.ndarray:
-    """The share of its weight that each token gave to each layer in each block, over steps, [J, T, M]."""
+    """The share of each layer in the weights of each token in each block, over steps, [J, T, M]."""
     _, blocks, tokens, _ = routes.ids_SJTK.shape
     cells = np.arange(blocks * tokens).reshape(1, blocks, tokens, 1) * layers + routes.ids_SJTK
     use_JTM = np.bincount(
@@ -113,13 +113,13 @@ def _use_by_token(routes: Routes, layers: int) -> np.ndarray:
 
 
 def special_share(section: Section) -> tuple[float, tuple[str, ...]]:
-    """The part of all patches' attention to the prompt that special tokens get, and what these are.
+    """The share of special tokens in the attention of all patches to the prompt, and their names.
 
     Raises:
         InputError: no regions were recorded.
     """
     _, _, regions_JTN = _recorded(section)
     per_token_T = regions_JTN.sum(axis=(0, 2), dtype=np.float64)
-    apart = [word for word in section.words if word.special]
-    tokens = [token for word in apart for token in word.tokens]
-    return float(per_token_T[tokens].sum() / per_token_T.sum()), tuple(word.text for word in apart)
+    special = [word for word in section.words if word.special]
+    tokens = [token for word in special for token in word.tokens]
+    return float(per_token_T[tokens].sum() / per_token_T.sum()), tuple(word.text for word in special)

@@ -1,17 +1,17 @@
-"""Rules that steer routes: what they say, how they are written, and which tokens of a prompt they speak of.
+"""Route rules: their syntax, and the tokens of a prompt that they apply to.
 
     red=5,6           pin: the word reads these layers and no others
     cat!=0-2          ban: it reads none of these
-    dog+=0.5@4        bias: the router's logit for layer 4 grows by 0.5 (-= takes away)
-    ... blocks 0-3 steps 0-7      only there; without, everywhere
+    dog+=0.5@4        bias: 0.5 is added to the router's logit for layer 4 (-= subtracts)
+    ... blocks 0-3 steps 0-7      only there; by default everywhere
 
     *                 every token          red#2     the second "red" of the prompt
     "red apple"       both words           [CLS]     a special token       "picture 1"   a picture that is edited
 
-    last, uniform, fixed:2,5          baselines: the last layer, all layers or these, alike, for every token
-    shuffle:7                         the router's choices with the layers exchanged at random, block by block
+    last, uniform, fixed:2,5          baselines: the last layer, all layers or these, equally, for every token
+    shuffle:7                         the router's choices with the layers permuted at random, block by block
 
-All numbers count from 0, ranges include both ends, capitals do not matter.
+Numbers count from 0, ranges include both ends, case is ignored.
 """
 
 import re
@@ -29,9 +29,9 @@ Operator = Literal["=", "!=", "+="]
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule for the tokens of a word. `nth` (from 1) tells its occurrences apart; without it all are meant.
+    """A rule for the tokens of a word. `nth` (from 1) is an occurrence; None means all.
 
-    `amount` is what "+=" adds to the logits. Without `blocks` or `steps` it holds in all of them.
+    `amount` is what "+=" adds to the logits. None for `blocks` or `steps` means all of them.
     """
 
     target: str
@@ -57,7 +57,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class BaselineRule:
-    """Routes for every token that tell what the router's are worth: `layers` of "fixed", `seed` of "shuffle"."""
+    """Baseline routes for every token, to compare the router with; `layers` of "fixed", `seed` of "shuffle"."""
 
     name: Baseline
     layers: tuple[int, ...] = ()
@@ -72,10 +72,10 @@ AnyRule = Rule | BaselineRule
 
 
 def parse_rules(texts: Sequence[str]) -> tuple[AnyRule, ...]:
-    """Reads the rules of a run.
+    """Parses the rules of a run.
 
     Raises:
-        UsageError: one cannot be read, or a baseline stands beside other rules, which it would leave without effect.
+        UsageError: a rule is invalid, or there is a baseline with other rules, which would have no effect.
     """
     rules = tuple(map(parse_rule, texts))
     for rule in rules:
@@ -85,36 +85,36 @@ def parse_rules(texts: Sequence[str]) -> tuple[AnyRule, ...]:
 
 
 def parse_rule(text: str) -> AnyRule:
-    """Reads one rule; `str` of it prints it back.
+    """Parses one rule; `str` is the inverse.
 
     Raises:
-        UsageError: it cannot be read; the message points at the place.
+        UsageError: it is invalid; the message has the position.
     """
-    return _Reader(text).rule()
+    return _Parser(text).rule()
 
 
 def check_numbers(rules: Sequence[AnyRule], *, layers: int, blocks: int, steps: int) -> None:
     """Raises UsageError if a rule names a layer, a block or a step that a run does not have."""
     for rule in rules:
-        asked = {"layers": (rule.layers, layers)}
+        named = {"layers": (rule.layers, layers)}
         if isinstance(rule, Rule):
-            asked |= {"blocks": (rule.blocks or (), blocks), "steps": (rule.steps or (), steps)}
-        for kind, (numbers, count) in asked.items():
+            named |= {"blocks": (rule.blocks or (), blocks), "steps": (rule.steps or (), steps)}
+        for kind, (numbers, count) in named.items():
             if numbers and max(numbers) >= count:
                 raise UsageError(f"the route rule {rule} names {kind} that are not there: they are 0 to {count - 1}")
 
 
 def tokens_of(rule: Rule, prompt: str, tokens: Sequence[Spanned]) -> tuple[int, ...]:
-    """The numbers of the tokens that a rule speaks of, by the characters they stand for; empty if there are none."""
+    """The numbers of the tokens that a rule applies to, by their characters; empty if there are none."""
     if rule.target == "*":
         return tuple(range(len(tokens)))
-    named: dict[tuple[int, int], list[int]] = {}
-    # An accent may be one character or two: whichever way the prompt is written.
+    spans: dict[tuple[int, int], list[int]] = {}
+    # An accented letter may be one character or two in the prompt.
     forms = "|".join(dict.fromkeys(_pattern(unicodedata.normalize(form, rule.target)) for form in ("NFC", "NFD")))
     for match in re.finditer(forms, prompt, re.IGNORECASE):
         held = [n for n, token in enumerate(tokens) if max(token.start, match.start()) < min(token.end, match.end())]
-        named[match.span()] = held
-    groups = list(named.values())
+        spans[match.span()] = held
+    groups = list(spans.values())
     if not groups:
         others = [word for word in split_words(prompt, tokens) if tokens[word.tokens[0]].end == 0]
         groups = [list(word.tokens) for word in others if word.text.casefold() == rule.target.casefold()]
@@ -124,23 +124,23 @@ def tokens_of(rule: Rule, prompt: str, tokens: Sequence[Spanned]) -> tuple[int, 
 
 
 def _pattern(target: str) -> str:
-    """Finds the target's words, whatever space is between them, but no parts of words."""
+    """A pattern for the target's words, with any space between them, but not for parts of words."""
     words = r"\s+".join(map(re.escape, target.split()))
     first, last = (r"(?<!\w)" if target[0].isalnum() else ""), (r"(?!\w)" if target[-1].isalnum() else "")
     return f"{first}{words}{last}"
 
 
 def no_such_word(rule: Rule, prompt: str, tokens: Sequence[Spanned]) -> UsageError:
-    """What to say where a rule speaks of nothing in a prompt."""
+    """The error for a rule without tokens in a prompt."""
     there = ", ".join(dict.fromkeys(word.text for word in split_words(prompt, tokens)))
     return UsageError(f"the route rule {rule} finds nothing in this prompt: its words are {there}")
 
 
 def parse_target(text: str) -> tuple[str, int | None]:
-    """Reads what a rule may speak of, quoted or not: the word or words, and which occurrence.
+    """Parses the target of a rule, quoted or not: the word or words, and the occurrence.
 
     Raises:
-        UsageError: there is nothing to read.
+        UsageError: it is invalid.
     """
     match = re.fullmatch(r'\s*(?:"([^"]*[^"\s][^"]*)"|([^"#]*[^"#\s]))(?:#([1-9]\d{0,3}))?\s*', text)
     if match is None:
@@ -148,8 +148,8 @@ def parse_target(text: str) -> tuple[str, int | None]:
     return (match[1] or match[2]).strip(), None if match[3] is None else int(match[3])
 
 
-class _Reader:
-    """Reads a rule from left to right, so that it can point at the first thing that is wrong."""
+class _Parser:
+    """Parses a rule from left to right, so that an error has the position of the first problem."""
 
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0
@@ -212,17 +212,17 @@ class _Reader:
         self.at = match.end()
         return match[0]
 
-    def _need(self, pattern: str, wanted: str) -> str:
+    def _need(self, pattern: str, expected: str) -> str:
         taken = self._take(pattern)
         if taken is None:
-            raise self._wrong(wanted)
+            raise self._wrong(expected)
         return taken
 
-    def _wrong(self, wanted: str) -> UsageError:
+    def _wrong(self, expected: str) -> UsageError:
         rest = self.text[self.at :]
         place = f'before "{rest}"' if rest else "at its end"
         return UsageError(
-            f'the route rule "{self.text}" is not understood at character {self.at + 1}: expected {wanted} {place}'
+            f'the route rule "{self.text}" is not understood at character {self.at + 1}: expected {expected} {place}'
         )
 
 

@@ -1,4 +1,4 @@
-"""A section of a recording: what one branch's routes say, over all steps and blocks or over a range of them.
+"""A section of a recording: the routes of one branch, over all steps and blocks or over a range of them.
 
 Shapes: S steps, J generation blocks, T context tokens, K kept layers, M understanding layers.
 """
@@ -18,10 +18,9 @@ from mos_cli.routing.trace import BranchSummary, Recording, Routes, TraceBranch
 class Section:
     """One branch over some of its steps and blocks.
 
-    `steps` and `blocks` are the numbers of those it covers, both ascending. `summary` sums up exactly these. `routes`
-    holds their decisions, and `changes` what `step_changes` says of them; both are None where the trace is a summary.
-    `agreement` compares with each other branch, per block, see `analysis.agreement`. `whole` says that no range was
-    asked for.
+    `steps` and `blocks` are the numbers that it covers, both ascending, and `summary` is that of their decisions.
+    `routes` are the decisions and `changes` those of `step_changes`; both are None where the trace is a summary.
+    `agreement` compares with each other branch, per block, see `analysis.agreement`. `whole`: no range was given.
     """
 
     recording: Recording
@@ -132,19 +131,19 @@ def parse_range(option: str, text: str | None, count: int) -> range:
 
 
 def layer_use(routes: Routes, tokens: Sequence[int], layers: int) -> np.ndarray:
-    """The share of their mixing weight that `tokens` gave to each layer, over all steps and blocks, [M]; sums to 1."""
+    """The share of each layer in the weights of `tokens`, over all steps and blocks, [M]; sums to 1."""
     ids_SJTK, weights_SJTK = routes.ids_SJTK[:, :, list(tokens)], routes.weights_SJTK[:, :, list(tokens)]
     use_M = np.bincount(ids_SJTK.ravel(), weights_SJTK.ravel().astype(np.float64), minlength=layers)
     return use_M / use_M.sum()
 
 
-def readers(section: Section, asked: Sequence[Word]) -> tuple[Word, ...]:
-    """Whose layers to tell apart: the instruction and each picture of an edit, then the words asked for."""
+def readers(section: Section, requested: Sequence[Word]) -> tuple[Word, ...]:
+    """The groups of tokens to show layers of: the instruction and each picture of an edit, then requested words."""
     pictures = tuple(word for word in section.words if section.branch.tokens[word.tokens[0]].patch is not None)
-    told = [word for word in section.words if not word.special and word not in pictures]
-    instruction = Word("instruction", tuple(token for word in told for token in word.tokens))
-    edit = (instruction, *pictures) if pictures and told else pictures
-    return (*edit, *(word for word in asked if word not in edit))
+    prompt = [word for word in section.words if not word.special and word not in pictures]
+    instruction = Word("instruction", tuple(token for word in prompt for token in word.tokens))
+    edit = (instruction, *pictures) if pictures and prompt else pictures
+    return (*edit, *(word for word in requested if word not in edit))
 
 
 def _cut(held: Routes, numbers: Sequence[int], steps: range, blocks: range) -> Routes:
@@ -158,5 +157,5 @@ def _cut(held: Routes, numbers: Sequence[int], steps: range, blocks: range) -> R
 
 
 def summary_only(recording: Recording) -> InputError:
-    """What to say where decisions are asked for that a trace does not hold."""
+    """The error for a trace without the decisions."""
     return InputError(f"{recording.path} holds a summary only: draw with --trace topk to record every decision")

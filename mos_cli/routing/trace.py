@@ -1,4 +1,4 @@
-"""The routing trace: which layers every token read, at every step, in every block; saved beside the picture.
+"""The routing trace: the layers that every token read, at every step, in every block; saved beside the picture.
 
 Shapes: S steps, J generation blocks, T context tokens, K kept layers, M understanding layers, N patches.
 """
@@ -23,15 +23,15 @@ from mos_cli.utils.validation import Frozen, first_problem
 SCHEMA = "mos-trace/1"
 
 Share = Annotated[float, Field(ge=0, le=1 + 1e-3)]
-"""A part of a whole; rounding may take it a little above 1."""
+"""A share from 0 to 1, or a little above because of rounding."""
 
 
 @dataclass(frozen=True)
 class RecordOptions:
-    """What is recorded beside the routes themselves, all of it only on request.
+    """What is recorded in addition to the routes.
 
-    probabilities: the router's, of every layer. regions: how the patches' attention falls on the words. previews: what
-    the tower expects the picture to be, at every step.
+    probabilities: the router's, of every layer. regions: the attention of the patches to the words. previews: the
+    predicted clean picture of every step.
     """
 
     probabilities: bool = False
@@ -43,9 +43,9 @@ class RecordOptions:
 class Routes:
     """The decisions of one guidance branch: layers kept (best first) and their mixing weights, both [S, J, T, K].
 
-    S counts the steps at which the branch was computed, which an interval for guidance makes fewer. On request also the
-    router's probabilities of all layers, before any rule, and the regions: the share of its attention that a patch
-    gives to each context token, mean over heads and steps.
+    S are the steps at which the branch was computed, fewer with a guidance interval. On request also the router's
+    probabilities of all layers, before any rule, and the regions: the share of a patch's attention to each context
+    token, mean over heads and steps.
     """
 
     ids_SJTK: np.ndarray
@@ -55,9 +55,9 @@ class Routes:
 
 
 class TraceToken(Frozen):
-    """A context token and the characters of the branch's prompt that it stands for; special tokens have none.
+    """A context token and its span of characters in the branch's prompt, empty for special tokens.
 
-    An image token stands for a cell of a picture instead: `patch` is (picture, row, column), all counted from 0.
+    An image token has a cell of a picture instead: `patch` is (picture, row, column), all counted from 0.
     """
 
     text: str
@@ -67,11 +67,11 @@ class TraceToken(Frozen):
 
 
 class BranchSummary(Frozen):
-    """A branch in small.
+    """The summary of a branch.
 
     mean_layer_ST: the layer each token reads on average over blocks, weighted, per step.
     layer_use_JM: per block, the share of the mixing weight that each layer got, over steps and tokens.
-    entropy_S: per step, how evenly the layers share the weight, over blocks and tokens; 0 = one layer, 1 = all alike.
+    entropy_S: per step, the normalised entropy of the layers' shares, over blocks and tokens; 0 = one layer, 1 = equal.
     """
 
     mean_layer_ST: tuple[tuple[NonNegativeFloat, ...], ...]
@@ -80,7 +80,7 @@ class BranchSummary(Frozen):
 
 
 class Steered(Frozen):
-    """What a rule did in a branch: the tokens it spoke of and the number of decisions it governed there."""
+    """The effect of a rule in a branch: its tokens and the number of its decisions."""
 
     rule: str
     tokens: tuple[NonNegativeInt, ...]
@@ -90,8 +90,8 @@ class Steered(Frozen):
 class TraceBranch(Frozen):
     """One guidance branch: its prompt, its tokens, and the numbers of the steps at which it was computed.
 
-    Where rules steered it, also what each of them did, and the number of decisions in which the kept layers are others
-    than the router's own choice at that step.
+    With rules, also the effect of each, and the number of decisions whose kept layers differ from the router's own
+    choice at that step.
     """
 
     prompt: str
@@ -110,16 +110,16 @@ class RegionGrid(Frozen):
 
 
 class TraceArrays(Frozen):
-    """The file beside the trace that holds every decision."""
+    """The file with every decision, beside the trace."""
 
     file: str = Field(pattern=r"^[^/\\]+\.routing\.safetensors$")
     sha256: str
 
 
 class Trace(Frozen):
-    """The readable head of a trace. `arrays` is missing where only the summary was asked for.
+    """The readable head of a trace. `arrays` is missing in a summary.
 
-    `probabilities` and `regions` say that the arrays hold them too.
+    `probabilities` and `regions` are set where the arrays contain them.
     """
 
     schema_id: Literal["mos-trace/1"] = Field(SCHEMA, alias="schema")
@@ -157,13 +157,13 @@ class Trace(Frozen):
 def make_branch(
     prompt: str, tokens: Sequence[TraceToken], steps: Sequence[int], routes: Routes, layers: int
 ) -> TraceBranch:
-    """Describes one branch and sums it up."""
+    """The description of one branch with its summary."""
     summary = BranchSummary(**summarise(routes.ids_SJTK, routes.weights_SJTK, layers))
     return TraceBranch(prompt=prompt, tokens=tuple(tokens), steps=tuple(steps), summary=summary)
 
 
 def trace_files(trace: Trace, routes: Mapping[str, Routes] | None, picture: Path) -> dict[Path, bytes]:
-    """The files of a trace beside `picture`, to be written: its head and, if `routes` are given, the arrays."""
+    """The contents of the files of a trace beside `picture`: its head and, if `routes` are given, the arrays."""
     from safetensors.numpy import save
 
     beside, arrays = companions(picture), {}
@@ -228,13 +228,13 @@ def load_routes(trace: Trace, path: Path) -> dict[str, Routes]:
     if hashlib.sha256(data).hexdigest() != trace.arrays.sha256 or not fits:
         raise InputError(f"{arrays_path} does not belong to {path.name}")
     routes = {name: Routes(**{a.field: value for a, value in arrays.items()}) for name, arrays in found.items()}
-    if not all(_can_be_true(branch, len(trace.layers)) for branch in routes.values()):
+    if not all(_valid(branch, len(trace.layers)) for branch in routes.values()):
         raise InputError(f"{arrays_path} is damaged: it holds layers or weights that cannot be")
     return routes
 
 
-def _can_be_true(routes: Routes, layers: int) -> bool:
-    """Whether all layers are there, all weights and shares finite and not negative, and the first weights above 0."""
+def _valid(routes: Routes, layers: int) -> bool:
+    """Whether all layers exist, all weights and shares are finite and not negative, and the first weights above 0."""
     shares = (routes.weights_SJTK, routes.probabilities_SJTM, routes.regions_JTN)
     sound = all(np.isfinite(array).all() and (array >= 0).all() for array in shares if array is not None)
     return bool(sound and routes.ids_SJTK.max(initial=0) < layers and (routes.weights_SJTK[..., 0] > 0).all())
@@ -242,9 +242,9 @@ def _can_be_true(routes: Routes, layers: int) -> bool:
 
 @dataclass(frozen=True)
 class Recording:
-    """All that was recorded of a picture. `routes` is None for a summary; picture and previews where they are there.
+    """A trace with the files beside it. `routes` is None for a summary; `picture` and `previews` may be missing.
 
-    `previews` is an animated WebP, a frame for what the tower expected the picture to be at each step.
+    `previews` is an animated WebP with the predicted clean picture of each step as a frame.
     """
 
     path: Path
@@ -255,7 +255,7 @@ class Recording:
 
 
 def load_recording(path: Path) -> Recording:
-    """Reads a trace with its arrays and what lies beside it, given its .json or the picture.
+    """Reads a trace with its arrays, and finds the files beside it, given its .json or the picture.
 
     Raises:
         InputError: there is no such trace, or a part of it is damaged.
@@ -277,7 +277,7 @@ class _Array:
 
 
 def _arrays(trace: Trace, name: str) -> list[_Array]:
-    """What the file holds of a branch."""
+    """The arrays of a branch in the file."""
     branch, f16 = trace.branches[name], np.dtype(np.float16)
     decisions = (len(branch.steps), trace.blocks, len(branch.tokens))
     arrays = [

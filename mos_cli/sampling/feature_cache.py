@@ -1,6 +1,6 @@
-"""Feature caching: at some steps the blocks are not computed, what they last said is taken again. By diffusers' hooks.
+"""Feature caching: at some steps the blocks are not computed and their last output is used again, by diffusers' hooks.
 
-docs/caching.md has the measurements that chose the technique and its fixed values.
+docs/caching.md has the measurements behind the technique and its constants.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,36 +12,35 @@ from diffusers.hooks.mag_cache import MagCacheConfig
 from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig
 from torch import Tensor
 
-from mos_cli.sampling.branches import Predictor, SteeringInput
+from mos_cli.sampling.guidance import Predictor, SteeringInput
 from mos_cli.towers.bank import StateBank
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.router import Route
 
 CacheConfig = TaylorSeerCacheConfig | FirstBlockCacheConfig | MagCacheConfig
 WARM_UP = 4
-"""The first of so many parts of the run is computed whole: what the picture shows is decided there."""
+"""The first 1 / WARM_UP of the steps is computed in full: it decides what the picture shows."""
 
 
 @contextmanager
 def caching(tower: GenerationTower, every: int | None, steps: int) -> Iterator[tuple[Predictor, Callable[[], None]]]:
-    """The tower, within the context with its blocks computed at one step of `every` alone; None changes nothing.
+    """Yields the tower, with its blocks computed at one step of `every`, and the function that resets the cache.
 
-    The first quarter of the steps is computed, and the last. Router, embeddings and output layer work at every step.
-    Beside it what `sample` is to call where other branches are asked for: it lets the cache begin anew, after which the
-    last step may be one of those that are not computed.
+    None for `every` changes nothing. The first quarter of the steps and the last are computed in full; router,
+    embeddings and output layer are computed at every step. After a reset the last step may be one that is skipped.
     """
     if every is None:
         yield tower, lambda: None
         return
-    cached = Cached(tower, reusing(every, steps, tower.depth))
+    cached = CachedTower(tower, taylorseer_config(every, steps, tower.depth))
     try:
         yield cached, cached.reset_cache
     finally:
         cached.end()
 
 
-def reusing(every: int, steps: int, blocks: int) -> TaylorSeerCacheConfig:
-    """TaylorSeer of order 0 on what the last block hands on; the blocks before it are passed over."""
+def taylorseer_config(every: int, steps: int, blocks: int) -> TaylorSeerCacheConfig:
+    """TaylorSeer of order 0 on the output of the last block; the blocks before it are skipped."""
     return TaylorSeerCacheConfig(
         cache_interval=every,
         disable_cache_before_step=max(1, steps // WARM_UP),
@@ -53,10 +52,10 @@ def reusing(every: int, steps: int, blocks: int) -> TaylorSeerCacheConfig:
     )
 
 
-class Cached:
-    """A generation tower with one of diffusers' caches, as the sampler asks it.
+class CachedTower:
+    """A generation tower with one of diffusers' caches, as a `Predictor`.
 
-    A branch, or the branches that pass together, are known by the bank they read.
+    A branch, or a batch of branches, is identified by its state bank.
     """
 
     def __init__(self, tower: GenerationTower, config: CacheConfig) -> None:
@@ -70,10 +69,10 @@ class Cached:
             return self.tower(z_BCHW, t_B, bank, steering=steering)
 
     def reset_cache(self) -> None:
-        """Forgets what was kept, and counts the steps from here."""
+        """Empties the cache and restarts the count of steps."""
         self.end()
         self.tower.enable_cache(self.config)
 
     def end(self) -> None:
-        """Frees what was kept, and leaves the tower as it was."""
+        """Removes the cache from the tower."""
         self.tower.disable_cache()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 LOSS_T_MIN = 0.1
-"""Below this time the weight of the x-prediction loss stops growing (JiT clips in the same way)."""
+"""Below this time the weight of the x-prediction loss is constant (as in JiT)."""
 
 
 def noised(z0_BCHW: Tensor, z1_BCHW: Tensor, t_B: Tensor) -> Tensor:
@@ -17,12 +17,12 @@ def noised(z0_BCHW: Tensor, z1_BCHW: Tensor, t_B: Tensor) -> Tensor:
 
 
 def velocity(z_t: Tensor, x_hat: Tensor, t: Tensor | float) -> Tensor:
-    """The velocity that a predicted clean image implies: v = (z_t - x_hat) / t, for t > 0."""
+    """The velocity of a predicted clean image: v = (z_t - x_hat) / t, for t > 0."""
     return (z_t - x_hat) / t
 
 
 def extrapolated(v: Tensor, v_before: Tensor, t_before: float, t: float, t_next: float) -> Tensor:
-    """The mean velocity of a step from t to t_next, on the line through the last two velocities.
+    """The mean velocity of a step from t to t_next, extrapolated linearly from the last two velocities.
 
     This is the two-step Adams-Bashforth method, of second order: with equal steps 1.5 v - 0.5 v_before.
     """
@@ -33,7 +33,7 @@ def extrapolated(v: Tensor, v_before: Tensor, t_before: float, t: float, t_next:
 def velocity_loss(x_hat_BCHW: Tensor, z0_BCHW: Tensor, t_B: Tensor, importance_B1HW: Tensor | float = 1.0) -> Tensor:
     """Mean squared error of the velocity, written for x-prediction: || x_hat - z_0 ||^2 / max(t, 0.1)^2.
 
-    `importance_B1HW` says how much a place counts.
+    `importance_B1HW` weighs the places.
     """
     weight_B = t_B.clamp_min(LOSS_T_MIN).square().reciprocal()
     error_BCHW = importance_B1HW * (x_hat_BCHW.float() - z0_BCHW).square()

@@ -1,4 +1,4 @@
-"""Attention of the router and the generation tower, and the operator that computes it.
+"""Attention of the router and the generation tower, and the backend that computes it.
 
 Shapes: B batch, L sequence, T context tokens, N patches, D width, H heads, E width of a head.
 """
@@ -18,33 +18,34 @@ SDPA, XFORMERS = AttentionBackendName.NATIVE, AttentionBackendName.XFORMERS
 """PyTorch's own scaled dot product attention, and the memory-efficient one of xformers."""
 
 
-def choose_attention(model: nn.Module, asked: AttentionBackend) -> str:
-    """Sets what computes the attention of a network that lies where it will run; returns the name of what does.
+def choose_attention(model: nn.Module, requested: AttentionBackend) -> str:
+    """Sets the attention backend of every layer and returns the names of those used, joined by commas.
 
-    "auto" is xformers where it has an operator for a layer's device, type and width of a head, else sdpa.
+    The network must be on the device that it will run on. "auto" is xformers where it supports a layer's device, type
+    and head width, else sdpa.
 
     Raises:
-        DeviceError: xformers is asked for, and has no operator for one of the layers.
+        DeviceError: xformers is requested and does not support one of the layers.
     """
     used = {}
     for layer in model.modules():
         if not isinstance(layer, Attention | CrossAttention):
             continue
         weight = layer.norm_q.weight
-        takes = asked != "sdpa" and xformers_takes(weight.device, weight.dtype, weight.shape[0])
-        if asked == "xformers" and not takes:
+        supported = requested != "sdpa" and xformers_supports(weight.device, weight.dtype, weight.shape[0])
+        if requested == "xformers" and not supported:
             raise DeviceError(
                 f"xformers has no operator for {weight.dtype} heads of {weight.shape[0]} on {weight.device.type}: "
                 "use --attention auto or sdpa"
             )
-        layer.backend = XFORMERS if takes else SDPA
+        layer.backend = XFORMERS if supported else SDPA
         used[layer.backend.value] = True
     return ", ".join(used)
 
 
 @lru_cache
-def xformers_takes(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
-    """Whether xformers computes attention there, found by asking it to; its own tables of support are not public."""
+def xformers_supports(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
+    """Whether xformers computes such attention, found by a trial: its tables of supported operators are not public."""
     if device.type != "cuda":
         return False
     try:
@@ -58,15 +59,13 @@ def xformers_takes(device: torch.device, dtype: torch.dtype, head_width: int) ->
 
 
 class Attention(nn.Module):
-    """Self-attention with QK-norm and rotary positions; keys and values of a context may stand in front.
+    """Self-attention with QK-norm and rotary positions; keys and values of a context may be put before its own.
 
-    Attention is unmasked unless a batch holds many padded contexts (training). Of a few, each row attends by itself.
+    A mask is used only for batches with a padding mask (training). With `VariableLengths` each row is computed alone.
     """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        assert width % heads == 0
-        assert (width // heads) % 16 == 0, "three rotary axes need heads of a multiple of 16"
         self.heads, self.backend = heads, SDPA
         self.to_qkv = nn.Linear(width, 3 * width, bias=False)
         self.to_out = nn.Linear(width, width, bias=False)
@@ -80,14 +79,14 @@ class Attention(nn.Module):
         context_kv: Tensor | None = None,
         padding: Padding = None,
     ) -> Tensor:
-        """Attends from x to [context; x]. `positions` and padding cover the keys; context_kv is [B, T, 2 D]."""
+        """Attends from x to [context; x]. `positions` and `padding` cover the keys; context_kv is [B, T, 2 D]."""
         return self.to_out(_attend(*self._qkv(x_BLD, positions, context_kv), padding, self.backend))
 
     def attention_weights(
         self, x_BLD: Tensor, positions: Rotary, context_kv: Tensor | None = None, padding: VariableLengths | None = None
     ) -> list[Tensor]:
-        """How much each query of `forward` attends to each key, row by row [L, keys], mean over heads."""
-        return _shares(*self._qkv(x_BLD, positions, context_kv)[:2], padding)
+        """The attention weights of `forward`, mean over heads: for each row of the batch [L, keys]."""
+        return _attention_weights(*self._qkv(x_BLD, positions, context_kv)[:2], padding)
 
     def _qkv(self, x_BLD: Tensor, positions: Rotary, context_kv: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = _heads(self.to_qkv(x_BLD), 3, self.heads)
@@ -97,13 +96,13 @@ class Attention(nn.Module):
         return positions[-q.shape[1] :].rotate(self.norm_q(q)), positions.rotate(self.norm_k(k)), v
 
     def keys_values(self, x_BLD: Tensor) -> Tensor:
-        """What others attend to in x, as a `context_kv` [B, L, 2 D]."""
-        # The queries are computed in vain: the weight of a quantised layer cannot be cut.
+        """Keys and values of x, [B, L, 2 D], for use as a `context_kv`."""
+        # The queries are computed too and dropped: the weight of a quantised layer cannot be sliced.
         return self.to_qkv(x_BLD)[..., x_BLD.shape[-1] :]
 
 
 class CrossAttention(nn.Module):
-    """Attention from x to a context alone, with a softmax of its own; the rest as in `Attention`."""
+    """Attention from x to a context only; otherwise as `Attention`."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -115,14 +114,14 @@ class CrossAttention(nn.Module):
         self.norm_k = nn.RMSNorm(width // heads, eps=EPS)
 
     def forward(self, x_BND: Tensor, context_BTD: Tensor, positions: Rotary, padding: Padding = None) -> Tensor:
-        """Attends from x to the context. `positions` and padding cover [context; x]."""
+        """Attends from x to the context. `positions` and `padding` cover [context; x]."""
         return self.to_out(_attend(*self._qkv(x_BND, context_BTD, positions), padding, self.backend))
 
     def attention_weights(
         self, x_BND: Tensor, context_BTD: Tensor, positions: Rotary, padding: VariableLengths | None = None
     ) -> list[Tensor]:
-        """How much each query of `forward` attends to each token, row by row [N, T], mean over heads."""
-        return _shares(*self._qkv(x_BND, context_BTD, positions)[:2], padding)
+        """The attention weights of `forward`, mean over heads: for each row of the batch [N, T]."""
+        return _attention_weights(*self._qkv(x_BND, context_BTD, positions)[:2], padding)
 
     def _qkv(self, x_BND: Tensor, context_BTD: Tensor, positions: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         (q,) = _heads(self.to_q(x_BND), 1, self.heads)
@@ -137,11 +136,11 @@ def _heads(x: Tensor, parts: int, heads: int) -> list[Tensor]:
 
 
 def _attend(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHE: Tensor, padding: Padding, backend: AttentionBackendName) -> Tensor:
-    """[B, L, D]. A mask's first entries are those of the keys; xformers would misread it, and is not asked then."""
+    """Attention, [B, L, D]. The first entries of a mask are those of the keys. xformers has another format of masks."""
     if isinstance(padding, VariableLengths):
         return _attend_rows(q_BLHE, k_BLHE, v_BLHE, padding, backend)
     mask = padding[:, None, None, : k_BLHE.shape[1]] if isinstance(padding, Tensor) else None
-    # Named, so that no setting of the environment puts another backend in its place unseen.
+    # The backend is passed explicitly, so that no environment variable replaces it.
     backend = backend if mask is None else SDPA
     return dispatch_attention_fn(q_BLHE, k_BLHE, v_BLHE, attn_mask=mask, backend=backend).flatten(-2)
 
@@ -150,23 +149,23 @@ def _attend(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHE: Tensor, padding: Padding, ba
 def _attend_rows(
     q_BLHE: Tensor, k_BLHE: Tensor, v_BLHE: Tensor, padding: VariableLengths, backend: AttentionBackendName
 ) -> Tensor:
-    """Each row by itself, so that none needs a mask. Compiled, it would be compiled anew for all lengths of prompts."""
-    if padding.even:
+    """Attention row by row, without masks. Not compiled: it would be compiled again for every length of a prompt."""
+    if padding.equal:
         return _attend(q_BLHE, k_BLHE, v_BLHE, None, backend)
     rows = enumerate(q_BLHE.split(1))
     return torch.cat([_attend(q, padding.row(k_BLHE, b), padding.row(v_BLHE, b), None, backend) for b, q in rows])
 
 
-def _shares(q_BLHE: Tensor, k_BLHE: Tensor, padding: VariableLengths | None) -> list[Tensor]:
-    """The softmax of each row's attention [queries, keys] without its padding, mean over heads.
+def _attention_weights(q_BLHE: Tensor, k_BLHE: Tensor, padding: VariableLengths | None) -> list[Tensor]:
+    """The attention weights of each row [queries, keys], without its padding, mean over heads.
 
-    One head at a time, for it is large.
+    Computed head by head, to save memory.
     """
     scale, heads = q_BLHE.shape[-1] ** -0.5, q_BLHE.shape[2]
     rows = []
     for b, q_LHE in enumerate(q_BLHE):
         k_LHE = k_BLHE[b] if padding is None else padding.row(k_BLHE, b)[0]
         pairs = zip(q_LHE.unbind(1), k_LHE.unbind(1), strict=True)
-        shares = ((q @ k.mT * scale).float().softmax(dim=-1) for q, k in pairs)
-        rows.append(sum(shares, torch.zeros(())) / heads)
+        weights = ((q @ k.mT * scale).float().softmax(dim=-1) for q, k in pairs)
+        rows.append(sum(weights, torch.zeros(())) / heads)
     return rows

@@ -1,4 +1,4 @@
-"""Where the generation tower works: in pixels, in small pictures, or in the latents of any diffusers autoencoder.
+"""Latents of the generation tower: the pixels, a picture at half its size, or those of any diffusers autoencoder.
 
 Shapes: B batch, C channels of a latent, H x W its size; pictures are [B, 3, height, width] in -1..1.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Pixels:
-    """No autoencoder: latents are the pixels. `factor` is the number of picture pixels along a latent pixel."""
+    """No autoencoder: the latent is the picture. `factor` is the number of pixels along a latent pixel."""
 
     channels = 3
     factor = 1
@@ -30,7 +30,7 @@ class Pixels:
 
 
 class Enlarger(ModelMixin, ConfigMixin):
-    """Latents are the picture at half its size; a convolutional network draws the whole one from it.
+    """The latent is the picture at half its size; a convolutional network decodes it to the full size.
 
     Args:
         width: channels of the network.
@@ -54,7 +54,7 @@ class Enlarger(ModelMixin, ConfigMixin):
     def decode(self, z_BCHW: Tensor) -> Tensor:
         z = z_BCHW.to(self.dtype)
         smooth = F.interpolate(z, scale_factor=self.factor, mode="bilinear")
-        # The decoder's zero is black: what it adds to the smooth picture is to be zero there.
+        # The decoder maps zero to -1 (black); with 1 added it adds nothing there.
         return (smooth + self.detail(z) + 1).float()
 
 
@@ -78,7 +78,7 @@ class Latents:
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
         encoded = self.model.encode(pictures.to(self.model.dtype), return_dict=False)[0]
-        # Variational ones give a distribution; its mode keeps encoding deterministic.
+        # A variational autoencoder returns a distribution; its mode makes encoding deterministic.
         latents = encoded if isinstance(encoded, Tensor) else encoded.mode()
         return (latents.float() - self.shift) * self.scale
 
@@ -95,7 +95,7 @@ Autoencoder = Pixels | Enlarger | Latents
 
 
 def load_autoencoder(folder: Path, *, dtype: torch.dtype, device: str = "cpu") -> Enlarger | Latents:
-    """The autoencoder of a folder in diffusers' format; raises what diffusers does where it is damaged."""
+    """The autoencoder of a folder in diffusers' format; raises diffusers' own errors where it is damaged."""
     if dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))).get("_class_name") != Enlarger.__name__:
         return Latents(folder, dtype=dtype, device=device)
     enlarger = Enlarger.from_pretrained(str(folder), torch_dtype=dtype, use_safetensors=True)

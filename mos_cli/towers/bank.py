@@ -1,4 +1,4 @@
-"""The state bank: all that a generation tower reads while it draws, made once per prompt.
+"""The state bank: what the generation tower reads of a prompt and its pictures, computed once for all steps.
 
 Shapes: B batch, T context tokens, V of them image tokens, R patches of the references, D width, M understanding layers,
 J generation blocks, K kept layers. In router_BTR, R is the width of the router.
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from mos_cli.towers.layers import Cells, Padding, VariableLengths
+from mos_cli.towers.layers import Padding, TokenGrid, VariableLengths
 from mos_cli.towers.router import Route
 
 Grid = tuple[int, int]
@@ -18,16 +18,16 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class References:
-    """The pictures to draw from, with the grids of their image tokens.
+    """Reference pictures, with the grids of their image tokens. The first is the picture that is edited.
 
-    kv holds what every block remembers of them, keys and values [B, R, 2 D], and places where that stands. The first is
-    the picture that is edited: under_BND is to be laid under the noised patches, each under its own.
+    `kv` has their cached keys and values for every block, [B, R, 2 D], and `layout` the positions of these.
+    `reference_BND` is the projected latent of the first; it is added to the noised patches, patch by patch.
     """
 
     grids: tuple[Grid, ...]
     kv: tuple[Tensor, ...]
-    places: tuple[Cells, ...]
-    under_BND: Tensor
+    layout: tuple[TokenGrid, ...]
+    reference_BND: Tensor
 
     @property
     def tokens(self) -> int:
@@ -37,10 +37,10 @@ class References:
 
 @dataclass(frozen=True)
 class StateBank:
-    """A prompt's states, projected once for all steps: mixing rows of the bank equals projecting mixed states.
+    """The hidden states of a prompt, projected once. Mixing rows of the bank equals projecting mixed states.
 
-    bank_BTMD holds every layer at the generation tower's width, router_BTR the router's view of the tokens (None where
-    there is no router). Where there are references, the last of the tokens are their image tokens, grid by grid.
+    `bank_BTMD` holds every layer at the generation tower's width, `router_BTR` the router's input for the tokens (None
+    where there is no router). With references, the last tokens are their image tokens, grid by grid.
     """
 
     bank_BTMD: Tensor
@@ -56,25 +56,28 @@ class StateBank:
 
 
 def join(banks: Sequence[StateBank]) -> StateBank:
-    """The banks of a picture's branches, which share their references or have none, as one with a row for each.
+    """The banks of the guidance branches of one picture as one bank, with a row for each.
+
+    The branches have the same references, or none.
 
     Shorter prompts are padded with zeros; image tokens stay the last.
     """
-    references, seen = banks[0].references, [bank.router_BTR for bank in banks]
-    sight = 0 if references is None else references.tokens
-    padding = VariableLengths(tuple(bank.bank_BTMD.shape[1] - sight for bank in banks))
+    references, router_inputs = banks[0].references, [bank.router_BTR for bank in banks]
+    image_tokens = 0 if references is None else references.tokens
+    padding = VariableLengths(tuple(bank.bank_BTMD.shape[1] - image_tokens for bank in banks))
     if references is not None:
         references = replace(references, kv=tuple(kv.expand(len(banks), -1, -1) for kv in references.kv))
     return StateBank(
         padding.join([bank.bank_BTMD for bank in banks]),
-        None if seen[0] is None else padding.join(seen),  # type: ignore[arg-type]
+        None if router_inputs[0] is None else padding.join(router_inputs),  # type: ignore[arg-type]
         padding,
         references,
     )
 
 
-def image_layout(grids: Sequence[Grid], rows: float, columns: float) -> tuple[Cells, ...]:
-    """Where the image tokens of the references stand on a canvas of rows x columns patches."""
+def image_layout(grids: Sequence[Grid], rows: float, columns: float) -> tuple[TokenGrid, ...]:
+    """The positions of the references' image tokens on a canvas of rows x columns patches."""
     return tuple(
-        Cells(*grid, order=-order, spacing=(rows / grid[0], columns / grid[1])) for order, grid in enumerate(grids, 1)
+        TokenGrid(*grid, order=-order, spacing=(rows / grid[0], columns / grid[1]))
+        for order, grid in enumerate(grids, 1)
     )

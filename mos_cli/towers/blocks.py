@@ -1,4 +1,4 @@
-"""One block of the generation tower, and the ways it can read its context.
+"""One block of the generation tower, and the ways in which it can read its context.
 
 Shapes: B batch, R patches of the references, T context tokens, N patches, D width.
 """
@@ -16,7 +16,7 @@ ContextMode = Literal["kv", "tokens", "carried", "cross"]
 
 
 def context_mode(context: Context, block: int) -> ContextMode:
-    """How one block reads: a joint context enters the sequence at the first and is carried through the others."""
+    """The mode of one block: a joint context is added at the first block and stays in the sequence for the others."""
     if context != "joint":
         return context
     return "tokens" if block == 0 else "carried"
@@ -27,9 +27,9 @@ class GenerationBlock(nn.Module):
 
     Args:
         width, heads, hidden: sizes; `hidden` is SwiGLU's inner width.
-        context_mode: "kv" attends to the context's keys and values beside the patches' own; "tokens" adds it to the
-            context stream of the sequence; "carried" reads none, the sequence holds it already; "cross" reads it in a
-            sublayer of its own, which the timestep does not modulate.
+        context_mode: "kv" puts the context's keys and values before the patches' own; "tokens" adds the context to the
+            context stream of the sequence; "carried" adds none, the sequence holds it already; "cross" has a
+            cross-attention sublayer for it, which the timestep does not modulate.
     """
 
     def __init__(self, width: int, heads: int, hidden: int, context_mode: ContextMode) -> None:
@@ -46,7 +46,7 @@ class GenerationBlock(nn.Module):
             self.cross = CrossAttention(width, heads)
 
     def start_as_identity(self) -> None:
-        """Every sublayer's output is zero, the gates are open."""
+        """Sets the output projection of every sublayer to zero and the gates to one."""
         outputs = [self.attention.to_out, self.mlp.down]
         if self.context_mode == "cross":
             outputs.append(self.cross.to_out)
@@ -55,9 +55,9 @@ class GenerationBlock(nn.Module):
         self.modulation_bias.data[[2, 5]] = 1.0
 
     def cache_reference(self, x_BRD: Tensor, modulation_B6D: Tensor, positions: Rotary) -> tuple[Tensor, Tensor]:
-        """A clean reference passes the block, seeing itself alone: its patches, and their keys and values [B, R, 2 D].
+        """Runs the block on a reference alone. Returns its patches, and their keys and values [B, R, 2 D].
 
-        Neither the noised patches nor the words take part, so that it is done once for all steps.
+        The result does not depend on the noised patches or the prompt, so it is computed once for all steps.
         """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self._modulation(modulation_B6D)
         h = normed(x_BRD) * (1 + scale_a) + shift_a
@@ -76,14 +76,14 @@ class GenerationBlock(nn.Module):
     ) -> Tensor:
         """x is [context stream; patches] for "tokens" and "carried", else the patches alone.
 
-        `positions` and padding cover [references; context; patches] in any case. `kept_BT1` is the sum of a token's
-        kept weights, `reference_kv` what this block remembers of the references.
+        `positions` and `padding` cover [references; context; patches] in every mode. `kept_BT1` is the sum of a token's
+        kept weights, `reference_kv` this block's cached keys and values of the references.
         """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self._modulation(modulation_B6D)
         tokens = context_BTD.shape[1]
         references = 0 if reference_kv is None else reference_kv.shape[1]
         if self.context_mode != "carried":
-            # The norm makes all contexts equally long: the sum of a token's kept weights is put back after it.
+            # The norm removes the length of a context, so the sum of the kept weights is multiplied in after it.
             context_BTD = self.norm_context(context_BTD) * kept_BT1
         if self.context_mode == "tokens":
             x_BLD = torch.cat([x_BLD[:, :tokens] + context_BTD, x_BLD[:, tokens:]], dim=1)
@@ -94,7 +94,7 @@ class GenerationBlock(nn.Module):
             kv = context_kv if reference_kv is None else torch.cat([reference_kv, context_kv], dim=1)
             attended = self.attention(h, positions, kv, padding)
         elif self.context_mode == "cross":
-            # No word takes part here, and nothing that does is padding.
+            # The sequence has no context tokens here, and so no padding.
             pictures = positions[:references] + positions[references + tokens :]
             attended = self.attention(h, pictures, reference_kv)
         else:

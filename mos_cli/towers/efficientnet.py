@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 up to its head, and where its weights come from.
+"""EfficientNet-Lite0 without its head, and the source of its weights.
 
 The network is table 1 of arXiv 1905.11946 without squeeze-and-excitation, with ReLU6, and with the stem unscaled.
 
@@ -30,7 +30,7 @@ STAGES = (
 
 
 class Trunk(nn.Module):
-    """EfficientNet-Lite0 up to its head. Names are those of the weights' file."""
+    """EfficientNet-Lite0 without its head. Names are those of the weights file."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,18 +44,18 @@ class Trunk(nn.Module):
                 before = channels
 
     def stages(self, pictures_B3HW: Tensor) -> list[Tensor]:
-        """What each stage makes of pictures with values in -1..1, [B, C, H', W'] each."""
+        """The output of each stage for pictures in -1..1, each [B, C, H', W']."""
         x = F.relu6(self._bn0(_same(self._conv_stem, pictures_B3HW)))
-        blocks, seen = iter(self._blocks), []
+        blocks, outputs = iter(self._blocks), []
         for *_, count in STAGES:
             for _ in range(count):
                 x = next(blocks)(x)
-            seen.append(x)
-        return seen
+            outputs.append(x)
+        return outputs
 
 
 class _Block(nn.Module):
-    """Expand, convolve each channel alone, project."""
+    """Expansion, depthwise convolution, projection."""
 
     def __init__(self, before: int, after: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -81,17 +81,17 @@ def norm(channels: int) -> nn.BatchNorm2d:
 
 
 def _same(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Pads as TensorFlow does, where the weights were trained: what is odd goes to the right and the bottom."""
+    """Pads as TensorFlow does, with which the weights were trained: an odd pixel goes to the right and the bottom."""
     kernel, stride = conv.kernel_size[0], conv.stride[0]
     missing = max((-(-x.shape[-1] // stride) - 1) * stride + kernel - x.shape[-1], 0)
     return conv(F.pad(x, (missing // 2, missing - missing // 2) * 2))
 
 
 class FeaturesSpec(TowerSpec):
-    """The network's file by reference, fetched and verified as understanding towers are.
+    """The file of the network's weights, fetched and verified like an understanding tower.
 
-    It is a pickle, which bundles and towers may not hold: once its sha256 is checked it is read with torch's
-    weights-only reader, which builds tensors and nothing else.
+    It is a pickle, which bundles and towers may not contain. After its sha256 is checked it is read with torch's
+    weights-only reader, which builds only tensors.
     """
 
     schema_: Literal["mos-features/1"] = Field(alias="schema")  # type: ignore[assignment]
@@ -105,7 +105,7 @@ class FeaturesSpec(TowerSpec):
 
 
 def features_spec() -> FeaturesSpec:
-    """Where the weights come from."""
+    """The description of the weights file."""
     return read_json(FeaturesSpec, models_folder() / "judge" / "efficientnet-lite0.json")
 
 

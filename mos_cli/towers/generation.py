@@ -1,4 +1,4 @@
-"""The generation tower: a diffusion transformer whose every block reads its own routed context.
+"""The generation tower: a diffusion transformer in which every block reads its own routed context.
 
 Method: Mixture of States (arXiv 2511.12207); predicts the clean image (x-prediction), time 1 = noise.
 Shapes: B batch, T context tokens, V of them image tokens, R patches of the references, N patches, D width, S width of a
@@ -6,7 +6,7 @@ state, Z widest state of an image token, M understanding layers, J generation bl
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,10 @@ from mos_cli.towers.bank import Grid, References, StateBank, image_layout
 from mos_cli.towers.blocks import Context, GenerationBlock, context_mode
 from mos_cli.towers.layers import (
     EPS,
-    Cells,
-    Places,
     TimeEmbedding,
-    Words,
+    TokenGrid,
+    TokenLayout,
+    TokenSequence,
     extended,
     normed,
     patchify,
@@ -39,27 +39,27 @@ Routing = Literal["token", "sample"]
 
 
 class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
-    """Router and diffusion transformer together: (z_t, t, state bank) -> (clean image, route).
+    """Router and diffusion transformer: (z_t, t, state bank) -> (clean image, route).
 
     Args:
         channels, patch: the latent's channels and the side of a patch in latent pixels.
         width, depth, heads, hidden: sizes of the transformer; `hidden` is SwiGLU's inner width.
-        states_layers, states_width: what the understanding tower hands over (M, S).
-        sight_widths: the widths of the M states of an image token made by eyes apart from the understanding tower.
-        sees: the understanding tower sees by itself, its image tokens have states like those of words. With neither
-            the tower draws from words alone.
-        fusion: which layers a block reads: "routed" as the router decides for every token and step, else as
-            `fixed_route` says, without a router: its settings then mean nothing.
-        context: how a block reads them: "kv" as keys and values of its attention, beside the patches' own; "tokens" as
-            tokens of the sequence, which also query and pass the feed-forward layer, refreshed in every block; "joint"
-            as such tokens, given to the first block alone; "cross" in a cross-attention layer of the block's own.
-        router_inputs: what the router looks at: "tokens" and, unless left out, "latent" and "time".
-        routing: "token" lets every token take a route of its own, "sample" all tokens of a prompt the same.
+        states_layers, states_width: number and width of the understanding tower's states (M, S).
+        image_state_widths: widths of the M states of an image token, where an image encoder makes them.
+        has_vision: whether the understanding tower makes image tokens itself, with states like those of words. With
+            neither, the tower takes no pictures.
+        fusion: the layers that a block reads: "routed" are those that the router chooses for every token and step; for
+            the others see `fixed_route`. They have no router, and its settings have no effect.
+        context: how a block reads them: "kv" as keys and values of its attention, before the patches' own; "tokens" as
+            tokens of the sequence, which also query and pass the feed-forward layer, with new context added in every
+            block; "joint" as such tokens, added in the first block only; "cross" in a cross-attention layer.
+        router_inputs: the inputs of the router: "tokens" and, unless left out, "latent" and "time".
+        routing: "token" for a route of its own for every token, "sample" for one route for all tokens of a prompt.
         router_width, router_depth, router_heads, top_k, renormalise: the router; see `choose_route`.
         rope_theta: base of the rotary frequencies.
 
     Raises:
-        ValueError: an unknown choice, or choices that do not go together.
+        ValueError: an unknown or impossible value, or values that exclude each other; see `_check`.
     """
 
     _no_split_modules: ClassVar = ["GenerationBlock"]
@@ -77,8 +77,8 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
         hidden: int = 704,
         states_layers: int = 7,
         states_width: int = 384,
-        sight_widths: Sequence[int] = (),
-        sees: bool = False,
+        image_state_widths: Sequence[int] = (),
+        has_vision: bool = False,
         fusion: Fusion = "routed",
         context: Context = "kv",
         router_inputs: Sequence[RouterInput] = ("tokens", "latent", "time"),
@@ -91,24 +91,18 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
         rope_theta: float = 100.0,
     ) -> None:
         super().__init__()
-        _check_choices(fusion, context, router_inputs, routing)
-        if fusion == "routed" and not 1 <= top_k <= states_layers:
-            raise ValueError(f"top_k cannot be {top_k}: there are {states_layers} layers to choose from")
+        _check(self.config)
         self.patch, self.depth, self.head_width = patch, depth, width // heads
         self.states_shape = (states_layers, states_width)
         self.fusion, self.in_sequence = fusion, context in ("tokens", "joint")
         self.top_k, self.renormalise, self.rope_theta = top_k, renormalise, rope_theta
         self.kept_layers = {"routed": top_k, "mean": states_layers}.get(fusion, 1)
         patch_values = channels * patch * patch
-        if len(sight_widths) not in (0, states_layers):
-            raise ValueError(f"sight_widths must name {states_layers} widths, one for every layer, or none")
-        if sight_widths and sees:
-            raise ValueError("sight_widths are those of eyes apart, sees is for a tower that has its own")
-        self.sight_widths, self.sees = tuple(sight_widths), sees
-        self.sight_in = nn.ModuleList(nn.Linear(width_in, width, bias=False) for width_in in sight_widths)
+        self.image_state_widths, self.has_vision = tuple(image_state_widths), has_vision
+        self.image_states_in = nn.ModuleList(nn.Linear(width_in, width, bias=False) for width_in in image_state_widths)
         self.states_in = nn.Linear(states_width, width, bias=False)
         self.patches_in = nn.Linear(patch_values, width)
-        self.under_in = nn.Linear(patch_values, width, bias=False) if sight_widths or sees else None
+        self.reference_in = nn.Linear(patch_values, width, bias=False) if image_state_widths or has_vision else None
         self.time_in = TimeEmbedding(width)
         self.modulation = nn.Linear(width, 6 * width)
         self.blocks = nn.ModuleList(
@@ -125,7 +119,7 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
                 heads=router_heads,
                 rope_theta=rope_theta,
                 states_width=states_width,
-                sight_width=sight_widths[-1] if sight_widths else 0,
+                image_state_width=image_state_widths[-1] if image_state_widths else 0,
                 patch_values=patch_values,
                 layers=states_layers,
                 blocks=depth,
@@ -136,7 +130,7 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Every block starts as the identity, the output as grey and the routes as nearly uniform."""
+        """Starts every block as the identity, the output as grey and the routes as nearly uniform."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
@@ -144,35 +138,37 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
                     nn.init.zeros_(module.bias)
         for block in self.blocks:
             block.start_as_identity()  # type: ignore[operator]
-        for linear in (self.modulation, self.modulation_out, self.patches_out, self.under_in):
+        for linear in (self.modulation, self.modulation_out, self.patches_out, self.reference_in):
             if linear is None:
                 continue
             nn.init.zeros_(linear.weight)
         if self.router is not None:
-            # A one-hot start would leave the unread layers without a gradient.
+            # With a one-hot start the layers that are not read would have no gradient.
             nn.init.trunc_normal_(self.router.head.weight, std=0.02)
 
     def project_states(self, states_BTMS: Tensor, mask_BT: Tensor | None = None) -> StateBank:
-        """Normalises every state (their scales differ by orders of magnitude) and projects it, once per prompt.
+        """The state bank of a batch of prompts: every state is normalised and projected, once per prompt.
 
-        The router's view of the prompt is the embedding output, layer 0.
+        The scales of the states differ by orders of magnitude. The router's input is the embedding output, layer 0.
         """
         states = self._normed_states(states_BTMS)
-        seen = None if self.router is None else self.router.embed(states[:, :, 0])
-        return StateBank(self.states_in(states), seen, mask_BT)
+        router_BTR = None if self.router is None else self.router.embed(states[:, :, 0])
+        return StateBank(self.states_in(states), router_BTR, mask_BT)
 
-    def add_image_tokens(self, bank: StateBank, sight_BVMZ: Tensor, references: References) -> StateBank:
-        """The bank of a prompt together with pictures to draw from: once per prompt, for all steps.
+    def add_image_tokens(self, bank: StateBank, image_states_BVMZ: Tensor, references: References) -> StateBank:
+        """The bank of a prompt with the image tokens of reference pictures after those of its words.
 
         Args:
-            sight_BVMZ: states of the image tokens, those of one picture after those of another.
-            references: the same pictures, as `remember` returns them.
+            image_states_BVMZ: states of the image tokens, picture by picture, as `ImageEncoder` returns them.
+            references: the same pictures, as `cache_references` returns them.
         """
-        states = [self._normed_states(sight_BVMZ[:, :, m, :width]) for m, width in enumerate(self.sight_widths)]
-        projected = torch.stack([into(state) for into, state in zip(self.sight_in, states, strict=True)], dim=2)
+        states = [
+            self._normed_states(image_states_BVMZ[:, :, m, :width]) for m, width in enumerate(self.image_state_widths)
+        ]
+        projected = torch.stack([into(state) for into, state in zip(self.image_states_in, states, strict=True)], dim=2)
         router_BTR = None
         if self.router is not None:
-            router_BTR = torch.cat([bank.router_BTR, self.router.embed_sight(states[-1])], dim=1)  # type: ignore[list-item]
+            router_BTR = torch.cat([bank.router_BTR, self.router.embed_image_states(states[-1])], dim=1)  # type: ignore[list-item]
         return StateBank(
             torch.cat([bank.bank_BTMD, projected], dim=1),
             router_BTR,
@@ -184,34 +180,35 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
         return F.rms_norm(states.float(), states.shape[-1:], eps=EPS).to(self.states_in.weight.dtype)
 
     def cache_references(self, references: Sequence[Tensor], grids: Sequence[Grid] | None = None) -> References:
-        """What the blocks keep of pictures, from their clean latents, each [B, C, H, W], the one that is edited first.
+        """Runs every reference through the blocks alone, at time 0, and caches its keys and values for all steps.
 
-        Each passes the blocks alone, at time 0: a clean picture is what the tower ends with. Words have no part in it.
-        `grids` are those of their image tokens, IMAGE_GRID x IMAGE_GRID if they are made by eyes apart.
+        Args:
+            references: clean latents, each [B, C, H, W], that of the edited picture first.
+            grids: those of their image tokens; IMAGE_GRID x IMAGE_GRID by default, as `ImageEncoder` makes them.
         """
-        memories, places = [], []
+        caches, layout = [], []
         patches = [patchify(z_BCHW, self.patch).to(self.patches_in.weight.dtype) for z_BCHW in references]
         for order, z_BCHW in enumerate(references, start=1):
             x = self.patches_in(patches[order - 1])
-            cells = self._cells(z_BCHW, order=-order)
-            embedding = rotary((cells,), self.head_width, self.rope_theta, z_BCHW.device)
+            grid = self._grid(z_BCHW, order=-order)
+            embedding = rotary((grid,), self.head_width, self.rope_theta, z_BCHW.device)
             _, modulation = self._time(z_BCHW.new_zeros(z_BCHW.shape[0]))
-            memory = []
+            cache = []
             for block in self.blocks:
                 x, kv = block.cache_reference(x, modulation, embedding)  # type: ignore[operator]
-                memory.append(kv)
-            memories.append(memory)
-            places.append(cells)
-        assert self.under_in is not None
-        kv = tuple(torch.cat(parts, dim=1) for parts in zip(*memories, strict=True))
+                cache.append(kv)
+            caches.append(cache)
+            layout.append(grid)
+        assert self.reference_in is not None
+        kv = tuple(torch.cat(parts, dim=1) for parts in zip(*caches, strict=True))
         grids = tuple(grids or [(IMAGE_GRID, IMAGE_GRID)] * len(references))
-        return References(grids, kv, tuple(places), self.under_in(patches[0]))
+        return References(grids, kv, tuple(layout), self.reference_in(patches[0]))
 
-    def _cells(self, z_BCHW: Tensor, *, order: int = 0) -> Cells:
-        return Cells(z_BCHW.shape[-2] // self.patch, z_BCHW.shape[-1] // self.patch, order)
+    def _grid(self, z_BCHW: Tensor, *, order: int = 0) -> TokenGrid:
+        return TokenGrid(z_BCHW.shape[-2] // self.patch, z_BCHW.shape[-1] // self.patch, order)
 
     def _time(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
-        """The time's embedding and the modulation all blocks share, [B, D] and [B, 6, D]."""
+        """The embedding of the time, [B, D], and the modulation that all blocks share, [B, 6, D]."""
         time = F.silu(self.time_in(t_B))
         return time, self.modulation(time).unflatten(-1, (6, -1))
 
@@ -224,31 +221,31 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
         epsilon: float = 0.0,
         steering: Steering | Route | None = None,
     ) -> tuple[Tensor, Route]:
-        """Predicts the clean latent from the noised one; the route is chosen anew at every call.
+        """Predicts the clean latent from the noised one, with a route chosen for this call.
 
         Args:
             z_BCHW: noised latent z_t; H and W are multiples of the patch.
             t_B: times in [0, 1], 1 = noise.
             epsilon: probability of exploring a random route (training only).
-            steering: rules for the router's choice, or a route to take instead of it.
+            steering: changes to the router's choice, or a route that replaces it.
         """
         patch, size = self.patch, (z_BCHW.shape[-2], z_BCHW.shape[-1])
         patches = patchify(z_BCHW, patch).to(self.patches_in.weight.dtype)
-        tokens, grid = bank.bank_BTMD.shape[1], self._cells(z_BCHW)
+        tokens, grid = bank.bank_BTMD.shape[1], self._grid(z_BCHW)
         grids = () if bank.references is None else bank.references.grids
-        seen = image_layout(grids, size[0] / patch, size[1] / patch)
-        route = self._route(patches, t_B, seen, grid, bank, epsilon, steering)
+        images = image_layout(grids, size[0] / patch, size[1] / patch)
+        route = self._route(patches, t_B, images, grid, bank, epsilon, steering)
 
         x = self.patches_in(patches)
         if bank.references is not None:
-            x = x + bank.references.under_BND
+            x = x + bank.references.reference_BND
         if self.in_sequence:
             x = torch.cat([x.new_zeros(x.shape[0], tokens, x.shape[2]), x], dim=1)
         time, modulation = self._time(t_B)
-        remembered = () if bank.references is None else bank.references.places
-        places = (*remembered, Words(tokens - total(seen)), *seen, grid)
-        positions = rotary(places, self.head_width, self.rope_theta, z_BCHW.device)
-        padding = extended(bank.padding, before=total(remembered), after=patches.shape[1])
+        references = () if bank.references is None else bank.references.layout
+        layout = (*references, TokenSequence(tokens - total(images)), *images, grid)
+        positions = rotary(layout, self.head_width, self.rope_theta, z_BCHW.device)
+        padding = extended(bank.padding, before=total(references), after=patches.shape[1])
         kept_BTJ = route.weights_BTJK.sum(dim=-1).to(x.dtype)
         for index, block in enumerate(self.blocks):
             context, kept = bank.mix(route, index), kept_BTJ[:, :, index, None]
@@ -263,8 +260,8 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
         self,
         patches_BNP: Tensor,
         t_B: Tensor,
-        seen: Places,
-        grid: Cells,
+        images: TokenLayout,
+        grid: TokenGrid,
         bank: StateBank,
         epsilon: float,
         steering: Steering | Route | None,
@@ -275,19 +272,39 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
         elif self.router is None:
             route = fixed_route(self.fusion, self.states_shape[0], self.depth, patches_BNP.device)
         else:
-            logits_BTMJ = self.router(bank.router_BTR, patches_BNP, t_B, seen, grid, bank.padding)
+            logits_BTMJ = self.router(bank.router_BTR, patches_BNP, t_B, images, grid, bank.padding)
             route = choose_route(
                 logits_BTMJ, self.top_k, renormalise=self.renormalise, epsilon=epsilon, steering=steering
             )
         return route.shared_by(*bank.bank_BTMD.shape[:2])
 
 
-def _check_choices(fusion: str, context: str, router_inputs: Sequence[str], routing: str) -> None:
-    choices = [("fusion", fusion, Fusion), ("context", context, Context), ("routing", routing, Routing)]
-    for name, chosen, known in [*choices, *(("router_inputs", part, RouterInput) for part in router_inputs)]:
-        if chosen not in get_args(known):
-            raise ValueError(f"{name} cannot be {chosen!r}: choose from {', '.join(get_args(known))}")
-    if "tokens" not in router_inputs:
-        raise ValueError("router_inputs must name 'tokens': it is they that are routed")
-    if context == "joint" and fusion != "last":
-        raise ValueError(f"context 'joint' enters once, at the first block: it goes with fusion 'last', not {fusion!r}")
+def _check(config: Any) -> None:
+    """Checks the arguments of a generation tower; raises ValueError."""
+    choices = [("fusion", config.fusion, Fusion), ("context", config.context, Context)]
+    choices += [
+        ("routing", config.routing, Routing),
+        *(("router_inputs", i, RouterInput) for i in config.router_inputs),
+    ]
+    for name, value, known in choices:
+        if value not in get_args(known):
+            raise ValueError(f"{name} cannot be {value!r}: choose from {', '.join(get_args(known))}")
+    if "tokens" not in config.router_inputs:
+        raise ValueError("router_inputs must name 'tokens', for which routes are chosen")
+    if config.context == "joint" and config.fusion != "last":
+        raise ValueError(
+            f"context 'joint' is added once, at the first block: it goes with fusion 'last', not {config.fusion!r}"
+        )
+    if config.fusion == "routed" and not 1 <= config.top_k <= config.states_layers:
+        raise ValueError(f"top_k cannot be {config.top_k}: there are {config.states_layers} layers to choose from")
+    for prefix in ("", "router_") if config.fusion == "routed" else ("",):
+        width, heads = config[f"{prefix}width"], config[f"{prefix}heads"]
+        if width % (16 * heads):
+            # Three rotary axes share the width of a head.
+            raise ValueError(
+                f"{prefix}width cannot be {width}: with {heads} heads it must be a multiple of {16 * heads}"
+            )
+    if len(config.image_state_widths) not in (0, config.states_layers):
+        raise ValueError(f"image_state_widths must have {config.states_layers} widths, one for every layer, or none")
+    if config.image_state_widths and config.has_vision:
+        raise ValueError("image_state_widths are for an image encoder, has_vision is for a tower without one: give one")

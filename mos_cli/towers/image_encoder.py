@@ -1,7 +1,7 @@
-"""The eyes: image tokens for an understanding tower that reads only words, one state per layer as its words have.
+"""The image encoder: image tokens for an understanding tower without vision, with one state per layer as words have.
 
-They are the stages of a frozen EfficientNet-Lite0, each pooled to the same few cells: a token is a cell of the picture,
-its first state says what lines are there and its last what things.
+The states are the stages of a frozen EfficientNet-Lite0, each pooled to the same grid of cells. A token is a cell of
+the picture. Early states describe edges, late ones objects.
 
 Shapes: B pictures, H x W a picture's size, C channels, V image tokens, M layers, Z widest state.
 """
@@ -16,14 +16,14 @@ from mos_cli.bundles.shapes import IMAGE_GRID
 from mos_cli.towers.efficientnet import STAGES, Trunk
 
 SIDE = 32 * IMAGE_GRID
-"""Pictures are looked at in this size, at which a cell of the last stage is a token."""
+"""Side in pixels to which pictures are scaled; at this size a cell of the last stage is a token."""
 
 
 class ImageEncoder(ModelMixin, ConfigMixin):
-    """Pictures to image tokens.
+    """Turns pictures into image tokens.
 
     Args:
-        layers: states of a token, M, as many as the words' have; they are spread evenly over the stages.
+        layers: number of states of a token, M, equal to that of words; they are spread evenly over the stages.
     """
 
     @register_to_config
@@ -40,9 +40,9 @@ class ImageEncoder(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def encode_images(self, pictures_B3HW: Tensor) -> Tensor:
-        """Image tokens, row by row, of pictures in -1..1 of any size: [B, V, M, Z], narrow states filled with zeros."""
+        """Image tokens, row by row, of pictures in -1..1 of any size: [B, V, M, Z], narrow states padded with zeros."""
         sized = F.interpolate(pictures_B3HW, (SIDE, SIDE), mode="bilinear", antialias=True).to(self.dtype)
-        # Convolutions of single channels are three times as fast on a CPU with the channels last.
+        # Depthwise convolutions are three times as fast on a CPU with the channels last.
         stages = self.trunk.stages(sized.contiguous(memory_format=torch.channels_last))
         cells = [F.adaptive_avg_pool2d(stage.float(), IMAGE_GRID).flatten(2).mT for stage in stages]
         return torch.stack([F.pad(cells[s], (0, max(self.widths) - cells[s].shape[-1])) for s in self.stages_read], 2)

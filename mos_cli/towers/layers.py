@@ -38,8 +38,8 @@ class Rotary:
 
 
 @dataclass(frozen=True)
-class Words:
-    """Where tokens of a text stand: one after the other from order 1, in the middle."""
+class TokenSequence:
+    """Positions of the tokens of a text: orders 1, 2, ..., at row 0 and column 0, the centre of the canvas."""
 
     count: int
 
@@ -49,11 +49,11 @@ class Words:
 
 
 @dataclass(frozen=True)
-class Cells:
-    """Where the cells of a grid stand, rows first.
+class TokenGrid:
+    """Positions of the tokens of a grid, row by row: patches or image tokens.
 
-    The picture being drawn stands at order 0, pictures it is drawn from at -1, -2, ... A grid is centred, so that one
-    of another size grows outwards from the middle; `spacing` is the size of a cell, in patches.
+    The noised patches have order 0, reference pictures -1, -2, ... The centre of a grid is at row 0 and column 0,
+    whatever its size; `spacing` is the distance of neighbours, in patches.
     """
 
     rows: int
@@ -75,29 +75,29 @@ class Cells:
         return torch.stack([torch.full_like(row, self.order), row, column], dim=-1).flatten(0, 1)
 
 
-Places = tuple[Words | Cells, ...]
-"""Where the tokens of a sequence stand, part by part."""
+TokenLayout = tuple[TokenSequence | TokenGrid, ...]
+"""The positions of the tokens of a sequence, part by part."""
 
 
-def total(places: Places) -> int:
+def total(layout: TokenLayout) -> int:
     """The number of tokens."""
-    return sum(part.count for part in places)
+    return sum(part.count for part in layout)
 
 
-def rotary(places: Places, head_width: int, theta: float, device: torch.device) -> Rotary:
-    """The embedding of (order, row, column): order takes a quarter of a head, row and column share the rest.
+def rotary(layout: TokenLayout, head_width: int, theta: float, device: torch.device) -> Rotary:
+    """The embedding of (order, row, column): a quarter of a head for the order, the rest for row and column.
 
-    Kept, so that the steps of a picture neither make it again nor wait for it to reach the device.
+    Cached, so that it is computed and copied to the device once for all steps of a picture.
     """
-    # Where training compiles it, it becomes a part of the graph.
-    make = _rotary if torch.compiler.is_compiling() else _kept_rotary
-    return make(places, head_width, theta, device)
+    # In training it is compiled as a part of the graph.
+    make = _rotary if torch.compiler.is_compiling() else _cached_rotary
+    return make(layout, head_width, theta, device)
 
 
-def _rotary(places: Places, head_width: int, theta: float, device: torch.device) -> Rotary:
+def _rotary(layout: TokenLayout, head_width: int, theta: float, device: torch.device) -> Rotary:
     order_width = head_width // 4
     grid_width = (head_width - order_width) // 2
-    positions_L3 = torch.cat([part.positions() for part in places])
+    positions_L3 = torch.cat([part.positions() for part in layout])
     axes = zip((order_width, grid_width, grid_width), positions_L3.unbind(1), strict=True)
     tables = [get_1d_rotary_pos_embed(width, position, theta, use_real=True) for width, position in axes]  # type: ignore[arg-type]
     cos, sin = (torch.cat(parts, dim=-1).to(device) for parts in zip(*tables, strict=True))
@@ -105,7 +105,7 @@ def _rotary(places: Places, head_width: int, theta: float, device: torch.device)
 
 
 # A tensor made in inference mode could not be used in training.
-_kept_rotary = lru_cache(maxsize=8)(torch.inference_mode(False)(_rotary))
+_cached_rotary = lru_cache(maxsize=8)(torch.inference_mode(False)(_rotary))
 
 
 class TimeEmbedding(nn.Module):
@@ -117,7 +117,7 @@ class TimeEmbedding(nn.Module):
         self.mlp = TimestepEmbedding(256, width)
 
     def forward(self, t_B: Tensor) -> Tensor:
-        # The sinusoid's frequencies are made for 1,000 steps.
+        # The frequencies of the sinusoid are meant for 1,000 steps.
         return self.mlp(self.sinusoid(t_B * 1000).to(self.mlp.linear_1.weight.dtype))
 
 
@@ -141,22 +141,23 @@ def normed(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class VariableLengths:
-    """The padding of a few rows of unlike length, which are told apart without a mask.
+    """The padding of a batch whose rows differ in length, without a mask.
 
-    From token `first` on there is room for as many tokens as the longest row has; row b has lengths[b], then padding.
+    From token `first` on, row b has lengths[b] tokens and then padding, up to the longest row.
     """
 
     lengths: tuple[int, ...]
     first: int = 0
 
     @property
-    def even(self) -> bool:
+    def equal(self) -> bool:
+        """Whether all rows have one length."""
         return len(set(self.lengths)) == 1
 
     def row(self, x_BL: Tensor, number: int) -> Tensor:
         """A row of [B, L, ...] without its padding, [1, L', ...]."""
-        x_1L, end, behind = x_BL[number : number + 1], self.first + self.lengths[number], self.first + max(self.lengths)
-        return x_1L if end == behind else torch.cat([x_1L[:, :end], x_1L[:, behind:]], dim=1)
+        x_1L, end, after = x_BL[number : number + 1], self.first + self.lengths[number], self.first + max(self.lengths)
+        return x_1L if end == after else torch.cat([x_1L[:, :end], x_1L[:, after:]], dim=1)
 
     def join(self, rows: Sequence[Tensor], fill: float = 0) -> Tensor:
         """The inverse of `row`: rows [1, L', ...] as one [B, L, ...]."""
@@ -169,11 +170,11 @@ class VariableLengths:
 
 
 Padding = Tensor | VariableLengths | None
-"""Which tokens of a batch are padding: none, a mask [B, L] (True = a real token; many rows), or a few rows' lengths."""
+"""The padding of a batch: none, a mask [B, L] (True = a real token), or the lengths of the rows."""
 
 
 def extended(padding: Padding, *, before: int, after: int) -> Padding:
-    """The padding of the context tokens with room for tokens that are always attended to; or less room before."""
+    """The padding of a sequence with more tokens before and after, none of them padding; `before` may be negative."""
     if isinstance(padding, VariableLengths):
         return replace(padding, first=padding.first + before)
     return None if padding is None else F.pad(padding, (before, after), value=True)

@@ -1,7 +1,7 @@
-"""Quantised towers: which layers bitsandbytes takes over, and loading weights into them one tensor at a time.
+"""Quantised towers: which layers are quantised, and loading weights one tensor at a time.
 
-What is kept in high precision is a policy of the kind of tower, measured in docs/quantisation.md. `load` serves full
-precision, too: no tower is ever in memory twice.
+The layers that stay in high precision depend on the kind of tower; docs/quantisation.md has the measurements. `load` is
+used for full precision, too: no tower is in memory twice.
 """
 
 import shutil
@@ -29,33 +29,34 @@ from mos_cli.quantization.layers import (
 )
 from mos_cli.quantization.method import Method, Quantisation
 from mos_cli.towers.generation import GenerationTower
+from mos_cli.utils.migration import current_fields
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 GENERATION_KEPT = (
-    # By itself 0.045 of NF4's whole error of 0.057, with 0.5 % of the weights.
+    # Quantised to NF4, it causes 0.045 of the whole error of 0.057, with 0.5 % of the weights.
     "patches_out",
-    # Every decision is discrete: in NF4 a router reads other layers in 2 % of its choices, up to 7 % along a picture.
+    # Its choices are discrete: in NF4 2 % of them change, up to 7 % over a picture.
     "router",
-    # All that comes in passes these: 16 and 4 times the squared error per weight that the blocks have.
+    # All inputs pass these: their squared error per weight is 16 and 4 times that of the blocks.
     "patches_in",
     "states_in",
-    # Hardly more sensitive than a block; kept because every block shares them and they are 1 to 2 % of a large tower.
+    # Hardly more sensitive than a block, but shared by all blocks and 1 to 2 % of a large tower.
     "time_in",
     "modulation",
     "modulation_out",
-    # Used once per picture, for edits: there is no time to win, and most sizes of sight_in cannot be quantised.
-    "under_in",
-    "sight_in",
+    # Used once per edit, so there is no time to save; most sizes of image_states_in cannot be quantised.
+    "reference_in",
+    "image_states_in",
 )
 UNDERSTANDING_KEPT = (
-    # The states are read before it.
+    # Not used: the states are taken before it.
     "lm_head",
-    # The eyes, small beside the language model. Not measured: no pretrained one can be had here.
+    # The vision part, small compared with the language model. Not measured.
     "visual",
     "vision_tower",
-    # What joins the two, a layer or two.
+    # The projection between the two, one or two layers.
     "multi_modal_projector",
 )
 
@@ -64,7 +65,7 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What becomes of a network's linear layers, `kept` with the reason why, and the bytes of all its weights."""
+    """The quantised and kept linear layers of a network, `kept` with the reasons, and the bytes of all its weights."""
 
     quantised: tuple[str, ...]
     kept: dict[str, str]
@@ -73,12 +74,12 @@ class QuantizationReport:
 
 
 def survey(model: nn.Module, quantisation: Quantisation, dtype: torch.dtype = COMPUTE) -> QuantizationReport:
-    """What `quantisation` makes of a network; it may be on the meta device, so this needs no weights.
+    """Which layers of a network `quantisation` quantises. The network may be on the meta device, without weights.
 
-    Layers whose sizes bitsandbytes cannot do on every CPU stay, too: it takes multiples of 64 going in, 32 coming out.
+    Layers whose sizes bitsandbytes does not support on every CPU stay: inputs must be multiples of 64, outputs of 32.
 
     Args:
-        dtype: the type of what is not quantised.
+        dtype: the type of the tensors that are not quantised.
     """
     quantised, kept, saved = [], {}, 0
     for name, layer in model.named_modules():
@@ -91,8 +92,8 @@ def survey(model: nn.Module, quantisation: Quantisation, dtype: torch.dtype = CO
         else:
             quantised.append(name)
             parts = expected_parts(quantisation.method, layer).values()
-            taken = sum(prod(size) * kind.itemsize for kind, size in parts if size is not None)
-            saved += layer.weight.numel() * dtype.itemsize - taken
+            needed = sum(prod(size) * kind.itemsize for kind, size in parts if size is not None)
+            saved += layer.weight.numel() * dtype.itemsize - needed
     tensors = model.state_dict().values()
     before = sum(t.numel() * (dtype if t.is_floating_point() else t.dtype).itemsize for t in tensors)
     return QuantizationReport(tuple(quantised), kept, before, before - saved)
@@ -103,7 +104,7 @@ def quantise(model: nn.Module, quantisation: Quantisation) -> QuantizationReport
 
     Raises ModelError if none of its layers can be quantised.
     """
-    report = _report_of_some(model, quantisation)
+    report = _nonempty_survey(model, quantisation)
     for name in report.quantised:
         layer = _linear(model, name)
         parts = quantised_parts(layer.weight.detach(), quantisation.method)
@@ -121,61 +122,62 @@ def load(
     quantised_on: torch.device | None = None,
     dtype: torch.dtype = COMPUTE,
 ) -> _Model:
-    """Fills a network that is on the meta device from a checkpoint, one tensor at a time, each straight to the device.
+    """Fills a network that is on the meta device from a checkpoint, moving each tensor to the device as it is read.
 
-    A quantised checkpoint is loaded as it is; of any other, layers are quantised while they are read if a method is
-    given. The host holds one tensor at a time beside what is on the device.
+    A quantised checkpoint is loaded as it is. With a method, layers of another are quantised while they are read. Main
+    memory holds one tensor at a time.
 
     Args:
-        kept: what stays in high precision where the quantising is done here.
-        quantised_on: where layers are quantised, one by one, on their way to the device; by default there. A GPU is
-            quicker at it than a CPU, and what it makes may differ from that in single bits.
-        dtype: the type of what is not quantised.
+        kept: modules that stay in high precision where layers are quantised here.
+        quantised_on: the device on which layers are quantised, by default `device`. A GPU is faster than a CPU; the
+            results may differ in single bits.
+        dtype: the type of the tensors that are not quantised.
 
     Raises:
         ModelError: the checkpoint is damaged, of another network, or quantised already while a method is given.
     """
     checkpoint = Checkpoint(folder)
-    made = checkpoint.quantisation
-    if made is not None and method is not None:
+    stored = checkpoint.quantisation
+    if stored is not None and method is not None:
         raise ModelError(
-            f"{folder} is quantised already ({made.method}): use it as it is, or the model it was made from"
+            f"{folder} is quantised already ({stored.method}): use it as it is, or the model it was made from"
         )
-    wanted = made if method is None else Quantisation(method=method, kept=kept)
-    chosen = () if wanted is None else _report_of_some(model, wanted).quantised
+    quantisation = stored if method is None else Quantisation(method=method, kept=kept)
+    quantised = () if quantisation is None else _nonempty_survey(model, quantisation).quantised
     unread = set(checkpoint.names)
 
     def take(name: str, size: Sequence[int] | None, kind: torch.dtype | None = None) -> Tensor:
         tensor = checkpoint.read(name)
         unread.discard(name)
-        right = tensor.is_floating_point() if kind is None else tensor.dtype == kind
-        if not right or (size is not None and tensor.shape != tuple(size)):
+        fits = tensor.is_floating_point() if kind is None else tensor.dtype == kind
+        if not fits or (size is not None and tensor.shape != tuple(size)):
             raise ModelError(f"{name} in {folder} does not fit: it is {tensor.dtype} of {tuple(tensor.shape)}")
         return tensor
 
-    weights = {f"{name}.weight" for name in chosen}
+    weights = {f"{name}.weight" for name in quantised}
     for name, empty in list(model.state_dict().items()):
         if name not in weights:
             _place(model, name, take(name, empty.shape).to(device, dtype))
-    for name in chosen:
-        assert wanted is not None
+    for name in quantised:
+        assert quantisation is not None
         layer = _linear(model, name)
-        if made is None:
-            parts = quantised_parts(take(f"{name}.weight", layer.weight.shape), wanted.method, quantised_on or device)
+        if stored is None:
+            weight = take(f"{name}.weight", layer.weight.shape)
+            parts = quantised_parts(weight, quantisation.method, quantised_on or device)
         else:
-            expected = expected_parts(wanted.method, layer)
+            expected = expected_parts(quantisation.method, layer)
             parts = {part: take(f"{name}.{part}", size, kind) for part, (kind, size) in expected.items()}
             check_state(parts, name, layer)
-        model.set_submodule(name, assembled(layer, wanted.method, parts, device))
+        model.set_submodule(name, assembled(layer, quantisation.method, parts, device))
     if unread:
         raise ModelError(f"the weights in {folder} are of another network: it has no {min(unread)}")
     return model.eval().requires_grad_(False)
 
 
 def empty_generation(folder: Path) -> GenerationTower:
-    """The generation tower that the config in `folder` describes, on the meta device: without weights."""
+    """The generation tower of the config in `folder`, on the meta device, without weights."""
     with torch.device("meta"):
-        return GenerationTower.from_config(GenerationTower.load_config(folder))  # type: ignore[return-value]
+        return GenerationTower.from_config(current_fields(GenerationTower.load_config(folder)))  # type: ignore[return-value]
 
 
 def load_generation(
@@ -186,21 +188,21 @@ def load_generation(
     quantised_on: torch.device | None = None,
     dtype: torch.dtype = COMPUTE,
 ) -> GenerationTower:
-    """The generation tower in `folder`, quantised on the way where a method is given; see `load`.
+    """The generation tower in `folder`, quantised while it is loaded where a method is given; see `load`.
 
-    Raises ModelError as `load` does, and what diffusers does for a config that is missing or not one of its own.
+    Raises ModelError as `load` does, and diffusers' own errors where the config is missing or damaged.
     """
     tower = empty_generation(folder)
     return load(tower, folder, method, kept=GENERATION_KEPT, device=device, quantised_on=quantised_on, dtype=dtype)
 
 
 def save_quantised(tower: GenerationTower, quantisation: Quantisation, folder: Path) -> None:
-    """Writes a quantised tower with its config. It must not have run: on CPUs the first forward repacks the weights."""
+    """Writes a quantised tower with its config. It must not have run: on CPUs the first call repacks the weights."""
     states = (getattr(module, "quant_state", None) for module in tower.modules())
     assert not any(getattr(state, "packing_format_for_cpu", False) for state in states)
     tower.save_config(folder)
     save_file(tower.state_dict(), folder / WEIGHTS, quantisation.metadata)
-    # safetensors makes files that their owner alone may read.
+    # safetensors creates files that only their owner may read.
     shutil.copymode(folder / tower.config_name, folder / WEIGHTS)
 
 
@@ -218,9 +220,9 @@ def understanding_config(folder: Path, method: Method) -> "BitsAndBytesConfig":
 
     bitsandbytes()
     with torch.device("meta"):
-        # What is quantised of a model that sees is its language part, by the names that has on its own.
+        # Of a vision-language model the language part is quantised. Names are those of the part loaded alone.
         model = AutoModel.from_config(AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config())
-    report = _report_of_some(model, Quantisation(method=method, kept=UNDERSTANDING_KEPT))
+    report = _nonempty_survey(model, Quantisation(method=method, kept=UNDERSTANDING_KEPT))
     return BitsAndBytesConfig(
         load_in_4bit=method == "nf4",
         load_in_8bit=method == "int8",
@@ -231,12 +233,12 @@ def understanding_config(folder: Path, method: Method) -> "BitsAndBytesConfig":
     )
 
 
-def _report_of_some(model: nn.Module, quantisation: Quantisation) -> QuantizationReport:
+def _nonempty_survey(model: nn.Module, quantisation: Quantisation) -> QuantizationReport:
     report = survey(model, quantisation)
     if not report.quantised:
         raise ModelError(
             "no layer of this model can be quantised: "
-            f"they take multiples of {COLUMNS} going in and of {ROWS} coming out, this one is too small"
+            f"inputs must be multiples of {COLUMNS} and outputs of {ROWS}, and this one is too small"
         )
     return report
 
@@ -248,7 +250,7 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
 
 
 def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Puts a tensor in the place of the parameter or buffer that has this name."""
+    """Replaces the parameter or buffer of this name by a tensor."""
     module, _, part = name.rpartition(".")
     owner = model.get_submodule(module)
     if part in dict(owner.named_parameters(recurse=False)):

@@ -1,8 +1,8 @@
-"""Bundles with random weights, made of a blueprint and streamed to the disk: no more than a shard is ever in memory.
+"""Bundles with random weights, made from a blueprint and written shard by shard: one shard at a time is in memory.
 
-Weights are those a run starts from, by rules over names and shapes that a test holds against the network's own start:
-what starts at zero or one does, the rest is normal noise. (The network's own is cut off at 2, which is more than 30
-standard deviations away.) The autoencoder's are uniform noise as convolutions have it, with biases of zero.
+The weights are distributed as at the start of a training run. A test compares the rules here with `GenerationTower`:
+some parameters are zero or one, the others normal noise. (The network truncates it at 2, more than 30 standard
+deviations.) The autoencoder has uniform noise, as convolutions start with, and biases of zero.
 """
 
 import hashlib
@@ -33,22 +33,22 @@ from mos_cli.utils.files import make_folder, sha256_of
 from mos_cli.utils.folders import BLUEPRINT
 
 Values = Callable[[str, tuple[int, ...], torch.Generator], Tensor]
-"""The first values of a parameter, in fp32, from its name and shape."""
+"""Makes the initial values of a parameter, in fp32, from its name and shape."""
 
 _ZERO = re.compile(
-    r"(modulation|modulation_out|patches_out|under_in|blocks\.\d+\.(attention\.to_out|mlp\.down|cross\.to_out))\.weight"
+    r"(modulation|modulation_out|patches_out|reference_in|blocks\.\d+\.(attention\.to_out|mlp\.down|cross\.to_out))\.weight"
 )
-_ROOM = 64 * 2**20
-"""Bytes for everything beside the weights."""
+_OTHER_FILES = 64 * 2**20
+"""Bytes of the files that are no weights, at most."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """What to write.
+    """A bundle to write.
 
     Args:
         tower: name of one of the blueprint's understanding towers.
-        understanding: the folder with that tower; without it the bundle has no index yet, and cannot draw.
+        understanding: the folder of that tower; without it the bundle gets no index and cannot draw.
         shard: bytes of a shard, at most.
     """
 
@@ -62,10 +62,10 @@ class Start:
 def write_fresh_bundle(start: Start, folder: Path, report: Callable[[str], None] = lambda what: None) -> None:
     """Writes a bundle with random weights; the folder appears whole or not at all.
 
-    Every parameter is drawn from a seed of its own, so that shards of any size hold the same weights.
+    Every parameter has a seed of its own, so that the weights do not depend on the size of the shards.
 
     Raises:
-        InputError: the folder is there, may not be written or has a name no model can have, or the disk is too full.
+        InputError: the folder exists, cannot be written or has no valid name, or the disk is too full.
         ModelError: the understanding tower does not fit the blueprint.
     """
     folder = folder.expanduser().absolute()
@@ -77,7 +77,7 @@ def write_fresh_bundle(start: Start, folder: Path, report: Callable[[str], None]
         tower = GenerationTower(**blueprint.shape(shape).model_dump())
         autoencoder = AutoencoderDC.from_config(blueprint.autoencoder.config)
     assert isinstance(autoencoder, AutoencoderDC)
-    _check_room(folder, 2 * (tower.num_parameters() + autoencoder.num_parameters()) + _ROOM)
+    _check_free_space(folder, 2 * (tower.num_parameters() + autoencoder.num_parameters()) + _OTHER_FILES)
     make_folder(folder.parent)
     made = folder.with_name(f".{secrets.token_hex(6)}")
     try:
@@ -126,7 +126,7 @@ def write_shards(
 
 
 def generation_values(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """The start of a parameter of the generation tower, as `GenerationTower` makes it."""
+    """The initial values of a parameter of the generation tower, distributed as in `GenerationTower`."""
     if name.endswith("modulation_bias"):
         gates = torch.zeros(shape)
         gates[[2, 5]] = 1.0
@@ -140,7 +140,7 @@ def generation_values(name: str, shape: tuple[int, ...], generator: torch.Genera
 
 
 def autoencoder_values(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """The start of a parameter of the autoencoder."""
+    """The initial values of a parameter of the autoencoder."""
     if len(shape) == 1:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
     bound = prod(shape[1:]) ** -0.5
@@ -153,7 +153,7 @@ def _drawn(name: str, like: Tensor, values: Values, seed: int) -> Tensor:
     return values(name, tuple(like.shape), generator).to(like.dtype)
 
 
-def _check_room(folder: Path, needed: int) -> None:
+def _check_free_space(folder: Path, needed: int) -> None:
     there = next(parent for parent in folder.parents if parent.exists())
     free = shutil.disk_usage(there).free
     if free < needed:
@@ -161,7 +161,7 @@ def _check_room(folder: Path, needed: int) -> None:
 
 
 def _tower_in(folder: Path, name: str, shape: UnderstandingShape) -> TowerSpec:
-    """Describes the understanding tower that lies in a folder; raises ModelError if it is another one."""
+    """Describes the understanding tower in a folder; raises ModelError if it is another one."""
     folder = folder.expanduser().absolute()
     check_tower_folder(folder, name, shape)
     files = [path for path in sorted(folder.iterdir()) if path.suffix in TOWER_SUFFIXES and path.suffix != ".gguf"]

@@ -1,4 +1,4 @@
-"""The router: for every context token and generation block, which understanding layers to read.
+"""The router: chooses which understanding layers each generation block reads for each context token.
 
 Method: Mixture of States (arXiv 2511.12207), routing section.
 Shapes: B batch, T context tokens, V of them image tokens, N patches, S width of a state, Z width of an image token's
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from mos_cli.towers.attention import Attention
 from mos_cli.towers.layers import (
     EPS,
-    Cells,
     Padding,
-    Places,
     Rotary,
     SwiGLU,
     TimeEmbedding,
+    TokenGrid,
+    TokenLayout,
+    TokenSequence,
     VariableLengths,
-    Words,
     extended,
     rotary,
     total,
@@ -30,9 +30,9 @@ from mos_cli.towers.layers import (
 
 @dataclass(frozen=True)
 class Route:
-    """One routing decision: layers kept (best first) and their mixing weights, both [B, T, J, K].
+    """The routes of one step: kept layers (best first) and their mixing weights, both [B, T, J, K].
 
-    Where rules steered it, `changed_BTJ` says which decisions keep other layers than the router would have.
+    With route rules, `changed_BTJ` marks the decisions that keep other layers than the router's own choice.
     """
 
     ids_BTJK: Tensor
@@ -40,7 +40,7 @@ class Route:
     changed_BTJ: Tensor | None = None
 
     def shared_by(self, batch: int, tokens: int) -> "Route":
-        """The route of every token, where B or T are 1 because prompts or tokens share a decision."""
+        """The route expanded to B rows and T tokens, where it has one for all of them."""
         if self.ids_BTJK.shape[:2] == (batch, tokens):
             return self
         shape = (batch, tokens, -1, -1)
@@ -54,10 +54,10 @@ class Route:
 
 @dataclass(frozen=True)
 class Steering:
-    """What rules change in the router's choices of one step.
+    """What route rules change in the router's choices of one step.
 
     Args:
-        allowed_BTJM: the layers that may be kept, at least one in every column; their weights are the router's own.
+        allowed_BTJM: the layers that may be kept, at least one for every token and block; weights stay the router's.
         bias_BTJM: added to the logits.
         order_JM: per block, the layer whose logit each layer takes.
     """
@@ -67,7 +67,7 @@ class Steering:
     order_JM: Tensor | None = None
 
     def logits(self, logits_BTJM: Tensor) -> Tensor:
-        """The logits that the choice goes by."""
+        """The logits with order and bias applied."""
         if self.order_JM is not None:
             logits_BTJM = logits_BTJM.gather(-1, self.order_JM.expand_as(logits_BTJM))
         return logits_BTJM if self.bias_BTJM is None else logits_BTJM + self.bias_BTJM
@@ -81,11 +81,11 @@ def choose_route(
     epsilon: float = 0.0,
     steering: Steering | None = None,
 ) -> Route:
-    """The one place where a route is chosen: column-wise softmax over the layers, then the top k of each column.
+    """Chooses the route: a softmax over the layers for each token and block, then the top k of them.
 
-    With probability `epsilon` (training only) a token's column takes k random layers instead, weighted by the same
-    probabilities. `renormalise` scales the kept weights of a column to sum to 1. Where `steering` allows fewer than k
-    layers, the best of them is repeated with a weight of 0.
+    With probability `epsilon` (training only) a token reads k random layers in a block instead, weighted by the same
+    probabilities. `renormalise` scales the kept weights to sum to 1. Where `steering` allows fewer than k layers, the
+    best of them is repeated with a weight of 0.
     """
     logits_BTJM = own_BTJM = logits_BTMJ.float().transpose(2, 3)
     if steering is not None:
@@ -99,7 +99,7 @@ def choose_route(
         scores = scores.masked_fill(~steering.allowed_BTJM, float("-inf"))
     best, ids = scores.topk(top_k, dim=-1)
     if renormalise:
-        # The softmax over the kept layers alone is their softmax over all, scaled to sum to 1, without a 0 / 0.
+        # The softmax over the kept layers equals their renormalised softmax over all layers, without a 0 / 0.
         kept = logits_BTJM.gather(-1, ids)
         if steering is not None:
             kept = kept.masked_fill(best.isneginf(), float("-inf"))
@@ -119,7 +119,7 @@ def fixed_route(fusion: str, layers: int, blocks: int, device: torch.device) -> 
 
     "last": every block reads the last layer. "aligned": block j reads layer round(j * M / J). "mean": all of them.
     """
-    return even_route(
+    return uniform_route(
         {
             "last": [[layers - 1]] * blocks,
             "aligned": [[min(round(block * layers / blocks), layers - 1)] for block in range(blocks)],
@@ -129,8 +129,8 @@ def fixed_route(fusion: str, layers: int, blocks: int, device: torch.device) -> 
     )
 
 
-def even_route(layers_JK: Sequence[Sequence[int]], device: torch.device) -> Route:
-    """The route [1, 1, J, K] by which every token reads these layers, all of them with the same weight."""
+def uniform_route(layers_JK: Sequence[Sequence[int]], device: torch.device) -> Route:
+    """The route [1, 1, J, K] in which every token reads these layers with equal weights."""
     ids = torch.tensor(layers_JK, device=device)[None, None]
     return Route(ids, torch.full(ids.shape, 1 / ids.shape[-1], device=device))
 
@@ -151,13 +151,13 @@ class RouterBlock(nn.Module):
 
 
 class Router(nn.Module):
-    """Context tokens, noised patches and the timestep in one sequence; a linear head gives [M, J] logits per token.
+    """A transformer over [time; context tokens; noised patches] with a linear head: [M, J] logits per context token.
 
     Args:
-        inputs: what the sequence holds: "tokens", "latent", "time". What is left out has no parameters.
-        per_sample: one decision per prompt, from the logits' mean over its tokens, instead of one per token.
+        inputs: parts of the sequence: "tokens", "latent", "time". A part that is left out has no parameters.
+        per_sample: one decision per prompt, from the mean of the logits over its tokens, instead of one per token.
         width, depth, heads, rope_theta: sizes of the transformer.
-        states_width, sight_width, patch_values, layers, blocks: S, Z, P, M, J.
+        states_width, image_state_width, patch_values, layers, blocks: S, Z, P, M, J.
     """
 
     def __init__(
@@ -170,16 +170,16 @@ class Router(nn.Module):
         heads: int,
         rope_theta: float,
         states_width: int,
-        sight_width: int,
+        image_state_width: int,
         patch_values: int,
         layers: int,
         blocks: int,
     ) -> None:
         super().__init__()
-        self.sees_latent, self.sees_time, self.per_sample = "latent" in inputs, "time" in inputs, per_sample
+        self.uses_latent, self.uses_time, self.per_sample = "latent" in inputs, "time" in inputs, per_sample
         self.layers, self.head_width, self.rope_theta = layers, width // heads, rope_theta
         self.tokens_in = nn.Linear(states_width, width, bias=False)
-        self.sight_in = nn.Linear(sight_width, width, bias=False) if sight_width else None
+        self.image_states_in = nn.Linear(image_state_width, width, bias=False) if image_state_width else None
         self.patches_in = nn.Linear(patch_values, width, bias=False)
         self.time_in = TimeEmbedding(width)
         self.norm_tokens = nn.RMSNorm(width, eps=EPS)
@@ -188,52 +188,52 @@ class Router(nn.Module):
         self.blocks = nn.ModuleList(RouterBlock(width, heads) for _ in range(depth))
         self.norm_out = nn.RMSNorm(width, eps=EPS)
         self.head = nn.Linear(width, layers * blocks, bias=False)
-        if not self.sees_latent:
+        if not self.uses_latent:
             del self.patches_in, self.norm_patches
-        if not self.sees_time:
+        if not self.uses_time:
             del self.time_in, self.norm_time
 
     def embed(self, embeddings_BTS: Tensor) -> Tensor:
-        """The part of the router's input that depends on the prompt alone, [B, T, R]: computed once per prompt."""
+        """The router's input for words, [B, T, R], from their states at layer 0; computed once per prompt."""
         return self.norm_tokens(self.tokens_in(embeddings_BTS))
 
-    def embed_sight(self, sight_BVZ: Tensor) -> Tensor:
-        """The same of image tokens: of their last state, [B, V, R]."""
-        assert self.sight_in is not None
-        return self.norm_tokens(self.sight_in(sight_BVZ))
+    def embed_image_states(self, image_states_BVZ: Tensor) -> Tensor:
+        """The router's input for image tokens, [B, V, R], from their last states."""
+        assert self.image_states_in is not None
+        return self.norm_tokens(self.image_states_in(image_states_BVZ))
 
     def forward(
         self,
         tokens_BTR: Tensor,
         patches_BNP: Tensor,
         t_B: Tensor,
-        seen: Places,
-        grid: Cells,
+        images: TokenLayout,
+        grid: TokenGrid,
         padding: Padding,
     ) -> Tensor:
         """Logits [B, T, M, J], or [B, 1, M, J] per sample.
 
-        `seen` and `grid` say where the image tokens, which are the last of the tokens, and the patches stand.
+        `images` is the layout of the image tokens, which are the last context tokens, and `grid` that of the patches.
         """
-        time = [self.norm_time(self.time_in(t_B))[:, None]] if self.sees_time else []
-        patches = [self.norm_patches(self.patches_in(patches_BNP))] if self.sees_latent else []
+        time = [self.norm_time(self.time_in(t_B))[:, None]] if self.uses_time else []
+        patches = [self.norm_patches(self.patches_in(patches_BNP))] if self.uses_latent else []
         x_BLR = torch.cat([*time, tokens_BTR, *patches], dim=1)
         first, last = len(time), len(time) + tokens_BTR.shape[1]
-        # The time stands where the first word would, and moves the words by one.
-        places = (Words(last - total(seen)), *seen, *([grid] if self.sees_latent else []))
-        positions = rotary(places, self.head_width, self.rope_theta, x_BLR.device)
+        # The time has the position of the first word, and moves the words by one.
+        layout = (TokenSequence(last - total(images)), *images, *([grid] if self.uses_latent else []))
+        positions = rotary(layout, self.head_width, self.rope_theta, x_BLR.device)
         sequence = extended(padding, before=first, after=x_BLR.shape[1] - last)
         for block in self.blocks:
             x_BLR = block(x_BLR, positions, sequence)
         tokens_out = self.norm_out(x_BLR[:, first:last])
         if self.per_sample:
-            # The head is linear: its logits of the mean are the mean of the logits.
+            # The head is linear: the logits of the mean are the mean of the logits.
             tokens_out = _mean(tokens_out, padding)
         return self.head(tokens_out).unflatten(-1, (self.layers, -1))
 
 
 def _mean(x_BTR: Tensor, padding: Padding) -> Tensor:
-    """Mean over the real tokens, [B, 1, R]."""
+    """Mean over the tokens that are not padding, [B, 1, R]."""
     if isinstance(padding, VariableLengths):
         return torch.cat([_mean(padding.row(x_BTR, b), None) for b in range(x_BTR.shape[0])])
     if padding is None:

@@ -1,4 +1,4 @@
-"""The understanding tower: a frozen transformers model that hands over the hidden states of all its layers.
+"""The understanding tower: a frozen transformers model of which the hidden states of all layers are kept.
 
 Shapes: B batch, T context tokens, M layers (embedding output included), S width of a state.
 """
@@ -20,14 +20,14 @@ from mos_cli.towers.quantized import understanding_config
 
 SAFELY = {"local_files_only": True, "trust_remote_code": False}
 ImageInput = Image.Image | Tensor
-"""A picture to be shown: of Pillow, or [3, H, W] in -1..1."""
+"""A picture of a prompt: of Pillow, or [3, H, W] in -1..1."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """A context token and the characters of the prompt it stands for (an empty span for special tokens).
+    """A context token and its span of characters in the prompt, empty for special tokens.
 
-    An image token stands for a cell of a picture instead: `patch` is (picture, row, column), all counted from 0.
+    An image token has a cell of a picture instead: `patch` is (picture, row, column), all counted from 0.
     """
 
     text: str
@@ -38,7 +38,7 @@ class Token:
 
 @dataclass(frozen=True)
 class ImageSpan:
-    """A picture as the tower sees it: a grid of image tokens, row by row, from token `first` of its prompt on."""
+    """The image tokens of a picture: a grid, row by row, from token `first` of its prompt on."""
 
     first: int
     rows: int
@@ -47,59 +47,59 @@ class ImageSpan:
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """The hidden states of a batch of prompts, with mask_BT (True = a real token) and the tokens.
+    """The hidden states of a batch of prompts, with `mask_BT` (True = a real token) and the tokens.
 
-    The text that was encoded is `leads` characters, which stand for the images shown with the prompt, and then the
-    prompt; `image_spans` says where the image tokens are.
+    The text that was encoded is a prefix of `prefixes` characters, the placeholders of the prompt's pictures, and then
+    the prompt. `image_spans` are the positions of the image tokens.
     """
 
     states_BTMS: Tensor
     mask_BT: Tensor
     prompts: tuple[str, ...]
     encodings: list[Encoding]
-    leads: tuple[int, ...]
+    prefixes: tuple[int, ...]
     image_spans: tuple[tuple[ImageSpan, ...], ...]
 
     @cached_property
     def tokens(self) -> tuple[tuple[Token, ...], ...]:
-        """The tokens of every prompt, without padding. Made when asked for: training never does."""
-        every = zip(self.prompts, self.encodings, self.leads, self.image_spans, strict=True)
-        return tuple(tuple(_tokens(*each)) for each in every)
+        """The tokens of every prompt, without padding. Computed on first use; training does not need them."""
+        rows = zip(self.prompts, self.encodings, self.prefixes, self.image_spans, strict=True)
+        return tuple(tuple(_tokens(*row)) for row in rows)
 
 
-def _tokens(prompt: str, encoding: Encoding, lead: int, image_spans: tuple[ImageSpan, ...]) -> list[Token]:
+def _tokens(prompt: str, encoding: Encoding, prefix: int, image_spans: tuple[ImageSpan, ...]) -> list[Token]:
     real = sum(encoding.attention_mask)
     tokens = [
-        Token(text, start - lead, end - lead) if prompt and start >= lead else Token(text, 0, 0)
+        Token(text, start - prefix, end - prefix) if prompt and start >= prefix else Token(text, 0, 0)
         for text, (start, end) in zip(encoding.tokens[:real], encoding.offsets[:real], strict=True)
     ]
-    for picture, sight in enumerate(image_spans):
-        for cell in range(sight.rows * sight.columns):
-            index = sight.first + cell
-            tokens[index] = Token(tokens[index].text, 0, 0, (picture, *divmod(cell, sight.columns)))
+    for picture, span in enumerate(image_spans):
+        for cell in range(span.rows * span.columns):
+            index = span.first + cell
+            tokens[index] = Token(tokens[index].text, 0, 0, (picture, *divmod(cell, span.columns)))
     return tokens
 
 
 class UnderstandingTower:
-    """An encoder or decoder that transformers' AutoModel loads, run once per prompt; its layers are a module list.
+    """An encoder or decoder that transformers' AutoModel loads, run once per prompt. Its layers must be a module list.
 
-    The states are what enters each layer, the embedding output first, and what leaves the last: before the final norm
-    of a decoder, which transformers would report in its place.
+    The states are the input of each layer, the embedding output first, and the output of the last, before the final
+    norm of a decoder.
 
     Args:
         folder: the model in transformers' format, with a fast tokenizer and safetensors weights.
-        quant: how its weights are quantised while they are loaded.
+        quant: the method by which its weights are quantised while they are loaded.
 
     Raises:
-        ModelError: the folder does not hold such a model; one that brings code of its own is not run.
+        ModelError: the folder does not hold such a model. Code that comes with a model is never run.
     """
 
     def __init__(
         self, folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", quant: Method | None = None
     ) -> None:
         self.folder = folder
-        # Quantised layers are made on the device, and cannot be moved to it.
-        self._placed = (
+        # Quantised layers are created on the device and cannot be moved to it.
+        self._load_options = (
             {}
             if quant is None
             else {
@@ -118,12 +118,12 @@ class UnderstandingTower:
             self.model.to(device)  # type: ignore[arg-type]
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        # Decoders without a start token make nothing of an empty prompt; one end token stands for "no words".
-        self._no_words = "" if self.tokenizer("")["input_ids"] else self.tokenizer.eos_token
+        # Decoders without a start token have no tokens for an empty prompt: an end token replaces it.
+        self._empty_prompt = "" if self.tokenizer("")["input_ids"] else self.tokenizer.eos_token
 
     def _load(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The model whose layers are read."""
-        return AutoModel.from_pretrained(self.folder, dtype=dtype, use_safetensors=True, **self._placed, **SAFELY)
+        """Loads the model whose states are used."""
+        return AutoModel.from_pretrained(self.folder, dtype=dtype, use_safetensors=True, **self._load_options, **SAFELY)
 
     @property
     def layers(self) -> int:
@@ -141,41 +141,41 @@ class UnderstandingTower:
 
     @torch.no_grad()
     def encode(self, prompts: list[str], pictures: Sequence[Sequence[ImageInput]] = ()) -> HiddenStates:
-        """Reads a batch of prompts in one pass; padding is masked, so a prompt's states do not depend on the others.
+        """Encodes a batch of prompts in one pass; padding is masked, so the states of a prompt do not depend on it.
 
         Args:
-            pictures: those shown with each prompt, for a tower that sees.
+            pictures: those of each prompt, for a tower with vision.
 
         Raises:
-            InputError: a prompt is longer than the tower can read, or it cannot be shown a picture.
+            InputError: a prompt is too long, or the tower has no vision and there is a picture.
         """
         if any(pictures):
-            raise InputError("the understanding tower reads words alone: it cannot be shown a picture")
+            raise InputError("the understanding tower has no vision: it takes no pictures")
         batch = self._tokenized([""] * len(prompts), prompts)
         ids_BT, mask_BT = (batch[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
         states_BTMS = self._states(lambda: self.model(input_ids=ids_BT, attention_mask=mask_BT))
-        unseen = tuple(() for _ in prompts)
-        return HiddenStates(states_BTMS, mask_BT.bool(), tuple(prompts), batch.encodings, (0,) * len(prompts), unseen)  # type: ignore[arg-type]
+        none = tuple(() for _ in prompts)
+        return HiddenStates(states_BTMS, mask_BT.bool(), tuple(prompts), batch.encodings, (0,) * len(prompts), none)  # type: ignore[arg-type]
 
-    def _tokenized(self, leads: list[str], prompts: list[str]) -> BatchEncoding:
-        """Each prompt behind what leads it, padded at its end."""
+    def _tokenized(self, prefixes: list[str], prompts: list[str]) -> BatchEncoding:
+        """Each prompt after its prefix, padded at its end."""
         batch = self.tokenizer(
-            [lead + (prompt or self._no_words) for lead, prompt in zip(leads, prompts, strict=True)],
+            [prefix + (prompt or self._empty_prompt) for prefix, prompt in zip(prefixes, prompts, strict=True)],
             return_tensors="pt",
             padding=True,
             padding_side="right",
             verbose=False,
         )
         if (tokens := batch["input_ids"].shape[1]) > self.max_tokens:
-            pictures = ", its pictures included" if any(leads) else ""
+            pictures = ", its pictures included" if any(prefixes) else ""
             raise InputError(
                 f"the prompt has {tokens} tokens{pictures}, the model reads {self.max_tokens}: shorten it"
-                + (", or show fewer or smaller pictures" if pictures else "")
+                + (", or give fewer or smaller pictures" if pictures else "")
             )
         return batch
 
     def _states(self, run: Callable[[], object]) -> Tensor:
-        """What enters each layer while `run` runs the model, and what leaves the last: [B, T, M, S]."""
+        """The input of each layer while `run` runs the model, and the output of the last: [B, T, M, S]."""
         states: list[Tensor] = []
 
         def enter(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -195,6 +195,6 @@ class UnderstandingTower:
 
 
 def _layers(model: nn.Module) -> nn.ModuleList:
-    """The stack of transformer layers: the module list as long as the config says the model is deep."""
+    """The transformer layers: the module list with as many modules as the config has layers."""
     depth = model.config.num_hidden_layers  # type: ignore[union-attr]
     return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)

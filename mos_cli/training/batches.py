@@ -1,7 +1,7 @@
-"""Training batches: step number in, everything the loss needs out. The same step always gives the same batch.
+"""Training batches: a function from a step's number to the tensors of the loss.
 
-What is in picture `index` of a step depends on (seed, step, index) alone, so that any number of processes, each making
-its own share, see the same batches.
+Picture `index` of a step depends only on (seed, step, index). So batches do not depend on the number of processes, each
+of which makes its share.
 
 Shapes: B pictures of this process, T context tokens, V image tokens, M layers, S width of a state, Z widest state of an
 image token, C channels, H x W the latent's size.
@@ -31,10 +31,10 @@ from mos_cli.training.stages import Curriculum
 
 @dataclass(frozen=True)
 class Batch:
-    """Clean and noised latents, their times, and what the understanding tower read of the captions.
+    """Clean and noised latents, their times, and the hidden states of the captions.
 
-    Where a step edits, also the clean latents of the pictures that are edited and, if the understanding tower has eyes
-    apart, what these see of them; a tower that sees has the states of its image tokens, on `grid`, behind the words'.
+    For edits also the clean latents of the pictures before the edit, and the states of their image tokens if there is
+    an image encoder. With vision the image tokens, on `grid`, come after the words in `states_BTMS`.
     """
 
     z0_BCHW: Tensor
@@ -43,22 +43,22 @@ class Batch:
     states_BTMS: Tensor
     mask_BT: Tensor
     references_BCHW: Tensor | None = None
-    sight_BVMZ: Tensor | None = None
+    image_states_BVMZ: Tensor | None = None
     grid: Grid = (IMAGE_GRID, IMAGE_GRID)
 
 
 Kind = tuple[str, bool]
-"""What a step learns from: the name of its stage, and whether it edits."""
+"""The kind of a step: the name of its stage, and whether it trains edits."""
 Pick = Callable[[Random, int], tuple[Any, str]]
 Draw = Callable[[list[Any], int], Tensor]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where pictures and captions come from, or edits and instructions.
+    """A source of pictures and captions, or of edits and instructions.
 
-    `pick` chooses one for a canvas and needs no device: it may run in another process. `draw` turns what was picked
-    into pictures [B, 3, H, W] in -1..1 on the device, H = W = canvas; `draw_before` into the pictures to be edited.
+    `pick` chooses one for a canvas, without a device: it may run in another process. `draw` turns a batch of them into
+    pictures [B, 3, H, W] in -1..1 on the device, H = W = canvas; `draw_before` into the pictures before the edit.
     """
 
     pick: Pick
@@ -80,7 +80,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Picked:
-    """This process's pictures of a step, not yet drawn, and their captions, not yet read."""
+    """The pictures of a step for this process, before they are drawn, and their captions."""
 
     step: int
     pictures: list[Any]
@@ -89,7 +89,7 @@ class Picked:
 
 @dataclass(frozen=True)
 class Picks:
-    """The device-free half of making batches, with a `Pick` for every kind of step."""
+    """The part of making batches that needs no device, with a `Pick` for every kind of step."""
 
     curriculum: Curriculum
     train: TrainTable
@@ -100,7 +100,7 @@ class Picks:
         return self.curriculum.steps
 
     def __getitem__(self, step: int) -> "Picked | MosError":
-        """An error is handed over, not raised: a worker process would bury it under its own traceback."""
+        """Errors are returned, not raised, because a worker process would add its own traceback."""
         stage = self.curriculum.stage_at(step)
         pick = self.picks[kind_of(self.curriculum, self.train.seed, step)]
         part, pictures, captions = self.share.of(stage.batch), [], []
@@ -116,12 +116,12 @@ class Picks:
 
 
 class Batches:
-    """Makes batches, drawn, encoded and read on one device.
+    """Makes batches on one device: draws and encodes pictures and encodes captions.
 
     Args:
-        sources: one for every kind of step in the course.
-        eyes: what sees the pictures to be edited, where steps edit.
+        sources: one for every kind of step.
         share: the part of each batch that is made here.
+        image_encoder: encodes the pictures before an edit, for an understanding tower without vision.
 
     Raises:
         UsageError: a stage's batch cannot be shared out evenly.
@@ -136,20 +136,25 @@ class Batches:
         autoencoder: Autoencoder,
         device: torch.device,
         share: Share = Share(),
-        eyes: ImageEncoder | None = None,
+        image_encoder: ImageEncoder | None = None,
     ) -> None:
         for stage in curriculum.stages:
             if stage.batch % share.processes:
                 raise UsageError(f"a batch of {stage.batch} cannot be shared by {share.processes} processes")
         self.curriculum, self.train, self.sources, self.share = curriculum, train, sources, share
-        self.understanding, self.autoencoder, self.eyes, self.device = understanding, autoencoder, eyes, device
+        self.understanding, self.autoencoder, self.image_encoder, self.device = (
+            understanding,
+            autoencoder,
+            image_encoder,
+            device,
+        )
         self.picks = Picks(curriculum, train, {kind: source.pick for kind, source in sources.items()}, share)
 
     def make(self, step: int) -> Batch:
-        """The batch of one step, from a random stream of that step's own: resuming needs no state.
+        """The batch of one step, from the step's own random seed, so that resuming needs no state.
 
         Raises:
-            InputError: a picture cannot be had, or a caption is longer than the understanding tower reads.
+            InputError: a picture cannot be read.
             UsageError: a caption does not fit into `context_tokens`.
         """
         return self._finish(self.picks[step])
@@ -157,8 +162,8 @@ class Batches:
     def stream(self, first: int) -> Iterator[Batch]:
         """The batches from step `first` to the end of the run; raises as `make` does.
 
-        With an accelerator, other processes pick ahead and drawing and reading go on a stream of their own: asked for
-        while the accelerator is at a step, the next batch is made without waiting for it.
+        On a GPU, worker processes pick ahead, and batches are drawn and encoded on a CUDA stream of their own, while
+        the GPU computes the step before.
         """
         workers = _workers(self.device)
         picked = DataLoader(
@@ -166,7 +171,7 @@ class Batches:
             sampler=range(first, self.curriculum.steps),
             batch_size=None,
             num_workers=workers,
-            collate_fn=_as_it_is,
+            collate_fn=_unchanged,
             prefetch_factor=4 if workers else None,
         )
         if self.device.type != "cuda":
@@ -203,66 +208,68 @@ class Batches:
             return Batch(z0, noisy, t, *self._read(picked.captions))
         before = source.draw_before(picked.pictures, stage.canvas)
         references = self.autoencoder.encode(before)
-        if self.eyes is not None:
-            return Batch(z0, noisy, t, *self._read(picked.captions), references, self.eyes.encode_images(before))
-        states, mask, grid = self._read_in_sight(picked.captions, before)
+        if self.image_encoder is not None:
+            return Batch(
+                z0, noisy, t, *self._read(picked.captions), references, self.image_encoder.encode_images(before)
+            )
+        states, mask, grid = self._read_with_images(picked.captions, before)
         return Batch(z0, noisy, t, states, mask, references, grid=grid)
 
-    def _read_in_sight(self, captions: list[str], before_B3HW: Tensor) -> tuple[Tensor, Tensor, Grid]:
-        """States and mask of captions read in sight of a picture each, and the grid of their image tokens.
+    def _read_with_images(self, captions: list[str], before_B3HW: Tensor) -> tuple[Tensor, Tensor, Grid]:
+        """States and mask of captions with one picture each, and the grid of their image tokens.
 
-        The image tokens, as many and in the same place for all, come behind the words, which are padded.
+        The image tokens, at the same place in all prompts, are moved behind the words, which are padded.
         """
-        reading = self._checked(captions, [[picture] for picture in before_B3HW])
-        (sight,) = reading.image_spans[0]
-        seen = slice(sight.first, sight.first + sight.rows * sight.columns)
+        states = self._checked(captions, [[picture] for picture in before_B3HW])
+        (span,) = states.image_spans[0]
+        image = slice(span.first, span.first + span.rows * span.columns)
 
         def words_first(part: Tensor) -> Tensor:
-            words = torch.cat([part[:, : seen.start], part[:, seen.stop :]], dim=1)
-            return torch.cat([self._padded(words), part[:, seen]], dim=1)
+            words = torch.cat([part[:, : image.start], part[:, image.stop :]], dim=1)
+            return torch.cat([self._padded(words), part[:, image]], dim=1)
 
-        return words_first(reading.states_BTMS), words_first(reading.mask_BT), (sight.rows, sight.columns)
+        return words_first(states.states_BTMS), words_first(states.mask_BT), (span.rows, span.columns)
 
     def _read(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """States and mask of captions, padded."""
-        reading = self._checked(captions)
-        return self._padded(reading.states_BTMS), self._padded(reading.mask_BT)
+        states = self._checked(captions)
+        return self._padded(states.states_BTMS), self._padded(states.mask_BT)
 
     def _padded(self, words: Tensor) -> Tensor:
-        """Words [B, T, ...] with room for as many as the recipe says."""
+        """Words [B, T, ...] padded to `context_tokens`."""
         return F.pad(words, (0, 0) * (words.ndim - 2) + (0, self.train.context_tokens - words.shape[1]))
 
     def _checked(self, captions: list[str], pictures: Sequence[Sequence[ImageInput]] = ()) -> HiddenStates:
-        """Raises UsageError if a caption does not fit into `context_tokens`, or is longer than the tower reads."""
+        """The hidden states; raises UsageError if a caption is longer than `context_tokens` or what the tower takes."""
         try:
-            reading = self.understanding.encode(captions, pictures)
+            states = self.understanding.encode(captions, pictures)
         except InputError:
-            reading = None
-        if reading is not None:
-            seen = sum(sight.rows * sight.columns for sight in reading.image_spans[0])
-            if reading.mask_BT.shape[1] - seen <= self.train.context_tokens:
-                return reading
+            states = None
+        if states is not None:
+            image_tokens = sum(span.rows * span.columns for span in states.image_spans[0])
+            if states.mask_BT.shape[1] - image_tokens <= self.train.context_tokens:
+                return states
         tokens = [len(ids) for ids in self.understanding.tokenizer(captions, verbose=False)["input_ids"]]  # type: ignore[index]
         longest = captions[tokens.index(max(tokens))]
         raise UsageError(
             f"the caption '{longest[:80]}' has {max(tokens)} tokens: shorten it, or raise context_tokens in the recipe "
-            f"(now {self.train.context_tokens}; the understanding tower reads {self.understanding.max_tokens})"
+            f"(now {self.train.context_tokens}; the understanding tower takes {self.understanding.max_tokens})"
         )
 
 
 def kind_of(curriculum: Curriculum, seed: int, step: int) -> Kind:
-    """What a step learns from. All of it is of one kind, which keeps its shapes static."""
+    """The kind of a step: one for all its pictures, so that shapes are static."""
     stage = curriculum.stage_at(step)
     return stage.name, Random(f"{seed}/{step}/edits").random() < stage.edits
 
 
 def _workers(device: torch.device) -> int:
-    """Processes that pick ahead: none on a CPU, whose cores are at work already."""
+    """The number of processes that pick ahead: none on a CPU, whose cores are busy."""
     if device.type != "cuda":
         return 0
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(8, (os.cpu_count() or 1) // local - 1))
 
 
-def _as_it_is(picked: Any) -> Any:
+def _unchanged(picked: Any) -> Any:
     return picked

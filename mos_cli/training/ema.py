@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 WIDTHS = ("0.05", "0.10")
-"""The relative widths (sigma_rel) kept side by side; which one is best shows afterwards."""
+"""The relative widths (sigma_rel) of the averages that are kept; the better one is chosen after training."""
 
 
 @cache
 def gamma_of(width: float) -> float:
-    """The exponent whose averaging profile is `width` of the run wide (equation 126: the root of a cubic)."""
+    """The exponent for an averaging profile of relative width `width` (equation 126: the root of a cubic)."""
     inverse = width**-2
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
@@ -21,8 +21,8 @@ def gamma_of(width: float) -> float:
 class PowerEMA:
     """Averages of named parameters, one set for each of WIDTHS; sharded as the parameters are.
 
-    After step t an average is beta * average + (1 - beta) * weights, with beta = (1 - 1/t) ** (gamma + 1): the first
-    step replaces what was there, so a start from nothing leaves no trace.
+    After step t an average is beta * average + (1 - beta) * weights, with beta = (1 - 1/t) ** (gamma + 1). The first
+    step replaces the initial values.
     """
 
     def __init__(self, parameters: dict[str, Tensor]) -> None:
@@ -30,7 +30,7 @@ class PowerEMA:
 
     @torch.no_grad()
     def update(self, parameters: dict[str, Tensor], step: int) -> None:
-        """Takes in the weights after `step` steps, counted from 1."""
+        """Adds the weights after `step` steps, counted from 1."""
         weights = [_local(parameter) for parameter in parameters.values()]
         for width, average in self.averages.items():
             share = 1 - (1 - 1 / step) ** (gamma_of(float(width)) + 1)
@@ -38,5 +38,5 @@ class PowerEMA:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This process's part: averaging needs no other."""
+    """This process's part of a sharded tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()

@@ -1,4 +1,4 @@
-"""Training the enlarger: the network that draws a picture from its halved self.
+"""Training the enlarger: the network that decodes a picture at half its size.
 
 Shapes: B pictures, C channels, H x W the halved picture's size.
 """
@@ -17,7 +17,7 @@ from mos_cli.utils.devices import choose_device, choose_precision
 
 CANVAS = 128
 NOISE = 0.1
-"""Half of the pictures carry noise of up to this deviation: what the generation tower draws is never quite clean."""
+"""The largest standard deviation of the noise in half of the pictures: the tower's latents are not quite clean."""
 
 
 def train_enlarger(
@@ -30,7 +30,7 @@ def train_enlarger(
     seed: int = 0,
     log: Callable[[int, float], None],
 ) -> None:
-    """Trains an enlarger from scratch and writes it to `folder`; `log` is told the step done and its loss."""
+    """Trains an enlarger from scratch and writes it to `folder`; `log` is called with each step and its loss."""
     device = choose_device("auto")
     bfloat16 = choose_precision(device) == "bf16"
     torch.manual_seed(seed)
@@ -41,7 +41,7 @@ def train_enlarger(
     for step in range(steps):
         scenes = [source.pick(Random(f"{seed}/{step}/{index}"), CANVAS)[0] for index in range(batch)]
         pictures = source.draw(scenes, CANVAS)
-        z = roughened(enlarger.encode(pictures), noise).contiguous(memory_format=torch.channels_last)
+        z = with_noise(enlarger.encode(pictures), noise).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             drawn = enlarger.decode(z)
         loss = picture_loss(drawn, pictures)
@@ -54,11 +54,11 @@ def train_enlarger(
     enlarger.to(torch.bfloat16, memory_format=torch.contiguous_format).save_pretrained(folder)  # type: ignore[call-overload]
 
 
-def roughened(z_BCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """The first half of the batch with noise, each picture with a deviation of its own."""
-    rough, clean = z_BCHW.chunk(2)
-    deviation = NOISE * torch.rand(len(rough), 1, 1, 1, generator=generator, device=z_BCHW.device)
-    return torch.cat([rough + deviation * torch.randn(rough.shape, generator=generator, device=rough.device), clean])
+def with_noise(z_BCHW: Tensor, generator: torch.Generator) -> Tensor:
+    """The first half of the batch with noise, of a random standard deviation for each picture."""
+    noisy, clean = z_BCHW.chunk(2)
+    deviation = NOISE * torch.rand(len(noisy), 1, 1, 1, generator=generator, device=z_BCHW.device)
+    return torch.cat([noisy + deviation * torch.randn(noisy.shape, generator=generator, device=noisy.device), clean])
 
 
 def picture_loss(drawn: Tensor, pictures: Tensor) -> Tensor:

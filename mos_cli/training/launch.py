@@ -1,4 +1,4 @@
-"""Where a run happens: one process or many, whole or sharded, as `accelerate launch` set it up."""
+"""Setting up a run: one process or many, with or without sharding, as `accelerate launch` configures it."""
 
 import importlib.util
 import os
@@ -15,21 +15,21 @@ from mos_cli.towers.generation import GenerationTower
 from mos_cli.training.recipe import TrainTable
 
 
-def start_accelerator(train: TrainTable, folder: Path, *, parts_rest: bool = False) -> Accelerator:
+def start_accelerator(train: TrainTable, folder: Path, *, unused_parts: bool = False) -> Accelerator:
     """The accelerator of this process, logging to TensorBoard in `folder`; `--use_fsdp` shards the network (FSDP2).
 
     Args:
-        parts_rest: some steps leave parts of the network out, as those that do not edit do.
+        unused_parts: some steps do not use all parameters: those that do not train edits.
 
     Raises:
-        UsageError: what training needs beyond the product is not installed.
+        UsageError: a package that only training needs is not installed.
     """
     for module in ("tensorboard", "matplotlib"):
         if importlib.util.find_spec(module) is None:
             raise UsageError(f"training needs {module}: pip install 'mos-cli[train]'")
     sharding = None
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        # What goes in stays as it is (times and pictures are fp32); only weights and what they compute are bf16.
+        # Inputs (times and pictures) stay fp32; weights and activations are bf16.
         computing = torch.bfloat16 if train.precision == "bf16" else None
         sharding = FullyShardedDataParallelPlugin(
             fsdp_version=2,
@@ -45,22 +45,22 @@ def start_accelerator(train: TrainTable, folder: Path, *, parts_rest: bool = Fal
         log_with="tensorboard",
         project_dir=folder,
         fsdp_plugin=sharding,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=parts_rest)],
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused_parts)],
     )
     if sharding is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        # accelerate offers sharding on accelerators only, though PyTorch shards on CPUs just as well.
+        # accelerate supports sharding on GPUs only, PyTorch also on CPUs.
         for state in (PartialState._shared_state, AcceleratorState._shared_state):
             state["distributed_type"] = DistributedType.FSDP
         AcceleratorState._shared_state["fsdp_plugin"] = sharding
     if accelerator.device.type == "cpu":
-        _attend_by_products()
+        _use_math_attention()
     return accelerator
 
 
-def _attend_by_products() -> None:
-    """Attention as plain matrix products: on a CPU the backward pass of the fused kernel takes three times as long.
+def _use_math_attention() -> None:
+    """Uses plain matrix products for attention: on a CPU the backward pass of the fused kernel is three times slower.
 
-    The switches are PyTorch's, named after CUDA and obeyed on CPUs too. They hold for the process.
+    PyTorch's switches are named after CUDA but also apply to CPUs, for the whole process.
     """
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)

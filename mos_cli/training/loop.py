@@ -29,17 +29,18 @@ from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.stages import curriculum
 from mos_cli.training.start import start_tower
 from mos_cli.utils.files import atomic_write, make_folder
+from mos_cli.utils.migration import current_recipe
 
 RECIPE = "recipe.json"
 MAY_CHANGE = {"steps", "compile", "ema", "log_every", "save_every", "sample_every", "sample_prompts"}
-"""Settings of a run that may differ when it is taken up again; so may the steps of its last stage."""
+"""Settings that may differ when a run is resumed; so may the steps of its last stage."""
 
 
 class Trainer:
-    """A run in a folder: network, optimisers, moving averages, and where it stands. Every process has one.
+    """A training run in a folder: network, optimisers, moving averages and the current step. Every process has one.
 
     Args:
-        folder: the run's folder; a checkpoint in it is taken up again. Processes on several machines share it.
+        folder: the run's folder, shared by all processes; a run with a checkpoint in it is resumed.
 
     Raises:
         InputError: the folder holds a run of another recipe, or a damaged checkpoint.
@@ -67,11 +68,11 @@ class Trainer:
         self.journal = Journal(folder, self.step, accelerator)
 
     def run(self, log: Callable[[Metrics], None], sample: Callable[["Trainer"], None]) -> None:
-        """Trains until the course's last step, saving and sampling on the way.
+        """Trains to the last step, saving and sampling on the way.
 
         Args:
-            log: called for every step, `log_every` at a time; if it raises KeyboardInterrupt, in whichever process,
-                the run is saved and ends.
+            log: called for every step, `log_every` at a time; if it raises KeyboardInterrupt in any process, the run
+                is saved and ends.
             sample: called every `sample_every` steps and after the last.
         """
         train, steps, pending = self.recipe.train, self.curriculum.steps, []
@@ -80,7 +81,7 @@ class Trainer:
         started = time.perf_counter()
         while batch is not None:
             pending.append(self.advance(batch))
-            # Made while the accelerator is still at the step: nothing since has waited for it.
+            # Made while the GPU still computes the step: nothing since has waited for it.
             batch = next(batches, None)
             last = self.step == steps
             saves, samples = (last or self.step % every == 0 for every in (train.save_every, train.sample_every))
@@ -96,8 +97,8 @@ class Trainer:
                 started = time.perf_counter()
 
     def advance(self, batch: Batch) -> Tensor:
-        """One step; returns its loss, gradient norm and layer use [2 + J * M], on the device: nobody waits for it."""
-        # The routes explored depend on the step alone, so that a resumed run equals one never stopped.
+        """Computes one step; returns its loss, gradient norm and layer use [2 + J * M], on the device."""
+        # The random routes depend on the step alone, so that a resumed run equals an uninterrupted one.
         torch.manual_seed(Random(f"{self.recipe.train.seed}/{self.step}/{self.batches.share.rank}").getrandbits(63))
         set_rates(self.optimisers, self.curriculum, self.step)
         loss, use_JM = self.network(batch)
@@ -108,33 +109,32 @@ class Trainer:
             optimiser.zero_grad()
         self.step += 1
         self.ema.update(self._parameters(), self.step)
-        return torch.cat([loss.detach()[None], _whole(norm)[None], use_JM.detach().flatten()])
+        return torch.cat([loss.detach()[None], _full(norm)[None], use_JM.detach().flatten()])
 
     def averaged_tower(self) -> GenerationTower:
-        """A copy of the network with the averaged weights the recipe chooses: the one to draw with and to ship.
+        """The network with the moving average of its weights that the recipe chooses, for drawing and for export.
 
-        All processes call it, and each gets the whole network.
+        All processes call it, and each gets the complete network.
         """
         tower = GenerationTower(**self.recipe.generation)
         average = self.ema.averages[self.recipe.train.ema]
-        tower.load_state_dict({name: _whole(weights) for name, weights in average.items()})
+        tower.load_state_dict({name: _full(weights) for name, weights in average.items()})
         return tower.eval().to(self.device)  # type: ignore[arg-type, return-value]
 
     def save(self) -> None:
-        """Writes a checkpoint; the one before stays until the new one is whole. All processes call it."""
+        """Writes a checkpoint; the previous one is kept until the new one is complete. All processes call it."""
         checkpoint.save(self.folder, self.step, self._state(), self.accelerator)
         self.journal.plot()
 
     def _load(self, path: Path) -> None:
-        state = self._state()
-        checkpoint.load(path, state, self.accelerator)
+        state = checkpoint.load(path, self._state(), self.accelerator)
         set_state_dict(
             self.tower, self._bare_optimisers(), model_state_dict=state["tower"], optim_state_dict=state["optimisers"]
         )
         self.step = int(path.name)
 
     def _state(self) -> dict[str, Any]:
-        """All that a checkpoint holds; loading fills it in place, and the averages are filled with that."""
+        """The content of a checkpoint. Loading fills its tensors in place, those of the averages included."""
         tower, optimisers = get_state_dict(self.tower, self._bare_optimisers())
         return {"tower": tower, "optimisers": optimisers, "ema": self.ema.averages}
 
@@ -145,20 +145,19 @@ class Trainer:
         return dict(self.tower.named_parameters())
 
     def _keep_recipe(self) -> None:
-        """Writes the recipe into the run's folder, or compares: only how long and how often may change on the way."""
+        """Writes the recipe into the run's folder, or compares it with the one there, apart from `MAY_CHANGE`."""
         path, kept = self.folder / RECIPE, self.recipe.model_dump(mode="json", exclude={"train": MAY_CHANGE})
         for stage in kept["stages"][-1:]:
             del stage["steps"]
-        mine = json.dumps(kept, indent=2)
         if self.accelerator.is_main_process and not path.exists():
             make_folder(self.folder)
-            atomic_write(path, mine.encode())
+            atomic_write(path, json.dumps(kept, indent=2).encode())
         self.accelerator.wait_for_everyone()
-        if path.read_text(encoding="utf-8") != mine:
+        if current_recipe(json.loads(path.read_bytes())) != kept:
             raise InputError(f"{self.folder} holds a run of another recipe: choose another folder with --run")
 
     def _report(self, pending: list[Tensor], seconds: float, log: Callable[[Metrics], None]) -> bool:
-        """Brings the numbers of several steps to the journal and to `log`; whether a process was interrupted."""
+        """Passes the numbers of several steps to the journal and to `log`; whether a process was interrupted."""
         layers, interrupted = self.tower.states_shape[0], False
         rows = self.accelerator.reduce(torch.stack(pending), "mean").cpu()  # type: ignore[union-attr]
         stages = [self.curriculum.stage_at(self.step - 1 - back) for back in range(len(pending))]
@@ -184,11 +183,11 @@ class Trainer:
                 log(line)
         except KeyboardInterrupt:
             interrupted = True
-        # One interrupted process must not leave the others waiting for it in the next step.
+        # All processes end together: otherwise the others would wait for the interrupted one.
         flags = self.accelerator.gather(torch.tensor([interrupted], device=self.device))
         return bool(flags.any())  # type: ignore[union-attr]
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor in one piece."""
+def _full(tensor: Tensor) -> Tensor:
+    """A sharded tensor, gathered."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()

@@ -1,4 +1,4 @@
-"""What a run says of itself: a CSV of every step, TensorBoard, and a plot of the loss.
+"""The log of a run: a CSV of every step, TensorBoard, and a plot of the loss.
 
 Shapes: M understanding layers, J generation blocks.
 """
@@ -16,10 +16,11 @@ METRICS, PLOT, TENSORBOARD = "metrics.csv", "loss.png", "tensorboard"
 
 @dataclass(frozen=True)
 class Metrics:
-    """One line of the log: a step's numbers over all processes.
+    """The numbers of a step, over all processes.
 
-    `route_entropy` is that of the layers a block chose, in nats, averaged over the blocks (0 = always the same ones,
-    ln(M) = all alike); `block_entropy` has it for each block. `layer_use` are the layers' shares over all blocks.
+    `route_entropy` is the entropy of the layers that a block chose, in nats, mean over blocks (0: always the same
+    layer, ln(M): all equally often); `block_entropy` has it for each block. `layer_use` are the layers' shares over all
+    blocks.
     """
 
     step: int
@@ -32,16 +33,16 @@ class Metrics:
 
 
 class Journal:
-    """Keeps the metrics of the run in `folder`; only the main process writes.
+    """Writes the metrics of the run in `folder`; only the main process does.
 
     Args:
-        step: where the run is taken up; what was written of later steps is about to be made again and dropped.
+        step: the step at which the run is resumed; lines of later steps are removed.
     """
 
     def __init__(self, folder: Path, step: int, accelerator: Accelerator) -> None:
         self.folder, self.accelerator = folder, accelerator
         if accelerator.is_main_process:
-            _forget_after(folder / METRICS, step)
+            _drop_after(folder / METRICS, step)
         accelerator.init_trackers(TENSORBOARD, init_kwargs={"tensorboard": {"purge_step": step + 1}})
 
     def write(self, lines: list[Metrics]) -> None:
@@ -75,7 +76,7 @@ class Journal:
             points = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
         smooth = [points[0][1]]
         for step, loss in points[1:]:
-            # About a tenth of the run so far is averaged, however long it is.
+            # Averages about the last tenth of the run so far.
             smooth.append(smooth[-1] + 10 / (10 + step) * (loss - smooth[-1]))
         steps, losses = zip(*points, strict=True)
         figure = Figure(figsize=(8, 4), layout="constrained")
@@ -87,7 +88,7 @@ class Journal:
             figure.savefig(path, dpi=120)
 
 
-def _forget_after(path: Path, step: int) -> None:
+def _drop_after(path: Path, step: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if not line[0].isdigit() or int(line.split(",")[0]) <= step]
     if kept != lines:

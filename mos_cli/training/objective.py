@@ -1,4 +1,4 @@
-"""What a step minimises, as one module: launchers wrap it whole, for many processes or for sharding.
+"""The training objective as one module, which launchers wrap for many processes or for sharding.
 
 Shapes: B batch, T context tokens, V image tokens, M understanding layers, S width of a state, Z widest state of an
 image token, J generation blocks, K kept layers, C channels, H x W the latent's size.
@@ -17,11 +17,11 @@ from mos_cli.towers.router import Route
 from mos_cli.training.batches import Batch
 
 CHANGE = 0.1
-"""A latent's value differs by more than this where an edit changes it."""
+"""The least difference of a latent's value that counts as changed by an edit."""
 
 
 class Objective(nn.Module):
-    """Batch in; out come the loss and how the routes use the layers, [J, M], each block's shares summing to 1.
+    """From a batch to the loss and the use of the layers by the routes, [J, M]; the shares of a block sum to 1.
 
     Args:
         epsilon: probability of exploring a random route.
@@ -32,14 +32,14 @@ class Objective(nn.Module):
     def __init__(self, tower: GenerationTower, epsilon: float) -> None:
         super().__init__()
         self.tower, self.epsilon = tower, epsilon
-        self._compute: Any = self._plain
+        self._compute: Any = self._uncompiled
 
     def compile_whole(self) -> None:
         """Compiles the computation as one graph, for static shapes."""
-        self._compute = torch.compile(self._plain, dynamic=False)
+        self._compute = torch.compile(self._uncompiled, dynamic=False)
 
     def compile_blocks(self) -> None:
-        """Compiles block by block, as sharding needs it: each block's weights come and go around its call."""
+        """Compiles block by block, as sharding needs it, which gathers the weights of a block for its call."""
         for block in self.tower.blocks:
             block.compile(dynamic=False)
 
@@ -51,11 +51,11 @@ class Objective(nn.Module):
             batch.states_BTMS,
             batch.mask_BT,
             batch.references_BCHW,
-            batch.sight_BVMZ,
+            batch.image_states_BVMZ,
             batch.grid,
         )
 
-    def _plain(
+    def _uncompiled(
         self,
         z0_BCHW: Tensor,
         z_BCHW: Tensor,
@@ -63,16 +63,16 @@ class Objective(nn.Module):
         states_BTMS: Tensor,
         mask_BT: Tensor,
         references_BCHW: Tensor | None,
-        sight_BVMZ: Tensor | None,
+        image_states_BVMZ: Tensor | None,
         grid: Grid,
     ) -> tuple[Tensor, Tensor]:
         bank, importance = self.tower.project_states(states_BTMS, mask_BT), 1.0
         if references_BCHW is not None:
             references = self.tower.cache_references([references_BCHW], [grid])
-            if sight_BVMZ is None:
+            if image_states_BVMZ is None:
                 bank = replace(bank, references=references)
             else:
-                bank = self.tower.add_image_tokens(bank, sight_BVMZ, references)
+                bank = self.tower.add_image_tokens(bank, image_states_BVMZ, references)
             assert isinstance(bank.padding, Tensor)
             mask_BT, importance = bank.padding, importance_of_change(z0_BCHW, references_BCHW)
         x_hat, route = self.tower(z_BCHW, t_B, bank, epsilon=self.epsilon)
@@ -80,10 +80,9 @@ class Objective(nn.Module):
 
 
 def importance_of_change(z0_BCHW: Tensor, before_BCHW: Tensor) -> Tensor:
-    """How much each place of an edit counts, [B, 1, H, W]: 1 where nothing changes, more where little else does.
+    """The weight of each place of an edit in the loss, [B, 1, H, W]: 1 where nothing changes.
 
-    The smaller the part that changes, the less the mean error says about it: it counts 1 + log2(whole / part), as
-    UniWorld-V1 weighs edits (arXiv 2506.03147).
+    Changed places have the weight 1 + log2(whole / part), so that small changes count (UniWorld-V1, arXiv 2506.03147).
     """
     changed_B1HW = ((z0_BCHW - before_BCHW).abs().amax(dim=1, keepdim=True) > CHANGE).float()
     part_B111 = changed_B1HW.mean(dim=(1, 2, 3), keepdim=True)
@@ -91,10 +90,10 @@ def importance_of_change(z0_BCHW: Tensor, before_BCHW: Tensor) -> Tensor:
 
 
 def layer_use(route: Route, mask_BT: Tensor, layers: int) -> Tensor:
-    """Share of each block's choices that fell on each layer, [J, M]; padding is left out."""
+    """The share of each layer among the choices of each block, [J, M], without padding."""
     ids_BTJK = route.ids_BTJK
     counted = mask_BT[:, :, None, None].expand_as(ids_BTJK).float()
-    # Sums by index: selecting by mask or counting with bincount would make an accelerator wait.
+    # Sums by index: selecting by mask or bincount would synchronise with the GPU.
     use_JM = counted.new_zeros(ids_BTJK.shape[2], layers)
     use_JM = use_JM.scatter_add(1, ids_BTJK.permute(2, 0, 1, 3).flatten(1), counted.permute(2, 0, 1, 3).flatten(1))
     return use_JM / use_JM.sum(dim=1, keepdim=True)

@@ -7,7 +7,7 @@ from mos_cli.training.stages import Curriculum
 
 
 def build_optimisers(tower: nn.Module) -> list[torch.optim.Optimizer]:
-    """Puts every parameter into exactly one group; learning rates are set step by step, see `set_rates`."""
+    """The optimisers, with every parameter in exactly one of them; `set_rates` sets their learning rates."""
     muon, adamw = [], []
     for name, parameter in tower.named_parameters():
         in_block = name.startswith(("blocks.", "router.blocks.")) and name.endswith(".weight")
@@ -20,7 +20,7 @@ def build_optimisers(tower: nn.Module) -> list[torch.optim.Optimizer]:
 
 
 def start_states(optimisers: list[torch.optim.Optimizer]) -> None:
-    """Gives every parameter the state that its first step would: one that rests at first would have none to save."""
+    """Creates the optimiser state of every parameter, so that all have one to save before their first gradient."""
     for optimiser in optimisers:
         for parameter in (p for group in optimiser.param_groups for p in group["params"]):
             if isinstance(optimiser, torch.optim.Muon):
@@ -31,7 +31,7 @@ def start_states(optimisers: list[torch.optim.Optimizer]) -> None:
 
 
 def set_rates(optimisers: list[torch.optim.Optimizer], curriculum: Curriculum, step: int) -> None:
-    """Gives the optimisers of `build_optimisers` the learning rates of a step: a function of it, so without state."""
+    """Sets the learning rates of a step in the optimisers of `build_optimisers`."""
     stage, rate = curriculum.stage_at(step), curriculum.rate(step)
     for optimiser, full in zip(optimisers, (stage.muon_lr, stage.adamw_lr), strict=True):
         for group in optimiser.param_groups:

@@ -1,4 +1,4 @@
-"""A training recipe: everything that decides what a run learns, read from one TOML file."""
+"""A training recipe: everything that determines a run, read from one TOML file."""
 
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -9,11 +9,12 @@ from mos_cli.bundles.specs import Canvas, Defaults, EditDefaults
 from mos_cli.datasets.tables import Data, read_toml, with_words
 from mos_cli.errors import InputError, UsageError
 from mos_cli.utils.folders import presets_folder
+from mos_cli.utils.migration import GenerationConfig, Migrated
 from mos_cli.utils.validation import Frozen, PlainName, first_problem
 
 
 class BundleTable(Frozen):
-    """What the exported bundle says of itself."""
+    """The fields of the exported bundle's index."""
 
     name: PlainName
     description: str
@@ -30,7 +31,7 @@ class BundleTable(Frozen):
 
 
 class StageTable(Frozen):
-    """A part of a run with a canvas of its own, in pixels; what it leaves out is as in [train] and [data]."""
+    """A part of a run with a canvas of its own, in pixels; omitted fields are as in [train] and [data]."""
 
     name: PlainName
     steps: int = Field(ge=1)
@@ -47,7 +48,7 @@ class TrainTable(Frozen):
 
     seed: int
     steps: int | None = Field(default=None, ge=1)
-    """Left out where [[stages]] say how long each of them takes."""
+    """Omitted with [[stages]], which have steps of their own."""
     batch: int = Field(ge=1)
     """Pictures of a step, over all processes."""
     context_tokens: int = Field(ge=2)
@@ -62,44 +63,45 @@ class TrainTable(Frozen):
     decay: float = Field(gt=0, le=1)
     clip: float = Field(gt=0)
     ema: Literal["0.05", "0.10"] = "0.05"
-    """Which of the two moving averages is drawn with and exported: its width, as a share of the run."""
+    """The moving average that is used for samples and export, by its width as a share of the run."""
     precision: Literal["bf16", "fp32"]
     compile: bool
     log_every: int = Field(default=1, ge=1)
-    """Steps between two looks at the numbers; each look makes an accelerator wait."""
+    """Steps between two logs; each log synchronises with the GPU."""
     save_every: int = Field(ge=1)
     sample_every: int = Field(ge=1)
     sample_prompts: tuple[str, ...] = Field(min_length=1)
 
 
-class TrainRecipe(Frozen):
+class TrainRecipe(Migrated):
     """A whole recipe: towers, bundle, data, network (arguments of GenerationTower), optimisation and its stages."""
 
     understanding: str
     """A tower's name, its .json file, or a hub id: `owner/name`."""
     autoencoder: str | None = None
-    """One that comes with mos, or any of diffusers', as a folder or hub id; without one the model draws in pixels."""
-    eyes: Literal["efficientnet-lite0"] | None = None
-    """What gives the understanding tower image tokens of the pictures to edit, if it cannot see by itself."""
+    """One of the package, or any of diffusers', as a folder or hub id; without one the latents are pixels."""
+    image_encoder: Literal["efficientnet-lite0"] | None = None
+    """What makes image tokens of the pictures to edit, if the understanding tower has no vision part."""
     start_from: str | None = None
-    """A bundle whose weights the run starts with; see `training.start`."""
+    """The bundle whose weights the run starts with; see `training.start`."""
     bundle: BundleTable
     data: Data
-    generation: dict[str, Any]
+    generation: GenerationConfig
     train: TrainTable
     stages: tuple[StageTable, ...] = ()
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
         edits = [data for data in (self.data, *(stage.data for stage in self.stages)) if data and data.edits]
-        if edits and self.eyes is None and not self.generation.get("sees"):
+        if edits and self.image_encoder is None and not self.generation.get("has_vision"):
             raise ValueError(
-                'steps that edit need eyes = "efficientnet-lite0", or a tower that sees: [generation] sees'
+                'steps that edit need image_encoder = "efficientnet-lite0", or an understanding tower with vision: '
+                "has_vision = true in [generation]"
             )
         if bool(edits) != (self.bundle.edits is not None):
             raise ValueError("[bundle] edits, the settings to edit with, go with [data] edits, the steps that edit")
         if bool(self.stages) == (self.train.steps is not None):
-            raise ValueError("say how long it takes either in [train] steps or in [[stages]]")
+            raise ValueError("give the number of steps either in [train] steps or in [[stages]]")
         for stage in self.stages:
             if stage.canvas % self.bundle.canvas.multiple:
                 raise ValueError(f"stage {stage.name}: the canvas must be a multiple of {self.bundle.canvas.multiple}")

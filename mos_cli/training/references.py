@@ -1,4 +1,4 @@
-"""The models a recipe names: found, fetched once, and pinned by what was found."""
+"""The models that a training recipe refers to: finding and fetching them."""
 
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from mos_cli.utils.folders import models_folder
 def find_understanding(reference: str) -> tuple[TowerSpec, Path]:
     """An understanding tower by name, .json file or hub id: its description and its folder.
 
-    A hub id is described as found: the files of the newest revision, with their hashes, so that a bundle made with it
-    pins what it was trained with. Raises ModelError if it cannot be had.
+    A hub id is described by the files of its newest revision and their hashes, so that an exported bundle pins them.
+    Raises ModelError if it cannot be fetched.
     """
     if "/" not in reference or reference.endswith(".json"):
         spec = load_tower_spec(reference)
@@ -39,7 +39,7 @@ def find_understanding(reference: str) -> tuple[TowerSpec, Path]:
 
 
 def find_autoencoder(reference: str | None, device: torch.device) -> Autoencoder:
-    """One that comes with mos, by name, or that of a folder or hub id, in fp32; without a reference the pixels."""
+    """An autoencoder by the name of one in the package, by folder or hub id, in fp32; None is `Pixels`."""
     if reference is None:
         return Pixels()
     folder = models_folder() / reference
@@ -51,8 +51,8 @@ def find_autoencoder(reference: str | None, device: torch.device) -> Autoencoder
 
 
 def find_image_encoder(layers: int, device: torch.device, dtype: torch.dtype) -> ImageEncoder:
-    """EfficientNet-Lite0 as eyes with `layers` states for a token; raises ModelError if it cannot be had."""
-    eyes = ImageEncoder(layers=layers)
-    weights, names = read_weights(fetch_tower(features_spec())), eyes.trunk.state_dict().keys()
-    eyes.trunk.load_state_dict({name: value for name, value in weights.items() if name in names})
-    return eyes.to(device, dtype)  # type: ignore[arg-type, return-value]
+    """The image encoder with `layers` states for a token; raises ModelError if its weights cannot be fetched."""
+    image_encoder = ImageEncoder(layers=layers)
+    weights, names = read_weights(fetch_tower(features_spec())), image_encoder.trunk.state_dict().keys()
+    image_encoder.trunk.load_state_dict({name: value for name, value in weights.items() if name in names})
+    return image_encoder.to(device, dtype)  # type: ignore[arg-type, return-value]

@@ -1,4 +1,4 @@
-"""A training run from recipe to bundle: gathers the parts, trains, draws samples on the way, exports the result.
+"""A training run from recipe to bundle: loads the parts, trains, draws samples, and exports the result.
 
 Shapes: B batch, C channels, H x W a picture's size.
 """
@@ -36,7 +36,7 @@ from mos_cli.training.stages import curriculum
 
 @dataclass(frozen=True)
 class ScenePicker:
-    """Scenes as a source of pictures: they look the same on every canvas."""
+    """Picks scenes, which do not depend on the canvas."""
 
     writer: SceneWriter
 
@@ -46,7 +46,7 @@ class ScenePicker:
 
 @dataclass(frozen=True)
 class EditPicker:
-    """Edits of scenes as a source of pictures and instructions."""
+    """Picks edits of scenes, with instructions."""
 
     writer: EditWriter
 
@@ -56,28 +56,30 @@ class EditPicker:
 
 
 def prepare(recipe: TrainRecipe, art: Path, folder: Path) -> Trainer:
-    """A run in `folder`, from its checkpoint if there is one, ready to go on.
+    """Prepares a run in `folder`, from its checkpoint if there is one.
 
     Raises:
-        InputError: the data or the checkpoint is not there, damaged, or does not fit the recipe.
-        ModelError: the understanding tower or the autoencoder cannot be had.
-        UsageError: the recipe cannot be run here.
+        InputError: the data or the checkpoint is missing, damaged, or does not fit the recipe.
+        ModelError: the understanding tower or the autoencoder cannot be fetched or loaded.
+        UsageError: the recipe does not fit the models, or cannot be run here.
     """
     plan = curriculum(recipe)
-    accelerator = start_accelerator(recipe.train, folder, parts_rest=recipe.bundle.edits is not None)
+    accelerator = start_accelerator(recipe.train, folder, unused_parts=recipe.bundle.edits is not None)
     device = accelerator.device
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     with accelerator.local_main_process_first():
         _, tower = find_understanding(recipe.understanding)
         autoencoder = find_autoencoder(recipe.autoencoder, device)
         understanding = load_understanding(tower, dtype=dtype, device=str(device))
-        eyes = None if recipe.eyes is None else find_image_encoder(understanding.layers, device, dtype)
-    seen = () if eyes is None else eyes.widths
-    if tuple(recipe.generation.get("sight_widths", ())) != seen:
-        raise UsageError(f"[generation] sight_widths must be {list(seen)}, the widths of what the recipe's eyes see")
-    if recipe.generation.get("sees") and not isinstance(understanding, VisionLanguageTower):
+        image_encoder = (
+            None if recipe.image_encoder is None else find_image_encoder(understanding.layers, device, dtype)
+        )
+    widths = () if image_encoder is None else image_encoder.widths
+    if tuple(recipe.generation.get("image_state_widths", ())) != widths:
+        raise UsageError(f"[generation] image_state_widths must be {list(widths)}, the widths of the image encoder")
+    if recipe.generation.get("has_vision") and not isinstance(understanding, VisionLanguageTower):
         raise UsageError(
-            f"[generation] sees = true needs a tower that sees pictures: {recipe.understanding} only reads"
+            f"[generation] has_vision = true needs an understanding tower with vision: {recipe.understanding} has none"
         )
     share = Share(accelerator.process_index, accelerator.num_processes)
     found: dict[str, tuple[Source, ...]] = {}
@@ -87,12 +89,12 @@ def prepare(recipe: TrainRecipe, art: Path, folder: Path) -> Trainer:
         if key not in found:
             found[key] = find_sources(stage.data, art, device)
         sources |= {(stage.name, index == 1): source for index, source in enumerate(found[key])}
-    batches = Batches(plan, recipe.train, sources, understanding, autoencoder, device, share, eyes)
+    batches = Batches(plan, recipe.train, sources, understanding, autoencoder, device, share, image_encoder)
     return Trainer(recipe, batches, folder, accelerator)
 
 
 def find_sources(data: DataTable | CaptionedTable, art: Path, device: torch.device) -> tuple[Source, ...]:
-    """Where pictures come from, and edits of scenes, with the sprites on the device; raises InputError."""
+    """The sources of pictures and of edits for a `[data]` table; raises InputError if data is missing or invalid."""
     if isinstance(data, CaptionedTable):
         return _captioned_sources(data, device)
     vocabulary = load_vocabulary(load_art(art), data)
@@ -100,8 +102,8 @@ def find_sources(data: DataTable | CaptionedTable, art: Path, device: torch.devi
     return Source(ScenePicker(SceneWriter(vocabulary)), draw), edits_of(vocabulary, draw)
 
 
-def _forget_where_it_was(config: Path) -> None:
-    """Takes the path out that diffusers keeps in a config: a bundle speaks of no machine."""
+def _remove_path(config: Path) -> None:
+    """Removes the path that diffusers stores in a config: a bundle contains no paths of a machine."""
     fields = json.loads(config.read_text(encoding="utf-8"))
     fields.pop("_name_or_path", None)
     config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
@@ -126,7 +128,7 @@ def _captioned_sources(data: CaptionedTable, device: torch.device) -> tuple[Sour
 
 
 def edits_of(vocabulary: Vocabulary, draw: Draw) -> Source:
-    """Edits of scenes made of the words of a vocabulary."""
+    """The source of edits of scenes with the words of a vocabulary."""
     return Source(
         EditPicker(EditWriter(vocabulary)),
         draw=lambda edits, canvas: draw([edit.after for edit in edits], canvas),
@@ -153,9 +155,9 @@ def export(trainer: Trainer, folder: Path) -> Bundle | None:
     FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
     if not isinstance(trainer.batches.autoencoder, Pixels):
         trainer.batches.autoencoder.save_pretrained(folder / "autoencoder")
-        _forget_where_it_was(folder / "autoencoder" / "config.json")
-    if trainer.batches.eyes is not None:
-        trainer.batches.eyes.bfloat16().save_pretrained(folder / "eyes")
+        _remove_path(folder / "autoencoder" / "config.json")
+    if trainer.batches.image_encoder is not None:
+        trainer.batches.image_encoder.bfloat16().save_pretrained(folder / "image_encoder")
     (folder / "recipe.json").write_text(json.dumps(recipe.model_dump(), indent=2) + "\n", encoding="utf-8")
     spec, _ = find_understanding(recipe.understanding)
     return write_index(folder, understanding=spec, **recipe.bundle.model_dump())

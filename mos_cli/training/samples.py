@@ -1,4 +1,4 @@
-"""What a run has learned so far, drawn as a sheet.
+"""Samples of a training run, drawn as a sheet.
 
 Shapes: B = 1 picture, C channels, H x W the latent's size.
 """
@@ -15,7 +15,8 @@ from mos_cli.images.sheets import contact_sheet
 from mos_cli.inference.edit_canvas import EditConditioning
 from mos_cli.inference.pipeline import encode_branches, generate_latents
 from mos_cli.inference.prompt_encoding import PromptEncoder
-from mos_cli.sampling.sampler import Guidance, InitialLatent, make_sigmas
+from mos_cli.sampling.guidance import Guidance
+from mos_cli.sampling.sampler import InitialLatent, make_sigmas
 from mos_cli.towers.autoencoder import to_image
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.training.loop import Trainer
@@ -23,18 +24,18 @@ from mos_cli.utils.files import atomic_write
 from mos_cli.utils.validation import DEFAULT_SOLVER
 
 EDITS = 8
-"""Edits on a sheet, where the stage at hand edits."""
+"""The number of edits on a sheet, in stages with edits."""
 
 
 def draw_samples(trainer: Trainer) -> None:
-    """Draws the recipe's sample prompts with the averaged weights, each from the noise of its place in the list.
+    """Draws the recipe's sample prompts with the averaged weights; the seed of each is its index.
 
-    Edits come in pairs after them: the picture as it was, and as it is drawn. All are as large as the canvas of the
-    stage at hand. All processes call it; the main one draws.
+    Edits follow in pairs: the picture before, and the drawn one. Pictures have the size of the present stage's canvas.
+    All processes call it; the main one draws.
     """
     tower = trainer.averaged_tower()
     if trainer.accelerator.is_main_process:
-        # Drawn in full precision, as they are when training.
+        # In the precision of training.
         edits = _pick_edits(trainer)
         bfloat16 = trainer.recipe.train.precision == "bf16"
         with torch.no_grad(), torch.autocast(trainer.device.type, torch.bfloat16, enabled=bfloat16):
@@ -52,7 +53,7 @@ def _prompts(trainer: Trainer, tower: GenerationTower) -> list[tuple[Image.Image
 
 
 def _pick_edits(trainer: Trainer) -> list[tuple[Tensor, str]]:
-    """Pictures to be edited and instructions, the same at every step."""
+    """Pictures to edit and instructions, the same at every step."""
     stage, picked = trainer.curriculum.stage_at(trainer.step - 1), []
     for index in range(EDITS if stage.edits else 0):
         source = trainer.batches.sources[stage.name, True]
@@ -71,7 +72,7 @@ def _edits(trainer: Trainer, tower: GenerationTower, edits: list[tuple[Tensor, s
 
 def _draw(trainer: Trainer, tower: GenerationTower, prompt: str, before: Tensor | None, seed: int) -> Image.Image:
     batches, bundle, autoencoder = trainer.batches, trainer.recipe.bundle, trainer.batches.autoencoder
-    prompt_encoder = PromptEncoder(batches.understanding, batches.eyes, tower, bundle.name)
+    prompt_encoder = PromptEncoder(batches.understanding, batches.image_encoder, tower, bundle.name)
     side = trainer.curriculum.stage_at(trainer.step - 1).canvas
     if before is None or bundle.edits is None:
         defaults, guidance, conditioning = (
@@ -93,6 +94,6 @@ def _draw(trainer: Trainer, tower: GenerationTower, prompt: str, before: Tensor 
         sigmas=make_sigmas(FlowMatchEulerDiscreteScheduler(), defaults.steps),
         solver=DEFAULT_SOLVER,
         guidance=guidance,
-        together=True,
+        batched_guidance=True,
     )
     return to_image(autoencoder.decode(z))

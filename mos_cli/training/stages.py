@@ -1,4 +1,4 @@
-"""The course of a run: which stage a step belongs to, with what settings, and how fast it learns."""
+"""The curriculum of a run: the stage of each step, its settings and its learning rate."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from mos_cli.training.recipe import TrainRecipe
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage with everything settled; `first` is its first step, counted over the whole run."""
+    """A stage with all its settings; `first` is its first step, counted over the whole run."""
 
     name: str
     first: int
@@ -22,13 +22,13 @@ class Stage:
 
     @property
     def edits(self) -> float:
-        """The share of its steps that learn to edit."""
+        """The share of its steps that train edits."""
         return self.data.edits
 
 
 @dataclass(frozen=True)
 class Curriculum:
-    """All stages of a run in their order."""
+    """All stages of a run, in order."""
 
     stages: tuple[Stage, ...]
     warmup: int
@@ -39,11 +39,11 @@ class Curriculum:
         return sum(stage.steps for stage in self.stages)
 
     def stage_at(self, step: int) -> Stage:
-        """The stage of a step; the last one's for the end of the run."""
+        """The stage of a step; the last stage for the end of the run."""
         return next(stage for stage in reversed(self.stages) if stage.first <= step)
 
     def rate(self, step: int) -> float:
-        """The share of a stage's learning rates at a step: a warm-up, then 1, then down to 0 at the end."""
+        """The factor of a stage's learning rates at a step: a warm-up, then 1, then linear to 0 at the end."""
         left = (self.steps - step) / (self.decay * self.steps)
         return max(0.0, min(1.0, (step + 1) / max(1, self.warmup), left))
 

@@ -1,4 +1,4 @@
-"""The network a run starts from: fresh, or with the weights of a bundle.
+"""The network at the start of a run: with random weights, or with those of a bundle.
 
 Shapes: D width, C channels, p side of a patch.
 """
@@ -9,17 +9,18 @@ from torch import Tensor
 from mos_cli.bundles.bundle import find_bundle, verify_bundle
 from mos_cli.errors import UsageError
 from mos_cli.towers.generation import GenerationTower
+from mos_cli.towers.quantized import load_generation
 from mos_cli.training.recipe import TrainRecipe
 
 
 def start_tower(recipe: TrainRecipe) -> GenerationTower:
-    """The recipe's network, with the weights of the bundle it starts from, if it names one.
+    """The recipe's network, with the weights of the bundle that it starts from, if there is one.
 
-    The patches may be larger than the bundle's by a whole factor: the network then begins by drawing the bundle's
-    pictures enlarged, on as many tokens (progressive resolution at equal cost).
+    The patches may be larger than the bundle's by a whole factor. The network then draws the bundle's pictures
+    enlarged, with the same number of tokens (progressive resolution at equal cost).
 
     Raises:
-        ModelError: the bundle cannot be had or is damaged.
+        ModelError: the bundle is missing or damaged.
         UsageError: the network cannot be built, or the bundle's weights do not fit into it.
     """
     try:
@@ -29,14 +30,12 @@ def start_tower(recipe: TrainRecipe) -> GenerationTower:
     if recipe.start_from is not None:
         bundle = find_bundle(recipe.start_from)
         verify_bundle(bundle)
-        start = GenerationTower.from_pretrained(
-            bundle.folder / "generation", use_safetensors=True, torch_dtype=torch.float32
-        )
+        start = load_generation(bundle.folder / "generation", device=torch.device("cpu"), dtype=torch.float32)
         weights = enlarged_weights(start, tower.patch)
-        if not start.sight_widths:
-            # What takes in pictures is new to a bundle that draws from words alone.
-            seeing = ("sight_in", "under_in")
-            weights |= {n: fresh for n, fresh in tower.state_dict().items() if any(part in n for part in seeing)}
+        if not start.image_state_widths:
+            # A bundle that draws from words alone has no weights for pictures: the network keeps its fresh ones.
+            inputs = ("image_states_in", "reference_in")
+            weights |= {n: fresh for n, fresh in tower.state_dict().items() if any(part in n for part in inputs)}
         try:
             tower.load_state_dict(weights)
         except (RuntimeError, ValueError) as error:
@@ -45,7 +44,7 @@ def start_tower(recipe: TrainRecipe) -> GenerationTower:
 
 
 def enlarged_weights(start: GenerationTower, patch: int) -> dict[str, Tensor]:
-    """The weights of `start` for larger patches: it sees the mean of what stands for a pixel now, and paints it.
+    """The weights of `start` for larger patches: inputs are averaged over the larger patch, outputs repeated.
 
     Raises:
         ValueError: `patch` is no multiple of the start's.
@@ -54,7 +53,7 @@ def enlarged_weights(start: GenerationTower, patch: int) -> dict[str, Tensor]:
     if rest:
         raise ValueError(f"patches of {patch} are no multiple of patches of {start.patch}")
     weights = dict(start.state_dict())
-    for name in ("patches_in.weight", "under_in.weight", "router.patches_in.weight"):
+    for name in ("patches_in.weight", "reference_in.weight", "router.patches_in.weight"):
         if name in weights:
             weights[name] = _enlarged(weights[name], start.patch, factor) / factor**2
     weights["patches_out.weight"] = _enlarged(weights["patches_out.weight"].T, start.patch, factor).T

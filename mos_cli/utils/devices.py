@@ -1,4 +1,4 @@
-"""Which device draws, in which precision, and on how many threads."""
+"""Choosing the device, its precision and the number of threads."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,31 +12,31 @@ if TYPE_CHECKING:
 Precision = Literal["bf16", "fp32"]
 
 
-def choose_device(asked: str) -> "torch.device":
+def choose_device(requested: str) -> "torch.device":
     """Resolves "auto", "cuda", "cuda:1" or "cpu".
 
     Raises:
-        DeviceError: the device asked for is not there.
+        DeviceError: the requested device does not exist.
     """
     import torch
 
-    if asked == "auto":
+    if requested == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(asked)
+        device = torch.device(requested)
     except RuntimeError:
-        raise DeviceError(f"unknown device '{asked}': use auto, cpu or cuda") from None
+        raise DeviceError(f"unknown device '{requested}': use auto, cpu or cuda") from None
     if device.type not in ("cpu", "cuda"):
-        raise DeviceError(f"device '{asked}' is not supported: use auto, cpu or cuda")
-    # A card is counted though its driver is too old to be used.
+        raise DeviceError(f"device '{requested}' is not supported: use auto, cpu or cuda")
+    # device_count includes GPUs whose driver is too old.
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise DeviceError(f"no GPU for device '{asked}': use --device cpu, or see `mos doctor`")
+        raise DeviceError(f"no GPU for device '{requested}': use --device cpu, or see `mos doctor`")
     return device
 
 
 def choose_precision(device: "torch.device") -> Precision:
-    """bf16 where the device computes in it natively; elsewhere it would be slower than fp32."""
+    """bf16 where the device computes in it natively, else fp32, which is then faster."""
     import torch
 
     if device.type == "cuda":
@@ -45,14 +45,14 @@ def choose_precision(device: "torch.device") -> Precision:
 
 
 def device_name(device: "torch.device") -> str:
-    """The device as the record of a picture names it."""
+    """The name of the device for the record of a picture."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def device_threads(device: "torch.device") -> int | None:
-    """The CPU threads that a device computes with; None for a GPU."""
+    """The number of CPU threads; None for a GPU."""
     import torch
 
     return torch.get_num_threads() if device.type == "cpu" else None
@@ -60,7 +60,7 @@ def device_threads(device: "torch.device") -> int | None:
 
 @contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:
-    """Computes on so many CPU threads within the block, whatever `OMP_NUM_THREADS` says; None changes nothing."""
+    """Sets the number of CPU threads within the context, whatever `OMP_NUM_THREADS` says; None changes nothing."""
     import torch
 
     before = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and never over another unless asked; hashes and sizes of files."""
+"""Writing files atomically, without replacing others unless requested; hashes and sizes of files."""
 
 import contextlib
 import os
@@ -44,8 +44,8 @@ def atomic_write(path: Path, data: bytes, overwrite: bool = False) -> None:
         temporary.write_bytes(data)
 
 
-def write_together(files: Mapping[Path, bytes], overwrite: bool = False) -> None:
-    """Writes several files, all or none: none is put in its place before every one is whole on the disk."""
+def write_all(files: Mapping[Path, bytes], overwrite: bool = False) -> None:
+    """Writes several files, all or none: all are complete on the disk before the first is renamed to its path."""
     with contextlib.ExitStack() as stack:
         for path, data in files.items():
             stack.enter_context(atomic_file(path, overwrite)).write_bytes(data)
@@ -96,7 +96,7 @@ def folder_size(folder: Path) -> int:
     """The bytes of all files under `folder`, links not followed; 0 if there is no such folder."""
     size = 0
     for path in folder.rglob("*"):
-        # A file may vanish between being listed and being looked at: others work in caches, too.
+        # Another process may delete a file in the meantime.
         with contextlib.suppress(OSError):
             status = path.lstat()
             size += status.st_size if stat.S_ISREG(status.st_mode) else 0

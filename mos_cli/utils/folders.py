@@ -1,4 +1,4 @@
-"""Where things lie: the user's cache, and the models and presets that come with the package."""
+"""Folders: the user's cache and data, and the models and presets of the package."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def cache_folder() -> Path:
-    """The folder for all that can be fetched or made again: `$MOS_CACHE`, else the user's cache folder."""
+    """The folder for files that can be fetched or made again: `$MOS_CACHE`, else the user's cache folder."""
     if chosen := os.environ.get("MOS_CACHE"):
         return Path(chosen).expanduser()
     import platformdirs
@@ -18,7 +18,7 @@ def cache_folder() -> Path:
 
 
 def user_data_folder() -> Path:
-    """The folder for what mos remembers: `$MOS_DATA`, else the user's data folder."""
+    """The folder for data that mos keeps: `$MOS_DATA`, else the user's data folder."""
     if chosen := os.environ.get("MOS_DATA"):
         return Path(chosen).expanduser()
     import platformdirs
@@ -42,6 +42,6 @@ def presets_folder() -> Path:
 
 
 def _data_folder(name: str) -> Path:
-    # An installed wheel carries the data inside the package; an editable install has it beside the package.
+    # A wheel has the data inside the package, an editable install beside it.
     packaged = _PACKAGE / "_data" / name
     return packaged if packaged.is_dir() else _PACKAGE.parent / name

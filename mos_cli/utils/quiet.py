@@ -1,4 +1,4 @@
-"""Keeps the libraries' chatter away from people who asked for a picture; errors still come through."""
+"""Silences warnings and progress bars of the libraries; errors are still shown."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # bf16 networks with fp32 norms (training under autocast) take the slower of two equal paths.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-    # So does inductor, of what it makes of int8 layers.
+    # Inductor warns of this for int8 layers.
     warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed")
     from transformers.utils import logging as transformers_logging
 

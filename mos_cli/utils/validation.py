@@ -1,4 +1,4 @@
-"""What data from files is checked with: the base of all models of JSON and TOML, and types that several of them use."""
+"""Validation of data from files: the base of all pydantic models, and types that several of them use."""
 
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -24,7 +24,7 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Frozen(BaseModel):
-    """A value read from a file: what is unknown in it is an error, and nothing changes it afterwards."""
+    """An immutable value read from a file, in which unknown fields are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True, allow_inf_nan=False)
 
@@ -45,7 +45,7 @@ Interval = Annotated[tuple[float, float], BeforeValidator(_two_times), AfterVali
 
 
 Solver = Literal["euler", "ab2"]
-"""What integrates the velocity: Euler's method, or the two-step Adams-Bashforth method."""
+"""The solver of the flow: Euler's method, or the two-step Adams-Bashforth method."""
 DEFAULT_SOLVER: Solver = "ab2"
 
 
@@ -54,7 +54,7 @@ def _one_rule(value: object) -> object:
 
 
 RouteRules = Annotated[tuple[str, ...], BeforeValidator(_one_rule), Field(min_length=1)]
-"""Rules that steer routes, as they are written; a text is one of them."""
+"""Route rules as text; a single string is one rule."""
 
 
 _Model = TypeVar("_Model", bound=BaseModel)

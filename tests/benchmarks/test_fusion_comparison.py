@@ -12,7 +12,7 @@ from fusion_run import handed_sizes, parameters
 from fusion_world import CATEGORIES, Library, World
 
 from mos_cli.datasets.scenes.description import held_out
-from mos_cli.datasets.scenes.vocabulary import Vocabulary, Word
+from mos_cli.datasets.scenes.vocabulary import Vocabulary, VocabularyWord
 from mos_cli.datasets.tables import DataTable
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.training.recipe import load_recipe
@@ -24,7 +24,7 @@ B, T, M, S = 2, 5, 7, 24
 def world() -> World:
     data = load_recipe(str(fusion.RECIPE)).data
     assert isinstance(data, DataTable)
-    words = {word: Word(names, dict.fromkeys(data.styles, 0)) for word, names in data.words.items()}
+    words = {word: VocabularyWord(names, dict.fromkeys(data.styles, 0)) for word, names in data.words.items()}
     return World(Vocabulary(words, data.styles, torch.zeros(1, 8, 8, 4, dtype=torch.uint8)))
 
 

@@ -54,7 +54,7 @@ def small(depth: int = 3, width: int = 32, **changes: Any) -> Blueprint:
     numbers["defaults"]["steps"] = 2
     # The encoder of the tests does not see.
     numbers["edits"] = None
-    numbers["generation"]["sees"] = False
+    numbers["generation"]["has_vision"] = False
     sizes = {"layers": 3, "width": 32, "hidden": 64, "linear": 1, "other": 1, "vision": 0}
     numbers["understanding"] = {"tiny-encoder": sizes}
     return Blueprint.model_validate(numbers)
@@ -97,9 +97,9 @@ def test_sizes_are_those_of_the_paper(name: str, billions: int) -> None:
         {"context": "joint", "fusion": "last"},
         {"context": "cross", "fusion": "mean"},
         {"fusion": "aligned"},
-        {"sees": True},
+        {"has_vision": True},
         {"router_inputs": ("tokens",), "routing": "sample"},
-        {"router_inputs": ("tokens", "time"), "sight_widths": (16,) * 7},
+        {"router_inputs": ("tokens", "time"), "image_state_widths": (16,) * 7},
     ],
 )
 def test_parameters_of_every_kind_of_fusion(config: dict[str, Any]) -> None:
@@ -132,14 +132,17 @@ def test_models_that_edit_see_and_say_so(tmp_path: Path) -> None:
     for name in NAMES:
         blueprint = find_blueprint(name)
         assert blueprint.edits is not None
-        assert blueprint.shape(blueprint.tower(None)[1]).sees
+        assert blueprint.shape(blueprint.tower(None)[1]).has_vision
     numbers = json.loads(small().model_dump_json())
     numbers |= {"edits": {**numbers["defaults"], "image_cfg": 1.0}}
     file = tmp_path / "blind.json"
-    for cell, sees in ((0, True), (32, False)):
-        numbers["generation"]["sees"], numbers["understanding"]["tiny-encoder"]["cell"] = sees, cell
+    for cell, has_vision in ((0, True), (32, False)):
+        numbers["generation"]["has_vision"], numbers["understanding"]["tiny-encoder"]["image_token_size"] = (
+            has_vision,
+            cell,
+        )
         file.write_text(json.dumps(numbers))
-        with pytest.raises(ModelError, match="edits: sees must be true"):
+        with pytest.raises(ModelError, match="edits: has_vision must be true"):
             find_blueprint(str(file))
 
 
@@ -148,7 +151,7 @@ def test_a_bundle_of_a_blueprint_that_edits_edits(tmp_path: Path, cache: Path) -
     numbers = json.loads(small().model_dump_json())
     numbers |= {"edits": {**numbers["defaults"], "image_cfg": 1.0}, "name": "sees"}
     numbers["canvas"] = {"native": [64, 64], "multiple": 32, "min": 32, "max": 64}
-    numbers["generation"]["sees"] = True
+    numbers["generation"]["has_vision"] = True
     numbers["understanding"] = {
         "tiny-encoder": {
             "layers": LAYERS,
@@ -157,7 +160,7 @@ def test_a_bundle_of_a_blueprint_that_edits_edits(tmp_path: Path, cache: Path) -
             "linear": 1,
             "other": 1,
             "vision": 1,
-            "cell": 32,
+            "image_token_size": 32,
         }
     }
     blueprint = Blueprint.model_validate(numbers)
@@ -166,7 +169,7 @@ def test_a_bundle_of_a_blueprint_that_edits_edits(tmp_path: Path, cache: Path) -
     assert bundle.index.edits == blueprint.edits
     fetch_tower(bundle.index.understanding)
     network = find_network(str(tmp_path / "made"), references=1)
-    assert network.understanding.cell == 32
+    assert network.understanding.image_token_size == 32
 
 
 TEXTS = {

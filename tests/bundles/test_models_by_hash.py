@@ -42,7 +42,7 @@ def test_a_model_named_as_another_is_planned_with_its_own_numbers(
         planned.append(found)
         return network_of(found, **run)
 
-    monkeypatch.setattr(blueprints, "network_of", watched)
+    monkeypatch.setattr("mos_cli.inference.requests.network_of", watched)
     drawn = mos("generate", PROMPT, "-m", other.folder, "-p", "auto", "-o", tmp_path / "one.png")
     assert drawn.exit_code == 0, drawn.stderr
     assert [found.folder for found in planned] == [other.folder]

@@ -13,9 +13,8 @@ from typer.testing import Result
 
 from mos_cli.bundles.blueprints import find_network
 from mos_cli.bundles.bundle import Bundle
-from mos_cli.cli import drawing
-from mos_cli.cli.drawing import Report
-from mos_cli.cli.loading import fit_to_card
+from mos_cli.cli.loading import fit_to_memory
+from mos_cli.cli.output import Report
 from mos_cli.config.settings import RunSettings, make_settings, resolve
 from mos_cli.errors import MemoryLimitError
 from mos_cli.images.outputs import read_record
@@ -52,10 +51,10 @@ def test_the_event_says_the_same(mos: Mos, bundle: Bundle, tmp_path: Path) -> No
     lines = mos(*arguments, "-p", "auto", "--precision", "fp32").stdout.splitlines()
     (event,) = [row for row in map(json.loads, lines) if row["event"] == "setting"]
     assert event["gib"] > 0
-    facts = {name: event[name] for name in ("device", "precision", "quant", "offload", "tiled", "together")}
+    facts = {name: event[name] for name in ("device", "precision", "quant", "offload", "tiled", "batched_guidance")}
     assert facts == {
         **{"device": "cpu", "precision": "fp32", "quant": "none"},
-        **{"offload": "none", "tiled": False, "together": True},
+        **{"offload": "none", "tiled": False, "batched_guidance": True},
     }
 
 
@@ -84,7 +83,7 @@ def test_main_memory_decides_what_is_quantised() -> None:
     found = candidates(large, large.canvas.native)
     chosen = [fastest_on_cpu(found, gib).setting for gib in (40, 23, 13)]
     assert [(s.understanding, s.generation) for s in chosen] == [("none", "none"), ("int8", "none"), ("nf4", "nf4")]
-    assert {(s.offload, s.together) for s in chosen} == {("none", True)}
+    assert {(s.offload, s.batched_guidance) for s in chosen} == {("none", True)}
     with pytest.raises(MemoryLimitError, match="nothing fits 6 GiB"):
         fastest_on_cpu(found, 6)
 
@@ -93,9 +92,9 @@ def on_cpu(bundle: Bundle, gib: float, monkeypatch: pytest.MonkeyPatch, **asked:
     """What is drawn with on a CPU with so much free memory, where "tiny" is as large as MoS-L."""
     has(monkeypatch, gib)
     network = find_network("mos-l", references=1)
-    monkeypatch.setattr("mos_cli.bundles.blueprints.network_of", lambda bundle, **run: network)
+    monkeypatch.setattr("mos_cli.inference.requests.network_of", lambda bundle, **run: network)
     settings = RunSettings(model="tiny", device="cpu", max_vram="auto", **asked)
-    return fit_to_card(bundle, settings, (1024, 1024), Report(quiet=True), fetch=False)
+    return fit_to_memory(bundle, settings, (1024, 1024), Report(quiet=True), fetch=False)
 
 
 def test_what_was_asked_for_is_kept(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,15 +118,15 @@ def test_too_little_memory_is_one_line(
 def test_a_card_is_taken_as_it_is(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory of the card, in place of a number; the rest is that of any --max-vram."""
     network = find_network("mos-l", references=1)
-    monkeypatch.setattr("mos_cli.bundles.blueprints.network_of", lambda bundle, **run: network)
-    monkeypatch.setattr("mos_cli.utils.devices.choose_device", lambda asked: torch.device("cuda"))
+    monkeypatch.setattr("mos_cli.inference.requests.network_of", lambda bundle, **run: network)
+    monkeypatch.setattr("mos_cli.inference.requests.choose_device", lambda asked: torch.device("cuda"))
     monkeypatch.setattr("mos_cli.utils.devices.device_name", lambda device: "A card")
     card = SimpleNamespace(total_memory=int(11.6 * GIB))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     said: list[str] = []
-    monkeypatch.setattr(drawing.Report, "event", lambda self, kind, line, **values: said.append(line))
+    monkeypatch.setattr(Report, "event", lambda self, kind, line, **values: said.append(line))
     settings = resolve(make_settings(model="tiny", precision="bf16"), "auto")
-    chosen = fit_to_card(bundle, settings, (1024, 1024), Report(), fetch=False)
+    chosen = fit_to_memory(bundle, settings, (1024, 1024), Report(), fetch=False)
     best = fastest(candidates(network, (1024, 1024)), 11.6)
     assert chosen.max_vram == pytest.approx(11.6)
     assert (chosen.quant, chosen.offload) == (best.quant, best.setting.offload)

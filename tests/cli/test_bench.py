@@ -11,7 +11,7 @@ import torch
 from mos_cli.bundles.bundle import Bundle
 from mos_cli.cli.bench import _print_table, measure_preset
 from mos_cli.config.settings import Settings, load_preset
-from mos_cli.planning.candidates import CARDS
+from mos_cli.planning.candidates import GPU_SIZES
 from mos_cli.towers.autoencoder import Pixels
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.router import Router
@@ -103,5 +103,5 @@ def test_mistakes_are_told_before_anything_is_loaded(mos) -> None:
 
 
 def test_presets_for_cards_say_how_large_they_are() -> None:
-    for card in CARDS:
+    for card in GPU_SIZES:
         assert load_preset(f"gpu-{card}gb").settings == Settings(max_vram=card)

@@ -15,14 +15,13 @@ from rich.cells import cell_len
 from rich.console import Console
 from typer.testing import CliRunner
 
-from mos_cli.cli import console
 from mos_cli.cli.app import MosGroup
 from mos_cli.cli.inspect_routing import inspect_routing
 from mos_cli.routing.analysis import find_words, step_changes
 from mos_cli.routing.section import cut
 from mos_cli.routing.trace import Recording, Routes, Trace, trace_files
 from mos_cli.routing.views.terminal import RoutesView
-from mos_cli.utils.files import write_together
+from mos_cli.utils.files import write_all
 from tests.helpers.traces import BLOCKS, DEAD, LAYERS, STEPS, make_trace
 
 app = typer.Typer(cls=MosGroup, pretty_exceptions_enable=False)
@@ -34,13 +33,13 @@ app.command("inspect-routing")(inspect_routing)
 def trace_path(tmp_path) -> Path:
     trace, routes = make_trace()
     path = tmp_path / "apple.json"
-    write_together(trace_files(trace, routes, path))
+    write_all(trace_files(trace, routes, path))
     return path
 
 
 @pytest.fixture(autouse=True)
 def _plain_console(monkeypatch):
-    monkeypatch.setattr(console, "out", Console(width=80, color_system=None, highlight=False))
+    monkeypatch.setattr("mos_cli.cli.inspect_routing.stdout", Console(width=80, color_system=None, highlight=False))
 
 
 def view_of(trace: Trace, routes: dict[str, Routes] | None, asked: Sequence[str] = ()) -> RoutesView:
@@ -122,7 +121,7 @@ def test_the_picture_leads_to_its_trace(trace_path):
 
 def test_a_summary_is_enough(tmp_path):
     trace, _ = make_trace()
-    write_together(trace_files(trace, None, tmp_path / "summary.json"))
+    write_all(trace_files(trace, None, tmp_path / "summary.json"))
     assert as_json(tmp_path / "summary.json")["changes"] is None
     code, out, _ = mos(tmp_path / "summary.json")
     assert code == 0

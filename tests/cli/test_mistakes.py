@@ -137,7 +137,7 @@ CLOSED_FOLDER = """
 import os, tempfile
 from pathlib import Path
 from mos_cli.errors import InputError
-from mos_cli.utils.files import write_together
+from mos_cli.utils.files import write_all
 from mos_cli.images.outputs import naming
 from mos_cli.config.recipe import Recipe
 
@@ -146,7 +146,7 @@ recipe = Recipe.model_construct(prompt="a", seed=1, model="m")
 with tempfile.TemporaryDirectory() as folder:
     closed = Path(folder, "closed")
     closed.mkdir(mode=0o500)
-    for attempt in (lambda: naming(f"{closed}/new/").path(recipe), lambda: write_together({closed / "a.png": b"x"})):
+    for attempt in (lambda: naming(f"{closed}/new/").path(recipe), lambda: write_all({closed / "a.png": b"x"})):
         try:
             attempt()
         except InputError as error:

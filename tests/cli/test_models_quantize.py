@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from mos_cli.bundles.bundle import Bundle, find_bundle, verify_bundle, write_index
 from mos_cli.cli.app import MosGroup
-from mos_cli.cli.quantize import quantize
+from mos_cli.cli.models_quantize import quantize
 from mos_cli.config.recipe import make_recipe
 from mos_cli.inference.pipeline import MoSPipeline
 from mos_cli.quantization.checkpoint import Checkpoint
@@ -80,7 +80,7 @@ def test_a_quantised_model_is_whole_smaller_and_draws(
     recipe = make_recipe(prompt="a red apple", model="small", seed=1, **settings)
     full = pipeline.draw(recipe).image
     pipeline.tower = load_generation(made.folder / "generation", device=torch.device("cpu"))
-    pipeline.prompt_encoder.forget()
+    pipeline.prompt_encoder.clear_cache()
     less = pipeline.draw(recipe).image
     assert full.size == less.size
     assert full.tobytes() != less.tobytes()

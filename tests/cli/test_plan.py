@@ -16,12 +16,12 @@ from mos_cli.bundles.blueprints import find_network
 from mos_cli.bundles.bundle import Bundle
 from mos_cli.bundles.shapes import UnderstandingShape, read_config
 from mos_cli.bundles.sources import fetch_tower
-from mos_cli.cli.drawing import Report
-from mos_cli.cli.loading import fit_to_card
+from mos_cli.cli.loading import fit_to_memory
+from mos_cli.cli.output import Report
 from mos_cli.config.settings import RunSettings
 from mos_cli.errors import MemoryLimitError, ModelError, UsageError
 from mos_cli.planning import memory
-from mos_cli.planning.candidates import CARDS, candidates, fastest
+from mos_cli.planning.candidates import GPU_SIZES, candidates, fastest
 from mos_cli.planning.memory import GIB, Setting, stages, weights
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.vision_language import load_understanding
@@ -32,7 +32,7 @@ def test_the_table_names_the_command_for_every_card(mos, monkeypatch: pytest.Mon
     monkeypatch.setenv("COLUMNS", "80")
     result = mos("plan", "mos-l")
     assert result.exit_code == 0, result.output
-    for card in CARDS:
+    for card in GPU_SIZES:
         assert f"mos generate PROMPT -m DIR --max-vram {card} --quant " in result.output
     for stage in ("read", "bank", "draw", "decode"):
         assert stage in result.output
@@ -44,9 +44,9 @@ def test_the_table_names_the_command_for_every_card(mos, monkeypatch: pytest.Mon
 def test_json_holds_every_part(mos) -> None:
     result = mos("plan", "mos-l", "--json")
     rows = [json.loads(line) for line in result.output.splitlines()]
-    assert [row["card"] for row in rows] == list(CARDS)
+    assert [row["card"] for row in rows] == list(GPU_SIZES)
     for row in rows:
-        assert row["setting"]["together"]
+        assert row["setting"]["batched_guidance"]
         assert row["peak"] == max(stage["peak"] for stage in row["stages"].values())
         assert all(sum(stage["parts"].values()) == stage["peak"] for stage in row["stages"].values())
 
@@ -75,7 +75,7 @@ def test_real_bundles_are_planned_too(mos, editor: Bundle) -> None:
     assert numbers.generation.parameters == tower.num_parameters()
     assert numbers.understanding.states == tower.states_shape
     assert numbers.references == 1
-    assert numbers.eyes > 0
+    assert numbers.image_encoder_parameters > 0
     assert mos("plan", "editor", "--max-vram", 8).exit_code == 0
 
 
@@ -108,12 +108,14 @@ def test_image_tokens_are_those_that_the_tower_makes(
     folder = getattr(vlm_towers, kind)(tmp_path)
     # The stand-in of the tests has patches of its own.
     monkeypatch.setattr(blueprints, "_PERCEPTION_PATCH", 7)
-    cell, seen = blueprints._sight(folder, read_config(folder))
-    shape = UnderstandingShape(layers=1, width=1, hidden=1, linear=1, other=1, vision=1, cell=cell, seen=seen)
+    cell, seen = blueprints._image_token_size(folder, read_config(folder))
+    shape = UnderstandingShape(
+        layers=1, width=1, hidden=1, linear=1, other=1, vision=1, image_token_size=cell, image_size=seen
+    )
     size = (96, 128)
     tower = load_understanding(folder)
-    (sight,) = tower.encode(["paint it"], [[torch.zeros(3, size[1], size[0])]]).image_spans[0]
-    assert shape.image_tokens(size) == sight.rows * sight.columns
+    (span,) = tower.encode(["paint it"], [[torch.zeros(3, size[1], size[0])]]).image_spans[0]
+    assert shape.image_tokens(size) == span.rows * span.columns
 
 
 def test_what_fits_every_card_is_shown_once(mos, bundle: Bundle) -> None:
@@ -140,9 +142,9 @@ def test_auto_plans_what_generate_takes_here(
     # What is known of time is that of a card.
     assert "s a picture" not in result.output
     large = find_network("mos-l")
-    monkeypatch.setattr("mos_cli.bundles.blueprints.network_of", lambda bundle, **run: large)
+    monkeypatch.setattr("mos_cli.inference.requests.network_of", lambda bundle, **run: large)
     settings = RunSettings(model="tiny", device="cpu", max_vram="auto", precision="bf16")
-    assert fit_to_card(bundle, settings, (1024, 1024), Report(quiet=True), fetch=False).quant == quant
+    assert fit_to_memory(bundle, settings, (1024, 1024), Report(quiet=True), fetch=False).quant == quant
 
 
 def test_the_environment_limits_the_plan_too(mos, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +189,7 @@ def hardware_rows(name: str, references: int) -> list[str]:
     numbers = find_network(name, references=references)
     found = candidates(numbers, numbers.canvas.native)
     rows = []
-    for card in CARDS:
+    for card in GPU_SIZES:
         best = fastest(found, card)
         options = f"--max-vram {card} {best.options}"
         tiles = "yes" if best.setting.tiled else "no"

@@ -132,7 +132,7 @@ def test_mistakes_are_told_before_anything_is_loaded(mos, bundle, tmp_path) -> N
     assert "layers that are not there" in refused("--route", "apple=9")
     assert "blocks that are not there" in refused("--route", "apple=1 blocks 9", "--dry-run")
     assert "leaves out" in refused("--regions", "--trace", "summary")
-    assert "no router is asked" in refused("--trace", "full", "--route", "last")
+    assert "no router is used" in refused("--trace", "full", "--route", "last")
 
 
 def test_baselines_are_recorded_as_what_was_read(mos, bundle, tmp_path) -> None:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from mos_cli.cli.app import app
 from mos_cli.routing.diff import NEAR
 from mos_cli.routing.trace import Routes, Trace, trace_files
-from mos_cli.utils.files import write_together
+from mos_cli.utils.files import write_all
 from tests.helpers.traces import STEPS, make_trace
 
 Run = tuple[Trace, dict[str, Routes]]
@@ -20,7 +20,7 @@ Run = tuple[Trace, dict[str, Routes]]
 def saved(tmp_path) -> Callable[..., Path]:
     def save(name: str, run: Run, *, arrays: bool = True) -> Path:
         path = tmp_path / f"{name}.json"
-        write_together(trace_files(run[0], run[1] if arrays else None, path))
+        write_all(trace_files(run[0], run[1] if arrays else None, path))
         return path
 
     return save

@@ -20,7 +20,7 @@ from mos_cli.datasets.scenes.vocabulary import COLOURS
 from mos_cli.evaluation.scenebench import bench_words
 
 WORDS = bench_words()
-WRITER, WITHOUT_IMAGE = EditWriter(WORDS), EditWriter(WORDS, unseen=True)
+WRITER, HELD_OUT = EditWriter(WORDS), EditWriter(WORDS, held_out_pairs=True)
 seeds, kinds = st.integers(0, 2**32), st.sampled_from(EDIT_KINDS)
 by_kind = pytest.mark.parametrize("kind", EDIT_KINDS)
 ONE_CHANGES = {
@@ -46,7 +46,7 @@ def differing(one: Item, other: Item) -> set[str]:
 def test_what_is_not_named_is_the_same_before_and_after(seed: int, kind: EditKind):
     edit = WRITER.write(Random(seed), kind)
     was, now = edit.was.items, edit.now.items
-    assert (edit.was.ground == edit.now.ground) == (kind != "background")
+    assert (edit.was.background == edit.now.background) == (kind != "background")
     if kind in ONE_CHANGES:
         changed = [differing(a, b) for a, b in zip(was, now, strict=True) if a != b]
         assert len(changed) == 1
@@ -250,7 +250,7 @@ def test_what_is_held_out_is_never_drawn_in_training():
 @by_kind
 def test_measuring_is_on_things_that_never_met(kind: EditKind):
     random = Random(0)
-    for edit in (WITHOUT_IMAGE.write(random, kind) for _ in range(20)):
+    for edit in (HELD_OUT.write(random, kind) for _ in range(20)):
         meetings = [pair for side in (edit.was, edit.now) for pair in combinations({i.word for i in side.items}, 2)]
         assert any(held_out(*pair) for pair in meetings)
 

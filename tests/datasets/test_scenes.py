@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
+from mos_cli.datasets.scenes.backgrounds import PAINTS, SCENERIES, WHITE, Background, named_background
 from mos_cli.datasets.scenes.captions import caption
 from mos_cli.datasets.scenes.compositor import Compositor
 from mos_cli.datasets.scenes.description import (
@@ -22,9 +23,8 @@ from mos_cli.datasets.scenes.description import (
     held_out,
     held_out_style,
 )
-from mos_cli.datasets.scenes.grounds import PAINTS, SCENERIES, WHITE, Ground, ground
 from mos_cli.datasets.scenes.layout import JITTER, Placed, Scene, lay_out
-from mos_cli.datasets.scenes.vocabulary import COLOURS, STYLES, Vocabulary, Word, plural, with_article
+from mos_cli.datasets.scenes.vocabulary import COLOURS, STYLES, Vocabulary, VocabularyWord, plural, with_article
 from mos_cli.datasets.scenes.writer import OPEN_ARRANGEMENTS, OPEN_PAIRS, SceneWriter
 
 NAMES = ("dog", "apple", "cat", "owl", "unicorn", "bus", "key", "cheese")
@@ -43,7 +43,7 @@ def sprites() -> torch.Tensor:
 
 VOCABULARY = Vocabulary(
     {
-        name: Word((name,), {style: 2 * row + offset for offset, style in enumerate(HANDS)})
+        name: VocabularyWord((name,), {style: 2 * row + offset for offset, style in enumerate(HANDS)})
         for row, name in enumerate(NAMES)
     },
     HANDS,
@@ -69,7 +69,7 @@ def test_a_scene_holds_the_things_described_and_no_others(seed: int) -> None:
     said = [(t.word, COLOURS[t.colour][0] if t.colour else None) for t in description.things for _ in range(t.count)]
     assert shown == sorted(said)
     assert {HANDS[placed.picture % 2] for placed in scene.objects} == {description.style}
-    assert scene.ground == ground(description.ground)
+    assert scene.background == named_background(description.background)
 
 
 @given(seeds)
@@ -97,10 +97,10 @@ def test_a_caption_tells_the_style_and_the_ground_only_if_the_description_does(s
     text = f" {text} ".replace(",", " ")
     told = {style for style in HANDS if any(f" {name} " in text for name in STYLES[style])}
     assert told == ({description.style} if description.style_named else set())
-    if description.ground in SCENERIES:
-        assert any(phrase in text for phrase in (description.ground, *SCENERIES[description.ground][1]))
-    elif description.ground is not None:
-        assert description.ground in text
+    if description.background in SCENERIES:
+        assert any(phrase in text for phrase in (description.background, *SCENERIES[description.background][1]))
+    elif description.background is not None:
+        assert description.background in text
     else:
         assert not any(f" {word} " in text for word in ("background", "gradient", "wall", "ground", *SCENERIES))
 
@@ -246,7 +246,7 @@ def test_english_is_good() -> None:
 
 def pillow_reference(scene: Scene, canvas: int) -> np.ndarray:
     """The same scene by Pillow: its antialiased resize and its alpha composite; objects on whole pixels."""
-    picture = Image.new("RGBA", (canvas, canvas), (*(round(value * 255) for value in scene.ground.top), 255))
+    picture = Image.new("RGBA", (canvas, canvas), (*(round(value * 255) for value in scene.background.top), 255))
     for placed in scene.objects:
         side = round(placed.side * canvas)
         sprite = Image.fromarray(VOCABULARY.sprites_VHW4[placed.picture].numpy(), "RGBa")
@@ -266,7 +266,7 @@ def test_the_compositor_agrees_with_pillow(side: int) -> None:
     objects = tuple(
         Placed(picture, (side / 2 + at) / 64, (side / 2 + at) / 64, side / 64) for picture, at in ((0, 4), (5, 9))
     )
-    scene = Scene(objects, Ground(PAINTS["teal"], PAINTS["teal"]))
+    scene = Scene(objects, Background(PAINTS["teal"], PAINTS["teal"]))
     drawn = Compositor(VOCABULARY.sprites_VHW4).draw([scene], 64)
     ours = ((drawn[0].permute(1, 2, 0).numpy() + 1) * 127.5).round()
     difference = np.abs(ours - pillow_reference(scene, 64))
@@ -277,17 +277,17 @@ def test_the_compositor_agrees_with_pillow(side: int) -> None:
 def test_a_scene_is_drawn_alike_alone_and_in_a_batch() -> None:
     scenes = [described(seed)[1] for seed in range(12)]
     compositor = Compositor(VOCABULARY.sprites_VHW4)
-    together = compositor.draw(scenes, 48)
+    batched = compositor.draw(scenes, 48)
     alone = torch.cat([compositor.draw([scene], 48) for scene in scenes])
-    assert torch.allclose(together, alone, atol=1e-5)
+    assert torch.allclose(batched, alone, atol=1e-5)
 
 
 def test_grounds_fade_or_part_at_the_horizon() -> None:
     red, blue = (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)
     nothing = Placed(0, 0.5, 0.5, 0.01)
     scenes = [
-        Scene((nothing,), Ground(red, blue)),
-        Scene((nothing,), Ground(red, blue, 0.25)),
+        Scene((nothing,), Background(red, blue)),
+        Scene((nothing,), Background(red, blue, 0.25)),
         Scene((nothing,), WHITE),
     ]
     fading, parted, white = ((picture + 1) / 2 for picture in Compositor(VOCABULARY.sprites_VHW4).draw(scenes, 16))

@@ -15,10 +15,8 @@ from mos_cli.datasets.scenes.edits import EDIT_KINDS, EditKind
 from mos_cli.evaluation.edit_checks import MOST_DB, may_change, no_op_error, psnr_outside, rivals, shows
 from mos_cli.evaluation.edit_examine import EditExaminer
 from mos_cli.evaluation.editbench import (
-    FILE,
     PER_KIND,
     EditEntry,
-    edit_bench_text,
     make_edit_bench,
     read_edit_bench,
 )
@@ -31,7 +29,7 @@ CAT, DOG, CAKE = "cat face", "dog face", "shortcake"
 
 
 def test_the_file_is_what_the_function_writes():
-    assert FILE.read_text(encoding="utf-8") == edit_bench_text(make_edit_bench(bench_words()))
+    assert read_edit_bench() == make_edit_bench(bench_words())
 
 
 def test_every_kind_has_its_edits_and_none_comes_twice():
@@ -133,9 +131,9 @@ def test_rivals_are_the_other_styles_and_grounds():
     assert {rival.items[0].style for rival in rivals(styled)} == set(bench_data().styles) - {
         styled.after.items[0].style
     }
-    ground = next(e for e in BENCH if e.kind == "background")
-    assert all(rival.items == ground.after.items for rival in rivals(ground))
-    assert len(rivals(ground)) >= 20
+    background = next(e for e in BENCH if e.kind == "background")
+    assert all(rival.items == background.after.items for rival in rivals(background))
+    assert len(rivals(background)) >= 20
     flipped = next(e for e in BENCH if e.kind == "mirror")
     assert not any(item.mirrored for rival in rivals(flipped) for item in rival.items)
 
@@ -160,8 +158,8 @@ def test_psnr_outside_sees_what_is_outside_only():
     before, after = squares()
     region = may_change(before, after)
     assert psnr_outside(after, before, region) == [MOST_DB]
-    spoilt = after + 0.2 * region[:, None]
-    assert psnr_outside(spoilt, before, region) == [MOST_DB]
+    degraded = after + 0.2 * region[:, None]
+    assert psnr_outside(degraded, before, region) == [MOST_DB]
     # A tenth of the range everywhere is 20 dB.
     assert psnr_outside(before + 0.2, before, region) == pytest.approx([20], abs=1e-3)
     assert psnr_outside(before, before, torch.ones_like(region)) == [None]

@@ -10,7 +10,7 @@ import torch
 
 from mos_cli.datasets.art.file import Art
 from mos_cli.errors import ModelError
-from mos_cli.evaluation.augment import spoilt, turned, turned_point
+from mos_cli.evaluation.augment import degraded, turned, turned_point
 from mos_cli.evaluation.judge import CELLS, SIDE, Judge, JudgeNet, judge_folder
 from mos_cli.evaluation.judge_training import (
     IGNORED,
@@ -18,7 +18,7 @@ from mos_cli.evaluation.judge_training import (
     Sprites,
     judge_loss,
     load_sprites,
-    strew,
+    random_scene,
     train_judge,
 )
 from mos_cli.evaluation.scenebench import bench_data
@@ -78,9 +78,9 @@ def test_every_art_set_teaches_the_judge(sprites: Sprites):
     assert EXTRA_STYLE not in sprites.config.styles
     random, rows = Random(0), set()
     for _ in range(500):
-        one = strew(sprites, random)
-        assert len(one.scene.objects) == len(one.said)
-        for placed, (word, colour, style) in zip(one.scene.objects, one.said, strict=True):
+        one = random_scene(sprites, random)
+        assert len(one.scene.objects) == len(one.labels)
+        for placed, (word, colour, style) in zip(one.scene.objects, one.labels, strict=True):
             known = [number for number in sprites.pictures[word] if sprites.pictures[word][number] == placed.picture]
             assert known == ([style] if style != IGNORED else [len(sprites.config.styles)])
             assert (placed.tint is None) == (colour == IGNORED)
@@ -112,7 +112,7 @@ def test_what_is_turned_lies_where_it_is_said_to_lie():
 
 def test_spoiling_keeps_the_picture():
     pictures = torch.linspace(-1, 1, SIDE).expand(12, 3, SIDE, SIDE)
-    spoiled = spoilt(pictures, torch.Generator().manual_seed(0))
+    spoiled = degraded(pictures, torch.Generator().manual_seed(0))
     assert spoiled.shape == pictures.shape
     assert spoiled.abs().max() <= 1
     assert torch.corrcoef(torch.stack([pictures.flatten(), spoiled.flatten()]))[0, 1] > 0.9

@@ -62,9 +62,9 @@ def test_a_style_is_told_by_comparison_with_true_scenes(art: Art, tmp_path: Path
     true, entries = TrueScenes(art), [entry for entry in read_bench(20) if entry.category == "style"]
     examiner = Examiner(tiny_judge(tmp_path, tuple(bench_data().words)), true, entries, canvas=32)
     right = [entry.description.style for entry in entries]
-    likest = examiner.likest(true.draw(entries, 32, take=0))
+    likest = examiner.nearest_style(true.draw(entries, 32, take=0))
     assert sum(a == b for a, b in zip(likest, right, strict=True)) >= 15
-    likest = examiner.likest(true.draw(entries, 32, take=0, style="fluent-3d"))
+    likest = examiner.nearest_style(true.draw(entries, 32, take=0, style="fluent-3d"))
     assert likest.count("fluent-3d") >= 15
 
 

@@ -12,10 +12,8 @@ from mos_cli.evaluation.judge import Detection
 from mos_cli.evaluation.results import overall, score
 from mos_cli.evaluation.scenebench import (
     CATEGORIES,
-    FILE,
     PER_CATEGORY,
     Entry,
-    bench_text,
     bench_words,
     make_bench,
     read_bench,
@@ -32,7 +30,7 @@ def entry(category: str, *things: Thing, style: str = DEFAULT_STYLE, relation: s
 
 
 def test_the_file_is_what_the_function_writes():
-    assert FILE.read_text(encoding="utf-8") == bench_text(make_bench(bench_words()))
+    assert read_bench() == make_bench(bench_words())
 
 
 def test_every_category_has_its_prompts_and_none_comes_twice():

@@ -54,13 +54,13 @@ def randomised(tower: GenerationTower) -> GenerationTower:
 def write_bundle(folder: Path, encoder: Path, **seeing: Any) -> Bundle:
     """A bundle named as its folder that draws random 32 px pictures; what it sees with is the caller's to give."""
     sizes = {"width": 32, "depth": 3, "heads": 2, "hidden": 48, "router_width": 32, "router_heads": 2}
-    eyes, states = seeing.get("eyes"), seeing.get("states", (4, 32))
-    sight = {"sight_widths": eyes.widths} if eyes else {"sees": "edits" in seeing}
-    tower = GenerationTower(**sizes, **sight, states_layers=states[0], states_width=states[1])
+    image_encoder, states = seeing.get("image_encoder"), seeing.get("states", (4, 32))
+    vision = {"image_state_widths": image_encoder.widths} if image_encoder else {"has_vision": "edits" in seeing}
+    tower = GenerationTower(**sizes, **vision, states_layers=states[0], states_width=states[1])
     randomised(tower).save_pretrained(folder / "generation")
     FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
-    if eyes:
-        eyes.save_pretrained(folder / "eyes")
+    if image_encoder:
+        image_encoder.save_pretrained(folder / "image_encoder")
     return write_index(
         folder,
         name=folder.name,

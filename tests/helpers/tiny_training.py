@@ -14,7 +14,7 @@ from PIL import Image
 
 from mos_cli.datasets.scenes.compositor import Compositor
 from mos_cli.datasets.scenes.layout import Scene
-from mos_cli.datasets.scenes.vocabulary import Vocabulary, Word
+from mos_cli.datasets.scenes.vocabulary import Vocabulary, VocabularyWord
 from mos_cli.datasets.scenes.writer import SceneWriter
 from mos_cli.towers.autoencoder import Pixels
 from mos_cli.towers.understanding import UnderstandingTower
@@ -70,7 +70,7 @@ def sprites() -> torch.Tensor:
 
 def scenes() -> Source:
     words = {
-        name: Word((name,), {style: 2 * row + offset for offset, style in enumerate(STYLES)})
+        name: VocabularyWord((name,), {style: 2 * row + offset for offset, style in enumerate(STYLES)})
         for row, name in enumerate(NAMES)
     }
     picker = ScenePicker(SceneWriter(Vocabulary(words, STYLES, sprites())))

@@ -56,9 +56,9 @@ def moves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         original = getattr(Part, move)
 
         def run(part: Part) -> None:
-            before = part.here
+            before = part.on_device
             original(part)
-            if part.here != before:
+            if part.on_device != before:
                 log.append((move, type(part.owners[0]).__name__))
 
         return run
@@ -75,7 +75,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: dict[Part, list[tuple[torch.Tensor, Callable[[torch.Tensor], None]]]] = {}
 
     def gone(part: Part) -> None:
-        if part.here:
+        if part.on_device:
             offload(part)
             # Norms that come for a glimpse stay in other hands, which know of no poison.
             briefly_onloaded = isinstance(part.owners[0], torch.nn.RMSNorm)
@@ -84,7 +84,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
                 put(torch.full_like(tensor, float("nan") if tensor.is_floating_point() else 0))
 
     def back(part: Part) -> None:
-        if not part.here:
+        if not part.on_device:
             for tensor, put in taken.pop(part):
                 put(tensor)
             onload(part)
@@ -100,7 +100,7 @@ def test_no_byte_of_a_picture_changes(bundle: Bundle, offload: str) -> None:
     expected = drawn(loaded(bundle), recipe)
     assert drawn(pipeline, recipe) == expected
     pipeline.encode_ahead([recipe])
-    pipeline.prompt_encoder.forget()
+    pipeline.prompt_encoder.clear_cache()
     assert drawn(pipeline, recipe) == expected
 
 
@@ -195,12 +195,12 @@ def test_two_blocks_are_on_the_device_at_a_time(bundle: Bundle) -> None:
     tower = loaded(bundle, "blocks").tower
     blocks = tower.blocks
     assert isinstance(blocks, StreamedBlocks)
-    assert not any(part.here for part in blocks.parts)
+    assert not any(part.on_device for part in blocks.parts)
     for number, _ in enumerate(blocks):
-        there = [index for index, part in enumerate(blocks.parts) if part.here]
+        there = [index for index, part in enumerate(blocks.parts) if part.on_device]
         assert number in there
         assert len(there) <= 2
-    assert not any(part.here for part in blocks.parts)
+    assert not any(part.on_device for part in blocks.parts)
 
 
 def test_a_pass_that_is_broken_off_leaves_nothing_on_the_device(
@@ -214,7 +214,7 @@ def test_a_pass_that_is_broken_off_leaves_nothing_on_the_device(
         broken.setattr(blocks[1], "forward", no_memory)
         with pytest.raises(MemoryLimitError):
             pipeline.draw(recipe)
-    assert not any(part.here for part in blocks.parts)
+    assert not any(part.on_device for part in blocks.parts)
     assert drawn(pipeline, recipe) == whole
 
 

@@ -55,4 +55,4 @@ def test_a_tower_that_only_reads_is_refused(mos, seeing, encoder_folder, tmp_pat
     write_bundle(tmp_path / "models" / "blind", encoder_folder, edits=EDITS)
     refused = mos("generate", "a dog", "-m", "blind", "-o", tmp_path / "x.png")
     assert refused.exit_code == 4
-    assert "needs an understanding tower that sees" in refused.stderr
+    assert "needs an understanding tower with vision" in refused.stderr

@@ -78,7 +78,7 @@ def bank_of(tower: GenerationTower, *lengths: int) -> StateBank:
 def test_a_pass_takes_what_is_counted(shape: dict[str, Any], tokens: int, side: int, each: int) -> None:
     config = {**SIZES, **shape}
     tower = GenerationTower(**config).to(DTYPES[each]).eval().requires_grad_(False)  # type: ignore[arg-type]
-    numbers = network(GenerationShape(**config), each=each)
+    numbers = network(GenerationShape(**config), value_bytes=each)
     for rows in (1, 2):
         z, t = torch.randn(1, 32, side, side).expand(rows, -1, -1, -1), torch.full((rows,), 0.5)
         with torch.inference_mode():
@@ -92,7 +92,7 @@ def test_a_pass_takes_what_is_counted(shape: dict[str, Any], tokens: int, side: 
 
 def test_an_edit_takes_what_is_counted() -> None:
     """The references, the banks with and without their image tokens, and a pass of one branch and of two."""
-    config = {**SIZES, "width": 256, "heads": 2, "hidden": 704, "sight_widths": (16,) * 5}
+    config = {**SIZES, "width": 256, "heads": 2, "hidden": 704, "image_state_widths": (16,) * 5}
     tower = GenerationTower(**config).to(torch.bfloat16).eval().requires_grad_(False)  # type: ignore[arg-type]
     numbers, side = network(GenerationShape(**config), references=1), 20
     assert numbers.autoencoder is not None
@@ -103,12 +103,12 @@ def test_an_edit_takes_what_is_counted() -> None:
         words = [tower.project_states(torch.randn(1, memory.TOKENS, 5, 64)) for _ in range(2)]
         tokens = torch.randn(1, memory.IMAGE_TOKENS, 5, 16)
         banks = [tower.add_image_tokens(bank, tokens, references) for bank in words]
-        for together in (False, True):
-            counted = parts(numbers, Setting(together=together), size)["draw"]
-            joined = [join(banks)] if together else []
+        for batched_guidance in (False, True):
+            counted = parts(numbers, Setting(batched_guidance=batched_guidance), size)["draw"]
+            joined = [join(banks)] if batched_guidance else []
             assert counted["bank"] == sum(map(bank_bytes, [*words, *banks, *joined]))
-            assert counted["references"] == sum(kv.nbytes for kv in references.kv) + references.under_BND.nbytes
-            bank = joined[0] if together else banks[0]
+            assert counted["references"] == sum(kv.nbytes for kv in references.kv) + references.reference_BND.nbytes
+            bank = joined[0] if batched_guidance else banks[0]
             rows = bank.bank_BTMD.shape[0]
             z_BCHW, t_B = z.expand(rows, -1, -1, -1), torch.full((rows,), 0.5)
             tower(z_BCHW, t_B, bank)
@@ -124,7 +124,10 @@ def bank_bytes(bank: StateBank) -> int:
 def test_twice_the_branches_take_twice_the_activations_and_a_bank_of_their_own() -> None:
     size = (1024, 1024)
     for numbers in (find_network("mos-l"), replace(find_network("mos-s"), references=0)):
-        apart, both = (parts(numbers, Setting(together=together), size)["draw"] for together in (False, True))
+        apart, both = (
+            parts(numbers, Setting(batched_guidance=batched_guidance), size)["draw"]
+            for batched_guidance in (False, True)
+        )
         assert both["activations"] == 2 * apart["activations"]
         # The banks of an edit are there with and without image tokens; those that are read are joined.
         joined = memory.context_tokens(numbers, size)
@@ -133,11 +136,12 @@ def test_twice_the_branches_take_twice_the_activations_and_a_bank_of_their_own()
     # NF4 unpacks one layer, whatever passes it.
     nf4 = Setting(generation="nf4")
     one, two = (
-        parts(numbers, replace(nf4, together=together), size)["draw"]["activations"] for together in (False, True)
+        parts(numbers, replace(nf4, batched_guidance=batched_guidance), size)["draw"]["activations"]
+        for batched_guidance in (False, True)
     )
     assert two < 2 * one
     unguided = replace(numbers, defaults=numbers.defaults.model_copy(update={"cfg": 1.0}))
-    assert memory.stages(unguided, Setting(), size) == memory.stages(unguided, Setting(together=False), size)
+    assert memory.stages(unguided, Setting(), size) == memory.stages(unguided, Setting(batched_guidance=False), size)
 
 
 def test_full_precision_doubles_what_is_not_quantised() -> None:
@@ -160,7 +164,7 @@ def test_projecting_takes_what_is_counted() -> None:
     ):
         tower = GenerationTower(**shape.model_dump()).to(DTYPES[each]).eval().requires_grad_(False)  # type: ignore[arg-type]
         reader = UnderstandingShape(layers=layers - 1, width=width, hidden=64, linear=parameters, other=0, vision=0)
-        numbers = network(shape, understanding=reader, each=each)
+        numbers = network(shape, understanding=reader, value_bytes=each)
         states = torch.randn(1, tokens, layers, width, dtype=dtype)
         with torch.inference_mode():
             measured = peak(lambda: tower.project_states(states))  # noqa: B023
@@ -230,7 +234,7 @@ def test_decoding_takes_what_is_counted(kind: str, each: int) -> None:
     with torch.inference_mode():
         model.decode(z)
         measured = peak(lambda: model.decode(z))
-    numbers = network(GenerationShape(), autoencoder=shape, each=each)
+    numbers = network(GenerationShape(), autoencoder=shape, value_bytes=each)
     counted = memory.decoding_activations(numbers, (width, height))
     assert counted == pytest.approx(measured, rel=0.1)
 

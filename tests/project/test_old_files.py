@@ -12,28 +12,42 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
-from mos_cli.bundles.bundle import find_bundle, verify_bundle
+from mos_cli.bundles.bundle import Bundle, find_bundle, verify_bundle, write_index
+from mos_cli.bundles.quantized import write_quantised_bundle
+from mos_cli.bundles.shapes import Header
 from mos_cli.bundles.sources import tower_folder
+from mos_cli.config.recipe import PictureRecord
 from mos_cli.images.outputs import read_drawing
-from mos_cli.routing.trace import load_recording
+from mos_cli.quantization.method import Quantisation
+from mos_cli.routing.trace import Trace, load_recording
+from mos_cli.towers.image_encoder import ImageEncoder
+from mos_cli.towers.quantized import load_generation
 from mos_cli.towers.understanding import UnderstandingTower
-from mos_cli.utils.folders import models_folder
+from mos_cli.training import checkpoint
+from mos_cli.training.checkpoint import renamed
+from mos_cli.training.loop import Trainer
+from mos_cli.training.recipe import TrainRecipe, load_recipe
+from mos_cli.utils import migration
+from mos_cli.utils.folders import models_folder, presets_folder
+from mos_cli.utils.migration import current_weight, earlier_weight, part_folder
 from tests.helpers import tiny_training as tiny
 
 OLD = Path(__file__).parents[1] / "fixtures" / "0.1.0"
 PICTURES = OLD / "pictures"
 CLOSE = "close (PSNR "
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def old_model(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The old bundle, found by its name, and its encoder in the cache. Its eyes are those of the default model."""
+    """The old bundle, found by its name, with the image encoder of the default model, and its encoder in the cache."""
     folder = tmp_path / "models" / "fixture"
     shutil.copytree(OLD / "models" / "fixture", folder)
-    eyes = "eyes/diffusion_pytorch_model.safetensors"
-    shutil.copyfile(models_folder() / "emoji" / eyes, folder / eyes)
+    image_encoder = "eyes/diffusion_pytorch_model.safetensors"
+    shutil.copyfile(models_folder() / "emoji" / image_encoder, folder / image_encoder)
     monkeypatch.setenv("MOS_MODELS", str(tmp_path / "models"))
     shutil.copytree(OLD / "encoder", tower_folder(find_bundle("fixture").index.understanding))
     return folder
@@ -81,3 +95,117 @@ def test_an_old_run_of_training_goes_on(tmp_path: Path) -> None:
     losses = tiny.run(trainer)
     assert len(losses) == 4
     assert torch.tensor(losses).isfinite().all()
+
+
+def names_in(bundle: Bundle) -> set[str]:
+    """Folders, fields and weights of a bundle."""
+    found = {part for file in bundle.index.files for part in file.split("/")}
+    for path in bundle.folder.rglob("config.json"):
+        config = json.loads(path.read_bytes())
+        found |= {*config, config["_class_name"]}
+    weights = Header.of(bundle.folder / "generation").shapes
+    return found | {part for name in weights for part in name.split(".")}
+
+
+EARLIER_FIELDS = {new: old for old, new in migration.FIELDS.items()}
+EARLIER = {*migration.FIELDS, *migration.MODULES, *migration.FOLDERS, *migration.CLASSES}
+
+
+def test_the_table_has_an_inverse() -> None:
+    for table in (migration.FIELDS, migration.MODULES, migration.FOLDERS, migration.CLASSES):
+        assert len(set(table.values())) == len(table)
+        assert not table.keys() & set(table.values())
+    for name in ("reference_in.weight", "router.image_states_in.weight", "blocks.0.mlp.down.weight"):
+        assert current_weight(earlier_weight(name)) == name
+
+
+def test_an_old_bundle_written_anew_draws_the_same(mos, old_model: Path, tmp_path: Path) -> None:
+    old = find_bundle("fixture")
+    assert len(names_in(old) & EARLIER) == 6
+    new = tmp_path / "new"
+    load_generation(old_model / "generation", device=CPU, dtype=torch.float32).save_pretrained(new / "generation")
+    ImageEncoder.from_pretrained(part_folder(old_model, "image_encoder")).save_pretrained(new / "image_encoder")
+    shutil.copytree(old_model / "scheduler", new / "scheduler")
+    index = old.index
+    described = {"license": index.license, "understanding": index.understanding, "canvas": index.canvas}
+    settings = {"defaults": index.defaults, "edits": index.edits}
+    bundle = write_index(new, name="new", description=index.description, **described, **settings)
+    assert names_in(bundle) & EARLIER == set()
+    drawn = []
+    for model in ("fixture", str(new)):
+        output = tmp_path / f"{len(drawn)}.png"
+        edited = mos("edit", PICTURES / "apple.png", "a green apple", "-m", model, "-s", "3", "-o", output)
+        assert edited.exit_code == 0, edited.output
+        drawn.append(read_drawing(output)[1].sha256)
+    assert drawn[0] == drawn[1]
+
+
+def test_a_bundle_made_of_an_old_one_has_present_names(old_model: Path, tmp_path: Path) -> None:
+    def write_tower(source: Path, target: Path) -> None:
+        load_generation(source, device=CPU).save_pretrained(target)
+
+    made = write_quantised_bundle(find_bundle("fixture"), tmp_path / "made", "nf4", write_tower)
+    assert names_in(made) & EARLIER == set()
+    verify_bundle(made)
+    shipped = write_quantised_bundle(find_bundle("emoji"), tmp_path / "shipped", "nf4", write_tower)
+    recipe = json.loads((shipped.folder / "recipe.json").read_bytes())
+    assert not {*recipe, *recipe["generation"]} & EARLIER
+    assert recipe["image_encoder"] == "efficientnet-lite0"
+
+
+def test_an_old_quantised_file_keeps_the_same_modules() -> None:
+    stored = json.dumps({"method": "nf4", "kept": ["router", *migration.MODULES]})
+    assert Quantisation.model_validate_json(stored).kept == ("router", *migration.MODULES.values())
+
+
+@pytest.mark.parametrize("name", ["apple", "cat", "green", "dog"])
+def test_old_records_are_written_with_present_names(name: str) -> None:
+    with Image.open(PICTURES / f"{name}.png") as opened:
+        text = opened.info["mos"]
+    assert '"together":' in text
+    record = PictureRecord.model_validate_json(text)
+    assert record.made.batched_guidance == json.loads(text)["made"]["together"]
+    written = record.to_json()
+    assert not any(f'"{field}":' in written for field in EARLIER)
+    assert PictureRecord.model_validate_json(written) == record
+    trace = load_recording(PICTURES / f"{name}.json").trace
+    head = trace.model_dump_json(exclude_none=True)
+    assert not any(f'"{field}":' in head for field in EARLIER)
+    assert Trace.model_validate_json(head) == trace
+
+
+def test_old_training_recipes_are_read(tmp_path: Path) -> None:
+    table = json.loads((models_folder() / "emoji" / "recipe.json").read_bytes())
+    widths = EARLIER_FIELDS["image_state_widths"]
+    assert {*table, *table["generation"]} & EARLIER == {"eyes", widths}
+    recipe = TrainRecipe.model_validate(table)
+    assert recipe.image_encoder == table["eyes"]
+    assert recipe.generation["image_state_widths"] == table["generation"][widths]
+    assert TrainRecipe.model_validate(recipe.model_dump()) == recipe
+    text = (presets_folder() / "train-emoji.toml").read_text(encoding="utf-8")
+    earlier = text.replace("image_encoder =", "eyes =").replace("image_state_widths =", f"{widths} =")
+    assert earlier != text
+    (tmp_path / "earlier.toml").write_text(earlier)
+    assert load_recipe(str(tmp_path / "earlier.toml")) == load_recipe("train-emoji")
+
+
+def test_a_checkpoint_with_earlier_names_is_read(tmp_path: Path) -> None:
+    def trained() -> Trainer:
+        recipe = tiny.recipe().model_dump(exclude_unset=True)
+        recipe["generation"] |= {"image_state_widths": [8, 8, 8, 8]}
+        return tiny.trainer(TrainRecipe.model_validate(recipe), UnderstandingTower(OLD / "encoder"), tmp_path / "run")
+
+    trainer = trained()
+    trainer.advance(trainer.batches.make(0))
+    state = renamed(trainer._state(), earlier_weight)
+    assert earlier_weight("router.image_states_in.weight") in state["tower"].keys() - trainer.tower.state_dict().keys()
+    checkpoint.save(tmp_path / "run", trainer.step, state, trainer.accelerator)
+    resumed = trained()
+    assert resumed.step == 1
+    assert digest(dict(resumed.tower.named_parameters())) == digest(dict(trainer.tower.named_parameters()))
+    assert digest(resumed.ema.averages["0.05"]) == digest(trainer.ema.averages["0.05"])
+    for loaded, saved in zip(resumed._bare_optimisers(), trainer._bare_optimisers(), strict=True):
+        assert loaded.state_dict()["state"].keys() == saved.state_dict()["state"].keys()
+        for number, values in saved.state_dict()["state"].items():
+            for name, value in values.items():
+                assert torch.equal(loaded.state_dict()["state"][number][name], value)

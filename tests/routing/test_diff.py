@@ -184,7 +184,7 @@ def test_steps_are_aligned_by_their_times():
     coarse = single(({0: 1.0},), ({3: 1.0},), times=(1.0, 0.45))
     branch = compare(*fine, *coarse).branches["positive"]
     assert branch.steps == ((0, 0), (2, 1))
-    assert branch.apart == pytest.approx(0.05)
+    assert branch.time_distance == pytest.approx(0.05)
     assert (branch.tally.agree, branch.tally.first) == (1, 2)
 
 

@@ -13,7 +13,7 @@ from pyarrow import csv, parquet
 from mos_cli.routing.export import decisions_table
 from mos_cli.routing.section import cut
 from mos_cli.routing.trace import Recording, Routes, make_branch, trace_files
-from mos_cli.utils.files import write_together
+from mos_cli.utils.files import write_all
 from tests.helpers.traces import BLOCKS, LAYERS, STEPS, TOP_K, make_trace, tokens_of
 
 PROMPT = 'a "red", apple; naïve 日本'
@@ -30,7 +30,7 @@ def recording(tmp_path: Path) -> Recording:
     trace, routes = make_trace(prompt=PROMPT)
     routes = {name: with_probabilities(held, seed) for seed, (name, held) in enumerate(routes.items())}
     trace = trace.model_copy(update={"probabilities": True})
-    write_together(trace_files(trace, routes, tmp_path / "apple.json"))
+    write_all(trace_files(trace, routes, tmp_path / "apple.json"))
     return Recording(tmp_path / "apple.json", trace, routes, None, None)
 
 
@@ -139,7 +139,7 @@ def test_bad_exports_are_one_line(mos, recording, tmp_path, monkeypatch):
     assert (code, taken.read_text()) == (3, "mine")
     assert "--overwrite" in message
     summary = tmp_path / "summary.json"
-    write_together(trace_files(recording.trace.model_copy(update={"probabilities": None}), None, summary))
+    write_all(trace_files(recording.trace.model_copy(update={"probabilities": None}), None, summary))
     code, message = refused(summary, "--export", tmp_path / "b.csv")
     assert (code, "--trace topk" in message, (tmp_path / "b.csv").exists()) == (3, True, False)
     monkeypatch.setitem(sys.modules, "pyarrow", None)

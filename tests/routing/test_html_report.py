@@ -15,7 +15,7 @@ from PIL import Image
 from mos_cli.errors import InputError
 from mos_cli.routing.trace import trace_files
 from mos_cli.routing.views.html import PARTS, SCRIPTS, html_report, report_data
-from mos_cli.utils.files import write_together
+from mos_cli.utils.files import write_all
 from tests.helpers.recordings import HOSTILE, record
 
 
@@ -102,7 +102,7 @@ def test_previews_become_one_picture_with_a_frame_a_step(tmp_path: Path) -> None
 def test_choices_that_no_block_read_are_told_once(tmp_path: Path, mos, every: int | None, told: int) -> None:
     """With feature caching the trace has the choices of steps at which no block was computed."""
     recording = record(tmp_path, feature_cache=every)
-    write_together(trace_files(recording.trace, recording.routes, recording.path))
+    write_all(trace_files(recording.trace, recording.routes, recording.path))
     assert json.loads(mos("inspect-routing", recording.path, "--json").stdout)["overview"]["feature_cache"] == every
     text = " ".join(mos("inspect-routing", recording.path).stdout.split())
     assert text.count("feature cache 3: the blocks were computed at some of the steps only") == told

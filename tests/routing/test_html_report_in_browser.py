@@ -236,10 +236,10 @@ def test_a_hostile_prompt_is_shown_and_does_nothing(opened: Callable[..., Any], 
 def test_it_fits_and_follows_the_scheme(opened: Callable[..., Any], tmp_path: Path, width: int, scheme: str) -> None:
     page = opened(record(tmp_path), width=width, color_scheme=scheme, reduced_motion="reduce")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    ground = "getComputedStyle(document.body).backgroundColor"
-    before = page.evaluate(ground)
+    colour = "getComputedStyle(document.body).backgroundColor"
+    before = page.evaluate(colour)
     assert (sum(map(int, re.findall(r"\d+", before))) < 384) == (scheme == "dark")
     press(page, "t")
-    assert page.evaluate(ground) != before
+    assert page.evaluate(colour) != before
     unnamed = "[...document.querySelectorAll('button, input')].filter((e) => !(e.ariaLabel || e.textContent.trim()))"
     assert page.evaluate(f"{unnamed}.length") == 0

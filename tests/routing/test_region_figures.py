@@ -13,7 +13,7 @@ from PIL import Image
 from mos_cli.routing.regions import patch_origins, special_share, word_maps
 from mos_cli.routing.section import cut
 from mos_cli.routing.trace import Recording, RegionGrid, trace_files
-from mos_cli.utils.files import write_together
+from mos_cli.utils.files import write_all
 from tests.helpers.traces import BLOCKS, LAYERS, make_trace
 
 ROWS, COLUMNS = 2, 3
@@ -30,7 +30,7 @@ def recorded(folder: Path, **sizes) -> Recording:
         routes[name] = replace(held, regions_JTN=attention.astype(np.float16))
     trace = trace.model_copy(update={"regions": RegionGrid(rows=ROWS, columns=COLUMNS)})
     path = folder / "apple.json"
-    write_together(trace_files(trace, routes, path), overwrite=True)
+    write_all(trace_files(trace, routes, path), overwrite=True)
     return Recording(path, trace, routes, None, None)
 
 
@@ -136,7 +136,7 @@ def test_figures_are_written_whole_and_alike(mos, recording, tmp_path, option, s
 
 def test_a_plot_can_be_svg_and_words_can_hold_anything(mos, tmp_path):
     trace, routes = make_trace(prompt="costs $5 and $6 <b> & \\frac")
-    write_together(trace_files(trace, routes, tmp_path / "x.json"))
+    write_all(trace_files(trace, routes, tmp_path / "x.json"))
     result = mos("inspect-routing", tmp_path / "x.json", "--plot", tmp_path / "x.svg", "--step", "1:3", "--block", "2")
     assert (result.exit_code, result.stderr) == (0, "")
     assert "<svg" in (tmp_path / "x.svg").read_text()
@@ -168,14 +168,14 @@ def test_mistakes_are_one_line(mos, recording, name):
 def test_without_regions_it_says_how_to_have_them(mos, tmp_path, monkeypatch):
     trace, routes = make_trace()
     path = tmp_path / "plain.json"
-    write_together(trace_files(trace, routes, path))
+    write_all(trace_files(trace, routes, path))
     for arguments in (["--patch", "0,0"], ["--regions", tmp_path / "r.png"]):
         result = mos("inspect-routing", path, *arguments)
         assert (result.exit_code, result.stderr) == (
             3,
             f"error: {path} has no regions: draw with --regions to record them\n",
         )
-    write_together(trace_files(trace, None, tmp_path / "summary.json"))
+    write_all(trace_files(trace, None, tmp_path / "summary.json"))
     result = mos("inspect-routing", tmp_path / "summary.json", "--plot", tmp_path / "p.png")
     assert (result.exit_code, "--trace topk" in result.stderr) == (3, True)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -15,7 +15,7 @@ from mos_cli.errors import InputError, UsageError
 from mos_cli.routing.analysis import Word
 from mos_cli.routing.section import cut, cut_all, layer_use, parse_range, readers
 from mos_cli.routing.trace import Recording, Steered, TraceToken, make_branch, trace_files
-from mos_cli.utils.files import write_together
+from mos_cli.utils.files import write_all
 from tests.helpers.traces import BLOCKS, LAYERS, STEPS, make_trace
 
 
@@ -26,7 +26,7 @@ def recording_of(**sizes: int) -> Recording:
 
 def save(recording: Recording, folder: Path) -> Path:
     path = folder / "apple.json"
-    write_together(trace_files(recording.trace, recording.routes, path))
+    write_all(trace_files(recording.trace, recording.routes, path))
     return path
 
 
@@ -138,9 +138,9 @@ def test_rules_are_shown_as_asked_and_done(mos, tmp_path):
     path = save(replace(recording, trace=trace), tmp_path)
     shown = " ".join(mos("inspect-routing", path).stdout.split())
     assert "red=1 24 decisions: red" in shown
-    assert "pear!=2 speaks of nothing in this branch" in shown
+    assert "pear!=2 has no tokens in this branch" in shown
     assert f"another run its choices at the first 40% of the steps (sha256 {'a' * 12})" in shown
-    assert "together 6 of 120 decisions (5.0%) keep others than the router chose" in shown
+    assert "all rules 6 of 120 decisions (5.0%) keep other layers than the router chose" in shown
     rules = json.loads(mos("inspect-routing", path, "--json").stdout)["rules"]
     assert (rules["asked"], rules["changed"], rules["done"][0]["decisions"]) == (["red=1", "pear!=2"], 6, 24)
     assert "rules" not in mos("inspect-routing", save(recording_of(), tmp_path / "plain")).stdout

@@ -26,7 +26,7 @@ from mos_cli.routing.trace import (
     load_trace,
     trace_files,
 )
-from mos_cli.utils.files import write_together
+from mos_cli.utils.files import write_all
 from tests.helpers.traces import BLOCKS, LAYERS, STEPS, make_trace
 
 DOC = Path(__file__).parents[2] / "docs" / "trace.md"
@@ -36,7 +36,7 @@ DOC = Path(__file__).parents[2] / "docs" / "trace.md"
 def saved(tmp_path) -> tuple[Path, Trace, dict[str, Routes]]:
     trace, routes = make_trace()
     path = tmp_path / "apple.json"
-    write_together(trace_files(trace, routes, path))
+    write_all(trace_files(trace, routes, path))
     return path, trace, routes
 
 
@@ -56,7 +56,7 @@ def test_traces_are_not_overwritten_and_leave_nothing_behind(saved):
     before = {file: file.read_bytes() for file in path.parent.iterdir()}
     assert len(before) == 2
     with pytest.raises(InputError, match="--overwrite"):
-        write_together(trace_files(trace, routes, path))
+        write_all(trace_files(trace, routes, path))
     assert {file: file.read_bytes() for file in path.parent.iterdir()} == before
 
 
@@ -65,7 +65,7 @@ def test_a_summary_has_no_decisions(tmp_path):
     path = tmp_path / "summary.json"
     files = trace_files(trace, None, path)
     assert list(files) == [path]
-    write_together(files)
+    write_all(files)
     with pytest.raises(InputError, match="holds a summary only"):
         load_routes(load_trace(path), path)
 
@@ -156,7 +156,7 @@ def test_arrays_that_cannot_be_true_are_refused_though_their_hash_is_right(tmp_p
     trace, routes = make_trace()
     routes["positive"] = replace(routes["positive"], **{field: _with(getattr(routes["positive"], field), value)})
     path = tmp_path / "made.json"
-    write_together(trace_files(trace, routes, path))
+    write_all(trace_files(trace, routes, path))
     with pytest.raises(InputError, match=r"made\.routing\.safetensors is damaged: it holds"):
         load_routes(load_trace(path), path)
 

@@ -12,7 +12,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.trace import RecordOptions
 from mos_cli.sampling.feature_cache import caching
-from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, WITHOUT_IMAGE, Guidance, make_sigmas, sample
+from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, WITHOUT_IMAGE, Guidance
+from mos_cli.sampling.sampler import make_sigmas, sample
 from mos_cli.towers.bank import StateBank
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.router import Steering
@@ -29,7 +30,7 @@ def empty(*shape: int) -> torch.Tensor:
 def drawn(
     tower: GenerationTower,
     *,
-    together: bool,
+    batched_guidance: bool,
     record_options: RecordOptions = RecordOptions(),
     cache: int | None = None,
     on: Any = META,
@@ -47,7 +48,7 @@ def drawn(
         if tower.router is not None:
             tokens = TOKENS[POSITIVE] + V
             steering = Steering(torch.ones(1, tokens, J, M, dtype=torch.bool, device=on), empty(1, tokens, J, M))
-        with recorder.watching(tower), caching(tower, cache, 6) as (predict, reset_cache):
+        with recorder.attached(tower), caching(tower, cache, 6) as (predict, reset_cache):
             return sample(
                 predict,
                 empty(1, 3, 32, 24),
@@ -55,7 +56,7 @@ def drawn(
                 sigmas=make_sigmas(FlowMatchEulerDiscreteScheduler(), 6),
                 solver="ab2",
                 guidance=Guidance(3.0, (0.3, 0.8), 1.5),
-                together=together,
+                batched_guidance=batched_guidance,
                 observers=[recorder],
                 steer=lambda step, branch: steering if branch == POSITIVE else None,
                 reset_cache=reset_cache,
@@ -63,23 +64,23 @@ def drawn(
 
 
 @pytest.mark.parametrize("variant", [*FIXED, *ROUTED], ids=name_of)
-@pytest.mark.parametrize("together", [True, False], ids=["together", "apart"])
-def test_no_step_reads_or_brings_a_value(variant: dict[str, Any], together: bool) -> None:
-    tower = small_tower(sight_widths=WIDTHS, **variant)
-    assert drawn(tower, together=together).device == META
+@pytest.mark.parametrize("batched_guidance", [True, False], ids=["batched", "sequential"])
+def test_no_step_reads_or_brings_a_value(variant: dict[str, Any], batched_guidance: bool) -> None:
+    tower = small_tower(image_state_widths=WIDTHS, **variant)
+    assert drawn(tower, batched_guidance=batched_guidance).device == META
 
 
 def test_recording_and_caching_stay_there_too() -> None:
-    tower = small_tower(sight_widths=WIDTHS)
+    tower = small_tower(image_state_widths=WIDTHS)
     assert (
         drawn(
-            tower, together=True, record_options=RecordOptions(probabilities=True, regions=True, previews=True)
+            tower, batched_guidance=True, record_options=RecordOptions(probabilities=True, regions=True, previews=True)
         ).device
         == META
     )
-    assert drawn(tower, together=True, cache=3).device == META
+    assert drawn(tower, batched_guidance=True, cache=3).device == META
 
 
 def test_what_lies_elsewhere_is_noticed() -> None:
     with pytest.raises(RuntimeError, match="device"):
-        drawn(small_tower(sight_widths=WIDTHS), together=False, on=torch.device("cpu"))
+        drawn(small_tower(image_state_widths=WIDTHS), batched_guidance=False, on=torch.device("cpu"))

@@ -58,18 +58,20 @@ class Passes:
         return ends
 
 
-@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("batched_guidance", [True, False])
 @pytest.mark.parametrize("every", COMPUTED)
-def test_blocks_are_computed_at_the_steps_that_were_asked_for(bundle: Bundle, every: int, together: bool) -> None:
-    passes = Passes(loaded(bundle, together=together)).of(asked(bundle, feature_cache=every))
+def test_blocks_are_computed_at_the_steps_that_were_asked_for(
+    bundle: Bundle, every: int, batched_guidance: bool
+) -> None:
+    passes = Passes(loaded(bundle, batched_guidance=batched_guidance)).of(asked(bundle, feature_cache=every))
     assert {step for step, count in enumerate(passes) if count} == COMPUTED[every]
-    assert set(passes) == {0, 3 if together else 6}
+    assert set(passes) == {0, 3 if batched_guidance else 6}
 
 
-@pytest.mark.parametrize("together", [True, False])
-def test_a_picture_is_close_and_a_wider_distance_is_further_off(bundle: Bundle, together: bool) -> None:
+@pytest.mark.parametrize("batched_guidance", [True, False])
+def test_a_picture_is_close_and_a_wider_distance_is_further_off(bundle: Bundle, batched_guidance: bool) -> None:
     """Random blocks say something new at every step: made quieter, they come within 15 dB."""
-    pipeline = loaded(bundle, together=together)
+    pipeline = loaded(bundle, batched_guidance=batched_guidance)
     for block in pipeline.tower.blocks:
         for parameter in block.parameters():
             parameter.data *= 0.3
@@ -119,23 +121,25 @@ def test_a_picture_that_was_broken_off_leaves_nothing(bundle: Bundle) -> None:
 def test_where_guidance_begins_or_ends_all_branches_begin_anew(bundle: Bundle) -> None:
     """Guidance acts in the middle third. A picture with branches apart is the same, but for rounding."""
     recipe = asked(bundle, feature_cache=4, cfg_interval=(0.35, 0.7))
-    joined, apart = loaded(bundle, together=True), loaded(bundle, together=False)
+    joined, apart = loaded(bundle, batched_guidance=True), loaded(bundle, batched_guidance=False)
     assert difference(joined.draw(recipe).image, apart.draw(recipe).image)[1] > 60
     # As many steps are computed from step 4, and from step 8, as at the beginning: the first quarter's worth.
     assert Passes(joined).of(recipe) == [3, 3, 3, 0] * 3
     assert Passes(apart).of(recipe) == [3, 3, 3, 0, 6, 6, 6, 0, 3, 3, 3, 0]
 
 
-@pytest.mark.parametrize("together", [True, False])
-def test_edits_with_a_branch_that_sees_nothing(editor: Bundle, tmp_path, together: bool) -> None:
+@pytest.mark.parametrize("batched_guidance", [True, False])
+def test_edits_with_a_branch_that_sees_nothing(editor: Bundle, tmp_path, batched_guidance: bool) -> None:
     noise = torch.randint(0, 256, (32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     Image.fromarray(noise.numpy()).save(tmp_path / "in.png")
     inputs = read_inputs([tmp_path / "in.png"])
     edit = describe_edit(inputs, canvas=(32, 32), image_cfg=1.5, strength=1.0, mask=None, composite=False)
-    passes = Passes(loaded(editor, together=together)).of(asked(editor, edit=edit, feature_cache=3), inputs)
+    passes = Passes(loaded(editor, batched_guidance=batched_guidance)).of(
+        asked(editor, edit=edit, feature_cache=3), inputs
+    )
     assert {step for step, count in enumerate(passes) if count} == COMPUTED[3]
     # Before the first step the picture passes the blocks, to be remembered.
-    assert set(passes[1:]) == {0, 6 if together else 9}
+    assert set(passes[1:]) == {0, 6 if batched_guidance else 9}
 
 
 def test_blocks_that_are_fetched_say_the_same(bundle: Bundle) -> None:

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mos_cli.sampling.flow import velocity
-from mos_cli.sampling.sampler import NEGATIVE, POSITIVE, Guidance, InitialLatent, Step, make_sigmas, sample
+from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, Guidance
+from mos_cli.sampling.sampler import InitialLatent, Step, make_sigmas, sample
 from mos_cli.towers.bank import StateBank
 from mos_cli.towers.router import Route
 from mos_cli.utils.validation import Solver

@@ -5,7 +5,7 @@ import torch
 
 from mos_cli.errors import DeviceError
 from mos_cli.towers.attention import SDPA, XFORMERS, Attention, CrossAttention, choose_attention
-from mos_cli.towers.layers import Cells, Rotary, rotary
+from mos_cli.towers.layers import Rotary, TokenGrid, rotary
 
 TOKENS, WIDTH, HEADS, CONTEXT = 12, 64, 2, 5
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -33,7 +33,7 @@ def case(request):
     torch.manual_seed(0)
     layer = Attention(WIDTH, HEADS).to(request.param).eval().requires_grad_(False)
     x, kv = torch.randn(1, TOKENS, WIDTH), torch.randn(1, CONTEXT, 2 * WIDTH)
-    positions = rotary((Cells(1, CONTEXT + TOKENS),), WIDTH // HEADS, 100.0, torch.device("cpu"))
+    positions = rotary((TokenGrid(1, CONTEXT + TOKENS),), WIDTH // HEADS, 100.0, torch.device("cpu"))
     return layer, x.to(request.param), positions, kv.to(request.param)
 
 

@@ -12,14 +12,15 @@ from mos_cli.towers.attention import Attention, CrossAttention
 from mos_cli.towers.blocks import GenerationBlock
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.layers import (
-    Cells,
     Rotary,
-    Words,
+    TokenGrid,
+    TokenSequence,
     patchify,
     rotary,
     unpatchify,
 )
 from mos_cli.towers.router import fixed_route
+from mos_cli.utils.migration import current_fields, current_weight
 from tests.helpers.generation_towers import FIXED, ROUTED, B, J, M, S, T, inputs, name_of, slow_norm, small_tower
 
 
@@ -70,7 +71,7 @@ def slow_tower(tower: Any, z: Tensor, t: Tensor, states: Tensor, weights_BTJM: T
     stream = torch.zeros(len(z), tokens, x.shape[-1]) if kind in ("tokens", "joint") else None
     time = torch.nn.functional.silu(tower.time_in(t))
     m = tower.modulation(time).unflatten(-1, (6, -1))
-    places = (Words(tokens), Cells(z.shape[2] // tower.patch, z.shape[3] // tower.patch))
+    places = (TokenSequence(tokens), TokenGrid(z.shape[2] // tower.patch, z.shape[3] // tower.patch))
     at = rotary(places, tower.head_width, 100.0, z.device)
     for j, block in enumerate(tower.blocks):
         reads = kind if kind != "joint" else "tokens" if j == 0 else "carried"
@@ -97,9 +98,9 @@ def test_every_variant_draws_what_a_slow_reference_draws(tower: GenerationTower)
 def test_every_variant_draws_the_same_whatever_else_is_in_the_batch(tower: GenerationTower) -> None:
     z, t, states = inputs()
     mask = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
-    together, route = tower(z, t, tower.project_states(states, mask))
+    batched, route = tower(z, t, tower.project_states(states, mask))
     alone, route_alone = tower(z[:1], t[:1], tower.project_states(states[:1, :3]))
-    torch.testing.assert_close(together[:1], alone, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(batched[:1], alone, atol=1e-4, rtol=1e-4)
     assert torch.equal(route.ids_BTJK[:1, :3], route_alone.ids_BTJK)
     torch.testing.assert_close(route.weights_BTJK[:1, :3], route_alone.weights_BTJK, atol=1e-5, rtol=1e-5)
 
@@ -167,7 +168,7 @@ def test_sample_routing_follows_the_mean_of_the_logits_of_the_real_tokens() -> N
     one.load_state_dict(each.state_dict())
     z, t, states = inputs()
     mask = torch.tensor([[True, True, True, False, False], [True, False, False, False, False]])
-    seen = each.project_states(states).router_BTR, patchify(z, 8), t, (), Cells(4, 3), mask
+    seen = each.project_states(states).router_BTR, patchify(z, 8), t, (), TokenGrid(4, 3), mask
     assert one.router is not None
     assert each.router is not None
     logits, every = one.router(*seen), each.router(*seen)
@@ -214,6 +215,8 @@ def test_a_route_depends_on_what_the_router_sees_and_on_nothing_else(seen: tuple
         ({"router_inputs": ("latent", "time")}, "must name 'tokens'"),
         ({"top_k": 0}, "top_k cannot be 0"),
         ({"top_k": M + 1}, f"there are {M} layers"),
+        ({"heads": 3}, "width cannot be [0-9]+: with 3 heads it must be a multiple of 48"),
+        ({"router_heads": 3}, "router_width cannot be [0-9]+: with 3 heads it must be a multiple of 48"),
     ],
 )
 def test_choices_that_make_no_sense_are_refused_in_one_line(choices: dict, complaint: str) -> None:
@@ -227,11 +230,11 @@ def test_the_default_is_routed_and_has_the_parameters_of_the_shipped_weights() -
     assert (config["fusion"], config["context"], config["routing"]) == ("routed", "kv", "token")
     assert set(config["router_inputs"]) == {"tokens", "latent", "time"}
     folder = find_bundle("emoji").folder / "generation"
-    shipped: Any = GenerationTower.load_config(folder)
+    shipped: Any = current_fields(GenerationTower.load_config(folder))
     # Configs written before there were rivals have no such fields.
     rivals = {"fusion", "fusion_layers", "router_inputs", "routing"}
     shipped = {name: value for name, value in shipped.items() if name not in rivals}
     with torch.device("meta"):
         expected = {name: list(p.shape) for name, p in GenerationTower(**shipped).state_dict().items()}
     (weights,) = folder.glob("*.safetensors")
-    assert {name: list(tensor.shape) for name, tensor in load_file(weights).items()} == expected
+    assert {current_weight(name): list(tensor.shape) for name, tensor in load_file(weights).items()} == expected

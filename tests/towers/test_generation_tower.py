@@ -34,9 +34,9 @@ def test_a_prompt_draws_the_same_whatever_else_is_in_the_batch(context: str) -> 
     z, t, states = inputs()
     mask = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
     with torch.no_grad():
-        together, route = tower(z, t, tower.project_states(states, mask))
+        batched, route = tower(z, t, tower.project_states(states, mask))
         alone, route_alone = tower(z[:1], t[:1], tower.project_states(states[:1, :3]))
-    torch.testing.assert_close(together[:1], alone, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(batched[:1], alone, atol=1e-4, rtol=1e-4)
     assert torch.equal(route.ids_BTJK[:1, :3], route_alone.ids_BTJK)
 
 
@@ -93,5 +93,5 @@ def test_a_saved_tower_is_the_same(tmp_path) -> None:
 
 
 def test_eyes_apart_and_a_tower_that_sees_exclude_each_other() -> None:
-    with pytest.raises(ValueError, match="eyes apart"):
-        GenerationTower(states_layers=2, sight_widths=(8, 8), sees=True)
+    with pytest.raises(ValueError, match="image_state_widths are for"):
+        GenerationTower(states_layers=2, image_state_widths=(8, 8), has_vision=True)

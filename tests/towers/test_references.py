@@ -8,19 +8,19 @@ from torch import Tensor
 
 from mos_cli.bundles.shapes import IMAGE_GRID
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.towers.layers import Cells, Rotary, Words, patchify, rotary
+from mos_cli.towers.layers import Rotary, TokenGrid, TokenSequence, patchify, rotary
 from tests.helpers.generation_towers import WIDTHS, B, J, M, S, T, V, inputs, slow_norm, small_tower
 
 
 def seeing(**choices: Any) -> GenerationTower:
-    return small_tower(sight_widths=WIDTHS, **choices)
+    return small_tower(image_state_widths=WIDTHS, **choices)
 
 
 def pictures(count: int = 1) -> tuple[Tensor, list[Tensor]]:
     generator = torch.Generator().manual_seed(5)
     z = inputs()[0]
-    sight = torch.randn(B, count * V, M, max(WIDTHS) + 3, generator=generator)
-    return sight, [torch.randn(z.shape, generator=generator) for _ in range(count)]
+    image_states = torch.randn(B, count * V, M, max(WIDTHS) + 3, generator=generator)
+    return image_states, [torch.randn(z.shape, generator=generator) for _ in range(count)]
 
 
 @pytest.fixture(params=["kv", "tokens", "cross"])
@@ -32,22 +32,22 @@ def tower(request) -> GenerationTower:
 def test_memories_are_the_references_own_pass_through_the_blocks_at_time_zero() -> None:
     tower = seeing(fusion="last", context="kv")
     z, t, states = inputs()
-    sight, references = pictures()
-    bank = tower.add_image_tokens(tower.project_states(states), sight, tower.cache_references(references))
+    image_states, references = pictures()
+    bank = tower.add_image_tokens(tower.project_states(states), image_states, tower.cache_references(references))
     x_hat, _ = tower(z, t, bank)
 
     # The same by one long masked attention: the references' patches see themselves alone, the others see everything.
     rows, columns = z.shape[2] // tower.patch, z.shape[3] // tower.patch
     places = (
-        Cells(rows, columns, -1),
-        Words(T),
-        Cells(IMAGE_GRID, IMAGE_GRID, -1, (rows / IMAGE_GRID, columns / IMAGE_GRID)),
+        TokenGrid(rows, columns, -1),
+        TokenSequence(T),
+        TokenGrid(IMAGE_GRID, IMAGE_GRID, -1, (rows / IMAGE_GRID, columns / IMAGE_GRID)),
     )
-    at = rotary((*places, Cells(rows, columns)), tower.head_width, 100.0, z.device)
+    at = rotary((*places, TokenGrid(rows, columns)), tower.head_width, 100.0, z.device)
     clean, noised = (tower.patches_in(patchify(part, tower.patch)) for part in (references[0], z))
-    noised = noised + tower.under_in(patchify(references[0], tower.patch))
+    noised = noised + tower.reference_in(patchify(references[0], tower.patch))
     times = [torch.nn.functional.silu(tower.time_in(moment)) for moment in (torch.zeros(B), t)]
-    last = torch.cat([tower.states_in(slow_norm(states)), _projected(tower, sight)], dim=1)[:, :, -1]
+    last = torch.cat([tower.states_in(slow_norm(states)), _projected(tower, image_states)], dim=1)[:, :, -1]
     N, C = clean.shape[1], T + V
     for block in tower.blocks:
         h_c, m_c = _modulated(tower, block, clean, times[0])
@@ -56,10 +56,10 @@ def test_memories_are_the_references_own_pass_through_the_blocks_at_time_zero() 
         k_c, v_c = block.context_kv(slow_norm(last) * block.norm_context.weight).chunk(2, dim=-1)
         k = torch.cat([k[:, :N], k_c, k[:, N:]], dim=1)
         v = torch.cat([v[:, :N], v_c, v[:, N:]], dim=1)
-        sees = torch.ones(2 * N, N + C + N, dtype=torch.bool)
-        sees[:N, N:] = False
+        visible = torch.ones(2 * N, N + C + N, dtype=torch.bool)
+        visible[:N, N:] = False
         queries = torch.cat([torch.arange(N), torch.arange(N) + N + C])
-        attended = _masked(block.attention, q, k, v, at, queries, sees)
+        attended = _masked(block.attention, q, k, v, at, queries, visible)
         clean, noised = clean + m_c[2] * attended[:, :N], noised + m_n[2] * attended[:, N:]
         clean = clean + m_c[5] * block.mlp(slow_norm(clean) * (1 + m_c[4]) + m_c[3])
         noised = noised + m_n[5] * block.mlp(slow_norm(noised) * (1 + m_n[4]) + m_n[3])
@@ -68,8 +68,8 @@ def test_memories_are_the_references_own_pass_through_the_blocks_at_time_zero() 
     torch.testing.assert_close(patchify(x_hat, tower.patch), patches, atol=1e-4, rtol=1e-4)
 
 
-def _projected(tower: Any, sight: Tensor) -> Tensor:
-    states = [into(slow_norm(sight[:, :, m, : WIDTHS[m]])) for m, into in enumerate(tower.sight_in)]
+def _projected(tower: Any, image_states: Tensor) -> Tensor:
+    states = [into(slow_norm(image_states[:, :, m, : WIDTHS[m]])) for m, into in enumerate(tower.image_states_in)]
     return torch.stack(states, dim=2)
 
 
@@ -79,20 +79,20 @@ def _modulated(tower: Any, block: Any, x: Tensor, time: Tensor) -> tuple[Tensor,
     return slow_norm(x) * (1 + m[1]) + m[0], m
 
 
-def _masked(layer: Any, q: Tensor, k: Tensor, v: Tensor, at: Rotary, queries: Tensor, sees: Tensor) -> Tensor:
+def _masked(layer: Any, q: Tensor, k: Tensor, v: Tensor, at: Rotary, queries: Tensor, visible: Tensor) -> Tensor:
     q, k, v = (part.unflatten(-1, (layer.heads, -1)) for part in (q, k, v))
     q = Rotary(at.cos_LE[queries], at.sin_LE[queries]).rotate(slow_norm(q) * layer.norm_q.weight)
     k = at.rotate(slow_norm(k) * layer.norm_k.weight)
     scores = torch.einsum("bqhe,bkhe->bhqk", q, k) / q.shape[-1] ** 0.5
-    weights = scores.masked_fill(~sees, -torch.inf).softmax(-1)
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
     return layer.to_out(torch.einsum("bhqk,bkhe->bqhe", weights, v).flatten(-2))
 
 
 @torch.no_grad()
 def test_image_tokens_are_routed_like_words(tower: GenerationTower) -> None:
     z, t, states = inputs()
-    sight, references = pictures(2)
-    bank = tower.add_image_tokens(tower.project_states(states), sight, tower.cache_references(references))
+    image_states, references = pictures(2)
+    bank = tower.add_image_tokens(tower.project_states(states), image_states, tower.cache_references(references))
     _, route = tower(z, t, bank)
     assert route.ids_BTJK.shape == (B, T + 2 * V, J, 2)
     assert len({tuple(ids) for ids in route.ids_BTJK[0, T:, 0].tolist()}) > 1
@@ -101,10 +101,14 @@ def test_image_tokens_are_routed_like_words(tower: GenerationTower) -> None:
 @torch.no_grad()
 def test_what_is_remembered_depends_on_neither_words_nor_noise(tower: GenerationTower) -> None:
     _, _, states = inputs()
-    sight, references = pictures()
-    one = tower.add_image_tokens(tower.project_states(states), sight, tower.cache_references(references)).references
+    image_states, references = pictures()
+    one = tower.add_image_tokens(
+        tower.project_states(states), image_states, tower.cache_references(references)
+    ).references
     other = tower.add_image_tokens(
-        tower.project_states(torch.randn(B, T, M, S)), torch.randn_like(sight), tower.cache_references(references)
+        tower.project_states(torch.randn(B, T, M, S)),
+        torch.randn_like(image_states),
+        tower.cache_references(references),
     ).references
     assert one is not None
     assert other is not None
@@ -115,28 +119,34 @@ def test_what_is_remembered_depends_on_neither_words_nor_noise(tower: Generation
 @torch.no_grad()
 def test_the_first_reference_is_not_the_second(tower: GenerationTower) -> None:
     z, t, states = inputs()
-    sight, (a, b) = pictures(2)
-    there = tower(z, t, tower.add_image_tokens(tower.project_states(states), sight, tower.cache_references([a, b])))[0]
-    back = tower(z, t, tower.add_image_tokens(tower.project_states(states), sight, tower.cache_references([b, a])))[0]
+    image_states, (a, b) = pictures(2)
+    there = tower(
+        z, t, tower.add_image_tokens(tower.project_states(states), image_states, tower.cache_references([a, b]))
+    )[0]
+    back = tower(
+        z, t, tower.add_image_tokens(tower.project_states(states), image_states, tower.cache_references([b, a]))
+    )[0]
     assert (there - back).abs().max() > 1e-4
 
 
 @torch.no_grad()
 def test_a_picture_does_not_depend_on_the_others_of_its_batch(tower: GenerationTower) -> None:
     z, t, states = inputs()
-    sight, references = pictures()
+    image_states, references = pictures()
     mask = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
-    together, route = tower(
-        z, t, tower.add_image_tokens(tower.project_states(states, mask), sight, tower.cache_references(references))
+    batched, route = tower(
+        z,
+        t,
+        tower.add_image_tokens(tower.project_states(states, mask), image_states, tower.cache_references(references)),
     )
     alone, route_alone = tower(
         z[:1],
         t[:1],
         tower.add_image_tokens(
-            tower.project_states(states[:1, :3]), sight[:1], tower.cache_references([references[0][:1]])
+            tower.project_states(states[:1, :3]), image_states[:1], tower.cache_references([references[0][:1]])
         ),
     )
-    torch.testing.assert_close(together[:1], alone, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(batched[:1], alone, atol=1e-4, rtol=1e-4)
     real = [0, 1, 2, *range(T, T + V)]
     assert torch.equal(route.ids_BTJK[:1, real], route_alone.ids_BTJK)
 
@@ -144,13 +154,13 @@ def test_a_picture_does_not_depend_on_the_others_of_its_batch(tower: GenerationT
 def test_everything_that_sees_learns() -> None:
     tower = seeing()
     z, t, states = inputs()
-    sight, references = pictures()
-    tower(z, t, tower.add_image_tokens(tower.project_states(states), sight, tower.cache_references(references)))[
+    image_states, references = pictures()
+    tower(z, t, tower.add_image_tokens(tower.project_states(states), image_states, tower.cache_references(references)))[
         0
     ].square().mean().backward()
     assert [name for name, p in tower.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_sight_has_a_width_for_every_layer() -> None:
-    with pytest.raises(ValueError, match="sight_widths"):
-        small_tower(sight_widths=(4, 4))
+def test_image_states_have_a_width_for_every_layer() -> None:
+    with pytest.raises(ValueError, match="image_state_widths"):
+        small_tower(image_state_widths=(4, 4))

@@ -136,8 +136,8 @@ def test_image_tokens_are_the_cells_of_their_picture(tower: VisionLanguageTower,
             for row in range(rows)
             for column in range(columns)
         ]
-        assert [(sight.rows, sight.columns) for sight in image_spans] == expected
-        assert all(tokens[sight.first].patch == (number, 0, 0) for number, sight in enumerate(image_spans))
+        assert [(span.rows, span.columns) for span in image_spans] == expected
+        assert all(tokens[span.first].patch == (number, 0, 0) for number, span in enumerate(image_spans))
     # The words behind the pictures are those of the prompt, and stand for its characters.
     words = [[(token.text, token.start, token.end) for token in tokens if token.end] for tokens in reading.tokens]
     assert words[0] == words[1] == words[3]
@@ -160,13 +160,13 @@ def test_a_token_shows_what_is_in_its_cell(tower: VisionLanguageTower, cell: tup
 def test_neither_padding_nor_another_prompt_shows(tower: VisionLanguageTower) -> None:
     shown = [[picture(256, 64)], [], [picture(64, 64), picture(96, 128)]]
     prompts = ["remove the dog on the left", TEXT, "a cat"]
-    together = tower.encode(prompts, shown)
+    batched = tower.encode(prompts, shown)
     for index, (prompt, pictures) in enumerate(zip(prompts, shown, strict=True)):
         alone = tower.encode([prompt], [pictures])
         assert alone.mask_BT.all()
-        states = together.states_BTMS[index][together.mask_BT[index]]
+        states = batched.states_BTMS[index][batched.mask_BT[index]]
         torch.testing.assert_close(states, alone.states_BTMS[0], **EXACT)
-        assert together.tokens[index] == alone.tokens[0]
+        assert batched.tokens[index] == alone.tokens[0]
 
 
 def test_words_depend_on_the_picture_they_stand_behind(tower: VisionLanguageTower) -> None:
@@ -215,7 +215,7 @@ def test_a_language_part_that_is_not_whole_is_an_error(folders, kind: str, tmp_p
 
 def test_a_tower_that_does_not_say_how_to_prepare_pictures_is_an_error(folders, kind: str, tmp_path: Path) -> None:
     tower = load_understanding(copied(folders[kind], tmp_path, without="preprocessor_config.json"))
-    with pytest.raises(ModelError, match="does not say how pictures are prepared"):
+    with pytest.raises(ModelError, match="has no usable image processor"):
         tower.encode([TEXT], [[picture(64, 64)]])
 
 
@@ -237,7 +237,7 @@ def test_the_language_part_alone_is_quantised_but_for_sizes_that_cannot_be(
     assert isinstance(tower, VisionLanguageTower)
     states, expected = (each.encode(*shown).states_BTMS.float() for each in (tower, exact))
     assert 0 < (states - expected).norm() / expected.norm() < bound
-    linears = {name: layer for name, layer in tower._whole.named_modules() if isinstance(layer, torch.nn.Linear)}
+    linears = {name: layer for name, layer in tower._full_model.named_modules() if isinstance(layer, torch.nn.Linear)}
     full = {name for name, layer in linears.items() if type(layer) is torch.nn.Linear}
     assert {name for name in full if name.startswith("language_model.")} == {
         f"language_model.layers.{index}.mlp.down_proj" for index in range(vlm_towers.LAYERS)
@@ -249,7 +249,7 @@ def test_what_cannot_be_shown_is_said_in_one_line(tower: VisionLanguageTower, ki
     image = picture(128, 128)
     mark = LEADS[kind][1]
     for prompt, pictures, said in [
-        ("apple " * 500, [image], "the model reads 400: shorten it, or show fewer"),
+        ("apple " * 500, [image], "the model reads 400: shorten it, or give fewer"),
         ("dog", [image] * 30, "its pictures included, the model reads 400"),
         (f"a {mark} dog", [image], "leave it out"),
         ("apple " * 500, [], "the model reads 400: shorten it$"),
@@ -260,7 +260,7 @@ def test_what_cannot_be_shown_is_said_in_one_line(tower: VisionLanguageTower, ki
 
 
 def test_a_picture_of_an_impossible_shape_is_refused(folders) -> None:
-    with pytest.raises(InputError, match="a picture cannot be shown") as error:
+    with pytest.raises(InputError, match="cannot take a picture") as error:
         load_understanding(folders["qwen3_vl"]).encode([TEXT], [[picture(500, 2)]])
     assert "\n" not in str(error.value)
 
@@ -269,20 +269,20 @@ def test_a_tower_of_words_cannot_be_shown_a_picture(encoder_folder: Path, decode
     for folder in (encoder_folder, decoder_folder):
         tower = load_understanding(folder)
         assert type(tower) is UnderstandingTower
-        with pytest.raises(InputError, match="cannot be shown a picture"):
+        with pytest.raises(InputError, match="has no vision"):
             tower.encode(["a dog"], [[picture(64, 64)]])
 
 
 def test_timm_is_asked_for_where_it_is_needed(tmp_path: Path) -> None:
     tower = load_understanding(vlm_towers.perception_lm(tmp_path, timm=True))
     assert tower.encode([TEXT]).states_BTMS.isfinite().all()
-    with pytest.raises(ModelError, match="sees through timm, which is not installed: pip install timm"):
+    with pytest.raises(ModelError, match="needs timm for its vision part, which is not installed: pip install timm"):
         tower.encode([TEXT], [[picture(64, 64)]])
 
 
 def test_other_models_that_see_are_refused_by_name(tmp_path: Path) -> None:
     LlavaConfig().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="holds a llava: of models that see, only qwen3_vl, internvl, perception_lm"):
+    with pytest.raises(ModelError, match="holds a llava: of vision-language models, only qwen3_vl, internvl"):
         load_understanding(tmp_path)
     with pytest.raises(ModelError, match="is not an understanding tower that can be read"):
         load_understanding(tmp_path / "nothing")

@@ -29,9 +29,9 @@ def _editing(**train: object) -> TrainRecipe:
     table = json.loads(json.dumps(tiny.TABLE))
     data = bench_data()
     table["data"] = {"styles": list(data.styles), "words": {k: list(v) for k, v in data.words.items()}, "edits": 0.5}
-    table["eyes"] = "efficientnet-lite0"
+    table["image_encoder"] = "efficientnet-lite0"
     table["bundle"]["edits"] = {"steps": 2, "cfg": 2.0, "cfg_interval": [0.0, 1.0], "image_cfg": 1.0}
-    table["generation"] |= {"sight_widths": list(ImageEncoder(layers=4).widths)}
+    table["generation"] |= {"image_state_widths": list(ImageEncoder(layers=4).widths)}
     table["train"] |= train
     return TrainRecipe.model_validate(table)
 
@@ -50,7 +50,7 @@ def _trainer(recipe: TrainRecipe, understanding, art: Art, folder: Path) -> Trai
         understanding,
         Pixels(),
         torch.device("cpu"),
-        eyes=ImageEncoder(layers=4),
+        image_encoder=ImageEncoder(layers=4),
     )
     return Trainer(recipe, batches, folder, start_accelerator(recipe.train, folder))
 
@@ -70,7 +70,7 @@ def test_a_run_learns_both_and_shows_both(understanding, art: Art, tmp_path: Pat
     before = {name: value.clone() for name, value in trainer.tower.state_dict().items()}
     trainer.run(lambda _: None, draw_samples)
     changed = [name for name, value in trainer.tower.state_dict().items() if not torch.equal(value, before[name])]
-    assert {"under_in.weight", "sight_in.0.weight", "router.sight_in.weight"} <= set(changed)
+    assert {"reference_in.weight", "image_states_in.0.weight", "router.image_states_in.weight"} <= set(changed)
     width, height = Image.open(tmp_path / "samples" / "000008.png").size
     assert width > height
 
@@ -102,7 +102,7 @@ def test_steps_that_edit_ask_for_words_and_styles() -> None:
 
 def test_steps_that_edit_ask_for_eyes() -> None:
     table = _editing().model_dump(exclude_none=True)
-    for left_out in ("eyes", "bundle"):
+    for left_out in ("image_encoder", "bundle"):
         less = {name: value for name, value in table.items() if name != left_out}
         if left_out == "bundle":
             less["bundle"] = {name: value for name, value in table["bundle"].items() if name != "edits"}

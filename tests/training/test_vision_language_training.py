@@ -87,15 +87,17 @@ def test_the_picture_that_is_edited_is_under_the_noised_one(understanding: Visio
     tower = tiny_tower()
     loss, _ = Objective(tower, 0.0)(batch)
     loss.backward()
-    assert tower.under_in is not None
-    assert tower.under_in.weight.grad is not None
-    assert tower.under_in.weight.grad.abs().sum() > 0
+    assert tower.reference_in is not None
+    assert tower.reference_in.weight.grad is not None
+    assert tower.reference_in.weight.grad.abs().sum() > 0
 
 
 def tiny_tower() -> GenerationTower:
     torch.manual_seed(3)
     sizes = {"width": 32, "depth": 2, "heads": 2, "hidden": 48, "router_width": 32, "router_heads": 2}
-    tower = GenerationTower(**sizes, states_layers=vlm_towers.LAYERS + 1, states_width=vlm_towers.WIDTH, sees=True)
+    tower = GenerationTower(
+        **sizes, states_layers=vlm_towers.LAYERS + 1, states_width=vlm_towers.WIDTH, has_vision=True
+    )
     for parameter in tower.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return tower

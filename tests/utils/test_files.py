@@ -1,7 +1,7 @@
 import pytest
 
 from mos_cli.errors import InputError
-from mos_cli.utils.files import atomic_file, atomic_write, folder_size, link_or_copy, sha256_of, write_together
+from mos_cli.utils.files import atomic_file, atomic_write, folder_size, link_or_copy, sha256_of, write_all
 
 
 def names(folder):
@@ -92,9 +92,9 @@ def test_link_or_copy_follows_links(tmp_path):
 
 def test_files_written_together_are_all_there_or_none(tmp_path):
     first, second = tmp_path / "a.png", tmp_path / "b.json"
-    write_together({first: b"1", second: b"2"})
+    write_all({first: b"1", second: b"2"})
     assert (first.read_bytes(), second.read_bytes()) == (b"1", b"2")
     with pytest.raises(InputError):
-        write_together({tmp_path / "c.png": b"3", second: b"4"})
+        write_all({tmp_path / "c.png": b"3", second: b"4"})
     assert names(tmp_path) == ["a.png", "b.json"]
     assert second.read_bytes() == b"2"

@@ -1,4 +1,4 @@
-"""Building the art file: fetch the sets, name their pictures, draw the objects, write pixels and manifest."""
+"""Building the art file: fetches the sets, names their pictures, draws the objects, writes pixels and manifest."""
 
 import json
 from collections import Counter
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 SIZES = (16, 256)
-"""The smallest and the largest side of a picture, pixels; the 3-D set has no more than 256."""
+"""The smallest and the largest side of a picture, in pixels; the 3-D set has 256."""
 
 Progress = Callable[[str, int, int], None]
-"""Called with a stage, how much of it is done, and how much there is."""
+"""Called with a stage, the number of items done and the total."""
 
 
 def choose_sets(styles: Sequence[str]) -> tuple[ArtSet, ...]:
@@ -46,7 +46,7 @@ def build_art(
 
     The same packages give the same bytes. Tarballs are kept in `downloads` (the cache if None). Returns the
     path of the manifest. Raises UsageError for a bad size or a missing resvg-py, InputError if the files are
-    there already or cannot be written, and ModelError if a package cannot be had or is not the pinned one.
+    there already or cannot be written, and ModelError if a package cannot be fetched or is not the pinned one.
     """
     if not SIZES[0] <= size <= SIZES[1]:
         raise UsageError(f"the size of art is between {SIZES[0]} and {SIZES[1]} pixels, not {size}")
@@ -80,7 +80,7 @@ def build_art(
     with atomic_file(pixels_path, overwrite) as temporary:
         _save_pixels(pixels, temporary)
         sha256 = sha256_of(temporary)
-        # Without a manifest nothing is read as art: an interruption between the two writes does no harm.
+        # Without a manifest nothing is read, so an interruption between the two writes is harmless.
         manifest_path.unlink(missing_ok=True)
     manifest = ArtManifest(
         schema=SCHEMA,
@@ -103,7 +103,7 @@ def build_art(
 
 
 def _objects(art: ArtSet, tarball: Path, names: Annotations, dropped: Counter[str]) -> list[tuple[Concept, bytes]]:
-    """The pictures of one set that show an object, one a concept, in the order of the annotations."""
+    """The pictures of objects in one set, one per concept, in the order of the annotations."""
     chosen: dict[str, tuple[Concept, bytes]] = {}
     for name, concept, picture in _named_pictures(tarball, names):
         if concept is None:
@@ -120,7 +120,7 @@ def _objects(art: ArtSet, tarball: Path, names: Annotations, dropped: Counter[st
 
 
 def _named_pictures(tarball: Path, names: Annotations) -> Iterator[tuple[str, Concept | None, bytes]]:
-    """Every picture of a set: its name there, the emoji it stands for, if any, and its content."""
+    """Every picture of a set: its name, its emoji if known, and its content."""
     files = read_members(tarball, lambda name: name.endswith((".webp", "/icons.json", "/chars.json")))
     for path in sorted(path for path in files if path.endswith(".webp")):
         name = Path(path).stem
@@ -128,8 +128,8 @@ def _named_pictures(tarball: Path, names: Annotations) -> Iterator[tuple[str, Co
     if "package/icons.json" in files:
         icons = json.loads(files["package/icons.json"])
         chars = json.loads(files["package/chars.json"])
-        # A set that knows its code points is taken at its word; the others (an empty table) go by name.
-        # Aliases are not followed: some give one object's name to another (noto-v1 calls the game "cricket").
+        # Sets with a table of code points are matched by it, the others by name. Aliases are not used: some are
+        # the name of another object (noto-v1 calls the game "cricket").
         find = {name: names.by_hexcode(code) for code, name in chars.items()}.get if chars else names.by_name
         for name, icon in sorted(icons["icons"].items()):
             box = {key: icon.get(key, icons.get(key, 0)) for key in ("left", "top", "width", "height")}
@@ -137,7 +137,7 @@ def _named_pictures(tarball: Path, names: Annotations) -> Iterator[tuple[str, Co
 
 
 def _draw(pictures: list[bytes], size: int, progress: Progress) -> "tuple[np.ndarray, list[int]]":
-    """All pictures that show something, uint8 [n, size, size, 4], and their positions among those given."""
+    """All pictures that are not blank, uint8 [n, size, size, 4], and their positions in `pictures`."""
     import numpy as np
 
     pixels = np.empty((len(pictures), size, size, 4), dtype=np.uint8)

@@ -19,7 +19,7 @@ SCHEMA = "mos-art/1"
 
 
 class ArtPackage(Frozen):
-    """A package that was used, as pinned."""
+    """A package and its pinned version."""
 
     package: str
     version: str
@@ -28,7 +28,7 @@ class ArtPackage(Frozen):
 
 
 class ArtStyle(ArtPackage):
-    """One set of pictures: its style's name, whom to credit, and how many of its pictures are in the file."""
+    """One set of pictures: its style, its credit, and the number of its pictures in the file."""
 
     style: str
     credit: str
@@ -36,7 +36,7 @@ class ArtStyle(ArtPackage):
 
 
 class ArtCounts(Frozen):
-    """How much is in the file, and what was left out and why."""
+    """The numbers of pictures and concepts in the file, and of dropped pictures by reason."""
 
     pictures: int
     concepts: int
@@ -44,7 +44,7 @@ class ArtCounts(Frozen):
 
 
 class ArtPicture(Frozen):
-    """One row of the pixel tensor: what it shows, and in which style."""
+    """One row of the pixel tensor: its concept, names and style."""
 
     index: int
     concept: str
@@ -56,7 +56,7 @@ class ArtPicture(Frozen):
 
 
 class ArtManifest(Frozen):
-    """The readable half of an art file; `sha256` is that of the pixel file beside it."""
+    """The manifest of an art file; `sha256` is that of the pixel file."""
 
     schema_id: Literal["mos-art/1"] = Field(alias="schema")
     size: int
@@ -69,14 +69,14 @@ class ArtManifest(Frozen):
 
 @dataclass(frozen=True)
 class Art:
-    """An open art file: `pixels` is uint8 [N, S, S, 4], premultiplied RGBA, mapped and read where used."""
+    """An open art file: `pixels` is uint8 [N, S, S, 4], premultiplied RGBA, memory-mapped."""
 
     manifest: ArtManifest
     pixels: "torch.Tensor"
 
 
 def data_folder() -> Path:
-    """Where art is written unless told otherwise."""
+    """The default folder of art files."""
     return cache_folder() / "data"
 
 
@@ -124,7 +124,7 @@ def load_art(path: Path) -> Art:
 
 
 def manifest_path(path: Path) -> Path:
-    """The manifest meant by `path`: itself, or the only one in that folder; InputError if it is not one."""
+    """The manifest at `path`, or the only one in that folder; raises InputError if there is none or several."""
     if not path.is_dir():
         return path
     found = sorted(path.glob("art-*.json"))

@@ -1,4 +1,4 @@
-"""Which object a picture shows: code points and the sets' own icon names, joined to one English label."""
+"""The objects of pictures: code points and icon names of the sets, mapped to one English label."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 from mos_cli.datasets.art.sets import read_members
 
 KEYWORDS = 12
-"""The most keywords a picture carries."""
+"""The largest number of keywords of a picture."""
 
 OBJECT_GROUPS = {"smileys-emotion", "animals-nature", "food-drink", "travel-places", "activities", "objects"}
 OTHER_GROUPS = {"people-body": "people", "component": "components", "symbols": "symbols", "flags": "flags"}
@@ -17,13 +17,13 @@ OTHER_GROUPS = {"people-body": "people", "component": "components", "symbols": "
 # Signs that sit in a group of objects: hundred points, zzz, anger, the four card suits, hot springs.
 PLAIN_SYMBOLS = {"1f4af", "1f4a4", "1f4a2", "2660", "2663", "2665", "2666", "2668"}
 
-# Older names come last, so that a name which is one object's label is never taken for another's nickname.
+# Older names come last, so that the label of one object is not matched as an alias of another.
 SHORTCODES = ("cldr", "joypixels", "iamcal", "github", "emojibase", "emojibase-legacy")
 
 
 @dataclass(frozen=True)
 class Concept:
-    """One emoji: what it is called, and why it is left out of the art (None: it is an object and stays)."""
+    """One emoji with its names; `left_out` is the reason why it is not in the art file, None for objects."""
 
     hexcode: str
     label: str
@@ -41,13 +41,13 @@ class Annotations:
         folder = "package/en/shortcodes/"
         shortcodes = [f"{folder}{source}.json" for source in SHORTCODES]
         data, groups = "package/en/data.json", "package/meta/groups.json"
-        wanted = {data, groups, *shortcodes}
-        files = {name: json.loads(text) for name, text in read_members(tarball, wanted.__contains__).items()}
+        members = {data, groups, *shortcodes}
+        files = {name: json.loads(text) for name, text in read_members(tarball, members.__contains__).items()}
         self._concepts = _concepts(files[data], files[groups])
         self._by_name = _index(self._concepts, [files[name] for name in shortcodes])
 
     def by_hexcode(self, hexcode: str) -> Concept | None:
-        """The emoji with these code points, however they are written (FE0F does not count)."""
+        """The emoji with these code points, in any spelling (FE0F is ignored)."""
         return self._concepts.get(plain_hexcode(hexcode))
 
     def by_name(self, name: str) -> Concept | None:

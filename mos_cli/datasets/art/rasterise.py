@@ -1,4 +1,4 @@
-"""From drawings to pixels: SVG and WebP pictures as square RGBA with premultiplied alpha."""
+"""Rasterising SVG and WebP pictures to square RGBA with premultiplied alpha."""
 
 import io
 import multiprocessing
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 VISIBLE = 0.005
-"""A picture whose mean alpha is below this shows nothing."""
+"""A picture with a mean alpha below this is blank."""
 
-# Filters (the inner shadows of Fluent) work on whole pixels and leave stairs at the edges: draw these larger.
+# Filters (the inner shadows of Fluent) are not antialiased: pictures with them are drawn larger.
 FILTER_OVERSAMPLING = 3
 
 
@@ -31,7 +31,7 @@ def svg_document(body: str, left: float, top: float, width: float, height: float
 def rasterise(picture: bytes, size: int) -> "np.ndarray":
     """Draws one picture, an SVG document or a file Pillow reads: uint8 [size, size, 4], premultiplied RGBA.
 
-    What is not square is centred on a transparent square, never stretched.
+    A picture that is not square is centred on a transparent square.
     """
     import numpy as np
     from PIL import Image
@@ -47,14 +47,14 @@ def rasterise(picture: bytes, size: int) -> "np.ndarray":
     if side != size:
         image = image.resize((size, size), Image.Resampling.LANCZOS)
     pixels = np.asarray(image)
-    # Lanczos rings: a colour may end above its alpha, which no straight colour can.
+    # The ringing of Lanczos can raise a colour above its alpha, which is not valid.
     return np.minimum(pixels, pixels[..., 3:])
 
 
 def rasterise_all(pictures: Sequence[bytes], size: int) -> Iterator["np.ndarray"]:
     """Draws many pictures on all cores and yields them in order; see `rasterise`."""
-    # Spawned rather than forked: the caller may hold threads (torch), which do not survive a fork.
-    # A Ctrl-C reaches every process of the terminal; only the caller acts on it.
+    # Spawned, not forked: the caller may have threads (torch), which do not survive a fork.
+    # Ctrl-C reaches every process of the terminal; only the caller handles it.
     pool = ProcessPoolExecutor(
         mp_context=multiprocessing.get_context("spawn"),
         initializer=signal.signal,

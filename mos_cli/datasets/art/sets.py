@@ -1,4 +1,4 @@
-"""Where the art comes from: pinned npm packages, fetched with the user's npm, verified, never executed."""
+"""The sources of the art: pinned npm packages, fetched with the user's npm, verified, never executed."""
 
 import shutil
 import subprocess
@@ -29,9 +29,9 @@ class Package:
 
 @dataclass(frozen=True)
 class ArtSet:
-    """One style of pictures, the package it lies in, and whom to credit for it.
+    """One style of pictures, its package, and its credit.
 
-    `misnamed` are icons that show something else than their name says, as seen by eye: they are left out.
+    `misnamed` are icons that do not show what their name says; they are left out.
     """
 
     style: str
@@ -170,12 +170,12 @@ def fetch_package(package: Package, downloads: Path) -> Path:
     return kept
 
 
-def read_members(tarball: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
-    """The files of a tarball whose path `wanted` accepts, read in memory: path -> content."""
+def read_members(tarball: Path, accepts: Callable[[str], bool]) -> dict[str, bytes]:
+    """The files of a tarball whose path is accepted, by path."""
     found = {}
     with tarfile.open(tarball) as archive:
         for member in archive:
-            file = archive.extractfile(member) if wanted(member.name) else None
+            file = archive.extractfile(member) if accepts(member.name) else None
             if file is not None:
                 found[member.name] = file.read()
     return found

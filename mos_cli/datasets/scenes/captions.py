@@ -1,9 +1,9 @@
-"""Puts a description into words: sentences, phrases and keywords, all saying what is drawn and nothing else."""
+"""Captions of descriptions: sentences, phrases and keywords that say what is drawn and nothing else."""
 
 from random import Random
 
+from mos_cli.datasets.scenes.backgrounds import SCENERIES
 from mos_cli.datasets.scenes.description import Description, Thing
-from mos_cli.datasets.scenes.grounds import SCENERIES
 from mos_cli.datasets.scenes.vocabulary import COLOURS, NO_PLURAL, NO_SINGULAR, STYLES, Vocabulary, plural, with_article
 
 NUMBERS = {2: ("two", "two", "2", "a pair of"), 3: ("three", "three", "3"), 4: ("four", "four", "4")}
@@ -37,17 +37,17 @@ ARRANGEMENTS = {
 
 
 def caption(description: Description, vocabulary: Vocabulary, random: Random) -> str:
-    """One of the ways to say a description."""
+    """One of the captions of a description."""
     phrases = [noun_phrase(thing, vocabulary, random) for thing in description.things]
     subject = _subject(description, phrases, random)
     style = random.choice(STYLES[description.style]) if description.style_named else None
-    ground = None if description.ground is None else ground_phrase(description.ground, random)
+    background = None if description.background is None else background_phrase(description.background, random)
     form = random.random()
     if form < 0.2:
         return _keywords(description, subject, style, random)
     if form < 0.4:
-        return _sentence(subject, style, ground, random)
-    return _phrase(subject, style, ground, random)
+        return _sentence(subject, style, background, random)
+    return _phrase(subject, style, background, random)
 
 
 def noun_phrase(thing: Thing, vocabulary: Vocabulary, random: Random) -> str:
@@ -68,7 +68,7 @@ def noun_phrase(thing: Thing, vocabulary: Vocabulary, random: Random) -> str:
 
 
 def _subject(description: Description, phrases: list[str], random: Random) -> str:
-    """The things, and how they stand."""
+    """The things and their arrangement."""
     if description.place:
         return f"{phrases[0]} {random.choice(PLACES[description.place])}"
     if description.relation:
@@ -102,7 +102,7 @@ def _listed(phrases: list[str], random: Random) -> str:
     return f"{', '.join(phrases[:-1])} and {phrases[-1]}"
 
 
-def ground_phrase(name: str, random: Random) -> str:
+def background_phrase(name: str, random: Random) -> str:
     """'on a red background', 'on the beach', 'on a background from red to blue'."""
     if name in SCENERIES:
         return random.choice(SCENERIES[name][1])
@@ -125,24 +125,24 @@ def _keywords(description: Description, subject: str, style: str | None, random:
     words = [subject]
     if style:
         words.insert(random.randint(0, 1), random.choice((style, f"{style} style")))
-    if description.ground in SCENERIES:
-        words.append(description.ground)
-    elif description.ground:
-        words.append(f"{description.ground} {'gradient' if ' to ' in description.ground else 'background'}")
+    if description.background in SCENERIES:
+        words.append(description.background)
+    elif description.background:
+        words.append(f"{description.background} {'gradient' if ' to ' in description.background else 'background'}")
     return ", ".join(words)
 
 
-def _sentence(subject: str, style: str | None, ground: str | None, random: Random) -> str:
+def _sentence(subject: str, style: str | None, background: str | None, random: Random) -> str:
     kind = random.choice(("picture", "drawing", "illustration", "image"))
     made = with_article(f"{style} {kind}" if style else kind)
-    where = f" {ground}" if ground else ""
+    where = f" {background}" if background else ""
     return random.choice(
         (f"{made} of {subject}{where}", f"{made} showing {subject}{where}", f"this is {made} of {subject}{where}")
     )
 
 
-def _phrase(subject: str, style: str | None, ground: str | None, random: Random) -> str:
-    phrase = f"{subject} {ground}" if ground else subject
+def _phrase(subject: str, style: str | None, background: str | None, random: Random) -> str:
+    phrase = f"{subject} {background}" if background else subject
     if style is None:
         return phrase
     return random.choice(

@@ -1,4 +1,4 @@
-"""Thinks up the pictures that are edited: words that may meet, set out on free spots, some of them painted."""
+"""Random pictures to edit: allowed pairs of words on free spots, some of them painted."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from mos_cli.datasets.scenes.description import DEFAULT_STYLE, held_out, held_ou
 from mos_cli.datasets.scenes.layout import Spot
 from mos_cli.datasets.scenes.referring import confusable
 from mos_cli.datasets.scenes.vocabulary import COLOURS, Vocabulary
-from mos_cli.datasets.scenes.writer import choose_ground
+from mos_cli.datasets.scenes.writer import choose_background
 
 COUNTS = {1: 3, 2: 4, 3: 2, 4: 1}
-"""How often so many objects stand in a picture."""
+"""The weights of the numbers of objects in a picture."""
 
 
 @dataclass(frozen=True)
@@ -22,45 +22,45 @@ class Composer:
     """Pictures to edit, at random.
 
     Args:
-        unseen: whether the first two words of a picture never meet in training, instead of none of them doing so.
+        held_out_pairs: the first two words of a picture are a pair held out of training; by default no pair is.
     """
 
     vocabulary: Vocabulary
-    unseen: bool = False
+    held_out_pairs: bool = False
 
     def style(self, random: Random) -> str:
-        """A hand, the default one more often than the others."""
+        """A style; the default one more often than the others."""
         return DEFAULT_STYLE if random.random() < 0.2 else random.choice(self.vocabulary.styles)
 
     def count(self, random: Random, least: int = 1, most: int = max(COUNTS)) -> int:
-        """How many objects; two at least where two are to meet."""
-        counts = range(max(least, 2) if self.unseen else least, most + 1)
+        """The number of objects; at least two with `held_out_pairs`."""
+        counts = range(max(least, 2) if self.held_out_pairs else least, most + 1)
         return random.choices(counts, [COUNTS[count] for count in counts])[0]
 
     def words(self, count: int, styles: Sequence[str], random: Random) -> list[str]:
-        """Different words that cannot be taken for one another and are learned in all of these styles."""
+        """Different words with names that cannot be confused, all of them trained in all of these styles."""
         while True:
-            chosen = random.sample(self._words, count - 2 if self.unseen else count)
-            if self.unseen:
-                chosen = [*random.sample(random.choice(self._strangers), 2), *chosen]
+            chosen = random.sample(self._words, count - 2 if self.held_out_pairs else count)
+            if self.held_out_pairs:
+                chosen = [*random.sample(random.choice(self._untrained_pairs), 2), *chosen]
             if any(held_out_style(word, style) for word in chosen for style in styles):
                 continue
             pairs = [frozenset(pair) for pair in combinations(chosen, 2)]
             if any(len(pair) == 1 or pair in self._confusable for pair in pairs):
                 continue
-            if self.unseen or not any(held_out(*pair) for pair in pairs):
+            if self.held_out_pairs or not any(held_out(*pair) for pair in pairs):
                 return chosen
 
     def picture(
         self, words: Sequence[str], style: str, random: Random, spare: int = 0
     ) -> tuple[Composition, list[Spot]]:
-        """One object of every word, sometimes two of the first instead of one of the last, and what spots are free.
+        """One object of every word, sometimes two of the first instead of one of the last, and the free spots.
 
         Args:
-            spare: how many spots are free at least.
+            spare: the least number of free spots.
         """
         words = list(words)
-        if len(words) > (2 if self.unseen else 1) and words[0] in self._several and random.random() < 0.25:
+        if len(words) > (2 if self.held_out_pairs else 1) and words[0] in self._several and random.random() < 0.25:
             words[-1] = words[0]
         if len(words) == 1 and not spare and random.random() < 0.5:
             spots = [jittered(ALONE, random)]
@@ -74,36 +74,36 @@ class Composer:
         if len(words) > 1 and words[-1] == words[0] and random.random() < 0.6:
             for index, colour in zip((0, -1), random.sample(list(COLOURS), 2), strict=True):
                 items[index] = Item(words[0], style, *spots[index % len(words)], colour)
-        return Composition(tuple(items), ground_for(items, random)), spots[len(words) :]
+        return Composition(tuple(items), background_for(items, random)), spots[len(words) :]
 
     def stacked(self, base: str, top: str, style: str, random: Random) -> Composition:
         """One object standing on another."""
         aside = random.uniform(-0.08, 0.08)
         spots = jittered((0.5, 0.68, 0.54), random), jittered((0.5 + aside, 0.3, 0.38), random)
         items = [self.item(word, style, spot, random) for word, spot in zip((base, top), spots, strict=True)]
-        return Composition(tuple(items), ground_for(items, random))
+        return Composition(tuple(items), background_for(items, random))
 
     def item(self, word: str, style: str, spot: Spot, random: Random, taken: Collection[str] = ()) -> Item:
-        """An object, painted or not, in none of the colours taken."""
+        """An object, painted or not, in none of the colours in `taken`."""
         painted = word in self.paintable and random.random() < 0.28
         return Item(word, style, *spot, self.paint(random, taken) if painted else None)
 
     def paint(self, random: Random, taken: Collection[str] = ()) -> str:
-        """A colour that no name of what is taken says."""
+        """A colour that is in no name in `taken`."""
         return random.choice([colour for colour in COLOURS if not any(colour in name for name in taken)])
 
     def colours_of(self, item: Item) -> tuple[str, ...]:
-        """What an object's colour is called, by its paint and by its names."""
+        """The paint of an object and its names, which may contain a colour."""
         return (item.colour or "", item.word, *self.vocabulary.words[item.word].names)
 
     @cached_property
     def paintable(self) -> frozenset[str]:
-        """Words with a name that says no colour."""
+        """Words with a name that contains no colour."""
         return frozenset(w for w, word in self.vocabulary.words.items() if word.names_for(counted=False, painted=True))
 
     @cached_property
     def _several(self) -> frozenset[str]:
-        """Words with a name for several of them, painted or not."""
+        """Words with a name that has a plural and contains no colour."""
         return frozenset(w for w, word in self.vocabulary.words.items() if word.names_for(counted=True, painted=True))
 
     @cached_property
@@ -115,11 +115,11 @@ class Composer:
         return confusable([(word, known.names) for word, known in self.vocabulary.words.items()])
 
     @cached_property
-    def _strangers(self) -> tuple[tuple[str, str], ...]:
+    def _untrained_pairs(self) -> tuple[tuple[str, str], ...]:
         return tuple(pair for pair in combinations(self._words, 2) if held_out(*pair))
 
 
-def ground_for(items: Sequence[Item], random: Random) -> str | None:
-    """A ground that no painted object vanishes into; white has no name."""
-    ground = choose_ground({item.colour for item in items}, random)
-    return None if ground == "white" else ground
+def background_for(items: Sequence[Item], random: Random) -> str | None:
+    """A background in which no painted object is invisible; None is white."""
+    background = choose_background({item.colour for item in items}, random)
+    return None if background == "white" else background

@@ -9,13 +9,13 @@ from torch import Tensor
 from mos_cli.datasets.scenes.layout import Placed, Scene
 
 EDGE = 16
-"""Taps of the filter beyond a sprite's border, where everything is transparent, in sprite pixels."""
+"""Width of the transparent border around a sprite for the filter, in sprite pixels."""
 
 
 class Compositor:
-    """Draws batches of scenes from premultiplied RGBA sprites, each scaled with an antialiasing triangle filter.
+    """Draws batches of scenes from premultiplied RGBA sprites, scaled with an antialiasing triangle filter.
 
-    The filter is separable and a scene's objects are never rotated, so scaling is two matrix products.
+    The filter is separable and objects are not rotated, so scaling is two matrix products.
 
     Args:
         sprites_VHW4: uint8, premultiplied alpha.
@@ -27,24 +27,24 @@ class Compositor:
 
     def draw(self, scenes: list[Scene], canvas: int) -> Tensor:
         """Pictures [B, 3, H, W] in -1..1, H = W = `canvas`; every scene's objects in order, later ones in front."""
-        picture_B3HW = self._grounds(scenes, canvas)
+        picture_B3HW = self._backgrounds(scenes, canvas)
         for depth in range(max(len(scene.objects) for scene in scenes)):
             rows = [row for row, scene in enumerate(scenes) if len(scene.objects) > depth]
             layer = self._layer([scenes[row].objects[depth] for row in rows], canvas)
             picture_B3HW[rows] = picture_B3HW[rows] * (1 - layer[:, 3:]) + layer[:, :3]
         return picture_B3HW.clamp(0, 1) * 2 - 1
 
-    def _grounds(self, scenes: list[Scene], canvas: int) -> Tensor:
+    def _backgrounds(self, scenes: list[Scene], canvas: int) -> Tensor:
         device = self.sprites_V4hw.device
         tops, bottoms = (
-            torch.tensor([getattr(scene.ground, end) for scene in scenes], device=device)[:, :, None, None]
+            torch.tensor([getattr(scene.background, end) for scene in scenes], device=device)[:, :, None, None]
             for end in ("top", "bottom")
         )
         horizons = torch.tensor(
-            [-1.0 if scene.ground.horizon is None else scene.ground.horizon for scene in scenes], device=device
+            [-1.0 if scene.background.horizon is None else scene.background.horizon for scene in scenes], device=device
         )[:, None]
         y_H = (torch.arange(canvas, device=device) + 0.5) / canvas
-        # A horizon is as sharp as one pixel; without one the mix follows the height.
+        # The edge of a horizon is one pixel wide; without one the mix is linear in the height.
         sharp_BH = ((y_H - horizons) * canvas + 0.5).clamp(0, 1)
         share_BH = torch.where(horizons < 0, y_H, sharp_BH)[:, None, :, None]
         return (tops + (bottoms - tops) * share_BH).expand(-1, -1, -1, canvas).clone()
@@ -63,9 +63,9 @@ class Compositor:
         return down[:, None] @ narrowed.unflatten(1, sprites.shape[1:3])
 
     def _painted(self, objects: list[Placed], pictures: Tensor) -> Tensor:
-        """Sprites in 0..1, flipped if they are.
+        """The sprites of objects in 0..1, flipped and painted.
 
-        A painted one keeps its light and shade around the paint, black through paint to white.
+        A painted sprite keeps its lightness, on a scale from black over the paint to white.
         """
         sprites = self.sprites_V4hw[pictures].float() / 255
         rows = [row for row, placed in enumerate(objects) if placed.tint]
@@ -87,13 +87,13 @@ def _luma(sprites_O4hw: Tensor) -> Tensor:
 
 
 def _lightness(sprites_V4hw: Tensor) -> Tensor:
-    """Mean lightness of what is opaque, [V], kept away from 0."""
+    """Mean lightness of the opaque pixels, [V], at least 0.15."""
     sprites = sprites_V4hw.float() / 255
     return (_luma(sprites).sum(dim=(1, 2, 3)) / sprites[:, 3].sum(dim=(1, 2)).clamp_min(1)).clamp_min(0.15)
 
 
 def _filter(centre_O: Tensor, side_O: Tensor, pixels: int, canvas: int) -> Tensor:
-    """Rows of weights [O, canvas, pixels] that scale one axis of a sprite and move it into place."""
+    """Weights [O, canvas, pixels] that scale and place one axis of a sprite."""
     step_O = pixels / (side_O * canvas)
     output = torch.arange(canvas, device=centre_O.device) + 0.5
     at_OH = (output - (centre_O - side_O / 2)[:, None] * canvas) * step_O[:, None] - 0.5

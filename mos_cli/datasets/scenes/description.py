@@ -1,6 +1,6 @@
-"""What a picture shows, as data. Captions and scenes are both made from it, so that one says exactly what the other is.
+"""The content of a picture as data, from which its caption and its scene are both made.
 
-Some combinations are held out of training for good, so that what is measured is composition and not memory.
+Some combinations are held out of training, so that evaluations measure composition and not memory.
 """
 
 from typing import Literal, Self
@@ -8,6 +8,7 @@ from zlib import crc32
 
 from pydantic import Field, model_validator
 
+from mos_cli.utils.migration import Migrated
 from mos_cli.utils.validation import Frozen
 
 MOST_OBJECTS = 4
@@ -19,7 +20,7 @@ Place = Literal["left", "right", "top", "bottom", "top left", "top right", "bott
 
 
 class Thing(Frozen):
-    """One noun phrase: a word of the vocabulary, how many of it, and the colour they are painted in, if any."""
+    """One noun phrase: a word of the vocabulary, a number, and the colour of the paint, if any."""
 
     word: str
     count: int = Field(default=1, ge=1, le=MOST_OBJECTS)
@@ -27,15 +28,15 @@ class Thing(Frozen):
     size: Size | None = None
 
 
-class Description(Frozen):
-    """A whole picture: things, how they stand to each other, the hand that drew them and the ground behind.
+class Description(Migrated):
+    """A picture: its things and their relation, its style and background.
 
     Attributes:
-        relation: where the first of two things is, seen from the second.
-        place: where on the canvas a single thing is; None is the middle.
-        arrangement: how several objects are laid out; None leaves it open.
-        style: name of an art set; `style_named` says whether the caption may tell.
-        ground: name of a ground; None is white and goes unsaid.
+        relation: the position of the first of two things relative to the second.
+        place: of a single thing on the canvas; None is the middle.
+        arrangement: of several objects; None leaves it open.
+        style: name of an art set; `style_named`: whether the caption mentions it.
+        background: its name; None is white, which captions do not mention.
     """
 
     things: tuple[Thing, ...] = Field(min_length=1, max_length=MOST_OBJECTS)
@@ -44,11 +45,11 @@ class Description(Frozen):
     arrangement: Arrangement | None = None
     style: str
     style_named: bool = True
-    ground: str | None = None
+    background: str | None = None
 
     @property
     def objects(self) -> int:
-        """How many objects stand in the picture."""
+        """The number of objects in the picture."""
         return sum(thing.count for thing in self.things)
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
-"""Thinks up edits: a picture, an instruction, and the picture with just that changed.
+"""Random edits: a picture, an instruction, and the picture with only that changed.
 
-What the instruction does not name is the same object in the same spot before and after. An instruction has one answer:
-where it names no amount, size or place, these follow from the picture.
+Objects that the instruction does not name are the same before and after. An instruction has one answer: an amount, size
+or place that it does not name follows from the picture.
 """
 
 from dataclasses import dataclass, replace
@@ -10,15 +10,15 @@ from random import Random
 from typing import Literal, get_args
 
 from mos_cli.datasets.scenes.captions import RELATIONS, noun_phrase
-from mos_cli.datasets.scenes.composer import Composer, ground_for
+from mos_cli.datasets.scenes.composer import Composer, background_for
 from mos_cli.datasets.scenes.composition import (
     APART,
     Composition,
     Item,
     choose_spots,
+    direction,
     free_spots,
     relation_of,
-    way,
 )
 from mos_cli.datasets.scenes.description import MOST_OBJECTS, Thing, held_out_style
 from mos_cli.datasets.scenes.instructions import (
@@ -53,11 +53,11 @@ EditKind = Literal[
 ]
 EDIT_KINDS: tuple[EditKind, ...] = get_args(EditKind)
 OFTEN = {"mirror": 0.5, "nothing": 0.5}
-"""How often a kind is written; the others 1."""
+"""The weights of the kinds; 1 for the others."""
 BY_RESULT = {"remove", "replace", "recolour", "count", "style all", "background", "nothing"}
-"""Kinds whose result can be told by a caption without saying where things are."""
+"""Kinds whose result a caption can describe without positions."""
 SMALLER = 0.55
-"""How many times its side an object has when it is made smaller, and the other way round when it is made bigger."""
+"""The factor by which an object that is made smaller shrinks; one that is made bigger grows by its inverse."""
 Change = tuple[Composition, Composition, str]
 """Before, after, instruction."""
 
@@ -76,26 +76,28 @@ class Edit:
 
 @dataclass(frozen=True)
 class EditWriter:
-    """Edits at random.
+    """Makes random edits.
 
     Args:
-        unseen: whether every edit shows two words that never meet in training, for measuring, or none does.
+        held_out_pairs: every edit shows a pair of words held out of training, for evaluation; by default none does.
     """
 
     vocabulary: Vocabulary
-    unseen: bool = False
+    held_out_pairs: bool = False
 
     def write(self, random: Random, kind: EditKind | None = None) -> Edit:
-        """One edit, of any kind unless one is asked for; everything random comes from `random`."""
+        """One edit, of a random kind unless one is given; all randomness comes from `random`."""
         if kind is None:
             (kind,) = random.choices(EDIT_KINDS, [OFTEN.get(kind, 1.0) for kind in EDIT_KINDS])
         make = getattr(self, f"_{kind.replace(' ', '_')}")
         while (change := make(random)) is None:
             pass
         was, now, instruction = change
-        # A white ground goes unsaid in a caption, so a change to it must be asked for.
-        tellable = kind in BY_RESULT and 1 <= len(now.items) < MOST_OBJECTS and (kind != "background" or now.ground)
-        if tellable and random.random() < 0.2 and (kind == "count" or not _mistakable(was, now)):
+        # A caption does not mention a white background, so a change to it needs an instruction.
+        has_caption = (
+            kind in BY_RESULT and 1 <= len(now.items) < MOST_OBJECTS and (kind != "background" or now.background)
+        )
+        if has_caption and random.random() < 0.2 and (kind == "count" or not _mistakable(was, now)):
             instruction = result(now, self.vocabulary, random, style_named=kind == "style all")
         return Edit(kind, instruction, was, now, was.scene(self.vocabulary), now.scene(self.vocabulary))
 
@@ -106,15 +108,15 @@ class EditWriter:
             now = self._composer.stacked(words[0], new, style, random)
             was = now.without(1)
             place = f"{random.choice(RELATIONS['on'])} {self._refer(was, 0, random)}"
-            return was, now, instruct("add at", random, new=self._said(now.items[1], random), where=place)
+            return was, now, instruct("add at", random, new=self._phrase(now.items[1], random), where=place)
         was, free = self._composer.picture(words, style, random, spare=1)
-        item = self._composer.item(new, style, free[0], random, {was.ground or "white"})
+        item = self._composer.item(new, style, free[0], random, {was.background or "white"})
         now = replace(was, items=(*was.items, item))
-        said = self._said(item, random)
-        # Where it is to be goes unsaid only where no other spot is left.
+        phrase = self._phrase(item, random)
+        # The place is left out only where no other spot is free.
         if len(free) == 1 and random.random() < 0.3:
-            return was, now, instruct("add", random, new=said)
-        return was, now, instruct("add at", random, new=said, where=self._where(item, was, random))
+            return was, now, instruct("add", random, new=phrase)
+        return was, now, instruct("add at", random, new=phrase, where=self._where(item, was, random))
 
     def _remove(self, random: Random) -> Change | None:
         style, count = self._composer.style(random), self._composer.count(random)
@@ -139,11 +141,11 @@ class EditWriter:
         was, _ = self._composer.picture(words, style, random)
         index = count - 1
         old = was.items[index]
-        item = self._composer.item(new, style, (old.x, old.y, old.side), random, {was.ground or "white"})
+        item = self._composer.item(new, style, (old.x, old.y, old.side), random, {was.background or "white"})
         it = self._refer(was, index, random)
         if it is None:
             return None
-        return was, was.with_item(index, item), instruct("replace", random, it=it, new=self._said(item, random))
+        return was, was.with_item(index, item), instruct("replace", random, it=it, new=self._phrase(item, random))
 
     def _move(self, random: Random) -> Change | None:
         style, count = self._composer.style(random), self._composer.count(random, most=MOST_OBJECTS - 1)
@@ -155,10 +157,10 @@ class EditWriter:
             return None
         form = random.random()
         if form < 0.4:
-            told = instruct("move", random, it=it, to=whither(way(was.items[index], item), random))
+            instruction = instruct("move", random, it=it, to=whither(direction(was.items[index], item), random))
         else:
-            told = instruct("move at", random, it=it, where=self._where(item, was, random, index))
-        return was, was.with_item(index, item), told
+            instruction = instruct("move at", random, it=it, where=self._where(item, was, random, index))
+        return was, was.with_item(index, item), instruction
 
     def _resize(self, random: Random) -> Change | None:
         was, index, it = self._one(random)
@@ -169,22 +171,22 @@ class EditWriter:
         if random.random() < 0.5:
             return was, shrunk, instruct(random.choice(("half", "smaller", "smaller")), random, it=it)
         it = self._refer(shrunk, index, random)
-        told = random.choice(("twice", "bigger", "bigger"))
-        return None if it is None else (shrunk, was, instruct(told, random, it=it))
+        instruction = random.choice(("twice", "bigger", "bigger"))
+        return None if it is None else (shrunk, was, instruct(instruction, random, it=it))
 
     def _recolour(self, random: Random) -> Change | None:
         was, index, it = self._one(random)
         item = was.items[index]
         if it is None or item.word not in self._composer.paintable:
             return None
-        colour = self._composer.paint(random, {was.ground or "white", *self._composer.colours_of(item)})
-        told = instruct("recolour", random, it=it, colour=colour_name(colour, random))
-        return was, was.with_item(index, replace(item, colour=colour)), told
+        colour = self._composer.paint(random, {was.background or "white", *self._composer.colours_of(item)})
+        instruction = instruct("recolour", random, it=it, colour=colour_name(colour, random))
+        return was, was.with_item(index, replace(item, colour=colour)), instruction
 
     def _count(self, random: Random) -> Change | None:
-        """Of several alike the last in reading order go; new ones take the first free spots, as large as the others."""
+        """Removes the last objects in reading order, or adds ones of the same size on the first free spots."""
         style = self._composer.style(random)
-        others = 1 if self.unseen else random.choices((0, 1, 2), (5, 3, 2))[0]
+        others = 1 if self.held_out_pairs else random.choices((0, 1, 2), (5, 3, 2))[0]
         before, after = random.sample(range(1, MOST_OBJECTS - others + 1), 2)
         word, *words = self._composer.words(1 + others, (style,), random)
         names = self.vocabulary.words[word].names_for(counted=True, painted=word in self._composer.paintable)
@@ -198,7 +200,7 @@ class EditWriter:
         )
         colour = self._composer.paint(random) if word in self._composer.paintable and random.random() < 0.25 else None
         alike = [Item(word, style, *spots[at], colour) for at in sorted(taken[:before])]
-        was = Composition((*alike, *rest), ground_for((*alike, *rest), random))
+        was = Composition((*alike, *rest), background_for((*alike, *rest), random))
         new = [alike[0].at(x, y) for x, y, _ in free_spots(was.items, max(0, after - before))]
         now = replace(was, items=(*alike[:after], *new, *rest))
         one = random.choice(names)
@@ -208,7 +210,7 @@ class EditWriter:
         form = "one " * (difference == 1) + ("more" if after > before else "less")
         if after == 1 and random.random() < 0.5:
             form = "leave one"
-        told = instruct(
+        instruction = instruct(
             "count" if random.random() < 0.6 else form,
             random,
             one=one,
@@ -218,7 +220,7 @@ class EditWriter:
             count=counted(before, one, random) if others else number(before, random),
             difference=number(difference, random),
         )
-        return was, now, told
+        return was, now, instruction
 
     def _style(self, random: Random) -> Change | None:
         was, index, it = self._one(random, least=2)
@@ -229,8 +231,8 @@ class EditWriter:
         if it is None or not styles:
             return None
         style = random.choice(styles)
-        told = instruct("style", random, it=it, style=style_name(style, random))
-        return was, was.with_item(index, replace(item, style=style)), told
+        instruction = instruct("style", random, it=it, style=style_name(style, random))
+        return was, was.with_item(index, replace(item, style=style)), instruction
 
     def _style_all(self, random: Random) -> Change | None:
         styles = random.sample(self.vocabulary.styles, 2)
@@ -243,11 +245,11 @@ class EditWriter:
 
     def _background(self, random: Random) -> Change | None:
         was = self._picture(random)
-        now = replace(was, ground=ground_for(was.items, random))
+        now = replace(was, background=background_for(was.items, random))
         if now == was:
             return None
-        form = "no background" if now.ground is None and random.random() < 0.5 else "background"
-        return was, now, instruct(form, random, all=random.choice(ALL), **backdrop(now.ground, random))
+        form = "no background" if now.background is None and random.random() < 0.5 else "background"
+        return was, now, instruct(form, random, all=random.choice(ALL), **backdrop(now.background, random))
 
     def _swap(self, random: Random) -> Change | None:
         was = self._picture(random, least=2)
@@ -272,7 +274,7 @@ class EditWriter:
         return was, was, instruct("nothing", random)
 
     def _one(self, random: Random, least: int = 1) -> tuple[Composition, int, str | None]:
-        """A picture, one of its objects, and what that is called."""
+        """A picture, the number of one of its objects, and a phrase for it."""
         was = self._picture(random, least)
         index = random.randrange(len(was.items))
         return was, index, self._refer(was, index, random)
@@ -284,12 +286,12 @@ class EditWriter:
     def _refer(self, was: Composition, index: int, random: Random) -> str | None:
         return refer(index, was.items, self.vocabulary, random)
 
-    def _said(self, item: Item, random: Random) -> str:
+    def _phrase(self, item: Item, random: Random) -> str:
         """'a red dog'."""
         return noun_phrase(Thing(word=item.word, colour=item.colour), self.vocabulary, random)
 
     def _where(self, item: Item, was: Composition, random: Random, index: int | None = None) -> str:
-        """A new or moved object's place, on the canvas or beside another; `index` is what moves."""
+        """The place of a new object, or of the moved object `index`, on the canvas or relative to another object."""
         if random.random() < 0.5:
             for anchor in random.sample(range(len(was.items)), len(was.items)):
                 relation = relation_of(item, was.items[anchor])
@@ -300,11 +302,10 @@ class EditWriter:
 
     @cached_property
     def _composer(self) -> Composer:
-        return Composer(self.vocabulary, self.unseen)
+        return Composer(self.vocabulary, self.held_out_pairs)
 
 
 def _mistakable(was: Composition, now: Composition) -> bool:
-    """Whether something that goes or changes looks like something that stays, so that a caption of the result would
-    not say which of them it is."""
+    """Whether an object that is removed or changed looks like one that stays, so that a caption is ambiguous."""
     kept = {(item.word, item.colour) for item in was.items if item in now.items}
     return any((item.word, item.colour) in kept for item in was.items if item not in now.items)

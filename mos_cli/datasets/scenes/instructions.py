@@ -1,11 +1,11 @@
-"""The phrasings of instructions: what is asked, politely or not, or the result described."""
+"""The phrasings of edit instructions: orders, requests, and captions of the result."""
 
 from random import Random
 
-from mos_cli.datasets.scenes.captions import NUMBERS, PLACES, caption, ground_phrase
+from mos_cli.datasets.scenes.backgrounds import SCENERIES
+from mos_cli.datasets.scenes.captions import NUMBERS, PLACES, background_phrase, caption
 from mos_cli.datasets.scenes.composition import Composition
 from mos_cli.datasets.scenes.description import Description, Thing
-from mos_cli.datasets.scenes.grounds import SCENERIES
 from mos_cli.datasets.scenes.vocabulary import STYLES, Vocabulary, plural, with_article
 
 ORDERS: dict[str, tuple[str, ...]] = {
@@ -64,9 +64,9 @@ ORDERS: dict[str, tuple[str, ...]] = {
         "change the background to {backdrop}",
         "make the background {backdrop}",
         "replace the background with {backdrop}",
-        "put {all} {ground}",
-        "show {all} {ground}",
-        "place {all} {ground}",
+        "put {all} {on_background}",
+        "show {all} {on_background}",
+        "place {all} {on_background}",
     ),
     "no background": ("remove the background", "make the background plain white"),
     "swap": (
@@ -95,7 +95,7 @@ ORDERS: dict[str, tuple[str, ...]] = {
         "leave everything alone",
     ),
 }
-"""What is to be done, in the imperative."""
+"""Phrasings of each form as an order."""
 
 WISHES: dict[str, tuple[str, ...]] = {
     "add": ("i want {new} in it", "there should be {new} too"),
@@ -110,16 +110,16 @@ WISHES: dict[str, tuple[str, ...]] = {
     "recolour": ("{it} should be {colour}", "i want {it} in {colour}", "i'd like {it} to be {colour}"),
     "count": ("there should be {target}", "i want {target}", "{target} instead of {count}"),
     "style": ("{it} should be {style} style", "i want {it} in {style} style"),
-    "background": ("the background should be {backdrop}", "i want {all} {ground}"),
+    "background": ("the background should be {backdrop}", "i want {all} {on_background}"),
     "swap": ("{it} and {other} should trade places",),
     "mirror": ("the mirror image", "i want {all} mirrored"),
     "nothing": ("no changes", "it is fine as it is", "nothing should change", "the same picture"),
 }
-"""What there is to be in the end."""
+"""Phrasings of each form as a wish."""
 
 ORDERS["style all"], WISHES["style all"] = ORDERS["style"], WISHES["style"]
 WHOLE = {"keep only", "style all", "mirror", "nothing"}
-"""Forms after which it cannot be said that the rest stays."""
+"""Forms that name the whole picture, so that no phrase about the rest may follow."""
 
 MANNERS = ("please {}", "{}, please", "could you {}?", "can you {}?", "just {}", "now {}", "i want you to {}")
 KEEPING = (" and keep the rest", " and leave the rest alone", ", nothing else", " but change nothing else")
@@ -139,7 +139,7 @@ def instruct(form: str, random: Random, **slots: str) -> str:
 
     Args:
         form: a key of `ORDERS`.
-        slots: what the form's phrasings leave open.
+        slots: the values of the fields in the form's phrasings.
     """
     wishes = WISHES.get(form, ())
     if wishes and random.random() < 0.3:
@@ -166,7 +166,7 @@ def whither(place: str | None, random: Random) -> str:
 
 
 def style_name(style: str, random: Random) -> str:
-    """How captions name a style."""
+    """One of the names of a style in captions."""
     return random.choice(STYLES[style])
 
 
@@ -180,18 +180,18 @@ def counted(count: int, noun: str, random: Random) -> str:
     return f"{number(count, random)} {noun if count == 1 else plural(noun)}"
 
 
-def backdrop(ground: str | None, random: Random) -> dict[str, str]:
-    """A ground as a thing and as a place: 'a meadow', 'on the grass'."""
-    name = ground or "white"
+def backdrop(background: str | None, random: Random) -> dict[str, str]:
+    """Two phrases for a background: 'a meadow' (backdrop) and 'on the grass' (on_background)."""
+    name = background or "white"
     if name in SCENERIES:
         thing = NAMED_BACKDROPS.get(name) or with_article(name)
     else:
         thing = f"a gradient from {name}" if " to " in name else name
-    return {"backdrop": thing, "ground": ground_phrase(name, random)}
+    return {"backdrop": thing, "on_background": background_phrase(name, random)}
 
 
 def result(composition: Composition, vocabulary: Vocabulary, random: Random, *, style_named: bool) -> str:
-    """A caption of what there is to be: things drawn by one hand, wherever they stand."""
+    """A caption of the result: its things in one style, without their positions."""
     counts: dict[tuple[str, str | None], int] = {}
     for item in composition.items:
         key = item.word, item.colour
@@ -200,6 +200,6 @@ def result(composition: Composition, vocabulary: Vocabulary, random: Random, *, 
         things=tuple(Thing(word=word, colour=colour, count=count) for (word, colour), count in counts.items()),
         style=composition.items[0].style,
         style_named=style_named,
-        ground=composition.ground,
+        background=composition.background,
     )
     return caption(description, vocabulary, random)

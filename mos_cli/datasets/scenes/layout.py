@@ -1,8 +1,8 @@
-"""Where the objects of a description stand.
+"""The layout of the objects of a description.
 
-A description has one layout: scenes of it differ by a small random shift and scale of each object, and by nothing else.
-What a description leaves open is settled by `OPEN_RELATION` and `OPEN_ARRANGEMENT`. A small network cannot choose among
-layouts: taught several for one caption, it draws their average.
+A description has one layout; its scenes differ only by a small random shift and scale of each object. `OPEN_RELATION`
+and `OPEN_ARRANGEMENT` complete a description. A small network trained with several layouts for one caption draws their
+average.
 
 Lengths and places are in canvas widths; x grows to the right, y downwards.
 """
@@ -12,17 +12,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
+from mos_cli.datasets.scenes.backgrounds import Background, named_background
 from mos_cli.datasets.scenes.description import Description, Relation, Thing
-from mos_cli.datasets.scenes.grounds import Ground, ground
 from mos_cli.datasets.scenes.vocabulary import COLOURS, RGB, Vocabulary
 
 JITTER = 0.02
 NEAR, FAR = 0.27, 0.73
-"""Where the middles of the two halves are."""
+"""The centres of the two halves."""
 OPEN_RELATION: Relation = "left"
-"""The relation of two things when none is named: left to right as they are named."""
+"""The relation of two things when none is named: left to right, in the order of the caption."""
 OPEN_ARRANGEMENT = {2: "row", 3: "pile", 4: "corners"}
-"""The arrangement of so many objects when none is named."""
+"""The arrangement of 2, 3 or 4 objects when none is named."""
 
 Spot = tuple[float, float, float]
 """Centre and side of an object."""
@@ -30,8 +30,7 @@ Spot = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Placed:
-    """A picture on the canvas: its row among the sprites, its centre, its side, its paint, if it is repainted, and
-    whether it is flipped left to right."""
+    """A sprite on the canvas: its row, centre and side, its paint if any, and whether it is flipped left to right."""
 
     picture: int
     x: float
@@ -43,14 +42,14 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects from back to front, and the ground behind them."""
+    """Objects from back to front, and the background."""
 
     objects: tuple[Placed, ...]
-    ground: Ground
+    background: Background
 
 
 def lay_out(description: Description, vocabulary: Vocabulary, random: Random) -> Scene:
-    """One of the scenes that a description describes."""
+    """A random scene of a description."""
     spots = _spots(description)
     placed = []
     for thing in description.things:
@@ -64,9 +63,9 @@ def lay_out(description: Description, vocabulary: Vocabulary, random: Random) ->
             placed.append(
                 Placed(picture, x + random.uniform(-JITTER, JITTER), y + random.uniform(-JITTER, JITTER), side, tint)
             )
-    # What something stands behind of or lies in is drawn in this order: the last is in front.
+    # The last object is in front: with "on" and "inside" the first thing, else the second.
     back_to_front = reversed(placed) if description.relation in ("on", "inside") else placed
-    return Scene(tuple(back_to_front), ground(description.ground))
+    return Scene(tuple(back_to_front), named_background(description.background))
 
 
 def _spots(description: Description) -> list[Spot]:
@@ -97,7 +96,7 @@ def _touching(relation: str) -> list[Spot]:
 
 
 def _two_groups(things: Sequence[Thing], relation: Relation) -> list[Spot]:
-    """The first thing's objects on one side, the second's on the other; several of a thing share their side."""
+    """The first thing's objects on one side, the second's on the other."""
     upright = relation in ("above", "below")
     firsts_at, seconds_at = (NEAR, FAR) if relation in ("left", "above") else (FAR, NEAR)
     spots = []

@@ -1,7 +1,6 @@
-"""Calls one object of a composition by what only it is: its name, colour, place, size or kind.
+"""Referring expressions: phrases for one object of a composition, by its name, colour, place, size or kind.
 
-A phrase is given only if it fits no other object there. The vocabulary's words must be told apart by their names; see
-`confusable`.
+A phrase fits no other object of the composition. The names of words must not be ambiguous; see `confusable`.
 """
 
 import tomllib
@@ -15,20 +14,20 @@ from mos_cli.datasets.scenes.vocabulary import COLOURS, Vocabulary
 from mos_cli.utils.folders import presets_folder
 
 LARGER = 1.4
-"""How many times the side of all others an object's must be to be the big one."""
+"""The least ratio of sides between the big object and the others."""
 SIDES: dict[str, tuple[str, int, tuple[str, ...], str]] = {
     "left": ("x", -1, ("left", "left-hand"), "leftmost"),
     "right": ("x", 1, ("right", "right-hand"), "rightmost"),
     "top": ("y", -1, ("top", "upper"), "topmost"),
     "bottom": ("y", 1, ("bottom", "lower"), "lowest"),
 }
-"""Axis, direction, and what the one on this side is called among two, and among more."""
+"""Axis, direction, and the adjectives for the object on this side, of two and of more objects."""
 
 Others = list[Item]
 
 
 def refer(index: int, items: tuple[Item, ...], vocabulary: Vocabulary, random: Random) -> str | None:
-    """'the cat', 'the red one', 'the one on the left', 'the animal'; None if nothing tried says which it is."""
+    """'the cat', 'the red one', 'the one on the left', 'the animal'; None if no phrase is unambiguous."""
     item, others = items[index], [*items[:index], *items[index + 1 :]]
     if not others and random.random() < 0.3:
         return random.choice(("it", "it", "the object", "the thing"))
@@ -39,18 +38,18 @@ def refer(index: int, items: tuple[Item, ...], vocabulary: Vocabulary, random: R
 
 
 def name(item: Item, vocabulary: Vocabulary, random: Random) -> str:
-    """One of an object's names; none that says another colour than its paint."""
+    """One of an object's names, without a colour if it is painted."""
     return random.choice(vocabulary.words[item.word].names_for(counted=False, painted=item.colour is not None))
 
 
 def colour_name(colour: str, random: Random) -> str:
-    """Mostly the plain name of a paint."""
+    """A name of a paint, mostly the plain one."""
     named = COLOURS[colour][1]
     return named[0] if random.random() < 0.75 else random.choice(named)
 
 
 def confusable(words: Iterable[tuple[str, tuple[str, ...]]]) -> frozenset[frozenset[str]]:
-    """Pairs of words of which one's name is the end of the other's: 'the fish' may be a tropical fish.
+    """Pairs of words in which a name of one ends with a name of the other, as 'tropical fish' with 'fish'.
 
     Args:
         words: names in the art file with the names captions use.
@@ -77,7 +76,7 @@ def _by_name(item: Item, others: Others, vocabulary: Vocabulary, random: Random)
 
 
 def _by_colour(item: Item, others: Others, vocabulary: Vocabulary, random: Random) -> str | None:
-    """Unpainted objects have colours of their own, so the others it is told from must be painted too."""
+    """Unpainted objects have unknown colours, so the others must be painted, too."""
     pool, noun = _pool(item, others, vocabulary, random)
     if item.colour is None or not pool or any(other.colour in (None, item.colour) for other in pool):
         return None
@@ -127,7 +126,7 @@ def _by_group(item: Item, others: Others, vocabulary: Vocabulary, random: Random
 
 
 def _pool(item: Item, others: Others, vocabulary: Vocabulary, random: Random) -> tuple[Others, str]:
-    """What it is to be told from, and the noun for both: its namesakes by their name, or all as 'one'."""
+    """The objects to distinguish it from, and a noun: those of the same word by their name, or all as 'one'."""
     alike = [other for other in others if other.word == item.word]
     if alike and random.random() < 0.7:
         # The name stands for all of them, painted or not.
@@ -156,7 +155,7 @@ def _between(item: Item, pool: Others) -> bool:
 
 @cache
 def groups() -> dict[str, tuple[frozenset[str], frozenset[str]]]:
-    """Kinds of things: their members, and what may be argued to be one."""
+    """Kinds of things: their members, and words that could be one."""
     tables = tomllib.loads((presets_folder() / "words" / "groups.toml").read_text(encoding="utf-8"))
     return {
         group: (frozenset(table["members"]), frozenset(table.get("arguable", ()))) for group, table in tables.items()

@@ -1,4 +1,4 @@
-"""The words scenes are made of: things with their pictures, colours, styles; and the English around them.
+"""The vocabulary of scenes: things with their pictures, colours, styles, and English grammar.
 
 Shapes: V pictures, H x W a picture's size.
 """
@@ -26,7 +26,7 @@ STYLES = {
     "twemoji": ("twemoji",),
     "emojione": ("emojione",),
 }
-"""How captions name the hand of each art set."""
+"""The names of each art set's style in captions."""
 
 COLOURS: dict[str, tuple[RGB, tuple[str, ...]]] = {
     "red": ((0.87, 0.13, 0.16), ("red", "crimson", "scarlet")),
@@ -62,14 +62,14 @@ _english = inflect.engine()
 
 
 @dataclass(frozen=True)
-class Word:
-    """A concept the model learns: the names captions use for it, and its picture's row in each style."""
+class VocabularyWord:
+    """A concept: its names in captions, and the row of its picture in each style."""
 
     names: tuple[str, ...]
     pictures: dict[str, int]
 
     def names_for(self, *, counted: bool, painted: bool) -> list[str]:
-        """The names that can be counted, if they must be, and that say no colour themselves, if a colour is said."""
+        """The names that have a plural, if `counted`, and that contain no colour, if `painted`."""
         return [
             name
             for name in self.names
@@ -79,9 +79,9 @@ class Word:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Words by their names in the art file, the styles they are drawn in, and their sprites, uint8 [V, H, W, 4]."""
+    """Words by their names in the art file, their styles, and their sprites, uint8 [V, H, W, 4]."""
 
-    words: dict[str, Word]
+    words: dict[str, VocabularyWord]
     styles: tuple[str, ...]
     sprites_VHW4: Tensor
 
@@ -104,7 +104,7 @@ def load_vocabulary(art: Art, data: DataTable) -> Vocabulary:
         missing = [style for style in data.styles if (name, style) not in found]
         if missing:
             raise InputError(f"the art file has no '{name}' in {', '.join(missing)}: drop the word or the style")
-        words[name] = Word(names, {style: len(rows) + offset for offset, style in enumerate(data.styles)})
+        words[name] = VocabularyWord(names, {style: len(rows) + offset for offset, style in enumerate(data.styles)})
         rows += [found[name, style] for style in data.styles]
     return Vocabulary(words, data.styles, art.pixels[rows])
 

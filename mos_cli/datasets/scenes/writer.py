@@ -1,9 +1,10 @@
-"""Thinks up the scenes that are trained on, never those held out for measuring."""
+"""Random scenes for training, without combinations that are held out."""
 
 from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal, get_args
 
+from mos_cli.datasets.scenes.backgrounds import PAINTS, SCENERIES
 from mos_cli.datasets.scenes.captions import caption
 from mos_cli.datasets.scenes.description import (
     DEFAULT_STYLE,
@@ -16,34 +17,33 @@ from mos_cli.datasets.scenes.description import (
     Thing,
     held_out,
 )
-from mos_cli.datasets.scenes.grounds import PAINTS, SCENERIES
 from mos_cli.datasets.scenes.layout import Scene, lay_out
 from mos_cli.datasets.scenes.vocabulary import COLOURS, Vocabulary
 
 KINDS = {"single": 0.4, "pair": 0.3, "count": 0.15, "group": 0.15}
-"""How often each kind of scene is written."""
+"""The probability of each kind of scene."""
 OPEN_PAIRS, OPEN_ARRANGEMENTS = 0.45, 0.6
 """Share of the pairs that name no relation, and of the counts and groups that name no arrangement.
 
-They are drawn in one layout each (see `layout`), and are what people write most.
+They have one layout (see `layout`), and are the most common prompts.
 """
 PAINTED, PAINTED_TWICE = 0.3, 0.2
-"""Share of the things that are painted, and of the pairs of which both are."""
+"""Share of things that are painted, and of pairs in which both are."""
 
 
 @dataclass(frozen=True)
 class SceneWriter:
-    """Scenes with captions, at random."""
+    """Makes random scenes with captions."""
 
     vocabulary: Vocabulary
 
     def write(self, random: Random) -> tuple[Scene, str]:
-        """One scene and its caption; everything random comes from `random`."""
+        """One scene and its caption; all randomness comes from `random`."""
         description = self.describe(random)
         return lay_out(description, self.vocabulary, random), caption(description, self.vocabulary, random)
 
     def describe(self, random: Random) -> Description:
-        """What one picture shows."""
+        """The description of one picture."""
         style = DEFAULT_STYLE if random.random() < 0.2 else random.choice(self.vocabulary.styles)
         (kind,) = random.choices(list(KINDS), list(KINDS.values()))
         layout = getattr(self, f"_{kind}")(style, random)
@@ -51,7 +51,7 @@ class SceneWriter:
             **layout,
             style=style,
             style_named=style != DEFAULT_STYLE or random.random() < 0.4,
-            ground=choose_ground({thing.colour for thing in layout["things"]}, random),
+            background=choose_background({thing.colour for thing in layout["things"]}, random),
         )
 
     def _single(self, style: str, random: Random) -> dict:
@@ -79,13 +79,13 @@ class SceneWriter:
         return {"things": things, "relation": _open_or(Literal["left", "right"], OPEN_ARRANGEMENTS, random)}
 
     def _words(self, count: int, style: str, random: Random, *, countable: bool = False) -> list[str]:
-        """Different words that may meet, in a style they may be drawn in."""
+        """Different words, without held-out pairs, that are trained in a style."""
         words = self.vocabulary.learned(style)
         while True:
             chosen = random.sample(words, count)
-            apart = not any(held_out(a, b) for i, a in enumerate(chosen) for b in chosen[:i])
+            allowed = not any(held_out(a, b) for i, a in enumerate(chosen) for b in chosen[:i])
             words_fit = all(self.vocabulary.words[word].names_for(counted=countable, painted=False) for word in chosen)
-            if apart and words_fit:
+            if allowed and words_fit:
                 return chosen
 
     def _thing(self, word: str, random: Random, count: int = 1, painted: float = PAINTED) -> Thing:
@@ -103,8 +103,8 @@ def _open_or(choices: Any, share: float, random: Random) -> Any:
     return None if random.random() < share else random.choice(get_args(choices))
 
 
-def choose_ground(colours: set[str | None], random: Random) -> str | None:
-    """A ground that none of the painted things vanishes into."""
+def choose_background(colours: set[str | None], random: Random) -> str | None:
+    """A background in which none of the painted things is invisible; None is white."""
     paints = [paint for paint in PAINTS if not any(colour and colour in paint for colour in colours)]
     kind = random.random()
     if kind < 0.4 and "white" not in colours:

@@ -66,10 +66,11 @@ def _runs(a: Trace, b: Trace) -> Table:
 
 def _steps(branch: BranchDifference, counts: tuple[int, int]) -> str:
     compared = len(branch.steps)
-    if counts == (compared, compared) and branch.apart == 0:
+    if counts == (compared, compared) and branch.time_distance == 0:
         return f"{compared} steps compared"
     return (
-        f"{compared} of {counts[0]} and {counts[1]} steps compared, nearest in time ({branch.apart:.3f} apart at most)"
+        f"{compared} of {counts[0]} and {counts[1]} steps compared, nearest in time "
+        f"({branch.time_distance:.3f} apart at most)"
     )
 
 

@@ -1,4 +1,4 @@
-"""A section of the routes as plain values, for programs.
+"""A section of the routes as plain values, for JSON.
 
 Shapes: S steps, J generation blocks, T context tokens, M understanding layers.
 """
@@ -13,8 +13,8 @@ from mos_cli.routing.regions import PatchSource
 from mos_cli.routing.section import Section, layer_use, readers
 
 
-def section_facts(section: Section, asked: Sequence[Word] = ()) -> dict[str, Any]:
-    """What `RoutesView` shows, as one JSON object; null where a summary cannot tell."""
+def section_facts(section: Section, requested: Sequence[Word] = ()) -> dict[str, Any]:
+    """The content of `RoutesView` as one JSON object; null where a summary lacks the data."""
     trace, summary, routes = section.recording.trace, section.summary, section.routes
     recipe, branch, mean_layer_ST = trace.recipe, section.branch, np.array(summary.mean_layer_ST)
     return {
@@ -40,13 +40,13 @@ def section_facts(section: Section, asked: Sequence[Word] = ()) -> dict[str, Any
                 "tokens": list(word.tokens),
                 "mean_layer": word_layers(word, mean_layer_ST),
             }
-            for word in asked or section.words
+            for word in requested or section.words
         ],
         "readers": None
         if routes is None
         else [
             {"reader": word.text, "layer_use": layer_use(routes, word.tokens, len(trace.layers)).round(DIGITS).tolist()}
-            for word in readers(section, asked)
+            for word in readers(section, requested)
         ],
         "layer_use": summary.layer_use_JM,
         "entropy": summary.entropy_S,
@@ -64,7 +64,7 @@ def section_facts(section: Section, asked: Sequence[Word] = ()) -> dict[str, Any
 
 
 def patch_facts(patch: tuple[int, int], origins: Sequence[PatchSource]) -> dict[str, Any]:
-    """What `PatchView` shows."""
+    """The content of `PatchView` as one JSON object."""
     return {
         "patch": list(patch),
         "origins": [

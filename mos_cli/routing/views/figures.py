@@ -32,7 +32,7 @@ PAGE = 7.0
 GAP, TITLE, BAR, NOTE = 0.14, 0.36, 0.3, 0.36
 """Inches between the maps, above and below each, and below all of them."""
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "Arial Unicode MS")
-"""The first comes with matplotlib; of the others, those that are installed have what it lacks."""
+"""The first is part of matplotlib; the others, where installed, have further characters."""
 STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -94,7 +94,7 @@ def save_routes_figure(sections: Sequence[Section], words: Sequence[Word], path:
 
 
 def save_regions_figure(section: Section, words: Sequence[Word], path: Path, overwrite: bool = False) -> None:
-    """Writes the picture, where it is there, and beside it one heat map a word; special tokens come in grey.
+    """Writes the picture, if it exists, and one heat map per word; those of special tokens are grey.
 
     Raises:
         UsageError: `path` is not .png or .pdf, matplotlib is not installed, or there are too many words.
@@ -135,12 +135,12 @@ def _words_panel(axes: "Axes", section: Section, words: Sequence[Word]) -> None:
     mean_layer_ST = np.array(section.summary.mean_layer_ST)
     layers_WS = np.array([word_layers(word, mean_layer_ST) for word in words])
     image = axes.imshow(layers_WS, aspect="auto", vmin=0, vmax=len(section.layers) - 1)
-    apart = 1 if len(words) <= MOST_LABELS else ceil(len(words) / MOST_LABELS)
-    axes.set_yticks(range(0, len(words), apart), [_short(word.text) for word in words[::apart]])
+    stride = 1 if len(words) <= MOST_LABELS else ceil(len(words) / MOST_LABELS)
+    axes.set_yticks(range(0, len(words), stride), [_short(word.text) for word in words[::stride]])
     axes.set_title("a  Layer read on average")
     _step_ticks(axes, section, list(range(len(section.steps))))
     axes.tick_params(axis="y", length=0)
-    for label, word in zip(axes.get_yticklabels(), words[::apart], strict=True):
+    for label, word in zip(axes.get_yticklabels(), words[::stride], strict=True):
         label.set_color("gray" if word.special else "black")
     axes.figure.colorbar(image, ax=axes, label="layer", fraction=0.05, pad=0.02)
 
@@ -197,7 +197,7 @@ def _regions_note(section: Section) -> str:
 def _figure(
     path: Path, suffixes: Sequence[str], overwrite: bool, layout: Literal["constrained"] | None = None
 ) -> Iterator["Figure"]:
-    """A figure that becomes the file when the block ends, without a date in it."""
+    """Yields a figure that is saved at the end of the context, without a date in the file."""
     if path.suffix.lower() not in suffixes:
         raise UsageError(f"cannot draw a figure as {path}: name it {', '.join(suffixes[:-1])} or {suffixes[-1]}")
     try:

@@ -27,7 +27,7 @@ SCRIPTS = ("routes.js", "charts.js", "page.js", "pictures.js", "story.js", "grid
 
 
 def html_report(first: Recording, second: Recording | None = None) -> str:
-    """The page: everything is in it, pictures and numbers too, and it may not load anything (it says so itself).
+    """The page with all pictures and numbers; its content security policy forbids loading anything.
 
     With `second`, both are shown side by side, with the choices in which they differ.
 
@@ -35,14 +35,14 @@ def html_report(first: Recording, second: Recording | None = None) -> str:
         InputError: a recording holds a summary only, or the two cannot be compared.
     """
     recordings = [first] if second is None else [first, second]
-    # In JSON a "<" may be written as an escape, so that no prompt can end the element that holds it.
+    # "<" is escaped, so that a prompt cannot close the script element.
     data = json.dumps(report_data(recordings), separators=(",", ":")).replace("<", "\\u003c")
     script = "\n".join(_part(name) for name in SCRIPTS)
     return Template(_part("page.html")).substitute(style=_part("page.css"), script=script, data=data)
 
 
 def report_data(recordings: Sequence[Recording]) -> dict[str, Any]:
-    """What the page shows of one or two recordings, as plain values; arrays are packed as `pack` does.
+    """The data of the page for one or two recordings, as plain values; arrays are packed by `pack`.
 
     `rows` has the words of a branch by its name: `tokens` are the word's in each of the recordings, None where it is
     not in the prompt. A word is the same in both if its text and its occurrence are.
@@ -104,7 +104,7 @@ def _trace(
 
 def _branch(trace: Trace, name: str, routes: Routes, rows: list[Sequence[int] | None]) -> dict[str, Any]:
     branch = trace.branches[name]
-    # Steps last: from one to the next little changes, which is what compression feeds on.
+    # Steps are the last axis: neighbouring ones are similar, which compresses well.
     ids_JTKS, weights_JTKS = (array.transpose(1, 2, 3, 0) for array in (routes.ids_SJTK, routes.weights_SJTK))
     return {
         "prompt": branch.prompt,
@@ -124,7 +124,7 @@ def _name(token: TraceToken) -> str:
 
 
 def _regions(trace: Trace, routes: Routes, rows: list[Sequence[int] | None]) -> dict[str, Any]:
-    """Attention of every patch to every row's word, [W, N], each row as a part of its largest value (`peaks`)."""
+    """Attention of every patch to every row's word, [W, N], each row relative to its largest value (`peaks`)."""
     assert trace.regions is not None
     assert routes.regions_JTN is not None
     regions_TN = routes.regions_JTN.mean(axis=0, dtype=np.float32)
@@ -177,7 +177,7 @@ def _sprite(path: Path) -> dict[str, Any]:
 
 
 def _bytes(parts: np.ndarray) -> np.ndarray:
-    """Parts of a whole as bytes: 0 is none of it, 255 all."""
+    """Values in 0..1 as bytes."""
     return np.rint(255 * parts).clip(0, 255).astype(np.uint8)
 
 

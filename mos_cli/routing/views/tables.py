@@ -1,4 +1,4 @@
-"""Tables for a terminal: numbers that need no colour, on colours that help, never wider than the console."""
+"""Tables for a terminal: numbers on colours, readable without colour, not wider than the console."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,12 +9,12 @@ from rich.text import Text
 
 CELL = 5
 WORD_WIDTH = 18
-# Viridis, coarsely: its brightness grows evenly, so that the order survives a poor display.
+# Five colours of Viridis, whose brightness grows evenly.
 SCALE = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 
 def printable(text: str) -> str:
-    """Text of a trace, which may be a stranger's, without what would steer the terminal."""
+    """Text of a trace, which is not trusted, without control characters."""
     return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
@@ -24,7 +24,7 @@ def plain_table(show_header: bool = False) -> Table:
 
 
 def facts_table(facts: dict[str, str]) -> Table:
-    """Names beside what there is to say of them."""
+    """A table of names and texts."""
     table = plain_table()
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -49,7 +49,7 @@ def number_tables(
 
 
 def share_cells(shares: Sequence[float], most: float) -> list[Text]:
-    """Shares in percent, the brighter the nearer to `most`; '-' where there is none at all."""
+    """Shares in percent, brighter the nearer they are to `most`; '-' for 0."""
     return [shaded(f"{100 * share:.0f}", share / most) if share else Text("-") for share in shares]
 
 
@@ -58,7 +58,7 @@ def heading(text: str) -> Text:
 
 
 def shaded(text: str, fraction: float) -> Text:
-    """A number on a background from dark (0) to bright (1), in the ink that is read best on it."""
+    """A number on a background from dark (0) to bright (1), in black or white."""
     place = fraction * (len(SCALE) - 1)
     below = min(int(place), len(SCALE) - 2)
     colours = zip(SCALE[below], SCALE[below + 1], strict=True)

@@ -35,25 +35,25 @@ class RoutesView:
     """A section of a trace, as wide as the console: overview, rules, words x steps, words x layers, entropy, blocks.
 
     Args:
-        asked: the words to show, with the layers of each; without, all words of the prompt.
+        requested: the words to show, with the layers of each; by default all words of the prompt.
     """
 
     section: Section
-    asked: Sequence[Word] = ()
+    requested: Sequence[Word] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         section, width, last = self.section, options.max_width, len(self.section.layers) - 1
         yield self._overview()
         recipe = section.recording.trace.recipe
         if recipe.routes or recipe.route_from:
-            yield heading("rules: what was asked, and the decisions each governed")
+            yield heading("rules, and the decisions that each applies to")
             yield self._rules()
         yield heading(f"words x steps: the layer read on average, 0 to {last}")
         yield from self._words(width)
-        told = readers(section, self.asked) if section.routes is not None else ()
-        if told:
+        groups = readers(section, self.requested) if section.routes is not None else ()
+        if groups:
             yield heading("words x layers: percent of a word's weight; '-' = none at all")
-            yield from self._reading(told, width)
+            yield from self._layers_by_word(groups, width)
         yield heading("entropy: how evenly the layers share the weight, 0 = one layer, 1 = all alike")
         yield self._entropy(width, ASCII_BARS if options.ascii_only else BARS)
         yield heading("blocks x layers: percent of a block's weight; '-' = none at all")
@@ -104,7 +104,7 @@ class RoutesView:
                 spoken = " ".join(texts) if len(texts) <= MOST_NAMED else f"{len(texts)} tokens"
                 table.add_row(Text(printable(rule)), Text(f"{done[rule].decisions} decisions: {spoken}"))
             else:
-                table.add_row(Text(printable(rule)), "speaks of nothing in this branch")
+                table.add_row(Text(printable(rule)), "has no tokens in this branch")
         if trace.recipe.route_from is not None:
             source = trace.recipe.route_from
             taken = f"its choices at the first {source.until:.0%} of the steps (sha256 {source.sha256[:12]})"
@@ -112,12 +112,12 @@ class RoutesView:
         if branch.changed is not None:
             whole = len(branch.steps) * trace.blocks * len(branch.tokens)
             share = f"{branch.changed} of {whole} decisions ({branch.changed / whole:.1%})"
-            table.add_row("together", f"{share} keep others than the router chose")
+            table.add_row("all rules", f"{share} keep other layers than the router chose")
         return table
 
     def _words(self, width: int) -> Iterable[Table | Text]:
         section, last = self.section, len(self.section.layers) - 1
-        words = self.asked or section.words
+        words = self.requested or section.words
         table, columns = _steps_table(section, width)
         mean_layer_ST = np.array(section.summary.mean_layer_ST)
         for word in words[:MOST_WORDS]:
@@ -128,7 +128,7 @@ class RoutesView:
         if len(words) > MOST_WORDS:
             yield Text(f"and {len(words) - MOST_WORDS} words more: --word shows one, --export all of them", style="dim")
 
-    def _reading(self, words: Sequence[Word], width: int) -> Iterable[Table]:
+    def _layers_by_word(self, words: Sequence[Word], width: int) -> Iterable[Table]:
         section = self.section
         assert section.routes is not None
         use = [layer_use(section.routes, word.tokens, len(section.layers)).tolist() for word in words]
@@ -159,18 +159,18 @@ class RoutesView:
 
 @dataclass(frozen=True)
 class PatchView:
-    """Where a patch of the picture came from: words by attention, each with its layer; special tokens dim below.
+    """The contributions to a patch: words by attention, each with its strongest layer; special tokens dim below.
 
     Args:
         patch: its row and column.
-        origins: what `patch_origins` says of it.
-        asked: the words to show; without, all of them.
+        origins: from `patch_origins`.
+        requested: the words to show; by default all of them.
     """
 
     section: Section
     patch: tuple[int, int]
     origins: Sequence[PatchSource]
-    asked: Sequence[Word] = ()
+    requested: Sequence[Word] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         first, layers = self.origins[0], self.section.layers
@@ -180,7 +180,7 @@ class PatchView:
         table.add_column("word", min_width=WORD_WIDTH, max_width=WORD_WIDTH, overflow="fold")
         for name in ("attention %", "of words %", "layer", "through it %"):
             table.add_column(name, justify="right", no_wrap=True)
-        shown = [origin for origin in self.origins if not self.asked or origin.word in self.asked]
+        shown = [origin for origin in self.origins if not self.requested or origin.word in self.requested]
         for origin in shown[:MOST_WORDS]:
             of_words = "special" if origin.of_words is None else f"{100 * origin.of_words:.1f}"
             numbers = (f"{100 * origin.attention:.2f}", of_words, str(origin.layer), f"{100 * origin.part:.0f}")
@@ -191,7 +191,7 @@ class PatchView:
 
 
 def _steps_table(section: Section, width: int) -> tuple[Table, list[int]]:
-    """An empty table of steps, as many as fit, evenly chosen; and which of the section's steps they are."""
+    """An empty table with as many of the section's steps as fit, evenly spaced; and the indices of these."""
     count = min(len(section.steps), max(2, (width - WORD_WIDTH - 1) // CELL))
     columns = [round(i * (len(section.steps) - 1) / max(1, count - 1)) for i in range(count)]
     table = plain_table(show_header=True)

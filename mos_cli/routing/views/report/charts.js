@@ -44,7 +44,7 @@ function layerCell(value, M) {
   return Number.isNaN(value) ? null : [...viridis(value / (M - 1)), 255];
 }
 
-/** Numbers along an axis of `count` bins, as many as there is room for. */
+/** Numbers along an axis of `count` bins, as many as fit. */
 function ticks(parent, count, most) {
   const every = [1, 2, 5, 10, 20, 50, 100, 200].find((step) => count / step <= most) ?? count;
   parent.replaceChildren();

@@ -37,8 +37,8 @@ function buildRows() {
 }
 
 function showAxes() {
-  for (const [id, count, room] of [["blocks-axis", traces[0].blocks, 22], ["steps-axis", total, 36]]) {
-    ticks($(id), count, Math.max($(id).clientWidth / room, 2));
+  for (const [id, count, space] of [["blocks-axis", traces[0].blocks, 22], ["steps-axis", total, 36]]) {
+    ticks($(id), count, Math.max($(id).clientWidth / space, 2));
   }
 }
 

@@ -13,7 +13,7 @@ function hideTip() {
   tipBox.hidden = true;
 }
 
-/** Everything speaks of this row's word; null lets go. */
+/** Selects the word of a row everywhere; null clears the selection. */
 function pin(row) {
   set({ pin: row === state.pin ? null : row, block: null });
 }

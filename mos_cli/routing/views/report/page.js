@@ -61,9 +61,9 @@ function facts() {
 
 /** What feature caching left unread, by the picture; nothing where all steps were computed. */
 function unread() {
-  const told = "the blocks were computed at some of the steps only; choices of the others were made, not read";
+  const note = "the blocks were computed at some of the steps only; choices of the others were made, not read";
   return traces.flatMap(({ feature_cache: every }, at) =>
-    (every > 1 ? [sentence(`${two ? `${sides[at]} picture, ` : ""}feature cache ${every}: ${told}`)] : [])).join(" ");
+    (every > 1 ? [sentence(`${two ? `${sides[at]} picture, ` : ""}feature cache ${every}: ${note}`)] : [])).join(" ");
 }
 
 function segments(box, values, key, labels = values) {

@@ -1,4 +1,4 @@
-// Numbers: the decisions of a branch, unpacked, and what is asked of them.
+// Numbers: the decisions of a branch, unpacked, and queries of them.
 // Letters as in Python: S steps, J blocks, T tokens, K kept layers, M layers.
 
 /** Bytes from base64 of zlib. */

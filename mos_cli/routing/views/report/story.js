@@ -56,8 +56,8 @@ function readings(branch, pinned) {
 
 /** The word that goes to other layers most as the steps go on, or what the pinned one does. */
 function turn(branch, pinned) {
-  const asked = (row) => (pinned === null ? rows()[row].kind === "word" : row === pinned);
-  const words = [...rows().keys()].filter((row) => branch.rows[row] && asked(row));
+  const requested = (row) => (pinned === null ? rows()[row].kind === "word" : row === pinned);
+  const words = [...rows().keys()].filter((row) => branch.rows[row] && requested(row));
   if (!words.length || branch.S < 2) return [];
   const moves = words.map((row) => ({ row, from: branch.level(row, 0), to: branch.level(row, branch.S - 1) }));
   const { row, from, to } = moves.reduce((a, b) => (Math.abs(b.to - b.from) > Math.abs(a.to - a.from) ? b : a));

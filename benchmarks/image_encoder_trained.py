@@ -1,4 +1,4 @@
-"""The small encoder of the comparison of eyes, and what it learns from: describing scenes.
+"""The small image encoder of the comparison, and the captioner that it is trained with.
 
 Shapes: B pictures, H x W their size, C channels, V image tokens, D their width, T caption tokens, S width of a
 sentence's state.
@@ -19,7 +19,7 @@ TOKEN = 128
 
 
 class Encoder(nn.Module):
-    """Pictures to image tokens as `ImageEncoder` gives them, from seven plain convolutions."""
+    """Turns pictures into image tokens like those of `ImageEncoder`, with seven convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,27 +34,27 @@ class Encoder(nn.Module):
         return tuple(channels for channels, _ in STAGES)
 
     def forward(self, pictures_B3HW: Tensor) -> list[Tensor]:
-        """What each stage makes of pictures in -1..1 of 128 px, [B, C, H', W'] each."""
-        x, seen = self.stem(pictures_B3HW), []
+        """The output of each stage for pictures in -1..1 of 128 px, each [B, C, H', W']."""
+        x, outputs = self.stem(pictures_B3HW), []
         for stage in self.stages:
             x = stage(x)
-            seen.append(x)
-        return seen
+            outputs.append(x)
+        return outputs
 
     @torch.no_grad()
     def encode_images(self, pictures_B3HW: Tensor) -> Tensor:
-        """As `Eyes.see`."""
+        """As `ImageEncoder.encode_images`."""
         cells = [F.adaptive_avg_pool2d(stage, IMAGE_GRID).flatten(2).mT for stage in self(pictures_B3HW)]
         return torch.stack([F.pad(cell, (0, max(self.widths) - cell.shape[-1])) for cell in cells], 2)
 
 
-class Pupil(nn.Module):
-    """An encoder that learns by describing: its mean token is to be the caption's state, and one block of a decoder
-    is to say the caption from its tokens.
+class Captioner(nn.Module):
+    """Trains the encoder with captions: its mean token predicts the caption's state, and a decoder of one block
+    predicts the caption from its tokens.
 
     Args:
         sentence: width of a sentence's state, S.
-        words: how many different tokens captions have.
+        words: number of different tokens in captions.
         longest: caption tokens at most, T.
     """
 
@@ -89,14 +89,14 @@ class Pupil(nn.Module):
 
 
 def read(captions: list[str], tower: UnderstandingTower, batch: int = 128) -> tuple[Tensor, Tensor]:
-    """States of sentences [B, S], the mean of their tokens' last ones, and their tokens [B, T], numbered from 1."""
+    """States of sentences [B, S], the mean of the last states of their tokens, and their tokens [B, T], from 1."""
     ids, sentences = [torch.empty(0)] * len(captions), torch.empty(len(captions), tower.width)
     order = sorted(range(len(captions)), key=lambda row: len(captions[row]))
     for rows in (order[at : at + batch] for at in range(0, len(order), batch)):
-        reading = tower.encode([captions[row] for row in rows])
-        last, mask = reading.states_BTMS[:, :, -1].float(), reading.mask_BT.float()[:, :, None]
+        hidden_states = tower.encode([captions[row] for row in rows])
+        last, mask = hidden_states.states_BTMS[:, :, -1].float(), hidden_states.mask_BT.float()[:, :, None]
         sentences[rows] = (last * mask).sum(1) / mask.sum(1)
-        for row, encoding in zip(rows, reading.encodings, strict=True):
+        for row, encoding in zip(rows, hidden_states.encodings, strict=True):
             ids[row] = torch.tensor(encoding.ids)[torch.tensor(encoding.attention_mask).bool()]
     numbers = torch.unique(torch.cat(ids), return_inverse=True)[1] + 1
     return sentences, nn.utils.rnn.pad_sequence(list(numbers.split([len(each) for each in ids])), batch_first=True)

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mos_cli.cli import console
-from mos_cli.cli.fetching import size_text
+from mos_cli.cli.output import size_text, stdout
 
 if TYPE_CHECKING:
     from mos_cli.towers.quantized import QuantizationReport
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
 def quantize(
     name: Annotated[str, typer.Argument(help="A model: name, folder or hub id.")],
-    quant: Annotated[str, typer.Option(metavar="METHOD", help="nf4 (4 bits) or int8 (8 bits).")],
+    quant: Annotated[str, typer.Option("--quant", metavar="METHOD", help="nf4 (4 bits) or int8 (8 bits).")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to; its name is the new model's.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")] = False,
 ) -> None:
@@ -43,5 +42,5 @@ def quantize(
     written = write_quantised_bundle(bundle, out, quant, write_tower, overwrite=overwrite)
     (report,) = reports
     sizes = f"{size_text(report.bytes_before)} -> {size_text(report.bytes_after)}"
-    console.out.print(f"{written.folder}", markup=False, soft_wrap=True)
-    console.out.print(f"{len(report.quantised)} layers in {quant}, {len(report.kept)} kept, {sizes}", markup=False)
+    stdout.print(f"{written.folder}", markup=False, soft_wrap=True)
+    stdout.print(f"{len(report.quantised)} layers in {quant}, {len(report.kept)} kept, {sizes}", markup=False)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mos_cli.cli import console
+from mos_cli.cli.output import stderr, stdout
 from mos_cli.errors import UsageError
 
 _UNITS = {"MB": 10**6, "GB": 10**9}
@@ -14,16 +14,24 @@ _UNITS = {"MB": 10**6, "GB": 10**9}
 
 def init(
     name: Annotated[str, typer.Argument(help="A blueprint: name, or a .json file.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; it must not be there yet.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write; it must not be there yet.")],
     understanding: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Understanding tower to build for.", show_default="the blueprint's first"),
+        typer.Option(
+            "--understanding",
+            metavar="NAME",
+            help="Understanding tower to build for.",
+            show_default="the blueprint's first",
+        ),
     ] = None,
     tower: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where that tower lies; without it the bundle cannot draw.")
+        Path | None,
+        typer.Option("--tower", metavar="DIR", help="Where that tower lies; without it the bundle cannot draw."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
-    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest size of a file: 500MB, 2GB.")] = "2GB",
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the weights.")] = 0,
+    shard_size: Annotated[
+        str, typer.Option("--shard-size", metavar="SIZE", help="Largest size of a file: 500MB, 2GB.")
+    ] = "2GB",
 ) -> None:
     """Make a bundle with random weights: for planning, benchmarks and as the start of training."""
     from mos_cli.bundles.blueprints import find_blueprint
@@ -40,12 +48,12 @@ def init(
     quieten()
     from mos_cli.towers.random_weights import Start, write_fresh_bundle
 
-    with console.err.status(f"making {name}") as status:
+    with stderr.status(f"making {name}") as status:
         write_fresh_bundle(Start(blueprint, chosen, tower, seed, shard), out, status.update)
-    console.out.print(out, soft_wrap=True)
+    stdout.print(out, soft_wrap=True)
     if tower is None:
         again = "once it is here, init with --tower DIR makes a bundle that draws"
-        console.err.print(f"without its understanding tower ({shape.hub_id or chosen}): {again}", soft_wrap=True)
+        stderr.print(f"without its understanding tower ({shape.hub_id or chosen}): {again}", soft_wrap=True)
 
 
 def _bytes(size: str) -> int:

@@ -1,4 +1,4 @@
-"""Scenes for the comparison of eyes: what a small encoder learns from, and what probes are asked about.
+"""Scenes for the comparison of image encoders: for training the small encoder, and for probes.
 
 Scenes to learn from never show combinations that are held out (`mos_cli.datasets.scenes.description`), nor, for the
 encoder, one word in thirteen: what states know of these they know from elsewhere.
@@ -17,41 +17,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mos_cli.bundles.shapes import IMAGE_GRID
+from mos_cli.datasets.scenes.backgrounds import Background
 from mos_cli.datasets.scenes.compositor import Compositor
 from mos_cli.datasets.scenes.description import Description, Thing, held_out, held_out_style
-from mos_cli.datasets.scenes.grounds import Ground
 from mos_cli.datasets.scenes.layout import Scene, lay_out
 from mos_cli.datasets.scenes.vocabulary import COLOURS, Vocabulary
-from mos_cli.datasets.scenes.writer import SceneWriter, choose_ground
+from mos_cli.datasets.scenes.writer import SceneWriter, choose_background
 from mos_cli.towers.image_encoder import SIDE
 
 Kind = Literal["probe", "met", "new"]
-"""What probes learn from, and what they are tested on: other scenes of that kind, and held-out combinations."""
+"""The scenes that probes are trained on, and those they are tested on: others of that kind, and held-out ones."""
 UNMET_EVERY = 13
-"""Of so many words the first is never shown to the encoder that is trained."""
-DARK = Ground((0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
+"""One word in UNMET_EVERY is never shown to the trained encoder."""
+DARK = Background((0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """Pictures in bytes and the truth about their cells and their things.
+    """Pictures as bytes, and the true labels of their cells and things.
 
     Attributes:
-        things_BV: what covers most of a cell: 0 the ground, else 1 + the number of the word.
-        paints_BV: number of its paint; -1 where it is the ground or not painted.
-        hands_BV: number of its style; -1 where it is the ground.
+        things_BV: what covers most of a cell: 0 the background, else 1 + the number of the word.
+        paints_BV: number of its paint; -1 where it is the background or not painted.
+        styles_BV: number of its style; -1 where it is the background.
         present_BQ: 1 for the words that are in the picture, else 0.
     """
 
     pictures_B3HW: Tensor
     things_BV: Tensor
     paints_BV: Tensor
-    hands_BV: Tensor
+    styles_BV: Tensor
     present_BQ: Tensor
 
 
 class World:
-    """Scenes made of a vocabulary; the same questions always give the same ones."""
+    """Scenes made of a vocabulary, from fixed seeds."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary, self._compositor = vocabulary, Compositor(vocabulary.sprites_VHW4)
@@ -68,29 +68,29 @@ class World:
         return self._drawn([scene for scene, _ in written]), [caption for _, caption in written]
 
     def sheet(self, kind: Kind, count: int) -> Sheet:
-        """Scenes of one kind, with the truth about them."""
+        """Scenes of one kind, with their true labels."""
         random, writer = Random(f"eyes/{kind}"), SceneWriter(self.vocabulary)
         scenes = [self._strange(random) if kind == "new" else writer.write(random)[0] for _ in range(count)]
         truth = [self.truth(scenes[at : at + 64]) for at in range(0, count, 64)]
         return Sheet(self._drawn(scenes), *(torch.cat(part) for part in zip(*truth, strict=True)))
 
     def truth(self, scenes: list[Scene]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """things_BV, paints_BV, hands_BV and present_BQ of a `Sheet`."""
+        """things_BV, paints_BV, styles_BV and present_BQ of a `Sheet`."""
         most = max(len(scene.objects) for scene in scenes)
         shares_BOV = torch.stack([self._seen(scenes, index) for index in range(most)], 1)
         ground_B1V = 1 - shares_BOV.sum(1, keepdim=True)
         winner_BV = torch.cat([ground_B1V, shares_BOV], 1).argmax(1)
-        things, paints, hands = (torch.full((len(scenes), most + 1), -1) for _ in range(3))
+        things, paints, drawn_in = (torch.full((len(scenes), most + 1), -1) for _ in range(3))
         present_BQ, styles = torch.zeros(len(scenes), len(self.vocabulary.words)), len(self.vocabulary.styles)
         for row, scene in enumerate(scenes):
             for at, placed in enumerate(scene.objects, start=1):
-                word, hands[row, at] = divmod(placed.picture, styles)
+                word, drawn_in[row, at] = divmod(placed.picture, styles)
                 things[row, at] = word + 1
                 present_BQ[row, word] = 1
                 paints[row, at] = self._paints[placed.tint] if placed.tint else -1
         things[:, 0] = 0
-        things, paints, hands = (known.gather(1, winner_BV) for known in (things, paints, hands))
-        return things, paints, hands, present_BQ
+        things, paints, drawn_in = (known.gather(1, winner_BV) for known in (things, paints, drawn_in))
+        return things, paints, drawn_in, present_BQ
 
     def _seen(self, scenes: list[Scene], index: int) -> Tensor:
         """The share of every cell in which object `index` is seen, [B, V]: it is white, and all else is black."""
@@ -113,18 +113,18 @@ class World:
         return pictures
 
     def _strange(self, random: Random) -> Scene:
-        """Two words that never meet in training, or a word in a hand it never has there; painted as often as there."""
+        """A pair of words, or a word in a style, held out of training; painted as often as in training."""
         relation = None
         if random.random() < 0.5:
-            words: tuple[str, ...] = random.choice(self._strangers)
+            words: tuple[str, ...] = random.choice(self._held_out_pairs)
             style = random.choice([s for s in self.vocabulary.styles if not any(held_out_style(w, s) for w in words)])
             relation = random.choice((None, "left", "right", "above", "below"))
         else:
             word, style = random.choice(self._styled)
             words = (word,)
         things = tuple(self._thing(word, random) for word in words)
-        ground = choose_ground({thing.colour for thing in things}, random)
-        description = Description(things=things, relation=relation, style=style, ground=ground)
+        background = choose_background({thing.colour for thing in things}, random)
+        description = Description(things=things, relation=relation, style=style, background=background)
         return lay_out(description, self.vocabulary, random)
 
     def _thing(self, word: str, random: Random) -> Thing:
@@ -133,7 +133,7 @@ class World:
         return Thing(word=word, colour=random.choice(list(COLOURS)) if painted else None)
 
     @cached_property
-    def _strangers(self) -> list[tuple[str, str]]:
+    def _held_out_pairs(self) -> list[tuple[str, str]]:
         return [pair for pair in combinations(self.vocabulary.words, 2) if held_out(*pair)]
 
     @cached_property

@@ -1,10 +1,10 @@
-"""What eyes should be: frozen stages of EfficientNet-Lite0, or a small encoder trained with the language model.
+"""Two image encoders: the frozen stages of EfficientNet-Lite0, and a small encoder trained with the language model.
 
-    python benchmarks/eyes.py train FOLDER [--art PATH] [--steps N] [--scenes N]
-    python benchmarks/eyes.py probe FOLDER [--art PATH] [--scenes N]
+    python benchmarks/image_encoders.py train FOLDER [--art PATH] [--steps N] [--scenes N]
+    python benchmarks/image_encoders.py probe FOLDER [--art PATH] [--scenes N]
 
 `train` teaches the small encoder to describe scenes and keeps it after 0, 1/4, 1/2 and all of its steps. `probe` asks
-linear probes what every state of either pair of eyes knows of scenes that are new to both, and prints tables.
+linear probes on every state of both encoders, with scenes that are new to both, and prints tables.
 
 Shapes: B pictures, H x W their size, N rows of a probe, D features, V image tokens, T caption tokens, S width of a
 sentence's state, Q words.
@@ -20,8 +20,8 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from eyes_pupil import Encoder, Pupil, read
-from eyes_world import UNMET_EVERY, Sheet, World
+from image_encoder_scenes import UNMET_EVERY, Sheet, World
+from image_encoder_trained import Captioner, Encoder, read
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -36,6 +36,7 @@ from mos_cli.training.recipe import load_recipe
 from mos_cli.training.references import find_understanding
 from mos_cli.utils.devices import cpu_threads
 from mos_cli.utils.files import atomic_write
+from mos_cli.utils.migration import part_folder
 
 RECIPE = "train-emoji"
 BATCH = 128
@@ -45,7 +46,7 @@ COLUMNS = {
     "things": "of cells with a thing",
     "unmet": "with a thing (b) never met",
     "paint": "its paint",
-    "hand": "its hand",
+    "style": "its style",
     "present": "things in the picture",
 }
 
@@ -67,9 +68,9 @@ def train(
     sentences, ids = read(captions, tower)
     drawn = time.perf_counter()
     print(f"drew and read {scenes} scenes in {drawn - started:.0f} s", flush=True)
-    pupil = Pupil(sentences.shape[1], int(ids.max()) + 1, ids.shape[1])
-    averaged = AveragedModel(pupil.encoder, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
-    optimiser = torch.optim.AdamW(pupil.parameters(), RATE, weight_decay=0.05)
+    captioner = Captioner(sentences.shape[1], int(ids.max()) + 1, ids.shape[1])
+    averaged = AveragedModel(captioner.encoder, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
+    optimiser = torch.optim.AdamW(captioner.parameters(), RATE, weight_decay=0.05)
     warmup = torch.optim.lr_scheduler.LinearLR(optimiser, 0.01, total_iters=min(100, steps))
     kept: list[dict[str, Any]] = []
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,14 +84,14 @@ def train(
             print(json.dumps(kept[-1]), flush=True)
         if step == steps:
             break
-        matched, said = pupil.losses(unpacked(pictures[rows]), sentences[rows], ids[rows])
+        matched, probes = captioner.losses(unpacked(pictures[rows]), sentences[rows], ids[rows])
         optimiser.zero_grad()
-        (matched + said).backward()
-        nn.utils.clip_grad_norm_(pupil.parameters(), 1.0)
+        (matched + probes).backward()
+        nn.utils.clip_grad_norm_(captioner.parameters(), 1.0)
         optimiser.step()
         warmup.step()
-        averaged.update_parameters(pupil.encoder)
-        losses.append((matched.item(), said.item()))
+        averaged.update_parameters(captioner.encoder)
+        losses.append((matched.item(), probes.item()))
     atomic_write(folder / "training.json", json.dumps(kept, indent=1).encode(), overwrite=True)
 
 
@@ -103,34 +104,34 @@ def probe(
     ] = 4000,
     steps: Annotated[int, typer.Option(help="Steps of AdamW for a probe.")] = 400,
 ) -> None:
-    """Prints what each pair of eyes knows and costs, as markdown."""
+    """Prints the scores and costs of each encoder, as markdown."""
     world = make_world(art or data_folder())
     sheets = {kind: world.sheet(kind, scenes if kind == "probe" else scenes // 3) for kind in ("probe", "met", "new")}
-    stages = find_bundle("emoji").folder / "eyes"
-    eyes: dict[str, ImageEncoder | Encoder] = {
+    stages = part_folder(find_bundle("emoji").folder, "image_encoder")
+    encoders: dict[str, ImageEncoder | Encoder] = {
         "(a) frozen": ImageEncoder.from_pretrained(stages, torch_dtype=torch.float32)
     }  # type: ignore[dict-item]
     kept = json.loads((folder / "training.json").read_text())
     for entry in kept:
         encoder = Encoder().eval()
         encoder.load_state_dict(load_file(folder / f"{entry['step']}.safetensors"))
-        eyes[f"(b) {entry['pictures']:,} pictures"] = encoder.requires_grad_(False)
-    last, per_state = list(eyes)[-1], []
+        encoders[f"(b) {entry['pictures']:,} pictures"] = encoder.requires_grad_(False)
+    last, per_state = list(encoders)[-1], []
     head = f"{' | '.join(COLUMNS.values())} |\n| --- |{' ---: |' * len(COLUMNS)}"
-    print(f"Known / new combinations of words and hands.\n\n| all states | {head}")
+    print(f"Known / new combinations of words and styles.\n\n| all states | {head}")
     print(f"| the most frequent | {_cells(guessed(sheets))} |", flush=True)
-    for name, each in eyes.items():
-        seen = {kind: look(each, sheet.pictures_B3HW) for kind, sheet in sheets.items()}
-        together = {kind: torch.cat(states, 2) for kind, states in seen.items()}
-        print(f"| {name} | {_cells(scored(together, sheets, steps))} |", flush=True)
+    for name, each in encoders.items():
+        seen = {kind: encode(each, sheet.pictures_B3HW) for kind, sheet in sheets.items()}
+        all_states = {kind: torch.cat(states, 2) for kind, states in seen.items()}
+        print(f"| {name} | {_cells(scored(all_states, sheets, steps))} |", flush=True)
         for state, width in enumerate(each.widths if name in ("(a) frozen", last) else ()):
             alone = {kind: states[state] for kind, states in seen.items()}
             per_state.append(f"| {name[:3]} {state}, {width} wide | {_cells(scored(alone, sheets, steps))} |")
     print(f"\n| one state | {head}", *per_state, sep="\n")
     print("\n| | weights | bytes, bf16 | ms a picture, one thread |\n| --- | ---: | ---: | ---: |")
     for name in ("(a) frozen", last):
-        count = sum(weight.numel() for weight in eyes[name].parameters())
-        milliseconds = 1000 * seconds_a_picture(eyes[name], unpacked(sheets["met"].pictures_B3HW[:1]))
+        count = sum(weight.numel() for weight in encoders[name].parameters())
+        milliseconds = 1000 * seconds_a_picture(encoders[name], unpacked(sheets["met"].pictures_B3HW[:1]))
         print(f"| {name} | {count / 1e6:.2f}M | {2 * count / 1e6:.2f}M | {milliseconds:.1f} |")
     print("\n| step | pictures | seconds | InfoNCE | caption, nats a token |\n| --- |" + " ---: |" * 4)
     for entry in kept[1:]:
@@ -144,40 +145,40 @@ def make_world(art: Path) -> World:
     return World(load_vocabulary(load_art(art), data))
 
 
-def look(eyes: ImageEncoder | Encoder, pictures_B3HW: Tensor) -> list[Tensor]:
+def encode(encoder: ImageEncoder | Encoder, pictures_B3HW: Tensor) -> list[Tensor]:
     """Every state of the image tokens of pictures in bytes, [B, V, width] each."""
-    seen = torch.cat([eyes.encode_images(unpacked(part)) for part in pictures_B3HW.split(BATCH)])
-    return [seen[:, :, state, :width] for state, width in enumerate(eyes.widths)]
+    states = torch.cat([encoder.encode_images(unpacked(part)) for part in pictures_B3HW.split(BATCH)])
+    return [states[:, :, state, :width] for state, width in enumerate(encoder.widths)]
 
 
 def scored(states: dict[str, Tensor], sheets: dict[str, Sheet], steps: int) -> dict[str, list[float]]:
     """What probes on tokens [B, V, D] get right of the known and of the new scenes, by the keys of COLUMNS."""
     taught, things = sheets["probe"], len(sheets["probe"].present_BQ[0]) + 1
     scores: dict[str, list[float]] = {key: [] for key in COLUMNS}
-    cells, said = states["probe"].flatten(0, 1), {}
-    for key, truth_BV in (("cells", taught.things_BV), ("paint", taught.paints_BV), ("hand", taught.hands_BV)):
-        asked = truth_BV.flatten() >= 0
-        said[key] = fitted(cells[asked], truth_BV.flatten()[asked], int(truth_BV.max()) + 1, steps)
+    cells, probes = states["probe"].flatten(0, 1), {}
+    for key, truth_BV in (("cells", taught.things_BV), ("paint", taught.paints_BV), ("style", taught.styles_BV)):
+        known = truth_BV.flatten() >= 0
+        probes[key] = fitted(cells[known], truth_BV.flatten()[known], int(truth_BV.max()) + 1, steps)
     share_BQ = F.normalize(taught.present_BQ, p=1, dim=1)
     present = fitted(states["probe"].mean(1), share_BQ, things - 1, steps)
     for kind in ("met", "new"):
         sheet, seen = sheets[kind], states[kind]
-        right_BV = said["cells"](seen).argmax(-1) == sheet.things_BV
+        right_BV = probes["cells"](seen).argmax(-1) == sheet.things_BV
         unmet_BV = sheet.things_BV % UNMET_EVERY == 1
         covered_BV = sheet.things_BV > 0
         scores["cells"].append(_share(right_BV))
         scores["things"].append(_share(right_BV[covered_BV & ~unmet_BV]))
         scores["unmet"].append(_share(right_BV[covered_BV & unmet_BV]))
-        for key, truth_BV in (("paint", sheet.paints_BV), ("hand", sheet.hands_BV)):
-            scores[key].append(_share((said[key](seen).argmax(-1) == truth_BV)[truth_BV >= 0]))
+        for key, truth_BV in (("paint", sheet.paints_BV), ("style", sheet.styles_BV)):
+            scores[key].append(_share((probes[key](seen).argmax(-1) == truth_BV)[truth_BV >= 0]))
         scores["present"].append(_found(present(seen.mean(1)), sheet.present_BQ))
     return scores
 
 
 def guessed(sheets: dict[str, Sheet]) -> dict[str, list[float]]:
-    """The same scores of saying what is most frequent among the scenes the probes learn from."""
+    """The scores of always predicting the most frequent class of the probes' training scenes."""
     taught, scores = sheets["probe"], {}
-    for key, name in (("cells", "things_BV"), ("paint", "paints_BV"), ("hand", "hands_BV")):
+    for key, name in (("cells", "things_BV"), ("paint", "paints_BV"), ("style", "styles_BV")):
         truth = getattr(taught, name)
         usual = truth[truth >= 0].mode().values
         scores[key] = [_share((getattr(s, name) == usual)[getattr(s, name) >= 0]) for s in _tests(sheets)]
@@ -210,13 +211,13 @@ def fitted(inputs_ND: Tensor, targets: Tensor, classes: int, steps: int) -> nn.M
     return linear.requires_grad_(False)
 
 
-def seconds_a_picture(eyes: ImageEncoder | Encoder, picture_13HW: Tensor) -> float:
+def seconds_a_picture(encoder: ImageEncoder | Encoder, picture_13HW: Tensor) -> float:
     """Of one thread; what else runs on its core does not count."""
     times = []
     with cpu_threads(1):
         for _ in range(60):
             started = time.process_time()
-            eyes.encode_images(picture_13HW)
+            encoder.encode_images(picture_13HW)
             times.append(time.process_time() - started)
     return statistics.median(times[10:])
 

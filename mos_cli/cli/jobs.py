@@ -1,0 +1,206 @@
+"""What `generate`, `edit` and `replay` share: prompts become recipes, and recipes become files."""
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from mos_cli.cli.output import Report, print_error
+from mos_cli.cli.progress import sampling_bars, stop_between_steps
+from mos_cli.errors import PARTLY_FAILED, InputError, MosError, UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from mos_cli.config.recipe import Recipe
+    from mos_cli.images.inputs import Inputs
+    from mos_cli.images.outputs import Naming
+    from mos_cli.inference.pipeline import MoSPipeline
+    from mos_cli.routing.trace import Recording, RecordOptions
+    from mos_cli.sampling.sampler import Step
+
+
+@dataclass(frozen=True)
+class Job:
+    """A picture to draw and the path it is written to."""
+
+    recipe: "Recipe"
+    path: Path
+    inputs: "Inputs | None" = None
+
+
+def read_prompts(argument: str, advice: str) -> list[str]:
+    """The prompts that an argument names: itself, or the non-empty lines of stdin (-) or of a file (@FILE).
+
+    Raises:
+        InputError: there are none, which `advice` helps with, or they cannot be read.
+    """
+    if argument == "-":
+        lines = _lines(sys.stdin.buffer.read(), "stdin")
+    elif argument.startswith("@"):
+        lines = _lines(Path(argument[1:]).read_bytes(), argument[1:])
+    else:
+        lines = [argument]
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"the prompt is empty: say {advice}")
+    return prompts
+
+
+def _lines(data: bytes, source: str) -> list[str]:
+    try:
+        return data.decode("utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"the prompts from {source} are not UTF-8 text") from None
+
+
+def make_record_options(trace: str, *, regions: bool, previews: bool) -> "RecordOptions":
+    """What is recorded beside the routes.
+
+    Raises:
+        UsageError: regions are requested without the arrays that they would be written into.
+    """
+    from mos_cli.routing.trace import RecordOptions
+
+    if regions and trace not in ("topk", "full"):
+        raise UsageError(f"--regions are written into the trace's arrays, which --trace {trace} leaves out")
+    return RecordOptions(probabilities=trace == "full", regions=regions, previews=previews)
+
+
+def parse_percent(text: str | None) -> float | None:
+    """The part of the steps that --route-until names, above 0 to 1; raises UsageError."""
+    if text is None:
+        return None
+    percent = re.fullmatch(r"(\d{1,3}(?:\.\d{1,3})?)%", text)
+    if percent is None or not 0 < float(percent[1]) <= 100:
+        raise UsageError(f"--route-until {text}: write a share of the steps, such as 40%")
+    return float(percent[1]) / 100
+
+
+def make_jobs(
+    prompts: list[str],
+    names: "Naming",
+    fields: dict[str, Any],
+    *,
+    seed: int | None,
+    count: int,
+    inputs: "Inputs | None" = None,
+) -> list[Job]:
+    """A job for every prompt and seed; without a seed the first is random."""
+    from mos_cli.config.recipe import make_recipe
+    from mos_cli.inference.requests import random_seed
+
+    first = random_seed() if seed is None else seed
+    jobs = []
+    for prompt in prompts:
+        for index in range(count):
+            recipe = make_recipe(prompt=prompt, seed=first + index, **fields)
+            jobs.append(Job(recipe, names.path(recipe), inputs))
+    return jobs
+
+
+def check_sheet(option: str, sheet: Path, names: "Naming") -> None:
+    """Raises UsageError or InputError if a sheet cannot be written under its name; called before pictures are drawn."""
+    from mos_cli.utils.files import refuse_existing
+
+    if sheet.suffix.lower() != ".png" or sheet in names.returned:
+        raise UsageError(f"{option} {sheet}: name a .png of its own")
+    refuse_existing(sheet, names.overwrite)
+    names.returned.add(sheet)
+
+
+def print_jobs(jobs: list[Job], report: Report) -> None:
+    """Prints what would be drawn, for --dry-run."""
+    for job in jobs:
+        report.event("would draw", f"{job.path}  {job.recipe!r}", path=str(job.path), recipe=job.recipe.model_dump())
+    report.times()
+
+
+def draw_jobs(
+    pipeline: "MoSPipeline",
+    jobs: list[Job],
+    *,
+    trace: Any,
+    overwrite: bool,
+    report: Report,
+    record_options: "RecordOptions",
+    route_from: "Recording | None" = None,
+    sheet: Path | None = None,
+    strip: Path | None = None,
+) -> None:
+    """Draws and writes every job, and a contact sheet of them; one that fails does not stop the others.
+
+    The first Ctrl-C stops after the current step, the second at once; pictures that are written stay.
+
+    Args:
+        trace: how much of the trace is written, a `TraceLevel`.
+        strip: where the first job's picture is shown before and after its edit.
+
+    Raises:
+        MosError: the only job failed.
+        typer.Exit: some of several jobs failed (exit code 7).
+    """
+    failed, drawn = 0, []
+    with report.stage("reading"):
+        pipeline.encode_ahead([job.recipe for job in jobs])
+    with sampling_bars(report) as bars, stop_between_steps() as check_interrupt:
+        for number, job in enumerate(jobs, start=1):
+            name = f"picture {number} of {len(jobs)}" if len(jobs) > 1 else "drawing"
+            task = bars.add_task(name, total=job.recipe.steps, unit="steps")
+
+            def observe(step: "Step", task: Any = task, number: int = number) -> None:
+                bars.update(task, completed=step.index + 1)
+                if report.json:
+                    report.event("step", picture=number, step=step.index + 1, steps=step.total, t=round(step.t, 4))
+                check_interrupt()
+
+            try:
+                with report.stage("sampling"):
+                    drawing = pipeline.draw(
+                        job.recipe, [observe], job.inputs, record_options=record_options, route_from=route_from
+                    )
+                with report.stage("writing"):
+                    files = drawing.save(job.path, trace=trace, overwrite=overwrite)
+            except MosError as error:
+                if len(jobs) == 1:
+                    raise
+                failed += 1
+                print_error(f"{job.recipe.prompt!r}: {error}")
+                report.event("failed", picture=number, prompt=job.recipe.prompt, error=str(error))
+                continue
+            finally:
+                bars.remove_task(task)
+            if sheet is not None or strip is not None:
+                drawn.append((drawing.image, job.recipe.prompt))
+            seed = job.recipe.seed
+            report.event("picture", f"{files[0]}  (seed {seed})", seed=seed, files=[str(file) for file in files])
+            for file in files[1:]:
+                if not report.json:
+                    report.event("file", f"{file}")
+    if drawn and sheet is not None:
+        from mos_cli.images.sheets import contact_sheet
+
+        _write_sheet("sheet", sheet, contact_sheet(drawn), overwrite, report)
+    if drawn and strip is not None and (inputs := jobs[0].inputs) is not None:
+        from mos_cli.images.pictures import Fit
+        from mos_cli.images.sheets import strip as before_and_after
+
+        after, instruction = drawn[0]
+        before = inputs.pictures[0].rgb
+        before = before if before.size == after.size else Fit(before.size, after.size).forward(before)
+        _write_sheet("strip", strip, before_and_after(before, after.convert("RGB"), instruction), overwrite, report)
+    report.times()
+    if failed:
+        print_error(f"{failed} of {len(jobs)} pictures failed")
+        raise typer.Exit(PARTLY_FAILED)
+
+
+def _write_sheet(kind: str, path: Path, image: "Image", overwrite: bool, report: Report) -> None:
+    from mos_cli.images.outputs import png
+    from mos_cli.utils.files import atomic_write
+
+    atomic_write(path, png(image, None), overwrite)
+    report.event(kind, str(path), file=str(path))

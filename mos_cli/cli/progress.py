@@ -1,0 +1,109 @@
+"""Progress bars on stderr, and Ctrl-C that stops long work between two of its steps."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mos_cli.cli.output import Report, size_text, stderr
+
+if TYPE_CHECKING:
+    from mos_cli.bundles.specs import TowerSpec
+
+
+@contextmanager
+def stop_between_steps() -> Iterator[Callable[[], None]]:
+    """Defers the first Ctrl-C to the end of the current step; a second one stops at once.
+
+    The yielded function is called between steps and raises KeyboardInterrupt if Ctrl-C was pressed.
+    """
+    pressed = False
+    before = signal.getsignal(signal.SIGINT)
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+        stderr.print("finishing this step; Ctrl-C again to stop at once")
+        signal.signal(signal.SIGINT, before)
+
+    def check() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def sampling_bars(report: Report) -> Progress:
+    """A bar per picture, which counts its steps and is removed when they are done; none with --json or --quiet."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}"),
+        TimeRemainingColumn(),
+        console=stderr,
+        transient=True,
+        disable=report.quiet or report.json or not stderr.is_terminal,
+    )
+
+
+@contextmanager
+def stage_bars(*columns: str) -> Iterator[Callable[..., None]]:
+    """A bar per stage of long work; Ctrl-C stops after the current picture or step."""
+    with (
+        Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            *columns,
+            TimeRemainingColumn(),
+            console=stderr,
+        ) as bars,
+        stop_between_steps() as check_interrupt,
+    ):
+        tasks = {}
+
+        def advance(stage: str, done: int, total: int, loss: float = 0.0) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, loss=loss)
+            bars.update(tasks[stage], completed=done, loss=loss)
+            check_interrupt()
+
+        yield advance
+
+
+def fetch_with_progress(spec: "TowerSpec") -> Path:
+    """Fetches an understanding tower as `fetch_tower` does, with a bar if it is not in the cache yet."""
+    from mos_cli.bundles.sources import fetch_tower, tower_folder
+
+    if tower_folder(spec).is_dir():
+        return fetch_tower(spec)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(24),
+        TextColumn("{task.fields[size]}"),
+        TimeRemainingColumn(),
+    )
+    terminal = stderr.is_terminal
+    if not terminal:
+        stderr.print(f"fetching {spec.name} ({size_text(spec.size)})")
+    with Progress(*columns, console=stderr, transient=True, disable=not terminal) as bars:
+
+        def show(source: str, done: int, total: int) -> None:
+            size = f"{size_text(done)} of {size_text(total)}" if total else ""
+            if bars.tasks and bars.tasks[0].description == source:
+                bars.update(bars.tasks[0].id, completed=done, size=size)
+                return
+            for task in bars.tasks:
+                bars.remove_task(task.id)
+            bars.add_task(source, completed=done, total=total or None, size=size)
+
+        return fetch_tower(spec, show)

@@ -1,0 +1,307 @@
+"""The Python interface: a loaded model that generates and edits pictures, as the command line does.
+
+Settings are checked and recipes are made by the functions that `mos generate` and `mos edit` use, so the same settings
+give the same pixels. Presets, the config file and the environment's settings (`MOS_STEPS`, `MOS_MODEL`, ...) are not
+read: what a notebook draws depends on its code alone.
+"""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL.Image import Image
+
+from mos_cli.bundles.bundle import Bundle, edits_of, find_bundle, record_location
+from mos_cli.bundles.sources import fetch_tower
+from mos_cli.config.recipe import PictureRecord, make_recipe
+from mos_cli.config.settings import RunSettings, make_settings, parse_size
+from mos_cli.errors import InputError
+from mos_cli.images.inputs import Inputs, make_inputs
+from mos_cli.images.outputs import read_record
+from mos_cli.images.pictures import Picture, make_picture, read_picture
+from mos_cli.inference.offload import limit_memory
+from mos_cli.inference.pipeline import Drawing, MoSPipeline
+from mos_cli.inference.requests import (
+    EditRequest,
+    check_recipe,
+    edit_fields,
+    fit_settings,
+    generation_fields,
+    needs_fitting,
+    random_seed,
+    recipe_fields,
+    route_source,
+)
+from mos_cli.planning.candidates import parse_quant
+from mos_cli.planning.memory import Setting
+from mos_cli.routing.trace import RecordOptions
+from mos_cli.utils.devices import choose_device
+
+ImageSource = str | Path | Image | Drawing
+"""A file (PNG, JPEG or WebP), an image of any mode, or a result of `Model.generate` or `Model.edit`."""
+
+
+def load_pipeline(
+    bundle: Bundle, understanding: Path, settings: RunSettings, *, precision: str, quant: str | None
+) -> MoSPipeline:
+    """Loads a bundle as settings say, and remembers where it lies, for replays.
+
+    Args:
+        understanding: folder of the understanding tower, as `fetch_tower` returns it.
+        settings: what `needs_fitting` is fitted already.
+        precision, quant: as a recipe has them.
+
+    Raises:
+        MosError: as `MoSPipeline` and `choose_device` do.
+    """
+    device = choose_device(settings.device)
+    if isinstance(settings.max_vram, float) and device.type == "cuda":
+        limit_memory(device, settings.max_vram)
+    pipeline = MoSPipeline(
+        bundle,
+        understanding,
+        device=device,
+        precision=precision,
+        attention=settings.attention,
+        setting=Setting(*parse_quant(quant or "none"), settings.offload, settings.tiled, settings.batched_guidance),
+        compiled=settings.compile,
+    )
+    record_location(bundle)
+    return pipeline
+
+
+def load(
+    model: str | Path = "emoji",
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    quant: str | None = None,
+    max_vram: float | str | None = None,
+    offload: str | None = None,
+    attention: str = "auto",
+    compile: bool = False,
+) -> "Model":
+    """Loads a model. The understanding tower is downloaded first if it is not in the cache.
+
+    Args:
+        model: a bundle: name, folder or hub id.
+        device: "auto", "cpu", "cuda" or "cuda:1".
+        precision: "auto", "bf16" or "fp32".
+        quant: "none" (the default), "int8" or "nf4"; "nf4,none" for the understanding and the generation tower each.
+        max_vram: GiB of the GPU to use at most, or "auto" for all there is; without a GPU, "auto" is of main memory.
+            What `quant` and `offload` leave open is chosen: the fastest that fits a picture of the native size.
+        offload: what waits in main memory until the GPU needs it: "none" (the default), "understanding" or "blocks".
+        attention: "auto", "xformers" or "sdpa".
+        compile: compile the generation tower when it is first used.
+
+    Raises:
+        UsageError: a setting is not understood, or does not go with the device.
+        ModelError: the model is not found, cannot be fetched, or does not match its hashes.
+        DeviceError: the device is not there, or cannot do what is requested.
+        MemoryLimitError: it does not fit.
+    """
+    flags = make_settings(
+        model=str(model),
+        device=device,
+        precision=precision,
+        quant=quant,
+        max_vram=max_vram,
+        offload=offload,
+        attention=attention,
+        compile=compile,
+    )
+    settings = RunSettings(**flags.model_dump(exclude_none=True))
+    bundle = find_bundle(settings.model)
+    # Checked before anything is downloaded.
+    fitting = needs_fitting(settings)
+    recipe_fields(settings, bundle, bundle.index.defaults)
+    understanding = fetch_tower(bundle.index.understanding)
+    if fitting:
+        references = 0 if bundle.index.edits is None else 1
+        settings = fit_settings(bundle, settings, bundle.index.canvas.native, references=references).settings
+    fields = recipe_fields(settings, bundle, bundle.index.defaults)
+    return Model(
+        load_pipeline(bundle, understanding, settings, precision=fields["precision"], quant=fields["quant"]), settings
+    )
+
+
+class Model:
+    """A loaded model; made by `load`.
+
+    Attributes:
+        bundle: the bundle it was loaded from: `bundle.index` has its name, canvas and default settings.
+        pipeline: the pipeline that draws.
+    """
+
+    def __init__(self, pipeline: MoSPipeline, settings: RunSettings) -> None:
+        self.pipeline, self.bundle = pipeline, pipeline.bundle
+        self._settings = settings
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        seed: int | None = None,
+        steps: int | None = None,
+        solver: str | None = None,
+        cfg: float | None = None,
+        cfg_interval: tuple[float, float] | None = None,
+        negative: str | None = None,
+        size: tuple[int, int] | None = None,
+        feature_cache: int | None = None,
+        routes: Sequence[str] | None = None,
+        route_from: str | Path | None = None,
+        route_until: float | None = None,
+        probabilities: bool = False,
+        regions: bool = False,
+        previews: bool = False,
+    ) -> Drawing:
+        """Draws a picture from a prompt. None leaves a setting to the model's defaults.
+
+        Args:
+            seed: seed of the noise; random by default.
+            steps: denoising steps.
+            solver: "ab2" (Adams-Bashforth, the default) or "euler".
+            cfg: guidance scale; 1 turns guidance off.
+            cfg_interval: the times between which guidance acts, the smaller first; 1 is noise, 0 the picture.
+            negative: what guidance leads away from.
+            size: width and height in pixels.
+            feature_cache: compute the blocks at every N-th step only; 1 turns it off.
+            routes: rules that steer the routes, as `--route` takes them.
+            route_from: a trace, or the picture beside it, whose choices of layers are taken over.
+            route_until: for what part of the steps they are, above 0 and up to 1.
+            probabilities: also record the router's probabilities of all layers.
+            regions: also record which parts of the picture attended to which token.
+            previews: also keep what the model expected the picture to be at every step.
+
+        Raises:
+            UsageError: a setting is out of range, or does not go with another or with the model.
+            InputError: the prompt is empty or too long, or a trace cannot be read.
+            MemoryLimitError: the device ran out of memory.
+        """
+        settings = self._with(
+            steps=steps,
+            solver=solver,
+            cfg=cfg,
+            cfg_interval=cfg_interval,
+            negative=negative,
+            feature_cache=feature_cache,
+            routes=routes,
+        )
+        canvas = parse_size(_size_text(size), self.bundle.index.canvas)
+        fields = generation_fields(settings, self.bundle, canvas, cfg_interval=cfg_interval)
+        options = RecordOptions(probabilities, regions, previews)
+        return self._draw(prompt, seed, fields, options, route_from, route_until)
+
+    def edit(
+        self,
+        image: ImageSource,
+        instruction: str,
+        *,
+        references: Sequence[ImageSource] = (),
+        mask: str | Path | Image | None = None,
+        invert_mask: bool = False,
+        feather: float = 0.0,
+        composite: bool = False,
+        strength: float = 1.0,
+        image_cfg: float | None = None,
+        size: tuple[int, int] | None = None,
+        max_pixels: int | None = None,
+        seed: int | None = None,
+        steps: int | None = None,
+        solver: str | None = None,
+        cfg: float | None = None,
+        cfg_interval: tuple[float, float] | None = None,
+        negative: str | None = None,
+        feature_cache: int | None = None,
+        routes: Sequence[str] | None = None,
+        route_from: str | Path | None = None,
+        route_until: float | None = None,
+        probabilities: bool = False,
+        regions: bool = False,
+        previews: bool = False,
+    ) -> Drawing:
+        """Changes a picture as an instruction says. The further arguments are those of `generate`.
+
+        What was lost in reading an image, such as further frames, is a warning.
+
+        Args:
+            image: the picture to edit. A result or a file of mos keeps its history: `mos replay` draws the whole chain.
+            references: further pictures to draw from.
+            mask: white may change, black stays bit for bit; of the shape of the picture.
+            invert_mask: black may change instead.
+            feather: pixels over which the mask fades inwards.
+            composite: without a mask, keep bit for bit what the edit did not visibly change.
+            strength: the time at which the edit begins: 1 redraws everything, 0.5 keeps the layout.
+            image_cfg: guidance towards the picture.
+            size: width and height of the result, in pixels; by default those of the picture.
+            max_pixels: most pixels that the model works on; by default as many as its native size has.
+
+        Raises:
+            ModelError: the model does not edit.
+            UsageError, MemoryLimitError: as `generate`.
+            InputError: as `generate`, or an image cannot be read.
+        """
+        settings = self._with(
+            steps=steps,
+            solver=solver,
+            cfg=cfg,
+            cfg_interval=cfg_interval,
+            negative=negative,
+            feature_cache=feature_cache,
+            routes=routes,
+        )
+        request = EditRequest(
+            size=_size_text(size),
+            max_pixels=max_pixels,
+            mask=make_picture(mask, "the mask") if isinstance(mask, Image) else None if mask is None else Path(mask),
+            invert_mask=invert_mask,
+            feather=feather,
+            composite=composite,
+            strength=strength,
+            image_cfg=image_cfg,
+        )
+        edits_of(self.bundle)
+        inputs = make_inputs([_read(source) for source in (image, *references)])
+        for note in inputs.notes:
+            warnings.warn(note, stacklevel=2)
+        inputs = request.with_mask(inputs)
+        fields = edit_fields(settings, self.bundle, request, inputs, cfg_interval=cfg_interval)
+        options = RecordOptions(probabilities, regions, previews)
+        return self._draw(instruction, seed, fields, options, route_from, route_until, inputs)
+
+    def _with(self, **values: Any) -> RunSettings:
+        return RunSettings(**self._settings.model_dump() | make_settings(**values).model_dump(exclude_none=True))
+
+    def _draw(
+        self,
+        prompt: str,
+        seed: int | None,
+        fields: dict[str, Any],
+        record_options: RecordOptions,
+        route_from: str | Path | None,
+        route_until: float | None,
+        inputs: Inputs | None = None,
+    ) -> Drawing:
+        if not prompt.strip():
+            raise InputError("the prompt is empty")
+        source = None if route_from is None else Path(route_from)
+        recording, fields["route_from"] = route_source(source, route_until, self.bundle)
+        recipe = make_recipe(prompt=prompt.strip(), seed=random_seed() if seed is None else seed, **fields)
+        check_recipe(recipe, self.bundle, compiled=self.pipeline.compiled, regions=record_options.regions)
+        return self.pipeline.draw(recipe, inputs=inputs, record_options=record_options, route_from=recording)
+
+
+def _size_text(size: tuple[int, int] | None) -> str | None:
+    return None if size is None else "{}x{}".format(*size)
+
+
+def _read(source: ImageSource) -> tuple[Picture, PictureRecord | None]:
+    """An image and the record that came with it."""
+    if isinstance(source, Drawing):
+        return make_picture(source.image), source.record
+    if isinstance(source, Image):
+        return make_picture(source), None
+    path = Path(source)
+    return read_picture(path), read_record(path)

@@ -1,0 +1,240 @@
+"""From the settings of a run to recipes, checked before a model is loaded.
+
+The command line and the Python interface share these functions. None loads weights, and torch is imported only to look
+at the device.
+"""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mos_cli.bundles.blueprints import network_of
+from mos_cli.bundles.bundle import Bundle, edits_of
+from mos_cli.bundles.shapes import read_generation
+from mos_cli.bundles.specs import Canvas, Defaults
+from mos_cli.config.recipe import MaskRecipe, Recipe, RouteSource, check_blocks, check_guidance, pixels_hash
+from mos_cli.config.settings import RunSettings, available_memory, fitted, parse_size
+from mos_cli.errors import UsageError
+from mos_cli.images.inputs import Inputs, describe_edit
+from mos_cli.images.masks import read_mask
+from mos_cli.images.pictures import Picture, working_size
+from mos_cli.planning.candidates import parse_quant
+from mos_cli.routing.rules import check_numbers, parse_rules
+from mos_cli.routing.trace import Recording, load_recording
+from mos_cli.routing.transfer import check_model, choices_hash
+from mos_cli.utils.devices import choose_device, choose_precision
+
+if TYPE_CHECKING:
+    import torch
+
+
+def random_seed() -> int:
+    """A seed where none is requested, 0 to 2**32 - 1."""
+    return int.from_bytes(os.urandom(4))
+
+
+def recipe_fields(settings: RunSettings, bundle: Bundle, defaults: Defaults) -> dict[str, Any]:
+    """The fields of a recipe that settings decide, without its size; what is not set comes from the bundle's defaults.
+
+    Raises:
+        UsageError: a quantisation or a route rule is not understood.
+        DeviceError: the device is not there.
+    """
+    precision = settings.precision
+    if precision == "auto":
+        precision = choose_precision(choose_device(settings.device))
+    return {
+        "model": bundle.ref,
+        "negative": settings.negative,
+        "steps": settings.steps or defaults.steps,
+        "solver": settings.solver,
+        "cfg": defaults.cfg if settings.cfg is None else settings.cfg,
+        "cfg_interval": settings.cfg_interval or defaults.cfg_interval,
+        "precision": precision,
+        "quant": None if settings.quant == "none" else ",".join(parse_quant(settings.quant)),
+        "feature_cache": settings.feature_cache,
+        "routes": tuple(map(str, parse_rules(settings.routes))) if settings.routes else None,
+    }
+
+
+def generation_fields(
+    settings: RunSettings, bundle: Bundle, size: tuple[int, int], *, cfg_interval: Any
+) -> dict[str, Any]:
+    """The fields of the recipe of a generated picture, all but prompt, seed and `route_from`.
+
+    Args:
+        size: width and height in pixels, checked against the bundle's canvas.
+        cfg_interval: the interval that this run sets itself; one from a preset may have no effect.
+
+    Raises:
+        UsageError, DeviceError: as `recipe_fields`; or a setting of guidance has no effect.
+    """
+    fields = recipe_fields(settings, bundle, bundle.index.defaults)
+    check_guidance(fields["cfg"], {"--negative": settings.negative, "--cfg-interval": cfg_interval})
+    return fields | {"width": size[0], "height": size[1]}
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """What an edit needs beside its pictures and the settings of every run; the fields are the options of `mos edit`.
+
+    Raises:
+        UsageError: two of them exclude each other.
+    """
+
+    size: str | None = None
+    max_pixels: int | None = None
+    mask: Path | Picture | None = None
+    invert_mask: bool = False
+    feather: float = 0.0
+    composite: bool = False
+    strength: float = 1.0
+    image_cfg: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.max_pixels is not None:
+            raise UsageError("--size and --max-pixels exclude each other: choose one")
+        if self.mask is None and (self.invert_mask or self.feather):
+            raise UsageError("--invert-mask and --feather say what to do with a --mask: name one")
+        if self.mask is not None and self.composite:
+            raise UsageError(
+                "--composite is for edits without a mask: with one, what it leaves out is kept in any case"
+            )
+
+    def with_mask(self, inputs: Inputs) -> Inputs:
+        """The pictures of the edit with its mask, at the size of the first; raises InputError or UsageError."""
+        if self.mask is None:
+            return inputs
+        size = inputs.pictures[0].image.size
+        return replace(inputs, mask=read_mask(self.mask, size, invert=self.invert_mask, feather=self.feather))
+
+    def working_size(self, inputs: Inputs, canvas: Canvas) -> tuple[int, int]:
+        """Width and height at which the model draws; raises UsageError."""
+        if self.size is not None:
+            return parse_size(self.size, canvas)
+        return working_size(inputs.pictures[0].image.size, canvas, self.max_pixels)
+
+
+def edit_fields(
+    settings: RunSettings, bundle: Bundle, request: EditRequest, inputs: Inputs, *, cfg_interval: Any
+) -> dict[str, Any]:
+    """The fields of the recipe of an edit, as `generation_fields`; `inputs` include the mask."""
+    defaults, canvas = edits_of(bundle), request.working_size(inputs, bundle.index.canvas)
+    fields = recipe_fields(settings, bundle, defaults)
+    image_cfg = defaults.image_cfg if request.image_cfg is None else request.image_cfg
+    options = {"--negative": settings.negative, "--cfg-interval": cfg_interval}
+    check_guidance(fields["cfg"], options, image_cfg)
+    mask = None
+    if inputs.mask is not None:
+        mask = MaskRecipe(sha256=pixels_hash(inputs.mask), invert=request.invert_mask, feather=request.feather)
+    edit = describe_edit(
+        inputs,
+        canvas=canvas,
+        image_cfg=image_cfg,
+        strength=request.strength,
+        mask=mask,
+        composite=request.composite or mask is not None,
+    )
+    width, height = inputs.pictures[0].image.size if request.size is None else canvas
+    return fields | {"width": width, "height": height, "edit": edit}
+
+
+def route_source(
+    route_from: Path | None, until: float | None, bundle: Bundle
+) -> tuple[Recording | None, RouteSource | None]:
+    """The run whose choices of layers are taken over, and what a recipe says of it.
+
+    Args:
+        until: for what part of the steps, above 0 to 1; None for all of them.
+
+    Raises:
+        UsageError: there is a part but no run, or it is out of range.
+        InputError: it is no run of this model.
+    """
+    if route_from is None:
+        if until is not None:
+            raise UsageError("--route-until says how far to follow another run: name it with --route-from")
+        return None, None
+    until = 1.0 if until is None else until
+    if not 0 < until <= 1:
+        raise UsageError(f"--route-until {until:.4g}: write a share of the steps above 0 and up to 1")
+    recording = load_recording(route_from)
+    check_model(recording, bundle.index.name, bundle.hash)
+    return recording, RouteSource(sha256=choices_hash(recording), until=until)
+
+
+def check_recipe(recipe: Recipe, bundle: Bundle, *, compiled: bool, regions: bool) -> None:
+    """Raises UsageError for what the bundle cannot draw, as far as its configs tell, before it is loaded."""
+    check_blocks(recipe, compiled=compiled, regions=regions)
+    if recipe.routes is not None:
+        tower = read_generation(bundle.folder / "generation")
+        numbers = {"layers": tower.states_layers, "blocks": tower.depth, "steps": recipe.steps}
+        check_numbers(parse_rules(recipe.routes), **numbers)
+
+
+@dataclass(frozen=True)
+class FittedSettings:
+    """Settings chosen for a memory limit, and what they were chosen for: `gib` on `device`, in `precision`."""
+
+    settings: RunSettings
+    device: "torch.device"
+    gib: float
+    precision: str
+
+
+def needs_fitting(settings: RunSettings) -> bool:
+    """Whether the memory limit leaves settings to be chosen.
+
+    Raises:
+        UsageError: a number for `max_vram`, or something to offload, where nothing is drawn on a GPU.
+        DeviceError: the device is not there.
+    """
+    if settings.max_vram is None and settings.offload == "none":
+        return False
+    auto = settings.max_vram == "auto"
+    if choose_device(settings.device).type == "cpu" and (settings.offload != "none" or not auto):
+        limited = settings.max_vram is not None and not auto
+        name, way_out = ("max_vram", "auto takes what fits this machine") if limited else ("offload", "none")
+        option = f"--{name.replace('_', '-')}"
+        origins = f"{option}, MOS_{name.upper()}, a preset or the config file"
+        raise UsageError(f"{name} ({origins}) needs a GPU, and this run is on a CPU: {option} {way_out}")
+    return settings.max_vram is not None
+
+
+def fit_settings(
+    bundle: Bundle,
+    settings: RunSettings,
+    size: tuple[int, int],
+    *,
+    quant: str | None = None,
+    precision: str | None = None,
+    references: int = 0,
+) -> FittedSettings:
+    """The fastest settings within `max_vram`, as `mos plan` finds them.
+
+    Args:
+        settings: those of a run that `needs_fitting`.
+        size: width and height at which the model draws, in pixels.
+        quant: how the towers are quantised in any case; by default as the settings say, where they do.
+        precision: bf16 or fp32; by default as the settings say.
+        references: how many pictures are shown.
+
+    Returns:
+        Settings whose `max_vram` is a number on a GPU, and None on a CPU.
+
+    Raises:
+        MemoryLimitError: nothing fits.
+    """
+    device = choose_device(settings.device)
+    on_cpu = device.type == "cpu"
+    if quant is None and "quant" in settings.model_fields_set:
+        quant = settings.quant
+    if precision is None:
+        precision = choose_precision(device) if settings.precision == "auto" else settings.precision
+    gib = settings.max_vram if isinstance(settings.max_vram, float) else available_memory(device)
+    numbered = settings.model_copy(update={"max_vram": gib})
+    network = network_of(bundle, precision=precision, references=references)
+    chosen = fitted(numbered, network, size, quant, on_cpu=on_cpu)
+    chosen = chosen.model_copy(update={"max_vram": None}) if on_cpu else chosen
+    return FittedSettings(chosen, device, gib, precision)
