@@ -81,6 +81,21 @@ def test_stages_follow_one_another(understanding, tmp_path: Path) -> None:
         tiny.recipe(STAGES)
 
 
+def test_a_smaller_canvas_spans_the_positions_of_the_whole(understanding, tmp_path: Path) -> None:
+    """Half as many patches, twice as far apart: the corners are where those of the whole canvas are, within a patch."""
+    stages = ({**STAGES[0], "patch_spacing": 2.0}, STAGES[1])
+    trainer = tiny.trainer(tiny.recipe(stages, steps=None), understanding, tmp_path)
+    grids = []
+    place = trainer.tower._grid
+    trainer.tower._grid = lambda z, **kwargs: grids.append(place(z, **kwargs)) or grids[-1]
+    tiny.run(trainer)
+    small, whole = grids[0], grids[-1]
+    assert (whole.rows, whole.columns) == (2 * small.rows, 2 * small.columns)
+    half = torch.tensor([0.0, 0.5, 0.5])
+    torch.testing.assert_close(small.positions()[0] - half, whole.positions()[0])
+    assert trainer.averaged_tower().patch_spacing == 1.0
+
+
 def test_every_parameter_is_in_one_group(understanding, tmp_path: Path) -> None:
     trainer = tiny.trainer(tiny.recipe(), understanding, tmp_path)
     optimisers = build_optimisers(trainer.tower)
