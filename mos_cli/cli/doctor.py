@@ -45,7 +45,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
             _check_torch(torch, torch_error),
             *_check_models(models),
             _check_gpu(torch, gpus),
-            _check_bf16(cpu, gpus),
+            _check_bf16(torch, cpu, gpus),
             _check("sdpa", torch is not None, "attention of PyTorch, on every device"),
             _check_xformers(torch, gpus),
             _check_package("wheel sources", "pip", "python -m ensurepip"),
@@ -181,12 +181,16 @@ def _check_gpu(torch: Any, gpus: list[dict[str, Any]]) -> dict[str, Any]:
     return _check("GPU", False, "no CUDA device; the CPU is used", "a small model does not need one")
 
 
-def _check_bf16(cpu: dict[str, Any], gpus: list[dict[str, Any]]) -> dict[str, Any]:
+def _check_bf16(torch: ModuleType | None, cpu: dict[str, Any], gpus: list[dict[str, Any]]) -> dict[str, Any]:
+    from mos_cli.utils.devices import choose_precision
+
     capable = [gpu["name"] for gpu in gpus if gpu["capability"] >= [8, 0]]
-    if capable or cpu["bf16"]:
-        return _check("bf16", True, "fast on " + ", ".join(capable or [f"the CPU ({', '.join(cpu['bf16'])})"]))
-    known = "this CPU has no bf16 instructions" if cpu["bf16"] is not None else "unknown for this CPU"
-    return _check("bf16", False, known, "fp32 is used")
+    if not capable and torch and choose_precision(torch.device("cpu")) == "bf16":
+        capable = [f"the CPU ({', '.join(cpu['bf16'] or [])})"]
+    if capable:
+        return _check("bf16", True, "fast on " + ", ".join(capable))
+    known = "this CPU has no bf16 instructions" if cpu["bf16"] == [] else "unknown for this CPU"
+    return _check("bf16", False, "this CPU computes faster in fp32" if cpu["bf16"] else known, "fp32 is used")
 
 
 def _check_xformers(torch: Any, gpus: list[dict[str, Any]]) -> dict[str, Any]:

@@ -96,6 +96,8 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
         self.states_shape = (states_layers, states_width)
         self.fusion, self.in_sequence = fusion, context in ("tokens", "joint")
         self.top_k, self.renormalise, self.rope_theta = top_k, renormalise, rope_theta
+        self.patch_spacing = 1.0
+        """The distance of neighbouring patches in the rotary positions; training on a smaller canvas raises it."""
         self.kept_layers = {"routed": top_k, "mean": states_layers}.get(fusion, 1)
         patch_values = channels * patch * patch
         self.image_state_widths, self.has_vision = tuple(image_state_widths), has_vision
@@ -205,7 +207,8 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
         return References(grids, kv, tuple(layout), self.reference_in(patches[0]))
 
     def _grid(self, z_BCHW: Tensor, *, order: int = 0) -> TokenGrid:
-        return TokenGrid(z_BCHW.shape[-2] // self.patch, z_BCHW.shape[-1] // self.patch, order)
+        spacing = (self.patch_spacing, self.patch_spacing)
+        return TokenGrid(z_BCHW.shape[-2] // self.patch, z_BCHW.shape[-1] // self.patch, order, spacing)
 
     def _time(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
         """The embedding of the time, [B, D], and the modulation that all blocks share, [B, 6, D]."""
@@ -233,7 +236,7 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
         patches = patchify(z_BCHW, patch).to(self.patches_in.weight.dtype)
         tokens, grid = bank.bank_BTMD.shape[1], self._grid(z_BCHW)
         grids = () if bank.references is None else bank.references.grids
-        images = image_layout(grids, size[0] / patch, size[1] / patch)
+        images = image_layout(grids, grid.rows * self.patch_spacing, grid.columns * self.patch_spacing)
         route = self._route(patches, t_B, images, grid, bank, epsilon, steering)
 
         x = self.patches_in(patches)

@@ -182,9 +182,13 @@ def extended(padding: Padding, *, before: int, after: int) -> Padding:
 
 def patchify(z_BCHW: Tensor, patch: int) -> Tensor:
     """[B, C, H, W] -> [B, N, C * patch * patch], rows first."""
-    return F.unfold(z_BCHW, patch, stride=patch).transpose(1, 2)
+    # Views and one copy: F.unfold starts a kernel for every picture of a batch on CUDA.
+    z_BCRpSp = z_BCHW.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
+    return z_BCRpSp.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def unpatchify(patches_BNP: Tensor, patch: int, size: tuple[int, int]) -> Tensor:
     """Inverse of `patchify`; `size` is (H, W)."""
-    return F.fold(patches_BNP.transpose(1, 2), size, patch, stride=patch)
+    rows, columns = size[0] // patch, size[1] // patch
+    z_BRSCpp = patches_BNP.unflatten(2, (-1, patch, patch)).unflatten(1, (rows, columns))
+    return z_BRSCpp.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)

@@ -101,6 +101,7 @@ class Trainer:
         # The random routes depend on the step alone, so that a resumed run equals an uninterrupted one.
         torch.manual_seed(Random(f"{self.recipe.train.seed}/{self.step}/{self.batches.share.rank}").getrandbits(63))
         set_rates(self.optimisers, self.curriculum, self.step)
+        self.tower.patch_spacing = self.curriculum.stage_at(self.step).patch_spacing
         loss, use_JM = self.network(batch)
         self.accelerator.backward(loss)
         norm: Any = self.accelerator.clip_grad_norm_(self.network.parameters(), self.recipe.train.clip)
@@ -119,6 +120,7 @@ class Trainer:
         tower = GenerationTower(**self.recipe.generation)
         average = self.ema.averages[self.recipe.train.ema]
         tower.load_state_dict({name: _full(weights) for name, weights in average.items()})
+        tower.patch_spacing = self.tower.patch_spacing
         return tower.eval().to(self.device)  # type: ignore[arg-type, return-value]
 
     def save(self) -> None:

@@ -40,6 +40,8 @@ class StageTable(Frozen):
     muon_lr: float | None = Field(default=None, gt=0)
     adamw_lr: float | None = Field(default=None, gt=0)
     time_mean: float | None = None
+    patch_spacing: float = Field(default=1.0, gt=0)
+    """Distance of neighbouring patches in the rotary positions: 2 on half the canvas spans what the whole spans."""
     data: Data | None = None
 
 

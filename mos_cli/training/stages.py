@@ -19,6 +19,7 @@ class Stage:
     adamw_lr: float
     time_mean: float
     data: DataTable | CaptionedTable
+    patch_spacing: float = 1.0
 
     @property
     def edits(self) -> float:
@@ -68,6 +69,7 @@ def curriculum(recipe: TrainRecipe) -> Curriculum:
             adamw_lr=table.adamw_lr or train.adamw_lr,
             time_mean=train.time_mean if table.time_mean is None else table.time_mean,
             data=table.data or recipe.data,
+            patch_spacing=table.patch_spacing,
         )
         stages.append(stage)
         first += table.steps

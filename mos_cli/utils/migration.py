@@ -41,9 +41,13 @@ def current_fields(fields: Any) -> Any:
 
 
 def current_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a training recipe under their present names, those of its network included."""
-    fields = current_fields(recipe).items()
-    return {name: current_fields(value) if name == "generation" else value for name, value in fields}
+    """The fields of a training recipe under their present names, those of its network included.
+
+    Stages that name no spacing of the patches are from before there was one.
+    """
+    fields = current_fields(recipe)
+    stages = [{"patch_spacing": 1.0, **stage} for stage in fields.get("stages", ())]
+    return {**fields, "generation": current_fields(fields["generation"]), "stages": stages}
 
 
 def current_weight(name: str) -> str:

@@ -29,6 +29,20 @@ def test_stages_follow_one_another(understanding, tmp_path: Path) -> None:
         tiny.recipe(tiny.STAGES)
 
 
+def test_a_smaller_canvas_spans_the_positions_of_the_whole(understanding, tmp_path: Path) -> None:
+    """Half as many patches, twice as far apart: their corner is that of the whole canvas, to half a patch."""
+    first, second = tiny.STAGES
+    recipe = tiny.recipe(({**first, "patch_spacing": 2.0}, second), steps=None)
+    trainer, layouts = tiny.trainer(recipe, understanding, tmp_path), []
+    trainer.tower.router.register_forward_pre_hook(lambda _, inputs: layouts.append(inputs[4]))
+    tiny.run(trainer)
+    small, whole = layouts[0], layouts[-1]
+    assert (whole.rows, whole.columns) == (2 * small.rows, 2 * small.columns)
+    half = torch.tensor([0.0, 0.5, 0.5])
+    torch.testing.assert_close(small.positions()[0] - half, whole.positions()[0])
+    assert trainer.averaged_tower().patch_spacing == 1.0
+
+
 def test_a_run_stopped_and_taken_up_gives_the_same_losses(understanding, tmp_path: Path) -> None:
     whole = tiny.run(tiny.trainer(tiny.recipe(), understanding, tmp_path / "whole"))
     assert len(whole) == 8
