@@ -30,6 +30,7 @@ FORMER = {
     "482b135d7d463e47be02843ad8fe1ee7dea3dbd9a71b66e8caba5c3e0bf1d670": "0.1.0",
     "f83ed729a27e23b203cf3e845a1c877faca10c38cdbbd462504041723d422608": "0.1.0",
     "32c0b5b80a753364e5ec537013f008a58e18a20f9adc980a5c694ba373b35383": "0.1.0",
+    "e9180a5726cefee2480e596aea86dd39ab86c6c4b845a32283448accd2fe01b2": "0.2.0",
 }
 """Hashes of bundles of earlier releases, and their version."""
 _PICKLES = {".bin", ".pt", ".ckpt", ".pkl", ".pickle", ".pth"}
