@@ -153,7 +153,7 @@ def _strip_path(picture: Path, word: str, output: Path | None, overwrite: bool) 
     """Where the strip goes: where --output says, else beside the picture under a name that is free."""
     from itertools import count
 
-    from mos_cli.images.outputs import slug
+    from mos_cli.images.naming import slug
     from mos_cli.utils.files import check_writable, refuse_existing
 
     if output is None:

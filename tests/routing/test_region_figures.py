@@ -115,7 +115,6 @@ def test_special_tokens_are_told_apart(recording):
 @pytest.mark.parametrize("option", ["--plot", "--regions"])
 @pytest.mark.parametrize("suffix", [".png", ".pdf"])
 def test_figures_are_written_whole_and_alike(mos, recording, tmp_path, option, suffix):
-    Image.new("RGB", (12, 8), "red").save(recording.path.with_suffix(".png"))
     files = [tmp_path / f"{name}{suffix}" for name in "ab"]
     for file in files:
         with warnings.catch_warnings():
