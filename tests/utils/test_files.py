@@ -145,9 +145,12 @@ def test_whatever_fails_in_between_all_is_as_it_was(tmp_path, monkeypatch, failu
 def test_the_first_file_gets_its_name_last(tmp_path, monkeypatch):
     published = []
     publish = files._publish
-    monkeypatch.setattr(
-        files, "_publish", lambda new, path, over: (published.append(path.name), publish(new, path, over))
-    )
+
+    def watched(temporary, path, overwrite):
+        published.append(path.name)
+        publish(temporary, path, overwrite)
+
+    monkeypatch.setattr(files, "_publish", watched)
     write_all({tmp_path / "a.png": b"1", tmp_path / "b.json": b"2", tmp_path / "c.webp": b"3"})
     assert published == ["c.webp", "b.json", "a.png"]
 
@@ -177,9 +180,14 @@ def test_a_disk_without_hard_links_replaces_nothing_and_has_no_empty_files(tmp_p
     with pytest.raises(NameTakenError):
         atomic_write(path, b"three")
     path.unlink()
-    with pytest.raises(NameTakenError), atomic_file(path) as temporary:
-        temporary.write_bytes(b"mine")
-        path.write_bytes(b"theirs")
+
+    def race():
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(b"mine")
+            path.write_bytes(b"theirs")
+
+    with pytest.raises(NameTakenError):
+        race()
     assert path.read_bytes() == b"theirs"
     assert names(tmp_path) == ["b.png", "c.png"]
 
