@@ -113,10 +113,24 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
 
 def check_writable(folder: Path) -> None:
     """Raises InputError if nothing could be written in a folder, or the folder not be made; writes nothing itself."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     effective = os.access in os.supports_effective_ids
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK, effective_ids=effective):
         raise InputError(f"cannot write to {folder}: {existing} is not a folder you may write in")
+
+
+def check_folder(folder: Path, *marks: str) -> None:
+    """Checks a folder that a command fills with files of its own before the work begins.
+
+    Args:
+        marks: files of which an earlier run of the command left one.
+
+    Raises:
+        InputError: it cannot be written, or it has other files and none of the marks.
+    """
+    check_writable(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder / mark).is_file() for mark in marks):
+        raise InputError(f"{folder} has files of something else, which stay: choose a new folder")
 
 
 def make_folder(path: Path) -> None:

@@ -86,6 +86,28 @@ def test_a_sheet_replaces_no_picture_of_its_run_under_another_spelling(mos, bund
     assert contents(out) == {}
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["eval", "--limit", 1, "-o"],
+        ["eval", "--suite", "edit", "--limit", 1, "-o"],
+        ["train-judge", "-o"],
+        ["train-enlarger", "-o"],
+        ["train", "train-emoji", "--run"],
+        ["train", "train-emoji", "--export"],
+    ],
+    ids=lambda command: " ".join(map(str, command[:2])) + str(command[-1]),
+)
+def test_a_folder_of_the_users_is_not_filled_with_others_files(mos, editor, out, command) -> None:
+    for name in ("sheet.png", "config.json", "recipe.txt", "loss.png"):
+        (out / name).write_bytes(MINE)
+    result = mos(*command, out)
+    assert result.exit_code == 3, result.output
+    assert f"{out} has files of something else" in result.stderr
+    assert set(contents(out).values()) == {MINE}
+    assert len(list(out.iterdir())) == 4
+
+
 # A name that is taken is passed over.
 
 

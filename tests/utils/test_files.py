@@ -6,6 +6,7 @@ from mos_cli.utils.files import (
     NameTakenError,
     atomic_file,
     atomic_write,
+    check_folder,
     expand,
     folder_size,
     link_or_copy,
@@ -190,6 +191,16 @@ def test_a_disk_without_hard_links_replaces_nothing_and_has_no_empty_files(tmp_p
         race()
     assert path.read_bytes() == b"theirs"
     assert names(tmp_path) == ["b.png", "c.png"]
+
+
+def test_a_folder_of_something_else_is_not_filled(tmp_path):
+    check_folder(tmp_path / "new" / "folder")
+    check_folder(tmp_path)
+    (tmp_path / "notes.txt").write_bytes(b"mine")
+    with pytest.raises(InputError, match="choose a new folder"):
+        check_folder(tmp_path, "eval.json")
+    (tmp_path / "eval.json").write_bytes(b"{}")
+    check_folder(tmp_path, "judge.json", "eval.json")
 
 
 def test_the_home_of_nobody_stays_as_it_is(monkeypatch):
