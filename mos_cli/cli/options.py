@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and the paths of pictures.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say how long each stage took.")]
 Json = Annotated[bool, typer.Option("--json", help="Print newline-delimited JSON events on stdout.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write over files that are there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the files that are named.")]
 Device = Annotated[
     str | None,
     typer.Option("--device", envvar="MOS_DEVICE", help="auto, cpu or cuda.", show_default="auto", metavar="DEVICE"),
