@@ -51,7 +51,8 @@ def write_trace(path: Path) -> None:
     fields = {"model": "random", "seed": 0, "cfg": 4, "cfg_interval": "0,1", "width": 1024, "height": 1024}
     versions = dict.fromkeys(("bundle_hash", "mos", "torch", "diffusers", "transformers", "device", "attention"), "")
     trace = Trace(
-        schema="mos-trace/1",
+        schema="mos-trace/2",
+        picture="0" * 64,
         recipe=make_recipe(prompt=prompt, steps=STEPS, precision="bf16", **fields),
         made=Provenance(**versions),
         layers=("embeddings", *(f"layer {number}" for number in range(1, LAYERS))),

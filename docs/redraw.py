@@ -8,6 +8,9 @@ What the text around them says has to be read again by a person. The report's pi
 edited pictures the art file of `mos data build`.
 """
 
+import contextlib
+import os
+import pty
 import re
 import shlex
 import shutil
@@ -40,9 +43,23 @@ REPORT = {"width": 1360, "height": 790}
 
 
 def run(command: str, folder: Path) -> str:
-    """Runs a command line as a reader would type it; returns what it prints, also where it ends in an error."""
-    done = subprocess.run(shlex.split(command), cwd=folder, capture_output=True, text=True)
-    return "\n".join(line.rstrip() for line in (done.stdout + done.stderr).strip().splitlines())
+    """Runs a command line as a reader would type it; returns what it prints, also where it ends in an error.
+
+    Its stdout is a terminal, without colours: into a pipe only the paths of pictures would be printed.
+    """
+    terminal, end = pty.openpty()
+    plain = os.environ | {"TERM": "dumb"}
+    with subprocess.Popen(shlex.split(command), cwd=folder, stdout=end, stderr=subprocess.PIPE, env=plain) as process:
+        os.close(end)
+        printed = b""
+        # Linux says by an error that the other end was closed.
+        with contextlib.suppress(OSError):
+            while data := os.read(terminal, 1 << 16):
+                printed += data
+        os.close(terminal)
+        assert process.stderr is not None
+        printed += process.stderr.read()
+    return "\n".join(line.rstrip() for line in printed.decode().strip().splitlines())
 
 
 def write_card_hash() -> None:

@@ -24,6 +24,7 @@ from mos_cli.bundles.sources import tower_folder
 from mos_cli.bundles.specs import Canvas, Defaults, EditDefaults, TowerSpec
 from mos_cli.errors import ModelError, UsageError
 from mos_cli.quantization.method import HEADER, Quantisation
+from mos_cli.utils.files import expand
 from mos_cli.utils.folders import BLUEPRINT, list_blueprints
 from mos_cli.utils.migration import GenerationConfig, part_folder
 from mos_cli.utils.validation import Frozen, PlainName, read_json
@@ -115,7 +116,7 @@ def find_blueprint(ref: str) -> Blueprint:
     known = list_blueprints()
     if ref in known:
         return read_json(Blueprint, known[ref])
-    path = Path(ref).expanduser()
+    path = expand(ref)
     if path.suffix == ".json":
         return read_json(Blueprint, path)
     if (path / BLUEPRINT).is_file():
@@ -138,7 +139,7 @@ def find_network(
         UsageError: the understanding tower cannot be chosen, or the model draws from no pictures.
     """
     bundles, blueprints = bundle_folders(), list_blueprints()
-    path = Path(ref).expanduser()
+    path = expand(ref)
     weightless = path.suffix == ".json" or ((path / BLUEPRINT).is_file() and not (path / INDEX).is_file())
     if ref not in bundles and (ref in blueprints or weightless):
         blueprint = find_blueprint(ref)

@@ -19,7 +19,7 @@ from mos_cli.bundles.shapes import UnderstandingShape, read_config
 from mos_cli.bundles.sources import bad_file, hub_snapshot
 from mos_cli.bundles.specs import BUNDLE_SUFFIXES, BundleIndex, Canvas, Defaults, EditDefaults, TowerSpec
 from mos_cli.errors import InputError, ModelError
-from mos_cli.utils.files import atomic_write, check_writable, make_folder, sha256_of
+from mos_cli.utils.files import atomic_write, check_writable, expand, make_folder, sha256_of
 from mos_cli.utils.folders import BLUEPRINT, list_blueprints, models_folder, user_data_folder
 from mos_cli.utils.validation import HUB_ID, PLAIN_NAME, first_problem, read_json
 
@@ -67,7 +67,7 @@ def find_bundle(ref: str) -> Bundle:
         if bundle.index.name != ref:
             raise ModelError(f"{bundle.folder} holds a bundle named {bundle.index.name}: rename the folder")
         return bundle
-    path = Path(os.path.expanduser(ref))  # noqa: PTH111 - Path's own raises for unknown users
+    path = expand(ref)
     if path.is_dir():
         return read_bundle(path)
     if re.fullmatch(HUB_ID, ref):
@@ -150,7 +150,7 @@ def list_bundles() -> dict[str, Bundle | ModelError]:
 
 def bundle_folders() -> dict[str, Path]:
     """The folders with a bundle index, by name and sorted. Bundles of the package take precedence."""
-    extra = [Path(root).expanduser() for root in os.environ.get("MOS_MODELS", "").split(os.pathsep) if root]
+    extra = [expand(root) for root in os.environ.get("MOS_MODELS", "").split(os.pathsep) if root]
     found: dict[str, Path] = {}
     for root in (models_folder(), *extra):
         for index in root.glob(f"*/{INDEX}"):
@@ -215,7 +215,7 @@ def write_index(
 def load_tower_spec(name_or_path: str) -> TowerSpec:
     """Reads a tower's description by name from `models/towers/`, or from a .json file; raises ModelError."""
     if name_or_path.endswith(".json"):
-        return read_json(TowerSpec, Path(name_or_path).expanduser())
+        return read_json(TowerSpec, expand(name_or_path))
     specs = {spec.name: spec for spec in list_tower_specs()}
     if name_or_path not in specs:
         raise unknown_name("understanding tower", name_or_path, specs)

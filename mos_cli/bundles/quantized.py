@@ -13,7 +13,7 @@ from mos_cli.bundles.shapes import Header
 from mos_cli.errors import InputError, ModelError
 from mos_cli.quantization.checkpoint import GENERATION, from_header
 from mos_cli.quantization.method import METHODS, Method
-from mos_cli.utils.files import make_folder
+from mos_cli.utils.files import expand, make_folder
 from mos_cli.utils.migration import CLASSES, current_file, current_recipe
 
 
@@ -38,7 +38,7 @@ def write_quantised_bundle(
         InputError: the folder is there, or cannot be written: the disk is full, for one.
         ModelError: the bundle is damaged or quantised already.
     """
-    folder = folder.expanduser().absolute()
+    folder = expand(folder).absolute()
     check_quantising(bundle, folder, overwrite=overwrite)
     verify_bundle(bundle)
     make_folder(folder.parent)
@@ -103,7 +103,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 def check_quantising(bundle: Bundle, folder: Path, *, overwrite: bool = False) -> None:
     """Raises what `write_quantised_bundle` would, before anything is written."""
-    folder = folder.expanduser().absolute()
+    folder = expand(folder).absolute()
     check_new_name(folder)
     tower = bundle.folder / GENERATION
     if made := from_header(tower, Header.of(tower).metadata):

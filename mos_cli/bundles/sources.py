@@ -16,7 +16,7 @@ from typing import Any
 from mos_cli.bundles.gguf import convert_gguf, converted_files, require_gguf
 from mos_cli.bundles.specs import FolderSource, HubSource, Source, TowerSpec, WheelSource
 from mos_cli.errors import ModelError
-from mos_cli.utils.files import folder_size, link_or_copy, make_folder, sha256_of
+from mos_cli.utils.files import expand, folder_size, link_or_copy, make_folder, sha256_of
 from mos_cli.utils.folders import cache_folder
 
 Progress = Callable[[str, int, int], None]
@@ -126,7 +126,7 @@ def _fetch(source: Source, spec: TowerSpec, temporary: Path, report: Progress) -
     match source:
         case FolderSource():
             for name in spec.files:
-                link_or_copy(Path(source.path).expanduser() / name, folder / name)
+                link_or_copy(expand(source.path) / name, folder / name)
         case HubSource():
             from huggingface_hub.constants import HF_HUB_CACHE
 

@@ -4,11 +4,12 @@ They are not trusted: every name in them that becomes a path or an argument is c
 """
 
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
+from mos_cli.utils.files import expand
 from mos_cli.utils.validation import HUB_ID, PLAIN_NAME, Frozen, Interval, PlainName, Sha256
 
 BUNDLE_SUFFIXES = (".json", ".md", ".safetensors")
@@ -24,7 +25,7 @@ class FolderSource(Frozen):
     @field_validator("path")
     @classmethod
     def _absolute(cls, path: str) -> str:
-        if not Path(path).expanduser().is_absolute():
+        if not expand(path).is_absolute():
             raise ValueError("must be absolute or start with ~")
         return path
 

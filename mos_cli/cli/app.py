@@ -16,6 +16,7 @@ from mos_cli.cli.generate import generate
 from mos_cli.cli.inspect_routing import inspect_routing
 from mos_cli.cli.models import models_app
 from mos_cli.cli.output import print_error, stdout
+from mos_cli.cli.paths import App
 from mos_cli.cli.plan import plan
 from mos_cli.cli.presets import presets_app
 from mos_cli.cli.replay import replay
@@ -44,7 +45,7 @@ class MosGroup(TyperGroup):
             raise typer.Exit(INTERRUPTED) from None
 
 
-app = typer.Typer(
+app = App(
     name="mos",
     cls=MosGroup,
     no_args_is_help=True,

@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from mos_cli.cli.output import print_warning, stderr, stdout
+from mos_cli.cli.paths import App
 
-data_app = typer.Typer(no_args_is_help=True, help="The pictures that models are trained on.")
+data_app = App(no_args_is_help=True, help="The pictures that models are trained on.")
 
 
 @data_app.command()

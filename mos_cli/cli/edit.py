@@ -40,6 +40,9 @@ def edit(
         bool,
         typer.Option("--composite", help="Without a mask: keep bit for bit what the edit did not visibly change."),
     ] = False,
+    keep_alpha: Annotated[
+        bool, typer.Option("--keep-alpha", help="Make the result as transparent as the picture; else it is opaque.")
+    ] = False,
     strength: Annotated[
         float,
         typer.Option("--strength", help="How far to go back to noise: 1 redraws everything, 0.5 keeps the layout."),
@@ -82,7 +85,7 @@ def edit(
     from mos_cli.bundles.bundle import edits_of, find_bundle
     from mos_cli.config.settings import resolve
     from mos_cli.images.inputs import read_inputs
-    from mos_cli.images.outputs import naming
+    from mos_cli.images.naming import naming
     from mos_cli.inference.requests import EditRequest, check_recipe, edit_fields, route_source
 
     report = Report(json=options.json, quiet=options.quiet, verbose=options.verbose)
@@ -97,6 +100,7 @@ def edit(
         invert_mask=invert_mask,
         feather=feather,
         composite=composite,
+        keep_alpha=keep_alpha,
         strength=strength,
         image_cfg=image_cfg,
     )
@@ -107,25 +111,28 @@ def edit(
         raise UsageError("--strip shows one edit: leave it out, or draw one picture")
     inputs = read_inputs([picture, *(reference or [])])
     for note in inputs.notes:
-        report.event("note", note, note=note)
+        report.note("note", note, note=note)
     inputs = request.with_mask(inputs)
     canvas = request.working_size(inputs, bundle.index.canvas)
     references = len(inputs.pictures)
     settings = fit_to_memory(bundle, settings, canvas, report, fetch=not options.dry_run, references=references)
     with report.stage("libraries"):
         fields = edit_fields(settings, bundle, request, inputs, cfg_interval=flags.cfg_interval)
+    if lost := request.lost(inputs, (fields["width"], fields["height"])):
+        report.note("note", lost, note=lost)
     recording, fields["route_from"] = route_source(options.route_from, parse_percent(options.route_until), bundle)
     jobs = make_jobs(instructions, names, fields, seed=options.seed, count=options.count, inputs=inputs)
     check_recipe(jobs[0].recipe, bundle, compiled=settings.compile, regions=options.regions)
     for option, sheet in {"--strip": strip, "--sheet": options.sheet}.items():
         if sheet is not None:
-            check_sheet(option, sheet, names)
+            check_sheet(option, sheet, names, options.overwrite)
     if options.dry_run:
         print_jobs(jobs, report)
         return
     draw_jobs(
         load_with_progress(bundle, settings, report, precision=fields["precision"], quant=fields["quant"]),
         jobs,
+        names,
         trace=settings.trace,
         overwrite=options.overwrite,
         report=report,

@@ -80,12 +80,17 @@ def evaluate(
     common["width"], common["height"] = parse_size(settings.size, bundle.index.canvas)
     quieten()
     from mos_cli.datasets.art.file import data_folder, load_art
+    from mos_cli.evaluation.editbench import read_edit_bench
     from mos_cli.evaluation.examine import TrueScenes
     from mos_cli.evaluation.judge import Judge, judge_folder
+    from mos_cli.evaluation.scenebench import read_bench
+    from mos_cli.utils.files import check_folder
 
+    folder = output or Path("outputs") / f"eval-{bundle.index.name}"
+    begun = [f"pictures/{read_bench(limit)[0].id}.png", f"edits/{read_edit_bench(limit)[0].id}.png"]
+    check_folder(folder, "eval.json", "edit.json", *begun)
     judging, true = Judge(judge or judge_folder()), TrueScenes(load_art(art or data_folder()))
     pipeline = load_with_progress(bundle, settings, Report(), precision=common["precision"], quant=common["quant"])
-    folder = output or Path("outputs") / f"eval-{bundle.index.name}"
     if editing is None:
         _evaluate_scenes(pipeline, judging, true, folder, common, limit)
     else:

@@ -33,7 +33,7 @@ def generate(
     """Draw pictures from a prompt, each with its recipe inside and its routing trace beside it."""
     from mos_cli.bundles.bundle import find_bundle
     from mos_cli.config.settings import parse_size, resolve
-    from mos_cli.images.outputs import naming
+    from mos_cli.images.naming import naming
     from mos_cli.inference.requests import check_recipe, generation_fields, route_source
 
     report = Report(json=options.json, quiet=options.quiet, verbose=options.verbose)
@@ -51,13 +51,14 @@ def generate(
     jobs = make_jobs(prompts, names, fields, seed=options.seed, count=options.count)
     check_recipe(jobs[0].recipe, bundle, compiled=settings.compile, regions=options.regions)
     if options.sheet is not None:
-        check_sheet("--sheet", options.sheet, names)
+        check_sheet("--sheet", options.sheet, names, options.overwrite)
     if options.dry_run:
         print_jobs(jobs, report)
         return
     draw_jobs(
         load_with_progress(bundle, settings, report, precision=fields["precision"], quant=fields["quant"]),
         jobs,
+        names,
         trace=settings.trace,
         overwrite=options.overwrite,
         report=report,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mos_cli.cli.loading import refuse_folders
+from mos_cli.cli.loading import refuse_folders, say_if_unchecked
 from mos_cli.cli.options import Overwrite
 from mos_cli.cli.output import stdout
 
@@ -80,6 +80,7 @@ def inspect_routing(
         raise UsageError("regions are recorded as a mean over all steps: leave --step out")
 
     recording = load_recording(trace)
+    say_if_unchecked(recording)
     section = cut(recording, "positive" if branch is None else branch, step, block)
     requested = find_words(section.words, word) if word else ()
     origins = {place: patch_origins(section, place) for place in map(_parse_patch, patch or ())}
@@ -106,6 +107,7 @@ def inspect_routing(
         from mos_cli.routing.views.facts import patch_facts, section_facts
 
         facts = section_facts(section, requested)
+        facts["picture"] = {"file": str(recording.picture) if recording.picture else None, "checked": recording.checked}
         facts |= {"patches": [patch_facts(place, found) for place, found in origins.items()], "written": written}
         typer.echo(json.dumps(facts, ensure_ascii=False))
         return
@@ -122,7 +124,7 @@ def inspect_routing(
 def _check_outputs(outputs: dict[str, Path], *traces: Path | None) -> None:
     """Raises UsageError if a file to write is one that is read, or named twice, or a report is not named as a page."""
     from mos_cli.errors import UsageError
-    from mos_cli.images.outputs import companions
+    from mos_cli.images.companions import companions
 
     taken = [other for path in traces if path is not None for other in (*companions(path), path.with_suffix(".png"))]
     for option, path in outputs.items():
@@ -140,6 +142,8 @@ def _write_report(recording: "Recording", compare: Path | None, path: Path, over
 
     refuse_existing(path, overwrite)
     second = None if compare is None else load_recording(compare)
+    if second is not None:
+        say_if_unchecked(second)
     atomic_write(path, html_report(recording, second).encode(), overwrite)
 
 

@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mos_cli.cli.output import Report, print_error
+from mos_cli.cli.output import Report, print_error, print_warning
 from mos_cli.cli.progress import sampling_bars, stop_between_steps
 from mos_cli.errors import PARTLY_FAILED, InputError, MosError, UsageError
+from mos_cli.utils.files import expand
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from mos_cli.config.recipe import Recipe
     from mos_cli.images.inputs import Inputs
-    from mos_cli.images.outputs import Naming
-    from mos_cli.inference.pipeline import MoSPipeline
+    from mos_cli.images.naming import Naming
+    from mos_cli.inference.pipeline import Drawing, MoSPipeline
     from mos_cli.routing.trace import Recording, RecordOptions
     from mos_cli.sampling.sampler import Step
 
@@ -41,7 +42,7 @@ def read_prompts(argument: str, advice: str) -> list[str]:
     if argument == "-":
         lines = _lines(sys.stdin.buffer.read(), "stdin")
     elif argument.startswith("@"):
-        lines = _lines(Path(argument[1:]).read_bytes(), argument[1:])
+        lines = _lines(expand(argument[1:]).read_bytes(), argument[1:])
     else:
         lines = [argument]
     prompts = [line.strip() for line in lines if line.strip()]
@@ -102,14 +103,15 @@ def make_jobs(
     return jobs
 
 
-def check_sheet(option: str, sheet: Path, names: "Naming") -> None:
+def check_sheet(option: str, sheet: Path, names: "Naming", overwrite: bool) -> None:
     """Raises UsageError or InputError if a sheet cannot be written under its name; called before pictures are drawn."""
-    from mos_cli.utils.files import refuse_existing
+    from mos_cli.utils.files import check_writable, refuse_existing
 
-    if sheet.suffix.lower() != ".png" or sheet in names.returned:
+    if sheet.suffix.lower() != ".png" or sheet.absolute() in names.returned:
         raise UsageError(f"{option} {sheet}: name a .png of its own")
-    refuse_existing(sheet, names.overwrite)
-    names.returned.add(sheet)
+    check_writable(sheet.parent)
+    refuse_existing(sheet, overwrite)
+    names.returned.add(sheet.absolute())
 
 
 def print_jobs(jobs: list[Job], report: Report) -> None:
@@ -122,6 +124,7 @@ def print_jobs(jobs: list[Job], report: Report) -> None:
 def draw_jobs(
     pipeline: "MoSPipeline",
     jobs: list[Job],
+    names: "Naming",
     *,
     trace: Any,
     overwrite: bool,
@@ -136,6 +139,8 @@ def draw_jobs(
     The first Ctrl-C stops after the current step, the second at once; pictures that are written stay.
 
     Args:
+        names: gives a picture another name if its own was taken while it was drawn.
+        overwrite: sheets may replace files.
         trace: how much of the trace is written, a `TraceLevel`.
         strip: where the first job's picture is shown before and after its edit.
 
@@ -154,7 +159,7 @@ def draw_jobs(
             def observe(step: "Step", task: Any = task, number: int = number) -> None:
                 bars.update(task, completed=step.index + 1)
                 if report.json:
-                    report.event("step", picture=number, step=step.index + 1, steps=step.total, t=round(step.t, 4))
+                    report.event("step", index=number, step=step.index + 1, steps=step.total, t=round(step.t, 4))
                 check_interrupt()
 
             try:
@@ -163,23 +168,19 @@ def draw_jobs(
                         job.recipe, [observe], job.inputs, record_options=record_options, route_from=route_from
                     )
                 with report.stage("writing"):
-                    files = drawing.save(job.path, trace=trace, overwrite=overwrite)
+                    files = _save(drawing, job, names, trace)
             except MosError as error:
                 if len(jobs) == 1:
                     raise
                 failed += 1
                 print_error(f"{job.recipe.prompt!r}: {error}")
-                report.event("failed", picture=number, prompt=job.recipe.prompt, error=str(error))
+                report.event("failed", index=number, prompt=job.recipe.prompt, error=str(error))
                 continue
             finally:
                 bars.remove_task(task)
             if sheet is not None or strip is not None:
                 drawn.append((drawing.image, job.recipe.prompt))
-            seed = job.recipe.seed
-            report.event("picture", f"{files[0]}  (seed {seed})", seed=seed, files=[str(file) for file in files])
-            for file in files[1:]:
-                if not report.json:
-                    report.event("file", f"{file}")
+            report.picture(files, index=number, prompt=job.recipe.prompt, seed=job.recipe.seed)
     if drawn and sheet is not None:
         from mos_cli.images.sheets import contact_sheet
 
@@ -198,9 +199,25 @@ def draw_jobs(
         raise typer.Exit(PARTLY_FAILED)
 
 
+def _save(drawing: "Drawing", job: Job, names: "Naming", trace: Any) -> list[Path]:
+    """Writes a picture; if its name was taken while it was drawn, under the next one that is free."""
+    from mos_cli.utils.files import NameTakenError
+
+    path, further = job.path, names.paths_after(job.path, job.recipe)
+    while True:
+        try:
+            files = drawing.save(path, trace=trace, overwrite=names.overwrite and path == job.path)
+        except NameTakenError:
+            path = next(further)
+            continue
+        if path != job.path and not names.numbered:
+            print_warning(f"{job.path} was taken while this was drawn: it is saved as {path}")
+        return files
+
+
 def _write_sheet(kind: str, path: Path, image: "Image", overwrite: bool, report: Report) -> None:
     from mos_cli.images.outputs import png
     from mos_cli.utils.files import atomic_write
 
     atomic_write(path, png(image, None), overwrite)
-    report.event(kind, str(path), file=str(path))
+    report.note(kind, str(path), file=str(path))

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mos_cli.cli.output import Report
+from mos_cli.cli.output import Report, print_warning
 from mos_cli.cli.progress import fetch_with_progress
 from mos_cli.errors import InputError, UsageError
 
@@ -56,7 +56,7 @@ def fit_to_memory(
     how = f"--quant {chosen.quant}" + ("" if on_cpu else f" --offload {chosen.offload}")
     tiles = ", decoded in tiles" if chosen.tiled else ""
     apart = "" if chosen.batched_guidance else ", branches of guidance one by one"
-    report.event(
+    report.note(
         "setting",
         f"{f'auto: {where}, {precision}' if auto else f'for {gib:g} GiB'}: {how}{tiles}{apart}",
         **{"device": name, "threads": threads, "gib": gib, "precision": precision},
@@ -98,6 +98,13 @@ def load_route_source(picture: Path, recipe: "Recipe", route_from: Path | None) 
     if route_from is not None and recipe.route_from is None:
         raise UsageError(f"{picture} takes its routes from no other run: drop --route-from")
     return None if route_from is None else load_recording(route_from)
+
+
+def say_if_unchecked(recording: "Recording") -> None:
+    """Warns of a trace that does not say whether it belongs to the picture beside it."""
+    if not recording.checked:
+        path, picture = recording.path, recording.picture
+        print_warning(f"{path} is a trace of mos 0.1.0: that it is the trace of {picture} cannot be checked")
 
 
 def refuse_folders(*traces: Path | None) -> None:

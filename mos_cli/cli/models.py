@@ -9,6 +9,7 @@ import typer
 from mos_cli.cli.models_init import init
 from mos_cli.cli.models_quantize import quantize
 from mos_cli.cli.output import print_json, print_warning, size_text, stdout
+from mos_cli.cli.paths import App
 from mos_cli.cli.progress import fetch_with_progress
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from mos_cli.bundles.bundle import Bundle
     from mos_cli.bundles.specs import TowerSpec
 
-models_app = typer.Typer(name="models", no_args_is_help=True, help="List, fetch and check models.")
+models_app = App(name="models", no_args_is_help=True, help="List, fetch and check models.")
 
 Name = Annotated[str, typer.Argument(help="A model (name, folder or hub id) or an understanding tower (name).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]

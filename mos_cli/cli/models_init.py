@@ -40,9 +40,9 @@ def init(
     blueprint = find_blueprint(name)
     chosen, shape = blueprint.tower(understanding)
     shard = _bytes(shard_size)
-    check_new_folder(out.expanduser().absolute())
+    check_new_folder(out.absolute())
     if tower is not None:
-        check_tower_folder(tower.expanduser().absolute(), chosen, shape)
+        check_tower_folder(tower.absolute(), chosen, shape)
     from mos_cli.utils.quiet import quieten
 
     quieten()

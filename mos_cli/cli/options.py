@@ -15,10 +15,10 @@ import typer
 if TYPE_CHECKING:
     from mos_cli.config.settings import Settings
 
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and the paths of pictures.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say how long each stage took.")]
 Json = Annotated[bool, typer.Option("--json", help="Print newline-delimited JSON events on stdout.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write over files that are there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the files that are named.")]
 Device = Annotated[
     str | None,
     typer.Option("--device", envvar="MOS_DEVICE", help="auto, cpu or cuda.", show_default="auto", metavar="DEVICE"),
@@ -40,7 +40,7 @@ Output = Annotated[
         "-o",
         envvar="MOS_OUTPUT",
         metavar="PATH",
-        help="File, folder (with a slash at its end) or template with {date} {number} {prompt} {seed} {model}.",
+        help="File, folder, or template with {date} {number} {prompt} {seed} {model}; no suffix: a folder.",
         show_default="outputs/{date}/{number}_{prompt}_s{seed}.png",
     ),
 ]

@@ -1,10 +1,12 @@
 """What a command prints: results on stdout, everything else on stderr, as lines or as JSON."""
 
 import json
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -79,13 +81,34 @@ class Report:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def event(self, kind: str, line: str | None = None, **values: Any) -> None:
-        """Reports one event: as a JSON line with its values, or as `line` where there is one."""
+        """Reports one event on stdout: as a JSON line with its values, or as `line` where there is one."""
         if self.json:
             typer.echo(json.dumps({"event": kind, **values}))
         elif line is not None and not self.quiet:
             # A progress bar is drawn on stderr; where both streams are one terminal, its console has to print the line.
             both = stdout.is_terminal and stderr.is_terminal
             (stderr if both else stdout).print(line, soft_wrap=True, markup=False)
+
+    def note(self, kind: str, line: str, **values: Any) -> None:
+        """Reports what is no result: a line on stderr, so that a pipe has results only, or a JSON event on stdout."""
+        if self.json:
+            self.event(kind, **values)
+        elif not self.quiet:
+            stderr.print(line, soft_wrap=True, markup=False)
+
+    def picture(self, files: Sequence[Path], *, index: int, prompt: str, seed: int) -> None:
+        """Reports a picture that was written, and the files beside it.
+
+        With --quiet and into a pipe, only the path of the picture is printed.
+        """
+        if self.json:
+            self.event("picture", index=index, prompt=prompt, seed=seed, files=[str(file) for file in files])
+        elif self.quiet or not sys.stdout.isatty():
+            typer.echo(str(files[0]))
+        else:
+            self.event("picture", f"{files[0]}  (seed {seed})")
+            for file in files[1:]:
+                self.event("file", str(file))
 
     def times(self) -> None:
         """Prints the seconds of each stage, with --verbose."""

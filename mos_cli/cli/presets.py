@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mos_cli.cli.output import print_json, stdout
+from mos_cli.cli.paths import App
 
 if TYPE_CHECKING:
     from mos_cli.config.settings import Preset
 
-presets_app = typer.Typer(name="presets", help="Named settings for drawing.", no_args_is_help=True)
+presets_app = App(name="presets", help="Named settings for drawing.", no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
 

@@ -84,7 +84,8 @@ def replay(
     from mos_cli.config.recipe import check_guidance, make_recipe
     from mos_cli.config.settings import check_size, make_settings, resolve
     from mos_cli.images.inputs import Finder
-    from mos_cli.images.outputs import naming, read_drawing
+    from mos_cli.images.naming import naming
+    from mos_cli.images.outputs import read_drawing
     from mos_cli.inference.requests import check_recipe
     from mos_cli.utils.devices import cpu_threads
 
@@ -126,7 +127,8 @@ def replay(
     check_size(*recipe.working_size, bundle.index.canvas)
     record_options = make_record_options(settings.trace, regions=regions, previews=preview_steps)
     routes = load_route_source(picture, recipe, route_from)
-    path = None if verify else naming(settings.output, overwrite=overwrite).path(recipe)
+    names = naming(settings.output, overwrite=overwrite)
+    path = None if verify else names.path(recipe)
     loaded: dict[tuple[Any, ...], MoSPipeline] = {}
 
     def pipeline_of(bundle: "Bundle", recipe: "Recipe", made: "Provenance") -> "MoSPipeline":
@@ -166,7 +168,7 @@ def replay(
     inputs = finder.inputs_of(recipe, record.earlier)
     finder.check_all_used()
     for note in () if inputs is None else inputs.notes:
-        report.event("note", note, note=note)
+        report.note("note", note, note=note)
     pipeline = pipeline_of(bundle, recipe, record.made)
     # Another number of threads would round differently: the picture would only come out close.
     with cpu_threads(record.made.threads):
@@ -175,6 +177,7 @@ def replay(
             draw_jobs(
                 pipeline,
                 [job],
+                names,
                 trace=settings.trace,
                 overwrite=overwrite,
                 report=report,

@@ -1,6 +1,9 @@
 """`mos routing ablate`: what each layer does for a word."""
 
+import os
 import re
+from collections.abc import Iterator
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -86,7 +89,10 @@ def ablate(
         raise UsageError(f"{picture} is no edit: drop --input and --mask")
     routes = load_route_source(picture, recipe, route_from)
     settings = resolve(make_settings(device=device, attention=attention), None)
-    strip = _strip_path(picture, word, output, overwrite)
+    # A name that was not given is a free one in any case.
+    overwrite = overwrite and output is not None
+    strips = _strip_paths(picture, word, output, overwrite)
+    strip = next(strips)
     finder = Finder(source_files or [], [] if mask is None else [mask], _must_be_given)
     inputs = finder.inputs_of(recipe, record.earlier)
     finder.check_all_used()
@@ -96,7 +102,7 @@ def ablate(
     from mos_cli.images.sheets import contact_sheet
     from mos_cli.inference.ablation import ablate as ablate_layers
     from mos_cli.inference.ablation import check_rule
-    from mos_cli.utils.files import atomic_write
+    from mos_cli.utils.files import NameTakenError, atomic_write
 
     with sampling_bars(report) as bars, stop_between_steps() as check_interrupt, cpu_threads(record.made.threads):
 
@@ -124,7 +130,13 @@ def ablate(
     report.event("original", note, exact=exact)
     _report(ablated, before.trace.layers, report, only)
     pictures = [(before.image, "as it is"), *((one.image, _caption(one, only)) for one in ablated)]
-    atomic_write(strip, png(contact_sheet(pictures), None), overwrite)
+    while True:
+        try:
+            atomic_write(strip, png(contact_sheet(pictures), None), overwrite)
+            break
+        except NameTakenError:
+            # Another run may have written it in the meantime.
+            strip = next(strips)
     report.event("strip", str(strip), file=str(strip))
     report.times()
 
@@ -149,21 +161,20 @@ def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     return tuple(range(first, last + 1))
 
 
-def _strip_path(picture: Path, word: str, output: Path | None, overwrite: bool) -> Path:
-    """Where the strip goes: where --output says, else beside the picture under a name that is free."""
-    from itertools import count
-
-    from mos_cli.images.outputs import slug
+def _strip_paths(picture: Path, word: str, output: Path | None, overwrite: bool) -> Iterator[Path]:
+    """Where the strip goes: where --output says, else beside the picture; then names that are free, with numbers."""
+    from mos_cli.images.naming import slug
     from mos_cli.utils.files import check_writable, refuse_existing
 
     if output is None:
-        names = (f"{picture.stem}_ablate-{slug(word)}{f'-{n}' if n > 1 else ''}.png" for n in count(1))
-        output = next(path for path in map(picture.with_name, names) if not path.exists())
+        output = picture.with_name(f"{picture.stem}_ablate-{slug(word)}.png")
     elif output.suffix.lower() != ".png" or output.resolve() == picture.resolve():
         raise UsageError(f"--output {output}: name a .png of its own")
+    else:
+        refuse_existing(output, overwrite)
     check_writable(output.parent)
-    refuse_existing(output, overwrite)
-    return output
+    numbered = (output.with_stem(f"{output.stem}-{number}") for number in count(2))
+    return (path for path in chain([output], numbered) if overwrite or not os.path.lexists(path))
 
 
 def _must_be_given(earlier: "EarlierPicture", inputs: "Inputs | None") -> "Image":

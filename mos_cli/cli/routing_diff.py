@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mos_cli.cli.loading import refuse_folders
+from mos_cli.cli.loading import refuse_folders, say_if_unchecked
 from mos_cli.cli.output import stdout
 
 if TYPE_CHECKING:
@@ -28,11 +28,14 @@ def diff(
     are what the quantisation costs. Record both with --trace full to tell the two apart for certain.
     """
     from mos_cli.routing.diff import compare
-    from mos_cli.routing.trace import load_routes, load_trace
+    from mos_cli.routing.trace import load_recording, load_routes
 
     refuse_folders(a, b)
-    heads = {path: load_trace(path) for path in (a, b)}
-    routes = {path: load_routes(head, path) for path, head in heads.items()}
+    heads, routes = {}, {}
+    for path in (a, b):
+        recording = load_recording(path)
+        say_if_unchecked(recording)
+        heads[path], routes[path] = recording.trace, recording.routes or load_routes(recording.trace, path)
     difference = compare(heads[a], routes[a], heads[b], routes[b])
     if as_json:
         import json

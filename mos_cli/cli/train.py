@@ -49,10 +49,13 @@ def train(
         )
         return
     quieten()
+    from mos_cli.bundles.bundle import INDEX
     from mos_cli.datasets.art.file import data_folder
+    from mos_cli.training.loop import RECIPE
     from mos_cli.training.run import export as export_bundle
     from mos_cli.training.run import train as run_training
     from mos_cli.training.stages import curriculum
+    from mos_cli.utils.files import check_folder
 
     overrides = {"steps": steps, "ema": ema}
     loaded = load_recipe(recipe, {name: value for name, value in overrides.items() if value is not None})
@@ -65,6 +68,10 @@ def train(
         TimeRemainingColumn(),
     ]
     main_process = os.environ.get("RANK", "0") == "0"
+    if main_process:
+        check_folder(folder, RECIPE)
+        if export is not None:
+            check_folder(export, INDEX, "card.md")
     with (
         Progress(*columns, console=stderr, disable=not main_process) as bars,
         stop_between_steps() as check_interrupt,

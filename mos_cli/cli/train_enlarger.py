@@ -32,7 +32,9 @@ def train_enlarger(
     from mos_cli.training.enlarging import train_enlarger as run_training
     from mos_cli.training.run import find_sources
     from mos_cli.utils.devices import choose_device
+    from mos_cli.utils.files import check_folder
 
+    check_folder(output)
     source, _ = find_sources(scenes, art or data_folder(), choose_device("auto"))
     with stage_bars("loss {task.fields[loss]:.4f}") as advance:
         run_training(source, output, steps=steps, log=lambda step, loss: advance("training", step, steps, loss))

@@ -24,13 +24,15 @@ def train_judge(
     quieten()
     from mos_cli.datasets.art.file import data_folder, load_art
     from mos_cli.evaluation.examine import Examiner, TrueScenes
-    from mos_cli.evaluation.judge import SIDE, Judge
+    from mos_cli.evaluation.judge import INDEX, SIDE, Judge
     from mos_cli.evaluation.judge_training import load_sprites
     from mos_cli.evaluation.judge_training import train_judge as run_training
     from mos_cli.evaluation.results import HEADINGS, table
     from mos_cli.evaluation.run import scores
     from mos_cli.evaluation.scenebench import bench_data, read_bench
+    from mos_cli.utils.files import check_folder
 
+    check_folder(output, INDEX)
     opened, entries = load_art(art or data_folder()), read_bench()
     with stage_bars("loss {task.fields[loss]:.3f}") as advance:
         run_training(

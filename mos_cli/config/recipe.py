@@ -45,7 +45,8 @@ class EditRecipe(Frozen):
 
     `sources` are the edited picture and further references. `canvas` is the size at which the model draws, `strength`
     the time at which it begins (1 = from noise alone). With `composite`, pixels outside the mask, or without one
-    outside the estimated change, are copied from the source.
+    outside the estimated change, are copied from the source. With `keep_alpha`, the result is as transparent as the
+    source.
     """
 
     sources: tuple[SourcePicture, ...] = Field(min_length=1)
@@ -54,6 +55,7 @@ class EditRecipe(Frozen):
     strength: float = Field(gt=0, le=1)
     mask: MaskRecipe | None = None
     composite: bool = False
+    keep_alpha: bool = False
 
 
 class RouteSource(Frozen):

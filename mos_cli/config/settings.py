@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from mos_cli.bundles.specs import Canvas
 from mos_cli.errors import InputError, MosError, UsageError
 from mos_cli.planning.memory import Offload
+from mos_cli.utils.files import expand
 from mos_cli.utils.folders import presets_folder
 from mos_cli.utils.validation import DEFAULT_SOLVER, Interval, RouteRules, Solver, first_problem
 
@@ -118,9 +119,9 @@ def config_path() -> Path | None:
     from platformdirs import user_config_path
 
     if named := os.environ.get("MOS_CONFIG"):
-        if not Path(named).is_file():
+        if not (path := expand(named)).is_file():
             raise InputError(f"MOS_CONFIG names {named}, which is not a file: correct it or unset it")
-        return Path(named)
+        return path
     path = user_config_path("mos") / "config.toml"
     return path if path.is_file() else None
 

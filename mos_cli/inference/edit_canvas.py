@@ -46,14 +46,27 @@ def prepare_edit(inputs: Inputs, recipe: Recipe, autoencoder: Autoencoder, devic
 
 
 def restore_size(drawn: Image.Image, inputs: Inputs, recipe: Recipe) -> Image.Image:
-    """The drawn picture at the size of the recipe; with `composite`, the source's pixels where it may not change."""
+    """The drawn picture at the size of the recipe.
+
+    With `composite`, it has the source's pixels where it may not change; with `keep_alpha`, the source's transparency.
+    """
     assert recipe.edit is not None
-    source, canvas, size = inputs.pictures[0], recipe.edit.canvas, (recipe.width, recipe.height)
-    fit = Fit(source.image.size, canvas)
-    mapped = size == source.image.size
+    source, canvas, size = inputs.pictures[0].image, recipe.edit.canvas, (recipe.width, recipe.height)
+    fit = Fit(source.size, canvas)
+    mapped = size == source.size
     after = fit.back(drawn) if mapped else drawn
-    if not recipe.edit.composite:
-        return after
+    if recipe.edit.composite:
+        after = _composite(inputs, drawn, after, fit, mapped=mapped)
+    if recipe.edit.keep_alpha:
+        alpha = source.getchannel("A")
+        after = after.convert("RGB")
+        after.putalpha(alpha if mapped else fit.forward(alpha))
+    return after
+
+
+def _composite(inputs: Inputs, drawn: Image.Image, after: Image.Image, fit: Fit, *, mapped: bool) -> Image.Image:
+    """The source where it may not change, else `after`, which is `drawn` at the size of the result."""
+    source = inputs.pictures[0]
     before = source.image if mapped else fit.forward(source.rgb)
     if inputs.mask is not None:
         mask = inputs.mask if mapped else fit.forward(inputs.mask)

@@ -37,6 +37,7 @@ from mos_cli.planning.candidates import parse_quant
 from mos_cli.planning.memory import Setting
 from mos_cli.routing.trace import RecordOptions
 from mos_cli.utils.devices import choose_device
+from mos_cli.utils.files import expand
 
 ImageSource = str | Path | Image | Drawing
 """A file (PNG, JPEG or WebP), an image of any mode, or a result of `Model.generate` or `Model.edit`."""
@@ -204,6 +205,7 @@ class Model:
         invert_mask: bool = False,
         feather: float = 0.0,
         composite: bool = False,
+        keep_alpha: bool = False,
         strength: float = 1.0,
         image_cfg: float | None = None,
         size: tuple[int, int] | None = None,
@@ -224,7 +226,7 @@ class Model:
     ) -> Drawing:
         """Changes a picture as an instruction says. The further arguments are those of `generate`.
 
-        What was lost in reading an image, such as further frames, is a warning.
+        What is lost, such as further frames or transparency, is a warning.
 
         Args:
             image: the picture to edit. A result or a file of mos keeps its history: `mos replay` draws the whole chain.
@@ -233,6 +235,7 @@ class Model:
             invert_mask: black may change instead.
             feather: pixels over which the mask fades inwards.
             composite: without a mask, keep bit for bit what the edit did not visibly change.
+            keep_alpha: make the result as transparent as the picture; otherwise it is opaque.
             strength: the time at which the edit begins: 1 redraws everything, 0.5 keeps the layout.
             image_cfg: guidance towards the picture.
             size: width and height of the result, in pixels; by default those of the picture.
@@ -255,10 +258,11 @@ class Model:
         request = EditRequest(
             size=_size_text(size),
             max_pixels=max_pixels,
-            mask=make_picture(mask, "the mask") if isinstance(mask, Image) else None if mask is None else Path(mask),
+            mask=make_picture(mask, "the mask") if isinstance(mask, Image) else None if mask is None else expand(mask),
             invert_mask=invert_mask,
             feather=feather,
             composite=composite,
+            keep_alpha=keep_alpha,
             strength=strength,
             image_cfg=image_cfg,
         )
@@ -268,6 +272,8 @@ class Model:
             warnings.warn(note, stacklevel=2)
         inputs = request.with_mask(inputs)
         fields = edit_fields(settings, self.bundle, request, inputs, cfg_interval=cfg_interval)
+        if lost := request.lost(inputs, (fields["width"], fields["height"])):
+            warnings.warn(lost, stacklevel=2)
         options = RecordOptions(probabilities, regions, previews)
         return self._draw(instruction, seed, fields, options, route_from, route_until, inputs)
 
@@ -286,7 +292,7 @@ class Model:
     ) -> Drawing:
         if not prompt.strip():
             raise InputError("the prompt is empty")
-        source = None if route_from is None else Path(route_from)
+        source = None if route_from is None else expand(route_from)
         recording, fields["route_from"] = route_source(source, route_until, self.bundle)
         recipe = make_recipe(prompt=prompt.strip(), seed=random_seed() if seed is None else seed, **fields)
         check_recipe(recipe, self.bundle, compiled=self.pipeline.compiled, regions=record_options.regions)
@@ -303,5 +309,5 @@ def _read(source: ImageSource) -> tuple[Picture, PictureRecord | None]:
         return make_picture(source.image), source.record
     if isinstance(source, Image):
         return make_picture(source), None
-    path = Path(source)
+    path = expand(source)
     return read_picture(path), read_record(path)

@@ -21,8 +21,9 @@ from mos_cli.bundles.bundle import Bundle, verify_bundle
 from mos_cli.config.recipe import PictureRecord, Recipe, check_blocks, pixels_hash, provenance
 from mos_cli.config.settings import TraceLevel, smaller
 from mos_cli.errors import DeviceError, MemoryLimitError, ModelError, UsageError
+from mos_cli.images.companions import TRACE_SCHEMA, animation, check_name, companions, own_companions
 from mos_cli.images.inputs import Inputs
-from mos_cli.images.outputs import animation, companions, png
+from mos_cli.images.outputs import png
 from mos_cli.inference.edit_canvas import EditConditioning, prepare_edit, restore_size
 from mos_cli.inference.loading import load_parts
 from mos_cli.inference.offload import OffloadedTower, Offloader, memory_limit
@@ -39,7 +40,7 @@ from mos_cli.sampling.sampler import Observer, make_sigmas, sample
 from mos_cli.towers.attention import AttentionBackend
 from mos_cli.towers.autoencoder import Autoencoder, to_image
 from mos_cli.utils.devices import device_name, device_threads
-from mos_cli.utils.files import refuse_existing, write_all
+from mos_cli.utils.files import expand, write_all
 
 
 @dataclass(frozen=True)
@@ -64,24 +65,22 @@ class Drawing:
 
         Raises:
             UsageError: the name does not end in .png.
-            InputError: a file is there already and may not be overwritten, or the folder cannot be written.
+            NameTakenError: a file is there already that may not be replaced. With `overwrite` that is any file beside
+                the picture that was not made with it.
+            InputError: the folder cannot be written.
         """
-        path = Path(path)
+        path = expand(path)
         if path.suffix.lower() != ".png":
             raise UsageError(f"{path}: pictures are written as PNG, choose a name that ends in .png")
-        for file in (path, *companions(path)):
-            refuse_existing(file, overwrite)
+        check_name(path, overwrite)
         files = {path: png(self.image, self.record)}
         if trace != "off":
             files |= trace_files(self.trace, None if trace == "summary" else self.routes, path)
         if self.previews:
-            files[companions(path).previews] = animation(self.previews)
-        replaced = path.is_file()
-        write_all(files, overwrite)
-        for other in companions(path):
-            if replaced and other not in files:
-                # What a replaced picture had beside it would describe the new one wrongly.
-                other.unlink(missing_ok=True)
+            files[companions(path).previews] = animation(self.previews, pixels_hash(self.image))
+        # What a replaced picture had beside it would describe the new one wrongly.
+        outdated = [other for other in own_companions(path) if other not in files] if overwrite else []
+        write_all(files, overwrite, remove=outdated)
         return list(files)
 
 
@@ -343,7 +342,8 @@ class MoSPipeline:
                 update={"steered": steerer.done(name), "changed": recorder.changed(name)}
             )
         return Trace(
-            schema="mos-trace/1",
+            schema=TRACE_SCHEMA,
+            picture=record.sha256,
             recipe=record.recipe,
             made=record.made,
             layers=("embeddings", *(f"layer {index}" for index in range(1, layers))),

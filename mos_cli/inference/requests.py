@@ -89,6 +89,7 @@ class EditRequest:
     invert_mask: bool = False
     feather: float = 0.0
     composite: bool = False
+    keep_alpha: bool = False
     strength: float = 1.0
     image_cfg: float | None = None
 
@@ -108,6 +109,14 @@ class EditRequest:
             return inputs
         size = inputs.pictures[0].image.size
         return replace(inputs, mask=read_mask(self.mask, size, invert=self.invert_mask, feather=self.feather))
+
+    def lost(self, inputs: Inputs, size: tuple[int, int]) -> str | None:
+        """A line about transparency that a result of `size` does not have; None if it keeps all it can."""
+        source = inputs.pictures[0].image
+        composited = (self.composite or self.mask is not None) and size == source.size
+        if self.keep_alpha or composited or source.mode != "RGBA":
+            return None
+        return "the picture is partly transparent and the result is opaque: --keep-alpha keeps the transparency"
 
     def working_size(self, inputs: Inputs, canvas: Canvas) -> tuple[int, int]:
         """Width and height at which the model draws; raises UsageError."""
@@ -135,6 +144,7 @@ def edit_fields(
         strength=request.strength,
         mask=mask,
         composite=request.composite or mask is not None,
+        keep_alpha=request.keep_alpha and inputs.pictures[0].image.mode == "RGBA",
     )
     width, height = inputs.pictures[0].image.size if request.size is None else canvas
     return fields | {"width": width, "height": height, "edit": edit}

@@ -14,13 +14,12 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, ValidationError, model_validator
 
-from mos_cli.config.recipe import Provenance, Recipe
+from mos_cli.config.recipe import Provenance, Recipe, pixels_hash
 from mos_cli.errors import InputError
-from mos_cli.images.outputs import companions
+from mos_cli.images.companions import FORMER_TRACE_SCHEMA, TRACE_SCHEMA, belongs, companions
+from mos_cli.images.outputs import read_image, read_record
 from mos_cli.routing.analysis import summarise
-from mos_cli.utils.validation import Frozen, first_problem
-
-SCHEMA = "mos-trace/1"
+from mos_cli.utils.validation import Frozen, Sha256, first_problem
 
 Share = Annotated[float, Field(ge=0, le=1 + 1e-3)]
 """A share from 0 to 1, or a little above because of rounding."""
@@ -119,10 +118,13 @@ class TraceArrays(Frozen):
 class Trace(Frozen):
     """The readable head of a trace. `arrays` is missing in a summary.
 
-    `probabilities` and `regions` are set where the arrays contain them.
+    `picture` is the sha256 of the pixels of the picture that it belongs to (see `pixels_hash`); it is missing in traces
+    of mos 0.1.0, which have the schema mos-trace/1. `probabilities` and `regions` are set where the arrays contain
+    them.
     """
 
-    schema_id: Literal["mos-trace/1"] = Field(SCHEMA, alias="schema")
+    schema_id: Literal["mos-trace/1", "mos-trace/2"] = Field(alias="schema")
+    picture: Sha256 | None = None
     recipe: Recipe
     made: Provenance
     layers: tuple[str, ...] = Field(min_length=2)
@@ -133,6 +135,12 @@ class Trace(Frozen):
     probabilities: Literal[True] | None = None
     regions: RegionGrid | None = None
     arrays: TraceArrays | None = None
+
+    @model_validator(mode="after")
+    def _names_its_picture(self) -> "Trace":
+        if (self.picture is None) != (self.schema_id == FORMER_TRACE_SCHEMA):
+            raise ValueError(f"picture: {TRACE_SCHEMA} needs it, and {FORMER_TRACE_SCHEMA} has none")
+        return self
 
     @model_validator(mode="after")
     def _summaries_fit(self) -> "Trace":
@@ -174,7 +182,7 @@ def trace_files(trace: Trace, routes: Mapping[str, Routes] | None, picture: Path
                 for name, branch in routes.items()
                 for array in _arrays(trace, name)
             },
-            metadata={"schema": SCHEMA},
+            metadata={"schema": TRACE_SCHEMA},
         )
         pointer = TraceArrays(file=beside.arrays.name, sha256=hashlib.sha256(data).hexdigest())
         trace = trace.model_copy(update={"arrays": pointer})
@@ -196,8 +204,8 @@ def load_trace(path: Path) -> Trace:
     except (ValueError, RecursionError):
         raise InputError(f"{path} is not JSON: the trace is damaged or something else") from None
     schema = data.get("schema") if isinstance(data, dict) else None
-    if schema != SCHEMA:
-        raise InputError(f"{path} is not a trace this version reads (schema {schema!r}, expected {SCHEMA!r})")
+    if schema not in (TRACE_SCHEMA, FORMER_TRACE_SCHEMA):
+        raise InputError(f"{path} is not a trace this version reads (schema {schema!r}, expected {TRACE_SCHEMA!r})")
     try:
         return Trace.model_validate(data)
     except ValidationError as error:
@@ -244,7 +252,8 @@ def _valid(routes: Routes, layers: int) -> bool:
 class Recording:
     """A trace with the files beside it. `routes` is None for a summary; `picture` and `previews` may be missing.
 
-    `previews` is an animated WebP with the predicted clean picture of each step as a frame.
+    `previews` is an animated WebP with the predicted clean picture of each step as a frame. `checked` is False if there
+    is a picture, and the trace is of mos 0.1.0 and does not say whether it is its own.
     """
 
     path: Path
@@ -252,18 +261,31 @@ class Recording:
     routes: dict[str, Routes] | None
     picture: Path | None
     previews: Path | None
+    checked: bool = True
 
 
 def load_recording(path: Path) -> Recording:
     """Reads a trace with its arrays, and finds the files beside it, given its .json or the picture.
 
     Raises:
-        InputError: there is no such trace, or a part of it is damaged.
+        InputError: there is no such trace, a part of it is damaged, or it is the trace of another picture than the one
+            beside it.
     """
     trace, beside = load_trace(path), companions(path)
+    picture = path if path.suffix.lower() == ".png" else path.with_suffix(".png")
+    picture, previews = (other if other.is_file() else None for other in (picture, beside.previews))
+    checked = picture is None or _check_picture(trace, beside.head, picture)
     routes = None if trace.arrays is None else load_routes(trace, path)
-    picture, previews = (other if other.is_file() else None for other in (path.with_suffix(".png"), beside.previews))
-    return Recording(path, trace, routes, picture, previews)
+    return Recording(path, trace, routes, picture, previews, checked)
+
+
+def _check_picture(trace: Trace, head: Path, picture: Path) -> bool:
+    """Whether a trace says that it belongs to the picture beside it; raises InputError if it belongs to another."""
+    named = trace.model_dump(mode="json", include={"schema_id", "picture", "recipe", "made"})
+    match = belongs(named, pixels_hash(read_image(picture)), read_record(picture))
+    if match is False:
+        raise InputError(f"{head} is the trace of another picture than {picture}: move one of the two away")
+    return match is True
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from mos_cli.bundles.shapes import UnderstandingShape
 from mos_cli.bundles.specs import TOWER_SUFFIXES, FolderSource, TowerSpec
 from mos_cli.errors import InputError
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.utils.files import make_folder, sha256_of
+from mos_cli.utils.files import expand, make_folder, sha256_of
 from mos_cli.utils.folders import BLUEPRINT
 
 Values = Callable[[str, tuple[int, ...], torch.Generator], Tensor]
@@ -68,7 +68,7 @@ def write_fresh_bundle(start: Start, folder: Path, report: Callable[[str], None]
         InputError: the folder exists, cannot be written or has no valid name, or the disk is too full.
         ModelError: the understanding tower does not fit the blueprint.
     """
-    folder = folder.expanduser().absolute()
+    folder = expand(folder).absolute()
     blueprint = start.blueprint
     shape = blueprint.understanding[start.tower]
     check_new_folder(folder)
@@ -162,7 +162,7 @@ def _check_free_space(folder: Path, needed: int) -> None:
 
 def _tower_in(folder: Path, name: str, shape: UnderstandingShape) -> TowerSpec:
     """Describes the understanding tower in a folder; raises ModelError if it is another one."""
-    folder = folder.expanduser().absolute()
+    folder = expand(folder).absolute()
     check_tower_folder(folder, name, shape)
     files = [path for path in sorted(folder.iterdir()) if path.suffix in TOWER_SUFFIXES and path.suffix != ".gguf"]
     return TowerSpec(

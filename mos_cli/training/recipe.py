@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 from mos_cli.bundles.specs import Canvas, Defaults, EditDefaults
 from mos_cli.datasets.tables import Data, read_toml, with_words
 from mos_cli.errors import InputError, UsageError
+from mos_cli.utils.files import expand
 from mos_cli.utils.folders import presets_folder
 from mos_cli.utils.migration import GenerationConfig, Migrated
 from mos_cli.utils.validation import Frozen, PlainName, first_problem
@@ -112,7 +113,7 @@ class TrainRecipe(Migrated):
 
 def recipe_path(name_or_path: str) -> Path:
     """The file of a recipe: a path, or the name of one of the presets (`train-NAME`); raises InputError."""
-    path = Path(name_or_path)
+    path = expand(name_or_path)
     if not path.is_file():
         path = presets_folder() / f"{name_or_path}.toml"
     if not path.is_file():

@@ -10,7 +10,7 @@ from mos_cli.bundles.specs import TOWER_SUFFIXES, HubSource, TowerSpec
 from mos_cli.towers.autoencoder import Autoencoder, Pixels, load_autoencoder
 from mos_cli.towers.efficientnet import features_spec, read_weights
 from mos_cli.towers.image_encoder import ImageEncoder
-from mos_cli.utils.files import sha256_of
+from mos_cli.utils.files import expand, sha256_of
 from mos_cli.utils.folders import models_folder
 
 
@@ -44,7 +44,7 @@ def find_autoencoder(reference: str | None, device: torch.device) -> Autoencoder
         return Pixels()
     folder = models_folder() / reference
     if not folder.is_dir():
-        folder = Path(reference).expanduser()
+        folder = expand(reference)
     if not folder.is_dir():
         folder = hub_snapshot(reference, None, ["*.json", "*.safetensors"])
     return load_autoencoder(folder, dtype=torch.float32, device=str(device))

@@ -32,6 +32,7 @@ from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.references import find_autoencoder, find_image_encoder, find_understanding
 from mos_cli.training.samples import draw_samples
 from mos_cli.training.stages import curriculum
+from mos_cli.utils.files import expand
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _remove_path(config: Path) -> None:
 
 
 def _captioned_sources(data: CaptionedTable, device: torch.device) -> tuple[Source, ...]:
-    captioned = load_captioned(Path(data.path).expanduser())
+    captioned = load_captioned(expand(data.path))
     for examples, what, needed in (
         (captioned.pictures, "pictures that are no edits", data.edits < 1),
         (captioned.edits, "edits, pictures with a .before beside them", data.edits > 0),

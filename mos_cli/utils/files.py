@@ -4,10 +4,20 @@ import contextlib
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from mos_cli.errors import InputError
+
+
+class NameTakenError(InputError):
+    """A file cannot be written under its name without replacing one that has to stay."""
+
+
+def expand(path: str | os.PathLike[str]) -> Path:
+    """The path with `~` and `~user` as the home folder; the name of an unknown user stays as it is."""
+    # Path.expanduser raises for unknown users.
+    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 @contextlib.contextmanager
@@ -17,52 +27,110 @@ def atomic_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
     The temporary path keeps the suffix of `path`; missing parent folders are made. Whatever goes wrong,
     Ctrl-C included, the temporary file is removed and `path` is as it was.
 
-    Raises InputError if `path` exists and `overwrite` is false, also when it appeared in the meantime, and if
-    the folder cannot be written.
+    Raises NameTakenError if `path` exists and `overwrite` is false, also when it appeared in the meantime, and
+    InputError if the folder cannot be written.
     """
     path = Path(path)
     refuse_existing(path, overwrite)
     make_folder(path.parent)
-    temporary = path.with_name(f".{secrets.token_hex(6)}{path.suffix}")
+    temporary = _beside(path)
     try:
         yield temporary
-        if overwrite:
-            temporary.replace(path)
-        else:
-            _rename_to_new(temporary, path)
+        _publish(temporary, path, overwrite)
     except FileExistsError:
         raise _taken(path) from None
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+        raise _unwritable(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
 
 
 def atomic_write(path: Path, data: bytes, overwrite: bool = False) -> None:
     """Writes `data` to `path`, whole or not at all; raises as `atomic_file` does."""
     with atomic_file(path, overwrite) as temporary:
-        temporary.write_bytes(data)
+        _write_to_disk(temporary, data)
 
 
-def write_all(files: Mapping[Path, bytes], overwrite: bool = False) -> None:
-    """Writes several files, all or none: all are complete on the disk before the first is renamed to its path."""
-    with contextlib.ExitStack() as stack:
-        for path, data in files.items():
-            stack.enter_context(atomic_file(path, overwrite)).write_bytes(data)
+def write_all(files: Mapping[Path, bytes], overwrite: bool = False, *, remove: Collection[Path] = ()) -> None:
+    """Writes several files and removes others: all of it or none.
+
+    All are complete on the disk before the first gets its name. The first of `files` gets its name last and in one
+    step, so where it is, the others are. What is replaced or removed is kept beside under another name until then.
+
+    Raises:
+        NameTakenError: a file exists and `overwrite` is false.
+        InputError: the folder cannot be written.
+    """
+    last, current = next(iter(files)), next(iter(files))
+    for path in files:
+        refuse_existing(path, overwrite)
+        make_folder(path.parent)
+    written = {path: _beside(path) for path in files}
+    kept: dict[Path, Path] = {}
+    published: list[Path] = []
+    try:
+        for current, temporary in written.items():
+            _write_to_disk(temporary, files[current])
+        for current in (*remove, *reversed(files)):
+            if current != last and os.path.lexists(current):
+                if not overwrite:
+                    raise FileExistsError
+                kept[current] = _beside(current)
+                current.rename(kept[current])
+            if current in written:
+                _publish(written[current], current, overwrite and current == last)
+                published.append(current)
+    except BaseException as error:
+        for path in published:
+            _remove(path)
+        for path, aside in kept.items():
+            with contextlib.suppress(OSError):
+                aside.rename(path)
+        if isinstance(error, FileExistsError):
+            raise _taken(current) from None
+        if isinstance(error, OSError):
+            raise _unwritable(current, error) from error
+        raise
+    finally:
+        for temporary in written.values():
+            _remove(temporary)
+    for aside in kept.values():
+        _remove(aside)
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raises InputError if a file to be written is there already and may not be replaced."""
-    if path.exists() and not overwrite:
+    """Raises NameTakenError if something is there already under the name of a file to be written.
+
+    With `overwrite`, a file or a link may be replaced, but no folder and nothing else that is not a file.
+    """
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
         raise _taken(path)
+    if path.exists() and not path.is_file():
+        raise NameTakenError(f"{path} is not a file, and is not replaced: choose another name")
 
 
 def check_writable(folder: Path) -> None:
     """Raises InputError if nothing could be written in a folder, or the folder not be made; writes nothing itself."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     effective = os.access in os.supports_effective_ids
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK, effective_ids=effective):
         raise InputError(f"cannot write to {folder}: {existing} is not a folder you may write in")
+
+
+def check_folder(folder: Path, *marks: str) -> None:
+    """Checks a folder that a command fills with files of its own before the work begins.
+
+    Args:
+        marks: files of which an earlier run of the command left one.
+
+    Raises:
+        InputError: it cannot be written, or it has other files and none of the marks.
+    """
+    check_writable(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder / mark).is_file() for mark in marks):
+        raise InputError(f"{folder} has files of something else, which stay: choose a new folder")
 
 
 def make_folder(path: Path) -> None:
@@ -103,16 +171,57 @@ def folder_size(folder: Path) -> int:
     return size
 
 
-def _taken(path: Path) -> InputError:
-    return InputError(f"{path} exists: choose another name, or pass --overwrite")
+def _beside(path: Path) -> Path:
+    """A new name in the same folder, hidden, with the same suffix."""
+    return path.with_name(f".{secrets.token_hex(6)}{path.suffix}")
 
 
-def _rename_to_new(temporary: Path, path: Path) -> None:
+def _write_to_disk(path: Path, data: bytes) -> None:
+    # Without fsync, a full disk may show only later, and a power cut leave an empty file under the final name.
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
+    """Gives a complete file its name; raises FileExistsError if that is taken and `overwrite` is false."""
+    if overwrite:
+        temporary.replace(path)
+        return
     try:
         path.hardlink_to(temporary)
     except FileExistsError:
         raise
     except OSError:
-        # No hard links here (exFAT, some network shares): claim the name first, then rename over the claim.
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        temporary.replace(path)
+        _rename_to_new(temporary, path)
+
+
+def _rename_to_new(temporary: Path, path: Path) -> None:
+    """Renames without replacing where there are no hard links (exFAT, some network shares)."""
+    with contextlib.ExitStack() as stack:
+        # The lock keeps two runs of mos from taking one name between the question and the renaming. Unlike a
+        # placeholder, it does not outlive its process.
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            folder = os.open(path.parent, os.O_RDONLY)
+            stack.callback(os.close, folder)
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        if os.path.lexists(path):
+            raise FileExistsError
+        temporary.rename(path)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file of ours; where that fails, for example on a disk that went read-only, it stays."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def _taken(path: Path) -> NameTakenError:
+    return NameTakenError(f"{path} exists: choose another name, or pass --overwrite")
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(f"cannot write {path}: {error.strerror or error}")

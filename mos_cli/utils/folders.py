@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from mos_cli.utils.files import expand
+
 BLUEPRINT = "blueprint.json"
 """The file of a model without weights."""
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -11,7 +13,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 def cache_folder() -> Path:
     """The folder for files that can be fetched or made again: `$MOS_CACHE`, else the user's cache folder."""
     if chosen := os.environ.get("MOS_CACHE"):
-        return Path(chosen).expanduser()
+        return expand(chosen)
     import platformdirs
 
     return platformdirs.user_cache_path("mos")
@@ -20,7 +22,7 @@ def cache_folder() -> Path:
 def user_data_folder() -> Path:
     """The folder for data that mos keeps: `$MOS_DATA`, else the user's data folder."""
     if chosen := os.environ.get("MOS_DATA"):
-        return Path(chosen).expanduser()
+        return expand(chosen)
     import platformdirs
 
     return platformdirs.user_data_path("mos")

@@ -138,7 +138,7 @@ import os, tempfile
 from pathlib import Path
 from mos_cli.errors import InputError
 from mos_cli.utils.files import write_all
-from mos_cli.images.outputs import naming
+from mos_cli.images.naming import naming
 from mos_cli.config.recipe import Recipe
 
 os.getuid() or os.seteuid(65534)  # for the administrator no folder is closed

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mos_cli.config.recipe import Provenance, make_recipe
-from mos_cli.routing.trace import SCHEMA, Recording, RegionGrid, Routes, Trace, make_branch
+from mos_cli.config.recipe import Provenance, make_recipe, pixels_hash
+from mos_cli.images.companions import TRACE_SCHEMA
+from mos_cli.routing.trace import Recording, RegionGrid, Routes, Trace, make_branch
 from tests.helpers.traces import tokens_of
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
@@ -42,8 +43,10 @@ def record(
         routes[name] = routes_of(len(numbers), blocks, len(tokens_of(text)), layers, seed)
         branches[name] = make_branch(text, tokens_of(text), numbers, routes[name], layers)
     sizes = {"width": 64, "height": 32, "steps": steps, "cfg": 3, "cfg_interval": "0,1", "precision": "fp32"}
+    picture = Image.new("RGB", (64, 32), "teal")
     trace = Trace(
-        schema=SCHEMA,
+        schema=TRACE_SCHEMA,
+        picture=pixels_hash(picture),
         recipe=make_recipe(prompt=prompt, negative="blurry", model="nano", seed=seed, **sizes, **recipe),
         made=Provenance(
             bundle_hash="0" * 64, mos="0", torch="0", diffusers="0", transformers="0", device="cpu", attention="native"
@@ -56,7 +59,7 @@ def record(
         regions=GRID,
     )
     path = folder / f"{seed}.json"
-    Image.new("RGB", (64, 32), "teal").save(path.with_suffix(".png"))
+    picture.save(path.with_suffix(".png"))
     frames = [Image.new("RGB", (64, 32), (40 * step, 0, 0)) for step in range(steps)]
     if previews:
         frames[0].save(path.with_suffix(".steps.webp"), save_all=True, append_images=frames[1:], duration=100)

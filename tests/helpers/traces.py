@@ -5,7 +5,8 @@ import re
 import numpy as np
 
 from mos_cli.config.recipe import Provenance, make_recipe
-from mos_cli.routing.trace import SCHEMA, Routes, Trace, TraceToken, make_branch
+from mos_cli.images.companions import TRACE_SCHEMA
+from mos_cli.routing.trace import Routes, Trace, TraceToken, make_branch
 
 PROMPT, NEGATIVE = "a red apple", "blurry"
 LAYERS, BLOCKS, STEPS, TOP_K = 5, 4, 6, 2
@@ -36,7 +37,8 @@ def make_trace(
     tokens = {name: tokens_of(text) for name, text in prompts.items()}
     routes = {name: routes_of(len(acted[name]), len(tokens[name]), layers=layers, blocks=blocks) for name in prompts}
     trace = Trace(
-        schema=SCHEMA,
+        schema=TRACE_SCHEMA,
+        picture="0" * 64,
         recipe=make_recipe(
             prompt=prompt,
             negative=NEGATIVE,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mos_cli.config.recipe import pixels_hash
 from mos_cli.routing.regions import patch_origins, special_share, word_maps
 from mos_cli.routing.section import cut
 from mos_cli.routing.trace import Recording, RegionGrid, trace_files
@@ -28,8 +29,11 @@ def recorded(folder: Path, **sizes) -> Recording:
         attention = rng.random((BLOCKS, held.ids_SJTK.shape[2], ROWS * COLUMNS)) / 50
         attention[:, 0] += 0.3
         routes[name] = replace(held, regions_JTN=attention.astype(np.float16))
-    trace = trace.model_copy(update={"regions": RegionGrid(rows=ROWS, columns=COLUMNS)})
+    picture = Image.new("RGB", (12, 8), "red")
+    grid = RegionGrid(rows=ROWS, columns=COLUMNS)
+    trace = trace.model_copy(update={"regions": grid, "picture": pixels_hash(picture)})
     path = folder / "apple.json"
+    picture.save(path.with_suffix(".png"))
     write_all(trace_files(trace, routes, path), overwrite=True)
     return Recording(path, trace, routes, None, None)
 
@@ -115,7 +119,6 @@ def test_special_tokens_are_told_apart(recording):
 @pytest.mark.parametrize("option", ["--plot", "--regions"])
 @pytest.mark.parametrize("suffix", [".png", ".pdf"])
 def test_figures_are_written_whole_and_alike(mos, recording, tmp_path, option, suffix):
-    Image.new("RGB", (12, 8), "red").save(recording.path.with_suffix(".png"))
     files = [tmp_path / f"{name}{suffix}" for name in "ab"]
     for file in files:
         with warnings.catch_warnings():

@@ -12,8 +12,8 @@ from pydantic import BaseModel
 
 from mos_cli.config.recipe import EditRecipe, MaskRecipe, Provenance, Recipe, RouteSource, SourcePicture
 from mos_cli.errors import InputError
+from mos_cli.images.companions import TRACE_SCHEMA
 from mos_cli.routing.trace import (
-    SCHEMA,
     BranchSummary,
     RegionGrid,
     Routes,
@@ -86,10 +86,12 @@ DAMAGE = {
     "foreign": (lambda data: b'{"name": "x"}', "schema None"),
     "list": (lambda data: b"[]", "schema None"),
     "newer": (
-        _edited(lambda trace: trace.update(schema="mos-trace/2")),
-        "'mos-trace/2', expected 'mos-trace/1'",
+        _edited(lambda trace: trace.update(schema="mos-trace/3")),
+        "'mos-trace/3', expected 'mos-trace/2'",
     ),
     "no recipe": (_edited(lambda trace: trace.pop("recipe")), "damaged: recipe"),
+    "no picture": (_edited(lambda trace: trace.pop("picture")), "mos-trace/2 needs it"),
+    "picture in an old trace": (_edited(lambda trace: trace.update(schema="mos-trace/1")), "mos-trace/1 has none"),
     "extra field": (_edited(lambda trace: trace.update(more=1)), "damaged: more"),
     "bad tokens": (_edited(lambda trace: trace["branches"]["positive"].update(tokens=3)), "positive.tokens"),
     "short summary": (
@@ -218,4 +220,4 @@ def test_every_field_is_documented(model: type[BaseModel]):
     text = DOC.read_text(encoding="utf-8")
     names = [field.alias or name for name, field in model.model_fields.items()]
     assert [name for name in names if f"`{name}`" not in text] == []
-    assert f'`"{SCHEMA}"`' in text
+    assert f'`"{TRACE_SCHEMA}"`' in text

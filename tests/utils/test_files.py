@@ -1,7 +1,18 @@
 import pytest
 
 from mos_cli.errors import InputError
-from mos_cli.utils.files import atomic_file, atomic_write, folder_size, link_or_copy, sha256_of, write_all
+from mos_cli.utils import files
+from mos_cli.utils.files import (
+    NameTakenError,
+    atomic_file,
+    atomic_write,
+    check_folder,
+    expand,
+    folder_size,
+    link_or_copy,
+    sha256_of,
+    write_all,
+)
 
 
 def names(folder):
@@ -98,3 +109,101 @@ def test_files_written_together_are_all_there_or_none(tmp_path):
         write_all({tmp_path / "c.png": b"3", second: b"4"})
     assert names(tmp_path) == ["a.png", "b.json"]
     assert second.read_bytes() == b"2"
+
+
+def test_files_are_removed_together_with_what_is_written(tmp_path):
+    first, second, third = tmp_path / "a.png", tmp_path / "b.json", tmp_path / "c.webp"
+    write_all({first: b"1", second: b"2", third: b"3"})
+    write_all({first: b"4", second: b"5"}, overwrite=True, remove=[third])
+    assert (first.read_bytes(), second.read_bytes()) == (b"4", b"5")
+    assert names(tmp_path) == ["a.png", "b.json"]
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("at", range(4))
+def test_whatever_fails_in_between_all_is_as_it_was(tmp_path, monkeypatch, failure, at):
+    paths = [tmp_path / name for name in ("a.png", "b.json", "c.webp")]
+    write_all(dict.fromkeys(paths, b"before"))
+    publish, calls = files._publish, iter(range(9))
+
+    def fails(*arguments):
+        if next(calls) == at:
+            raise failure
+        publish(*arguments)
+
+    monkeypatch.setattr(files, "_publish", fails)
+    new = {tmp_path / "a.png": b"new", tmp_path / "b.json": b"new", tmp_path / "d.json": b"new"}
+    if at < len(new):
+        with pytest.raises((InputError, KeyboardInterrupt)):
+            write_all(new, overwrite=True, remove=[paths[2]])
+        assert {path.read_bytes() for path in paths} == {b"before"}
+        assert names(tmp_path) == ["a.png", "b.json", "c.webp"]
+    else:
+        write_all(new, overwrite=True, remove=[paths[2]])
+        assert names(tmp_path) == ["a.png", "b.json", "d.json"]
+
+
+def test_the_first_file_gets_its_name_last(tmp_path, monkeypatch):
+    published = []
+    publish = files._publish
+
+    def watched(temporary, path, overwrite):
+        published.append(path.name)
+        publish(temporary, path, overwrite)
+
+    monkeypatch.setattr(files, "_publish", watched)
+    write_all({tmp_path / "a.png": b"1", tmp_path / "b.json": b"2", tmp_path / "c.webp": b"3"})
+    assert published == ["c.webp", "b.json", "a.png"]
+
+
+def test_a_disk_without_hard_links_replaces_nothing_and_has_no_empty_files(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("pathlib.Path.hardlink_to", no_links)
+    path = tmp_path / "b.png"
+
+    def seen_by_others(temporary):
+        assert not path.exists(), "a placeholder would outlive a killed run"
+        temporary.write_bytes(b"one")
+
+    with atomic_file(path) as temporary:
+        seen_by_others(temporary)
+    rename, empty = files.Path.rename, []
+
+    def watched(self, target):
+        empty.extend(other for other in tmp_path.iterdir() if not other.stat().st_size)
+        return rename(self, target)
+
+    monkeypatch.setattr("pathlib.Path.rename", watched)
+    atomic_write(tmp_path / "c.png", b"two")
+    assert empty == []
+    with pytest.raises(NameTakenError):
+        atomic_write(path, b"three")
+    path.unlink()
+
+    def race():
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(b"mine")
+            path.write_bytes(b"theirs")
+
+    with pytest.raises(NameTakenError):
+        race()
+    assert path.read_bytes() == b"theirs"
+    assert names(tmp_path) == ["b.png", "c.png"]
+
+
+def test_a_folder_of_something_else_is_not_filled(tmp_path):
+    check_folder(tmp_path / "new" / "folder")
+    check_folder(tmp_path)
+    (tmp_path / "notes.txt").write_bytes(b"mine")
+    with pytest.raises(InputError, match="choose a new folder"):
+        check_folder(tmp_path, "eval.json")
+    (tmp_path / "eval.json").write_bytes(b"{}")
+    check_folder(tmp_path, "judge.json", "eval.json")
+
+
+def test_the_home_of_nobody_stays_as_it_is(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert str(expand("~/a")) == "/home/me/a"
+    assert str(expand("~nobody-at-all/a")) == "~nobody-at-all/a"

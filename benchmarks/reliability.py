@@ -1,0 +1,279 @@
+"""What stays whole when a run is killed, its disk is full or read-only, its pipe closes, or two runs share a folder.
+
+python benchmarks/reliability.py kills [COUNT]       SIGKILL at random moments, new names and --overwrite in turn
+python benchmarks/reliability.py full [COUNT]        a tmpfs of random size fills up (needs leave to mount)
+python benchmarks/reliability.py read-only [COUNT]   a tmpfs goes read-only at a random moment (needs leave to mount)
+python benchmarks/reliability.py pipes [COUNT]       the reader of the paths closes the pipe after a random number
+python benchmarks/reliability.py two [COUNT]         two runs at once in one folder, with the same names
+
+A tiny model with random weights draws batches of pictures. After every run all files in the folder are read: every
+picture must be whole and be that of its trace, and the user's files be as they were. It is no test of the suite: the
+moments are random, and it takes minutes.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PROMPT, PICTURES = "a red apple", 12
+USERS = {"3.json": b'{"caption": "mine"}', "notes.txt": b"mine", "0.steps.webp": b"mine", ".hidden": b"mine"}
+Counts = Counter[str]
+
+
+def prepare(folder: Path) -> None:
+    """Makes the tiny model and everything that a first run makes, and loads all libraries: a fork starts at once."""
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "MOS_CACHE": str(folder / "cache"),
+        "MOS_DATA": str(folder / "data"),
+        "MOS_MODELS": str(folder / "models"),
+        "MOS_MODEL": "tiny",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    sys.path.insert(0, str(ROOT))
+    import torch
+    from transformers import BertConfig, BertModel
+
+    from tests.helpers.tiny_bundle import WORDS, save_tokenizer, write_bundle
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+    encoder = folder / "encoder"
+    BertModel(BertConfig(vocab_size=len(WORDS), max_position_embeddings=24, **sizes)).save_pretrained(encoder)
+    save_tokenizer(encoder, marks=True)
+    torch.manual_seed(0)
+    write_bundle(folder / "models" / "tiny", encoder)
+    run_here("generate", PROMPT, "-q", "-o", str(folder / "warm") + "/")
+
+
+def run_here(*arguments: str) -> int:
+    """Runs `mos` in this process; returns its exit code."""
+    from mos_cli.cli.app import app
+
+    try:
+        app(list(arguments))
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0
+
+
+def start(*arguments: str, log: Path) -> int:
+    """Runs `mos` in a fork of this process, which prints into a file; returns its process id."""
+    process = os.fork()
+    if process:
+        return process
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    code = run_here(*arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def finish(process: int) -> int:
+    """The exit code of a process, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def add_users_files(folder: Path) -> None:
+    for name, data in USERS.items():
+        (folder / name).write_bytes(data)
+
+
+def examine(folder: Path, log: Path, *, replaced: bool = False) -> Counts:
+    """Reads all files of a folder; raises AssertionError if something is lost or damaged."""
+    from mos_cli.config.recipe import pixels_hash
+    from mos_cli.errors import InputError
+    from mos_cli.images.companions import companions
+    from mos_cli.images.outputs import read_drawing
+    from mos_cli.routing.trace import load_recording
+
+    found: Counts = Counter()
+    for name, data in USERS.items():
+        assert (folder / name).read_bytes() == data, f"{name} is not as it was"
+    pictures = {path for path in folder.glob("*.png") if not path.name.startswith(".")}
+    for path in pictures:
+        image, record = read_drawing(path)
+        assert record.sha256 == pixels_hash(image), f"{path} is damaged"
+        found["pictures whole"] += 1
+        try:
+            assert load_recording(path).checked
+            found["with their trace"] += 1
+        except InputError:
+            # Killed between two files of a picture that is replaced: the old one, and a trace that is not its own.
+            if not replaced:
+                raise
+            found["replaced in part, and said so"] += 1
+    beside = {other for path in pictures for other in companions(path)}
+    for path in folder.iterdir():
+        if path.name in USERS or path in pictures or path in beside:
+            continue
+        kind = "hidden files left" if path.name.startswith(".") else "traces without a picture"
+        found[kind] += 1
+        assert path.name.startswith(".") or path.stat().st_size, f"{path} is empty"
+    text = log.read_text(encoding="utf-8", errors="replace")
+    assert "Traceback" not in text, text
+    for line in text.splitlines():
+        if line.endswith(".png") and line.startswith(str(folder)):
+            assert Path(line) in pictures, f"{line} was printed and is not there"
+            found["paths printed"] += 1
+    return found
+
+
+def kills(count: int, folder: Path) -> Counts:
+    """SIGKILL at a random moment of a batch; the folder is kept, so that runs go on after those that were killed."""
+    found: Counts = Counter()
+    log = folder / "log"
+    started = time.monotonic()
+    batch = ["generate", PROMPT, "-n", str(PICTURES), "-s", "1", "-q", "--preview-steps"]
+    new, replaced = folder / "new", folder / "replaced"
+    for place in (new, replaced):
+        place.mkdir()
+        add_users_files(place)
+    template = str(replaced / "p{seed}.png")
+    finish(start(*batch, "-o", template, log=log))
+    longest = time.monotonic() - started
+    for number in range(count):
+        place = (new, replaced)[number % 2]
+        names = [f"{new}/"] if place == new else [template, "--overwrite"]
+        if place == replaced and number % 20 == 1:
+            # The pictures of a killed run may have lost their traces: the replaced ones are to have all files.
+            for path in place.glob("p*"):
+                path.unlink()
+            finish(start(*batch, "-o", template, log=log))
+        process = start(*batch, "-o", *names, log=log)
+        time.sleep(random.uniform(0, longest))
+        os.kill(process, signal.SIGKILL)
+        found["killed" if finish(process) < 0 else "done before the signal"] += 1
+        state = examine(place, log, replaced=place == replaced)
+        found["paths printed"] += state["paths printed"]
+    for place in (new, replaced):
+        state = examine(place, log, replaced=place == replaced)
+        del state["paths printed"]
+        found += state
+    assert finish(start(*batch, "-o", f"{new}/", log=log)) == 0, "the next run goes on"
+    examine(new, log)
+    return found
+
+
+@contextmanager
+def tmpfs(folder: Path, kib: int) -> Iterator[Path]:
+    """A small disk in memory."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+        folder.rmdir()
+
+
+def full(count: int, folder: Path) -> Counts:
+    """A disk that is full after some of the pictures, or some of the files of one."""
+    found: Counts = Counter()
+    log = folder / "log"
+    for _ in range(count):
+        with tmpfs(folder / "disk", random.randrange(28, 320, 4)) as disk:
+            add_users_files(disk)
+            batch = ["generate", PROMPT, "-n", str(PICTURES), "-q", "--preview-steps", "-o", f"{disk}/"]
+            code = finish(start(*batch, log=log))
+            state = examine(disk, log)
+            assert code == (0 if state["pictures whole"] == PICTURES else 7), code
+            assert code == 0 or "No space left on device" in log.read_text()
+            assert not state["hidden files left"] + state["traces without a picture"], state
+            found += state + Counter({f"exit code {code}": 1})
+    return found
+
+
+def read_only(count: int, folder: Path) -> Counts:
+    """A disk that goes read-only in the middle of a batch."""
+    found: Counts = Counter()
+    log = folder / "log"
+    for _ in range(count):
+        with tmpfs(folder / "disk", 4096) as disk:
+            add_users_files(disk)
+            batch = ["generate", PROMPT, "-n", str(PICTURES), "-q", "--preview-steps", "-o", f"{disk}/"]
+            process = start(*batch, log=log)
+            while not any(disk.glob("*.png")):
+                time.sleep(0.001)
+            time.sleep(random.uniform(0, 0.2))
+            # It is refused while a file is being written.
+            while subprocess.run(["mount", "-o", "remount,ro", str(disk)], capture_output=True, check=False).returncode:
+                pass
+            code = finish(process)
+            state = examine(disk, log)
+            assert code == (0 if state["pictures whole"] == PICTURES else 7), code
+            found += state + Counter({f"exit code {code}": 1})
+    return found
+
+
+def pipes(count: int, folder: Path) -> Counts:
+    """A reader that closes the pipe after some of the paths, as `head` does."""
+    found: Counts = Counter()
+    for number in range(count):
+        place, log = folder / f"pipe{number}", folder / "log"
+        place.mkdir()
+        add_users_files(place)
+        command = [sys.executable, "-m", "mos_cli", "generate", PROMPT, "-n", str(PICTURES), "-o", f"{place}/"]
+        with log.open("wb") as errors:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT)
+            assert process.stdout is not None
+            for _ in range(random.randrange(PICTURES)):
+                assert Path(process.stdout.readline().rstrip()).is_file()
+            process.stdout.close()
+            process.wait()
+        found += examine(place, log) + Counter({f"exit code {process.returncode}": 1})
+    return found
+
+
+def two(count: int, folder: Path) -> Counts:
+    """Two runs with the same seeds in one folder."""
+    found: Counts = Counter()
+    for number in range(count):
+        place, logs = folder / f"two{number}", [folder / "a", folder / "b"]
+        place.mkdir()
+        add_users_files(place)
+        batch = ["generate", PROMPT, "-n", str(PICTURES), "-s", "1", "-q", "-o", f"{place}/"]
+        processes = [start(*batch, log=log) for log in logs]
+        assert [finish(process) for process in processes] == [0, 0]
+        examined = [examine(place, log) for log in logs]
+        assert examined[0]["pictures whole"] == 2 * PICTURES, examined
+        assert sum(state["paths printed"] for state in examined) == 2 * PICTURES
+        assert not examined[0]["hidden files left"] + examined[0]["traces without a picture"], examined
+        found += examined[0] + Counter({"paths printed": PICTURES, "pairs of runs": 1})
+    return found
+
+
+KINDS = {
+    "kills": (kills, 200),
+    "full": (full, 50),
+    "read-only": (read_only, 50),
+    "pipes": (pipes, 10),
+    "two": (two, 50),
+}
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in KINDS:
+        sys.exit(__doc__)
+    run, count = KINDS[name]
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        prepare(folder)
+        found = run(int(sys.argv[2]) if len(sys.argv) > 2 else count, folder)
+    print(json.dumps(found, indent=1), "lost or damaged: 0", sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The names of outputs, from a template."""
+
+import re
+from collections.abc import Iterator
+from datetime import date
+from itertools import count
+from pathlib import Path
+from string import Formatter
+
+from mos_cli.config.recipe import Recipe
+from mos_cli.errors import UsageError
+from mos_cli.images.companions import check_name
+from mos_cli.utils.files import NameTakenError, check_writable, expand
+
+FIELDS = ("date", "number", "prompt", "seed", "model")
+IN_FOLDER = "{number}_{prompt}_s{seed}.png"
+
+
+class Naming:
+    """Turns a template into unused paths, each returned once.
+
+    Fields: {date} of today, {number} the next free one in the folder, {prompt} a slug, {seed}, {model}.
+
+    Attributes:
+        numbered: the template has {number}.
+        overwrite: a picture that is there may be replaced; never one with a number, which makes a name of its own.
+
+    Raises:
+        UsageError: the template does not end in .png, or has unknown fields.
+    """
+
+    def __init__(self, template: str, *, overwrite: bool = False) -> None:
+        self.template = template
+        self.returned: set[Path] = set()
+        self._numbers: dict[tuple[Path, str], int] = {}
+        try:
+            fields = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
+        except ValueError as error:
+            raise UsageError(f"output '{template}' is not a template: {error}") from None
+        for field, layout, conversion in fields:
+            if field not in FIELDS or layout or conversion:
+                raise UsageError(f"output '{template}': use {', '.join(f'{{{name}}}' for name in FIELDS)}, as they are")
+        if "{number}" in str(Path(template).parent):
+            raise UsageError("output field {number} belongs into the file's name, not into a folder's")
+        if Path(template).suffix.lower() != ".png":
+            raise UsageError(f"output '{template}' must end in .png, or be a folder")
+        self.numbered = "{number}" in template
+        self.overwrite = overwrite and not self.numbered
+
+    def path(self, recipe: Recipe) -> Path:
+        """The path for a picture.
+
+        Raises:
+            InputError: the path exists and may not be overwritten.
+            UsageError: the path was returned before.
+        """
+        path = self._filled(recipe)
+        if path.absolute() in self.returned:
+            raise UsageError(f"several pictures would be written to {path}: add {{seed}} or {{number}} to the name")
+        check_writable(path.parent)
+        check_name(path, self.overwrite)
+        self.returned.add(path.absolute())
+        return path
+
+    def paths_after(self, path: Path, recipe: Recipe) -> Iterator[Path]:
+        """Further paths for a picture, after that of `path` was taken while it was drawn.
+
+        With {number} in the template these are the next numbers, else the name with _2, _3 and so on.
+        """
+        for number in count(2):
+            other = self._filled(recipe) if self.numbered else path.with_stem(f"{path.stem}_{number}")
+            try:
+                check_name(other, overwrite=False)
+            except NameTakenError:
+                continue
+            if other.absolute() not in self.returned:
+                self.returned.add(other.absolute())
+                yield other
+
+    def _filled(self, recipe: Recipe) -> Path:
+        fields = {
+            "date": date.today().isoformat(),
+            "prompt": slug(recipe.prompt),
+            "seed": recipe.seed,
+            "model": slug(recipe.model),
+        }
+        path = Path(self.template.format(number="{number}", **fields))
+        if "{number}" in path.name:
+            path = path.with_name(path.name.replace("{number}", f"{self._next_number(path):04d}"))
+        return path
+
+    def _next_number(self, path: Path) -> int:
+        """The next number that no file in the folder had when it was first looked at."""
+        before = path.name.partition("{number}")[0]
+        key = (path.parent, before)
+        if key not in self._numbers:
+            names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+            found = [re.match(re.escape(before) + r"(\d{4,})", name) for name in names]
+            self._numbers[key] = max((int(match[1]) for match in found if match), default=0)
+        self._numbers[key] += 1
+        return self._numbers[key]
+
+
+def naming(output: str, *, overwrite: bool = False) -> Naming:
+    """The naming of --output: a template, a file, or a folder, which a name without a suffix is too."""
+    path = expand(output)
+    new_folder = not path.suffix and not path.is_file()
+    if output.endswith(("/", "\\")) or path.is_dir() or new_folder:
+        return Naming(str(path / IN_FOLDER), overwrite=overwrite)
+    return Naming(str(path), overwrite=overwrite)
+
+
+def slug(text: str) -> str:
+    """Letters and digits of any script, joined by dashes, at most 40 characters."""
+    return "-".join(re.findall(r"\w+", text.lower()))[:40].strip("-_") or "picture"
