@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from mos_cli.images.outputs import Naming
     from mos_cli.inference.pipeline import MoSPipeline
     from mos_cli.routing.trace import Recording, RecordOptions
-    from mos_cli.sampling.sampler import Step
+    from mos_cli.sampling.sampler import Observer, Step
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ def draw_jobs(
     overwrite: bool,
     report: Report,
     record_options: "RecordOptions",
+    observers: Sequence["Observer"] = (),
     route_from: "Recording | None" = None,
     sheet: Path | None = None,
     strip: Path | None = None,
@@ -137,6 +139,7 @@ def draw_jobs(
 
     Args:
         trace: how much of the trace is written, a `TraceLevel`.
+        observers: called after every step of every picture.
         strip: where the first job's picture is shown before and after its edit.
 
     Raises:
@@ -160,7 +163,11 @@ def draw_jobs(
             try:
                 with report.stage("sampling"):
                     drawing = pipeline.draw(
-                        job.recipe, [observe], job.inputs, record_options=record_options, route_from=route_from
+                        job.recipe,
+                        [observe, *observers],
+                        job.inputs,
+                        record_options=record_options,
+                        route_from=route_from,
                     )
                 with report.stage("writing"):
                     files = drawing.save(job.path, trace=trace, overwrite=overwrite)
