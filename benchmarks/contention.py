@@ -41,9 +41,8 @@ class Kind:
         """Starts `mos` with arguments."""
         inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
         environment = inherited | {"PYTHONPATH": str(self.code)} | (self.variables if threads_too else {})
-        return subprocess.Popen(
-            [*MOS, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment, cwd=folder
-        )
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        return subprocess.Popen([*MOS, *arguments], **pipes, text=True, env=environment, cwd=folder)
 
     def draw(self, folder: Path, at_once: int = 1) -> float:
         """Seconds of sampling of one picture; of several at once those of the slowest."""

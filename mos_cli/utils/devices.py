@@ -109,9 +109,7 @@ class ThreadRecorder:
 
 
 @contextmanager
-def cpu_threads(
-    count: int | None, changes: Iterable[tuple[int, int]] | None = None
-) -> Iterator[Callable[[Any], None]]:
+def cpu_threads(count: int | None, changes: Iterable[tuple[int, int]] | None = None) -> Iterator[Callable[[Any], None]]:
     """Sets the number of CPU threads within the context, whatever `OMP_NUM_THREADS` says; None changes nothing.
 
     Args:
@@ -149,7 +147,7 @@ class FreeThreads:
     If the user has set the number (`THREAD_VARIABLES`), it stays.
 
     Args:
-        patience: the least seconds between two looks; the first covers the time since the object was made.
+        patience: the least seconds between two looks. The first covers the time since the object was made.
     """
 
     def __init__(self, patience: float = PATIENCE) -> None:
@@ -167,7 +165,7 @@ class FreeThreads:
 
         now = (time.perf_counter(), time.process_time())
         seconds, own = (after - before for after, before in zip(now, self._looked, strict=True))
-        if self._chosen_by_user or seconds < self._patience:
+        if self._chosen_by_user or seconds < (self._patience if self._limit else PATIENCE):
             return
         threads = torch.get_num_threads()
         self._limit = self._limit or threads

@@ -1,4 +1,4 @@
-"""The number of CPU threads: what other programs leave free, while a picture is drawn too, and how long threads spin."""
+"""The number of CPU threads, which is that of the cores that other programs leave free, and how long they spin."""
 
 import os
 import sys
