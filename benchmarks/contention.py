@@ -3,7 +3,8 @@
 python benchmarks/contention.py [--against CHECKOUT] [--minutes 4]
 
 Every picture is drawn by a `mos generate` of its own, and the "sampling" that it prints with -v is counted. The kinds
-are drawn in turn, so that what else the machine does slows all alike, in as many rounds as the time allows. A busy
+are drawn in turn, so that what else the machine does slows all alike, in as many rounds as the time allows. A run that
+takes longer than half a minute is ended, and counts as so long. A busy
 process counts in Python. The training is `mos train train-smoke` by the code that draws; it needs an art file (`mos
 data build`). Of two `mos` at once the slower counts. For figures worth keeping nothing else should run: what did run is
 in the first line.
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,9 @@ HERE = Path(__file__).resolve().parents[1]
 MOS = [sys.executable, "-m", "mos_cli"]
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """They would change what is measured, so that the programs do not get them."""
+
+LONGEST = 30.0
+"""Seconds after which a run is ended."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,8 @@ class Kind:
         """Starts `mos` with arguments."""
         inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
         environment = inherited | {"PYTHONPATH": str(self.code)} | (self.variables if threads_too else {})
-        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-        return subprocess.Popen([*MOS, *arguments], **pipes, text=True, env=environment, cwd=folder)
+        command, none = [*MOS, *arguments], subprocess.DEVNULL
+        return subprocess.Popen(command, stdout=none, stderr=subprocess.PIPE, text=True, env=environment, cwd=folder)
 
     def draw(self, folder: Path, at_once: int = 1) -> float:
         """Seconds of sampling of one picture; of several at once those of the slowest."""
@@ -50,7 +54,13 @@ class Kind:
         runs = [self.start([*draw, f"{number}.png"], folder) for number in range(at_once)]
         seconds = []
         for run in runs:
-            printed = run.communicate()[1]
+            try:
+                printed = run.communicate(timeout=LONGEST)[1]
+            except subprocess.TimeoutExpired:
+                run.kill()
+                run.communicate()
+                seconds.append(LONGEST)
+                continue
             found = re.search(r"^\s+sampling\s+([\d.]+) s$", printed, re.MULTILINE)
             if found is None:
                 raise SystemExit(printed)
@@ -101,39 +111,40 @@ def main() -> None:
     time.sleep(1)
     used = psutil.cpu_percent() / 100 * (psutil.cpu_count() or 1)
     print(f"{psutil.cpu_count()} cores, of which other programs used {used:.1f} at the start", flush=True)
-    seconds: dict[tuple[str, str], list[float]] = {}
+    seconds: dict[str, dict[str, list[float]]] = {
+        work: {kind: [] for kind in kinds}
+        for work in ("nothing", "one busy process", "two busy processes", "another `mos generate`", "a training")
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
 
-        def measure(work: str, kind: str, draw: Callable[[], float]) -> None:
-            seconds.setdefault((work, kind), []).append(draw())
+        def draw(work: str, kind: str, until: float, at_once: int = 1) -> None:
+            if time.monotonic() < until:
+                seconds[work][kind].append(kinds[kind].draw(folder, at_once))
 
         # The training starts once for each kind, since that takes longest.
-        share = 0.25 * (end - time.monotonic()) / len(kinds)
-        for kind_name, kind in kinds.items():
+        trained = end - 0.7 * 60 * options.minutes
+        for number, (kind_name, kind) in enumerate(kinds.items(), start=1):
+            share = trained - (trained - time.monotonic()) * (len(kinds) - number) / (len(kinds) - number + 1)
             with training(kind):
-                stop = time.monotonic() + share
-                while time.monotonic() < stop or ("a training", kind_name) not in seconds:
-                    measure("a training", kind_name, lambda kind=kind: kind.draw(folder))
-        longest, rounds = 0.0, 0
-        while rounds == 0 or time.monotonic() + longest < end:
-            started = time.monotonic()
-            for work, count in {"nothing": 0, "one busy process": 1, "two busy processes": 2}.items():
-                for kind_name, kind in kinds.items():
+                draw("a training", kind_name, end)
+                while time.monotonic() < share:
+                    draw("a training", kind_name, share)
+        while time.monotonic() < end:
+            for count, work in enumerate(list(seconds)[:3]):
+                for kind_name in kinds:
                     with busy(count):
-                        measure(work, kind_name, lambda kind=kind: kind.draw(folder))
-            for kind_name, kind in kinds.items():
-                measure("another `mos generate`", kind_name, lambda kind=kind: kind.draw(folder, at_once=2))
-            longest, rounds = max(longest, time.monotonic() - started), rounds + 1
+                        draw(work, kind_name, end)
+            for kind_name in kinds:
+                draw("another `mos generate`", kind_name, end, at_once=2)
     print(f"\n| beside | {' | '.join(kinds)} |\n| --- |{' ---: |' * len(kinds)}")
-    for work in ("nothing", "one busy process", "two busy processes", "a training", "another `mos generate`"):
-        cells = (
-            f"{statistics.median(seconds[work, kind]):.2f} ({min(seconds[work, kind]):.2f} to "
-            f"{max(seconds[work, kind]):.2f}, {len(seconds[work, kind])})"
-            for kind in kinds
+    for work, cells in seconds.items():
+        shown = (
+            f"{statistics.median(cell):.2f} ({min(cell):.2f} to {max(cell):.2f}, {len(cell)})" if cell else "-"
+            for cell in cells.values()
         )
-        print(f"| {work} | {' | '.join(cells)} |")
-    print("\nSeconds: median (least to most, number of pictures).")
+        print(f"| {work} | {' | '.join(shown)} |")
+    print("\nSeconds: median (least to most, number of runs).")
 
 
 if __name__ == "__main__":
