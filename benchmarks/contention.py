@@ -4,7 +4,7 @@ python benchmarks/contention.py [--against CHECKOUT] [--minutes 4]
 
 Every picture is drawn by a `mos generate` of its own, and the "sampling" that it prints with -v is counted. The kinds
 are drawn in turn, so that what else the machine does slows all alike, in as many rounds as the time allows. A run that
-takes longer than half a minute is ended, and counts as so long. A busy process counts in Python. The training is `mos
+takes longer than a minute is ended, and counts as so long. A busy process counts in Python. The training is `mos
 train train-smoke` by the code that draws; it needs an art file (`mos data build`). Of two `mos` at once the slower
 counts. For figures worth keeping nothing else should run: what did run is in the first line.
 """
@@ -29,7 +29,7 @@ MOS = [sys.executable, "-m", "mos_cli"]
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """They would change what is measured, so that the programs do not get them."""
 
-LONGEST = 30.0
+LONGEST = 60.0
 """Seconds after which a run is ended."""
 
 
