@@ -19,6 +19,12 @@ from tests.helpers.random_art import write_art
 from tests.helpers.tiny_bundle import WORDS, save_tokenizer, write_bundle
 
 
+@pytest.fixture(autouse=True)
+def number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of CPU threads is as if the user had set it: pictures do not depend on what else the machine does."""
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+
+
 @pytest.fixture(scope="session")
 def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A three-layer BERT with random weights."""

@@ -25,6 +25,7 @@ from mos_cli.cli.train import train
 from mos_cli.cli.train_enlarger import train_enlarger
 from mos_cli.cli.train_judge import train_judge
 from mos_cli.errors import INTERRUPTED, InputError, MosError
+from mos_cli.utils.devices import limit_spinning
 
 
 class MosGroup(TyperGroup):
@@ -89,4 +90,5 @@ app.command()(train_enlarger)
 
 def main() -> None:
     """Entry point of the `mos` script."""
+    limit_spinning()
     sys.exit(app())

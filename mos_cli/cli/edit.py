@@ -87,6 +87,7 @@ def edit(
     from mos_cli.images.inputs import read_inputs
     from mos_cli.images.naming import naming
     from mos_cli.inference.requests import EditRequest, check_recipe, edit_fields, route_source
+    from mos_cli.utils.devices import FreeThreads
 
     report = Report(json=options.json, quiet=options.quiet, verbose=options.verbose)
     instructions = read_prompts(instruction, 'what to change, for example: mos edit cat.png "make it blue"')
@@ -129,14 +130,19 @@ def edit(
     if options.dry_run:
         print_jobs(jobs, report)
         return
+    free_threads = FreeThreads()
+    pipeline = load_with_progress(bundle, settings, report, precision=fields["precision"], quant=fields["quant"])
+    free_threads()
     draw_jobs(
-        load_with_progress(bundle, settings, report, precision=fields["precision"], quant=fields["quant"]),
+        pipeline,
         jobs,
         names,
         trace=settings.trace,
         overwrite=options.overwrite,
         report=report,
         record_options=record_options,
+        # Blocks are compiled for a number of threads.
+        observers=() if pipeline.compiled else (free_threads,),
         route_from=recording,
         sheet=options.sheet,
         strip=strip,

@@ -35,6 +35,7 @@ def generate(
     from mos_cli.config.settings import parse_size, resolve
     from mos_cli.images.naming import naming
     from mos_cli.inference.requests import check_recipe, generation_fields, route_source
+    from mos_cli.utils.devices import FreeThreads
 
     report = Report(json=options.json, quiet=options.quiet, verbose=options.verbose)
     prompts = read_prompts(prompt, 'what to draw, for example: mos generate "a red apple"')
@@ -55,14 +56,19 @@ def generate(
     if options.dry_run:
         print_jobs(jobs, report)
         return
+    free_threads = FreeThreads()
+    pipeline = load_with_progress(bundle, settings, report, precision=fields["precision"], quant=fields["quant"])
+    free_threads()
     draw_jobs(
-        load_with_progress(bundle, settings, report, precision=fields["precision"], quant=fields["quant"]),
+        pipeline,
         jobs,
         names,
         trace=settings.trace,
         overwrite=options.overwrite,
         report=report,
         record_options=record_options,
+        # Blocks are compiled for a number of threads.
+        observers=() if pipeline.compiled else (free_threads,),
         route_from=recording,
         sheet=options.sheet,
     )

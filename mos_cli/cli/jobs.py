@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from mos_cli.images.naming import Naming
     from mos_cli.inference.pipeline import Drawing, MoSPipeline
     from mos_cli.routing.trace import Recording, RecordOptions
-    from mos_cli.sampling.sampler import Step
+    from mos_cli.sampling.sampler import Observer, Step
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def draw_jobs(
     overwrite: bool,
     report: Report,
     record_options: "RecordOptions",
+    observers: Sequence["Observer"] = (),
     route_from: "Recording | None" = None,
     sheet: Path | None = None,
     strip: Path | None = None,
@@ -142,6 +144,7 @@ def draw_jobs(
         names: gives a picture another name if its own was taken while it was drawn.
         overwrite: sheets may replace files.
         trace: how much of the trace is written, a `TraceLevel`.
+        observers: called after every step of every picture.
         strip: where the first job's picture is shown before and after its edit.
 
     Raises:
@@ -165,7 +168,11 @@ def draw_jobs(
             try:
                 with report.stage("sampling"):
                     drawing = pipeline.draw(
-                        job.recipe, [observe], job.inputs, record_options=record_options, route_from=route_from
+                        job.recipe,
+                        [observe, *observers],
+                        job.inputs,
+                        record_options=record_options,
+                        route_from=route_from,
                     )
                 with report.stage("writing"):
                     files = _save(drawing, job, names, trace)

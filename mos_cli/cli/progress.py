@@ -56,8 +56,8 @@ def sampling_bars(report: Report) -> Progress:
 
 
 @contextmanager
-def stage_bars(*columns: str) -> Iterator[Callable[..., None]]:
-    """A bar per stage of long work; Ctrl-C stops after the current picture or step."""
+def stage_bars(*columns: str, after: Callable[[], None] = lambda: None) -> Iterator[Callable[..., None]]:
+    """A bar per stage of long work; `after` is called after, and Ctrl-C stops after, every picture or step."""
     with (
         Progress(
             TextColumn("{task.description}"),
@@ -76,6 +76,7 @@ def stage_bars(*columns: str) -> Iterator[Callable[..., None]]:
                 tasks[stage] = bars.add_task(stage, total=total, loss=loss)
             bars.update(tasks[stage], completed=done, loss=loss)
             check_interrupt()
+            after()
 
         yield advance
 

@@ -161,8 +161,9 @@ def replay(
         check_size(*earlier.recipe.working_size, bundle.index.canvas)
         if inputs is not None:
             edits_of(bundle)
-        with cpu_threads(earlier.made.threads):
-            return pipeline_of(bundle, earlier.recipe, earlier.made).draw(earlier.recipe, inputs=inputs).image
+        pipeline = pipeline_of(bundle, earlier.recipe, earlier.made)
+        with cpu_threads(earlier.made.threads, earlier.made.thread_changes) as follow:
+            return pipeline.draw(earlier.recipe, [follow], inputs).image
 
     finder = Finder(source_files or [], mask or [], redraw)
     inputs = finder.inputs_of(recipe, record.earlier)
@@ -170,8 +171,8 @@ def replay(
     for note in () if inputs is None else inputs.notes:
         report.note("note", note, note=note)
     pipeline = pipeline_of(bundle, recipe, record.made)
-    # Another number of threads would round differently: the picture would only come out close.
-    with cpu_threads(record.made.threads):
+    # Other numbers of threads would round differently: the picture would only come out close.
+    with cpu_threads(record.made.threads, record.made.thread_changes) as follow:
         if path is not None:
             job = Job(recipe, path, inputs)
             draw_jobs(
@@ -182,11 +183,12 @@ def replay(
                 overwrite=overwrite,
                 report=report,
                 record_options=record_options,
+                observers=(follow,),
                 route_from=routes,
             )
             return
         with report.stage("sampling"):
-            drawn = pipeline.draw(recipe, inputs=inputs, route_from=routes).image
+            drawn = pipeline.draw(recipe, [follow], inputs, route_from=routes).image
     report.times()
     psnr = _psnr(image, drawn)
     if psnr == float("inf"):

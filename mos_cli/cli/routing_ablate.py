@@ -104,11 +104,12 @@ def ablate(
     from mos_cli.inference.ablation import check_rule
     from mos_cli.utils.files import NameTakenError, atomic_write
 
-    with sampling_bars(report) as bars, stop_between_steps() as check_interrupt, cpu_threads(record.made.threads):
+    with sampling_bars(report) as bars, stop_between_steps() as check_interrupt:
 
         def draw(recipe: "Recipe", *observers: "Observer") -> "Drawing":
-            with report.stage("sampling"):
-                return pipeline.draw(recipe, observers, inputs, route_from=routes)
+            threads = cpu_threads(record.made.threads, record.made.thread_changes)
+            with report.stage("sampling"), threads as follow:
+                return pipeline.draw(recipe, [*observers, follow], inputs, route_from=routes)
 
         def draw_with_bar(recipe: "Recipe") -> "Drawing":
             task = bars.add_task(recipe.routes[-1] if recipe.routes else "as it is", total=recipe.steps, unit="steps")

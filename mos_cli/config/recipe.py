@@ -6,9 +6,9 @@ One pydantic model writes and reads it.
 import hashlib
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, ValidationError, field_validator, model_validator
 
 from mos_cli import __version__
 from mos_cli.errors import UsageError
@@ -22,6 +22,7 @@ MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
 MAX_THREADS = 1024
 """The limit for a record's threads: libraries end the process if they cannot start as many as requested."""
+Threads = Annotated[int, Field(ge=1, le=MAX_THREADS)]
 
 
 class SourcePicture(Frozen):
@@ -121,6 +122,7 @@ class Provenance(Migrated):
     """What drew a picture: the bundle's hash, the versions and the device. It contains no date.
 
     `threads` is the number of CPU threads, on which the rounding depends; None on a GPU and in the oldest pictures.
+    `thread_changes` are its changes while the picture was drawn, (number of the step, threads from it on); None: none.
     `pillow`, the library that reads and scales pictures, matters for edits. `tiled`: the picture was decoded tile by
     tile. `batched_guidance`: the guidance branches were computed as one batch. `compiled`: the blocks were compiled.
     The last three affect the rounding.
@@ -134,7 +136,8 @@ class Provenance(Migrated):
     device: str
     attention: str
     pillow: str | None = None
-    threads: int | None = Field(default=None, ge=1, le=MAX_THREADS)
+    threads: Threads | None = None
+    thread_changes: tuple[tuple[NonNegativeInt, Threads], ...] | None = None
     tiled: bool = False
     batched_guidance: bool = False
     compiled: bool = False

@@ -39,7 +39,7 @@ from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, WITHOUT_IMAGE, Guidanc
 from mos_cli.sampling.sampler import Observer, make_sigmas, sample
 from mos_cli.towers.attention import AttentionBackend
 from mos_cli.towers.autoencoder import Autoencoder, to_image
-from mos_cli.utils.devices import device_name, device_threads
+from mos_cli.utils.devices import ThreadRecorder, device_name
 from mos_cli.utils.files import expand, write_all
 
 
@@ -222,7 +222,7 @@ class MoSPipeline:
         """
         check_blocks(recipe, compiled=self.compiled, regions=record_options.regions)
         guidance = Guidance(recipe.cfg, recipe.cfg_interval, 1.0 if recipe.edit is None else recipe.edit.image_cfg)
-        recorder, conditioning = Recorder(record_options), None
+        recorder, threads, conditioning = Recorder(record_options), ThreadRecorder(self.device), None
         try:
             with self.offloader.others_onloaded() if inputs is not None else nullcontext():
                 conditioning = None if inputs is None else prepare_edit(inputs, recipe, self.autoencoder, self.device)
@@ -242,7 +242,7 @@ class MoSPipeline:
                     solver=recipe.solver,
                     guidance=guidance,
                     batched_guidance=self.setting.batched_guidance,
-                    observers=[recorder, *observers],
+                    observers=[recorder, *observers, threads],
                     initial=None if conditioning is None else conditioning.initial,
                     steer=steerer,
                     reset_cache=reset_cache,
@@ -261,7 +261,8 @@ class MoSPipeline:
             bundle_hash=self.bundle_hash,
             device=device_name(self.device),
             attention=self.attention,
-            threads=device_threads(self.device),
+            threads=threads.start,
+            thread_changes=tuple(threads.changes) or None,
             tiled=self.setting.tiled,
             batched_guidance=self.setting.batched_guidance,
             compiled=self.compiled,

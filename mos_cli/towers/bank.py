@@ -50,7 +50,7 @@ class StateBank:
 
     def mix(self, route: Route, block: int) -> Tensor:
         """Context of one block, [B, T, D]: the weighted sum of the kept layers of each token."""
-        ids_BTK, weights_BTK = route.ids_BTJK[:, :, block], route.weights_BTJK[:, :, block]
+        ids_BTK, weights_BTK = route.ids_BTJK.select(2, block), route.weights_BTJK.select(2, block)
         rows_BTKD = self.bank_BTMD.gather(2, ids_BTK[..., None].expand(-1, -1, -1, self.bank_BTMD.shape[-1]))
         return (weights_BTK[..., None].to(rows_BTKD.dtype) * rows_BTKD).sum(dim=2)
 

@@ -109,4 +109,4 @@ class GenerationBlock(nn.Module):
 
     def _modulation(self, modulation_B6D: Tensor) -> list[Tensor]:
         """Shift, scale and gate of the attention, then of the feed-forward layer, each [B, 1, D]."""
-        return [part[:, None] for part in (modulation_B6D + self.modulation_bias).unbind(1)]
+        return list((modulation_B6D.unsqueeze(2) + self.modulation_bias.unsqueeze(1)).unbind(1))

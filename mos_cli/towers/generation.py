@@ -249,11 +249,11 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
         layout = (*references, TokenSequence(tokens - total(images)), *images, grid)
         positions = rotary(layout, self.head_width, self.rope_theta, z_BCHW.device)
         padding = extended(bank.padding, before=total(references), after=patches.shape[1])
-        kept_BTJ = route.weights_BTJK.sum(dim=-1).to(x.dtype)
-        for index, block in enumerate(self.blocks):
-            context, kept = bank.mix(route, index), kept_BTJ[:, :, index, None]
+        kept_BTJ1 = route.weights_BTJK.sum(dim=-1, keepdim=True).to(x.dtype)
+        for index, (block, kept_BT1) in enumerate(zip(self.blocks, kept_BTJ1.unbind(2), strict=True)):
+            context = bank.mix(route, index)
             reference_kv = None if bank.references is None else bank.references.kv[index]
-            x = block(x, context, kept, reference_kv, modulation, positions, padding)
+            x = block(x, context, kept_BT1, reference_kv, modulation, positions, padding)
 
         shift, scale = self.modulation_out(time)[:, None].chunk(2, dim=-1)
         x = self.patches_out(normed(x[:, -patches.shape[1] :]) * (1 + scale) + shift)

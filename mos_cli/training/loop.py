@@ -28,6 +28,7 @@ from mos_cli.training.optimiser import build_optimisers, set_rates, start_states
 from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.stages import curriculum
 from mos_cli.training.start import start_tower
+from mos_cli.utils.devices import device_threads
 from mos_cli.utils.files import atomic_write, make_folder
 from mos_cli.utils.migration import current_recipe
 
@@ -55,6 +56,8 @@ class Trainer:
         self.tower = start_tower(recipe)
         objective, optimisers = Objective(self.tower, recipe.train.epsilon), build_optimisers(self.tower)
         if recipe.train.compile:
+            # Shapes of stages and numbers of threads are compiled apart; past the limit nothing is.
+            torch._dynamo.config.recompile_limit = 64
             (objective.compile_blocks if accelerator.is_fsdp2 else objective.compile_whole)()
         self.network, *self.optimisers = accelerator.prepare(objective, *optimisers)
         start_states(self._bare_optimisers())
@@ -67,14 +70,21 @@ class Trainer:
             self._load(found)
         self.journal = Journal(folder, self.step, accelerator)
 
-    def run(self, log: Callable[[Metrics], None], sample: Callable[["Trainer"], None]) -> None:
+    def run(
+        self,
+        log: Callable[[Metrics], None],
+        sample: Callable[["Trainer"], None],
+        set_threads: Callable[[], None] = lambda: None,
+    ) -> None:
         """Trains to the last step, saving and sampling on the way.
 
         Args:
             log: called for every step, `log_every` at a time; if it raises KeyboardInterrupt in any process, the run
                 is saved and ends.
             sample: called every `sample_every` steps and after the last.
+            set_threads: called at the start and after every report; it may set the number of CPU threads.
         """
+        set_threads()
         train, steps, pending = self.recipe.train, self.curriculum.steps, []
         batches = self.batches.stream(self.step)
         batch = next(batches, None)
@@ -94,6 +104,7 @@ class Trainer:
                     raise KeyboardInterrupt
                 if samples:
                     sample(self)
+                set_threads()
                 started = time.perf_counter()
 
     def advance(self, batch: Batch) -> Tensor:
@@ -173,6 +184,7 @@ class Trainer:
                     step=step,
                     loss=row[0].item(),
                     gradient_norm=row[1].item(),
+                    threads=device_threads(self.device),
                     images_per_second=speed,
                     route_entropy=entropy_J.mean().item(),
                     layer_use=tuple(use_JM.mean(dim=0).tolist()),

@@ -20,12 +20,13 @@ class Metrics:
 
     `route_entropy` is the entropy of the layers that a block chose, in nats, mean over blocks (0: always the same
     layer, ln(M): all equally often); `block_entropy` has it for each block. `layer_use` are the layers' shares over all
-    blocks.
+    blocks. `threads` is the number of CPU threads, on which the rounding depends; None on a GPU.
     """
 
     step: int
     loss: float
     gradient_norm: float
+    threads: int | None
     images_per_second: float
     route_entropy: float
     layer_use: tuple[float, ...]
@@ -55,10 +56,12 @@ class Journal:
             writer = csv.writer(file)
             if new:
                 layers = [f"layer_{index}" for index in range(len(lines[0].layer_use))]
-                writer.writerow(["step", "loss", "gradient_norm", "images_per_second", "route_entropy", *layers])
+                writer.writerow(
+                    ["step", "loss", "gradient_norm", "images_per_second", "route_entropy", *layers, "threads"]
+                )
             for line in lines:
                 values = [line.loss, line.gradient_norm, line.images_per_second, line.route_entropy, *line.layer_use]
-                writer.writerow([line.step, *(f"{value:.6g}" for value in values)])
+                writer.writerow([line.step, *(f"{value:.6g}" for value in values), line.threads])
         for line in lines:
             scalars = {"loss": line.loss, "gradient_norm": line.gradient_norm, "route_entropy": line.route_entropy}
             scalars |= {f"layer_use/{layer}": share for layer, share in enumerate(line.layer_use)}

@@ -32,7 +32,11 @@ from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.references import find_autoencoder, find_image_encoder, find_understanding
 from mos_cli.training.samples import draw_samples
 from mos_cli.training.stages import curriculum
+from mos_cli.utils.devices import FreeThreads
 from mos_cli.utils.files import expand
+
+PATIENCE = 60.0
+"""Seconds between two changes of the number of CPU threads: for each number the network is compiled anew."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +143,12 @@ def edits_of(vocabulary: Vocabulary, draw: Draw) -> Source:
 
 def train(recipe: TrainRecipe, art: Path, folder: Path, log: Callable[[Metrics], None]) -> Trainer:
     """Runs a recipe in `folder`; samples go to `folder`/samples. Raises as `prepare` does."""
+    free_threads = FreeThreads(PATIENCE)
     trainer = prepare(recipe, art, folder)
-    trainer.run(log, draw_samples)
+    if trainer.device.type == "cpu":
+        trainer.run(log, draw_samples, free_threads)
+    else:
+        trainer.run(log, draw_samples)
     return trainer
 
 

@@ -10,6 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from mos_cli.bundles.bundle import FORMER, find_bundle
 from mos_cli.images.outputs import png, read_drawing
+from mos_cli.towers.generation import GenerationTower
 from mos_cli.utils.devices import cpu_threads
 
 PROMPT = "a red apple"
@@ -175,3 +176,43 @@ def test_a_picture_with_a_damaged_recipe_is_refused(mos, bundle, tmp_path) -> No
         result = mos("replay", tmp_path / "bad.png")
         assert result.exit_code == 3
         assert len(result.stderr.strip().splitlines()) == 1
+
+
+class Busier:
+    """Stands in for `FreeThreads`: takes two threads before the picture, and one from its third step on."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def __call__(self, _step: object = None) -> None:
+        self.looks += 1
+        torch.set_num_threads(2 if self.looks < 4 else 1)
+
+
+def test_a_replay_changes_the_number_of_threads_where_the_picture_did(mos, bundle, tmp_path, monkeypatch) -> None:
+    original, replayed = tmp_path / "one.png", tmp_path / "two.png"
+    used: list[int] = []
+    forward = GenerationTower.forward
+
+    def counted(*given, **named):
+        used.append(torch.get_num_threads())
+        return forward(*given, **named)
+
+    monkeypatch.setattr(GenerationTower, "forward", counted)
+    with cpu_threads(1):
+        with monkeypatch.context() as busy:
+            busy.setattr("mos_cli.utils.devices.FreeThreads", Busier)
+            assert mos("generate", PROMPT, "-s", 3, "--steps", 6, "--cfg", 1, "-o", original).exit_code == 0
+        made = read_drawing(original)[1].made
+        assert (made.threads, made.thread_changes) == (2, ((3, 1),))
+        assert mos("replay", original, "-o", replayed).exit_code == 0
+        assert mos("replay", original, "--verify").stdout.strip() == "exact"
+        assert torch.get_num_threads() == 1
+    assert used == [2, 2, 2, 1, 1, 1] * 3
+    assert replayed.read_bytes() == original.read_bytes()
+
+
+def test_a_picture_without_changes_of_threads_does_not_mention_them(mos, bundle, tmp_path) -> None:
+    """Versions of mos that do not know the field can replay it."""
+    mos("generate", PROMPT, "-s", 3, "-o", tmp_path / "one.png")
+    assert "thread_changes" not in Image.open(tmp_path / "one.png").info["mos"]

@@ -16,6 +16,7 @@ from mos_cli.training.checkpoint import CHECKPOINTS, newest
 from mos_cli.training.loop import Trainer
 from mos_cli.training.metrics import METRICS, PLOT, TENSORBOARD
 from mos_cli.training.recipe import load_recipe
+from mos_cli.utils.devices import cpu_threads
 from tests.helpers import tiny_training as tiny
 
 
@@ -92,6 +93,15 @@ def test_a_killed_run_forgets_what_it_did_after_its_checkpoint(understanding, tm
     assert tiny.run(tiny.trainer(tiny.recipe(), understanding, tmp_path / "parts")) == whole[4:]
     rows = list(csv.DictReader((tmp_path / "parts" / METRICS).open()))
     assert [float(row["loss"]) for row in rows] == pytest.approx(whole, rel=1e-4)
+
+
+def test_the_number_of_threads_is_set_after_reports_and_is_in_the_metrics(understanding, tmp_path: Path) -> None:
+    numbers = iter([2, 1, 2, 1])
+    with cpu_threads(1):
+        trainer = tiny.trainer(tiny.recipe(steps=6, log_every=2), understanding, tmp_path)
+        trainer.run(lambda _: None, lambda _: None, lambda: torch.set_num_threads(next(numbers)))
+    rows = list(csv.DictReader((tmp_path / METRICS).open()))
+    assert [row["threads"] for row in rows] == ["2", "2", "1", "1", "2", "2"]
 
 
 def test_the_loss_falls(understanding, tmp_path: Path) -> None:
