@@ -15,7 +15,7 @@ from mos_cli.cli.jobs import (
     read_prompts,
 )
 from mos_cli.cli.loading import fit_to_memory, load_with_progress
-from mos_cli.cli.options import DrawOptions, with_draw_options
+from mos_cli.cli.options import DrawOptions, as_text, with_draw_options
 from mos_cli.cli.output import Report
 from mos_cli.errors import UsageError
 
@@ -24,7 +24,10 @@ from mos_cli.errors import UsageError
 def edit(
     picture: Annotated[Path, typer.Argument(help="The picture to edit: PNG, JPEG or WebP, of any size.")],
     instruction: Annotated[
-        str, typer.Argument(help="What to change; - reads instructions from stdin, @FILE from a file, a line each.")
+        str,
+        typer.Argument(
+            callback=as_text, help="What to change; - reads instructions from stdin, @FILE from a file, a line each."
+        ),
     ],
     reference: Annotated[
         list[Path] | None,
@@ -87,7 +90,7 @@ def edit(
 
     report = Report(json=options.json, quiet=options.quiet, verbose=options.verbose)
     instructions = read_prompts(instruction, 'what to change, for example: mos edit cat.png "make it blue"')
-    flags = options.settings()
+    flags = options.settings(image_cfg=image_cfg)
     settings = resolve(flags, options.preset)
     record_options = make_record_options(settings.trace, regions=options.regions, previews=options.preview_steps)
     request = EditRequest(
@@ -98,7 +101,7 @@ def edit(
         feather=feather,
         composite=composite,
         strength=strength,
-        image_cfg=image_cfg,
+        image_cfg=settings.image_cfg,
     )
     names = naming(settings.output, overwrite=options.overwrite)
     bundle = find_bundle(settings.model)
@@ -115,7 +118,7 @@ def edit(
     with report.stage("libraries"):
         fields = edit_fields(settings, bundle, request, inputs, cfg_interval=flags.cfg_interval)
     recording, fields["route_from"] = route_source(options.route_from, parse_percent(options.route_until), bundle)
-    jobs = make_jobs(instructions, names, fields, seed=options.seed, count=options.count, inputs=inputs)
+    jobs = make_jobs(instructions, names, fields, seed=settings.seed, count=options.count, inputs=inputs)
     check_recipe(jobs[0].recipe, bundle, compiled=settings.compile, regions=options.regions)
     for option, sheet in {"--strip": strip, "--sheet": options.sheet}.items():
         if sheet is not None:

@@ -14,14 +14,17 @@ from mos_cli.cli.jobs import (
     read_prompts,
 )
 from mos_cli.cli.loading import fit_to_memory, load_with_progress
-from mos_cli.cli.options import DrawOptions, with_draw_options
+from mos_cli.cli.options import DrawOptions, as_text, with_draw_options
 from mos_cli.cli.output import Report
 
 
 @with_draw_options
 def generate(
     prompt: Annotated[
-        str, typer.Argument(help="What to draw; - reads prompts from stdin, @FILE from a file, a line each.")
+        str,
+        typer.Argument(
+            callback=as_text, help="What to draw; - reads prompts from stdin, @FILE from a file, a line each."
+        ),
     ],
     size: Annotated[
         str | None,
@@ -48,7 +51,7 @@ def generate(
     with report.stage("libraries"):
         fields = generation_fields(settings, bundle, canvas, cfg_interval=flags.cfg_interval)
     recording, fields["route_from"] = route_source(options.route_from, parse_percent(options.route_until), bundle)
-    jobs = make_jobs(prompts, names, fields, seed=options.seed, count=options.count)
+    jobs = make_jobs(prompts, names, fields, seed=settings.seed, count=options.count)
     check_recipe(jobs[0].recipe, bundle, compiled=settings.compile, regions=options.regions)
     if options.sheet is not None:
         check_sheet("--sheet", options.sheet, names)

@@ -33,12 +33,16 @@ class Job:
 
 
 def read_prompts(argument: str, advice: str) -> list[str]:
-    """The prompts that an argument names: itself, or the non-empty lines of stdin (-) or of a file (@FILE).
+    """The prompts that an argument names: itself, or the lines of stdin (-) or of a file (@FILE).
+
+    Lines that are empty or begin with # are left out.
 
     Raises:
         InputError: there are none, which `advice` helps with, or they cannot be read.
     """
     if argument == "-":
+        if sys.stdin is None:
+            raise InputError("stdin is closed: give the prompt itself, or @FILE")
         lines = _lines(sys.stdin.buffer.read(), "stdin")
     elif argument.startswith("@"):
         lines = _lines(Path(argument[1:]).read_bytes(), argument[1:])
@@ -52,9 +56,10 @@ def read_prompts(argument: str, advice: str) -> list[str]:
 
 def _lines(data: bytes, source: str) -> list[str]:
     try:
-        return data.decode("utf-8").splitlines()
+        lines = data.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise InputError(f"the prompts from {source} are not UTF-8 text") from None
+    return [line for line in lines if not line.lstrip().startswith("#")]
 
 
 def make_record_options(trace: str, *, regions: bool, previews: bool) -> "RecordOptions":

@@ -8,7 +8,7 @@ import typer
 
 from mos_cli.cli.models_init import init
 from mos_cli.cli.models_quantize import quantize
-from mos_cli.cli.output import print_json, print_warning, size_text, stdout
+from mos_cli.cli.output import print_json, print_view, print_warning, size_text, stdout
 from mos_cli.cli.progress import fetch_with_progress
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def list_all(as_json: AsJson = False) -> None:
         pulled = {True: "[green]yes[/]", False: "no", None: "-"}[row["pulled"]]
         size = "-" if row["size"] is None else size_text(row["size"])
         table.add_row(row["name"], row["kind"], row["tower"], pulled, size, row["license"])
-    stdout.print(table)
+    print_view(table, wide=True)
     if any(row["kind"] == "blueprint" for row in rows):
         stdout.print("A blueprint is a model without weights: see mos plan NAME.", style="dim")
 

@@ -3,6 +3,7 @@
 Options are named explicitly everywhere: typer 0.27 makes the metavar the name of an option that has no other.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -14,6 +15,28 @@ import typer
 
 if TYPE_CHECKING:
     from mos_cli.config.settings import Settings
+
+
+def as_text(value: Any) -> Any:
+    """An argument that is text, not a path, or a list of them: read as UTF-8 whatever the encoding of the system is.
+
+    Raises:
+        typer.BadParameter: it is not UTF-8.
+    """
+    if isinstance(value, list):
+        return [as_text(one) for one in value]
+    if not isinstance(value, str) or value.isascii():
+        return value
+    try:
+        return os.fsencode(value).decode("utf-8")
+    except UnicodeEncodeError:
+        return value
+    except UnicodeDecodeError:
+        # In a locale of another encoding it was typed in that.
+        if all(not "\ud800" <= character <= "\udfff" for character in value):
+            return value
+        raise typer.BadParameter("it is not UTF-8 text") from None
+
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say how long each stage took.")]
@@ -105,13 +128,17 @@ CfgInterval = Annotated[
     ),
 ]
 Negative = Annotated[
-    str | None, typer.Option("--negative", envvar="MOS_NEGATIVE", metavar="TEXT", help="What guidance leads away from.")
+    str | None,
+    typer.Option(
+        "--negative", envvar="MOS_NEGATIVE", metavar="TEXT", callback=as_text, help="What guidance leads away from."
+    ),
 ]
 Routes = Annotated[
     list[str] | None,
     typer.Option(
         "--route",
         metavar="RULE",
+        callback=as_text,
         help="Steer the routes: red=5,6 pins a word to layers, cat!=0-2 bans, dog+=0.5@4 leans, last and others stand "
         "for every word; repeatable, see docs/routing.md.",
     ),

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mos_cli.cli.output import print_json, stdout
+from mos_cli.cli.output import print_json, print_view, stdout
 
 if TYPE_CHECKING:
     from mos_cli.config.settings import Preset
@@ -31,7 +31,7 @@ def ls(json: Json = False) -> None:
     for preset in presets:
         settings = ", ".join(f"{key} {value}" for key, value in preset.settings.model_dump(exclude_none=True).items())
         table.add_row(preset.name, settings, preset.description)
-    stdout.print(table)
+    print_view(table, wide=True)
 
 
 @presets_app.command("show")

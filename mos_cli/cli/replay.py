@@ -22,6 +22,7 @@ from mos_cli.cli.options import (
     Regions,
     Trace,
     Verbose,
+    as_text,
 )
 from mos_cli.cli.output import Report
 from mos_cli.errors import UsageError
@@ -43,7 +44,7 @@ def replay(
     picture: Annotated[Path, typer.Argument(help="A PNG made by mos.")],
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: seed=7, cfg=4, ..."),
+        typer.Option("--set", metavar="KEY=VALUE", callback=as_text, help="Change the recipe: seed=7, cfg=4, ..."),
     ] = None,
     verify: Annotated[
         bool,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mos_cli.cli.loading import load_route_source, load_with_progress
-from mos_cli.cli.options import Attention, Device, Json, Models, Overwrite, Quiet, Verbose
+from mos_cli.cli.options import Attention, Device, Json, Models, Overwrite, Quiet, Verbose, as_text
 from mos_cli.cli.output import Report
 from mos_cli.cli.progress import sampling_bars, stop_between_steps
 from mos_cli.errors import InputError, UsageError
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 def ablate(
     picture: Annotated[Path, typer.Argument(help="A PNG made by mos.")],
-    word: Annotated[str, typer.Option("--word", "-w", help='The word, as in rules: cat, "red apple", cat#2, *.')],
+    word: Annotated[
+        str, typer.Option("--word", "-w", callback=as_text, help='The word, as in rules: cat, "red apple", cat#2, *.')
+    ],
     block: Annotated[
         str | None, typer.Option("--block", metavar="A:B", help="Only in these blocks.", show_default="all")
     ] = None,

@@ -1,6 +1,8 @@
 """The names of outputs, from a template, and the metadata of PNGs: writing and reading."""
 
+import os
 import re
+import sys
 from datetime import date
 from pathlib import Path
 from string import Formatter
@@ -48,6 +50,8 @@ class Naming:
                 raise UsageError(f"output '{template}': use {', '.join(f'{{{name}}}' for name in FIELDS)}, as they are")
         if "{number}" in str(Path(template).parent):
             raise UsageError("output field {number} belongs into the file's name, not into a folder's")
+        if "\0" in template:
+            raise UsageError("the output's name has a null character")
         if Path(template).suffix.lower() != ".png":
             raise UsageError(f"output '{template}' must end in .png, or be a folder (end it with a slash)")
 
@@ -69,6 +73,12 @@ class Naming:
             path = path.with_name(path.name.replace("{number}", f"{self._next_number(path):04d}"))
         if path in self.returned:
             raise UsageError(f"several pictures would be written to {path}: add {{seed}} or {{number}} to the name")
+        try:
+            os.fsencode(path)
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the system's encoding, {error.encoding}, has no name {path}: set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+            ) from None
         check_writable(path.parent)
         for file in (path, *companions(path)):
             refuse_existing(file, self.overwrite)
@@ -108,7 +118,9 @@ def naming(output: str, *, overwrite: bool = False) -> Naming:
 
 
 def slug(text: str) -> str:
-    """Letters and digits of any script, joined by dashes, at most 40 characters."""
+    """Letters and digits that names of files can have here, joined by dashes, at most 40 characters."""
+    encoding = sys.getfilesystemencoding()
+    text = text.encode(encoding, "ignore").decode(encoding)
     return "-".join(re.findall(r"\w+", text.lower()))[:40].strip("-_") or "picture"
 
 

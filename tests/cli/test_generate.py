@@ -173,7 +173,7 @@ def test_a_latent_bundle_draws_at_the_autoencoders_scale(mos, bundle, tmp_path) 
 
 @pytest.mark.slow
 def test_ctrl_c_keeps_what_is_done(bundle, tmp_path) -> None:
-    command = [sys.executable, "-c", "from mos_cli.cli.app import main; main()", "generate", PROMPT]
+    command = [sys.executable, "-c", "from mos_cli.__main__ import main; main()", "generate", PROMPT]
     options = ["-n", "500", "-s", "1", "-o", str(tmp_path / "{seed}.png")]
     process = subprocess.Popen([*command, *options], env=os.environ, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
