@@ -86,7 +86,7 @@ def edit(
     from mos_cli.config.settings import resolve
     from mos_cli.images.inputs import read_inputs
     from mos_cli.images.outputs import naming
-    from mos_cli.inference.requests import EditRequest, check_recipe, edit_fields, route_source
+    from mos_cli.inference.requests import EditRequest, check_device, check_recipe, edit_fields, route_source
 
     report = Report(json=options.json, quiet=options.quiet, verbose=options.verbose)
     instructions = read_prompts(instruction, 'what to change, for example: mos edit cat.png "make it blue"')
@@ -120,11 +120,12 @@ def edit(
     recording, fields["route_from"] = route_source(options.route_from, parse_percent(options.route_until), bundle)
     jobs = make_jobs(instructions, names, fields, seed=settings.seed, count=options.count, inputs=inputs)
     check_recipe(jobs[0].recipe, bundle, compiled=settings.compile, regions=options.regions)
+    check_device(settings, jobs[0].recipe, bundle)
     for option, sheet in {"--strip": strip, "--sheet": options.sheet}.items():
         if sheet is not None:
             check_sheet(option, sheet, names)
     if options.dry_run:
-        print_jobs(jobs, report)
+        print_jobs(jobs, settings, report)
         return
     draw_jobs(
         load_with_progress(bundle, settings, report, precision=fields["precision"], quant=fields["quant"]),

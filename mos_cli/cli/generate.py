@@ -37,7 +37,7 @@ def generate(
     from mos_cli.bundles.bundle import find_bundle
     from mos_cli.config.settings import parse_size, resolve
     from mos_cli.images.outputs import naming
-    from mos_cli.inference.requests import check_recipe, generation_fields, route_source
+    from mos_cli.inference.requests import check_device, check_recipe, generation_fields, route_source
 
     report = Report(json=options.json, quiet=options.quiet, verbose=options.verbose)
     prompts = read_prompts(prompt, 'what to draw, for example: mos generate "a red apple"')
@@ -53,10 +53,11 @@ def generate(
     recording, fields["route_from"] = route_source(options.route_from, parse_percent(options.route_until), bundle)
     jobs = make_jobs(prompts, names, fields, seed=settings.seed, count=options.count)
     check_recipe(jobs[0].recipe, bundle, compiled=settings.compile, regions=options.regions)
+    check_device(settings, jobs[0].recipe, bundle)
     if options.sheet is not None:
         check_sheet("--sheet", options.sheet, names)
     if options.dry_run:
-        print_jobs(jobs, report)
+        print_jobs(jobs, settings, report)
         return
     draw_jobs(
         load_with_progress(bundle, settings, report, precision=fields["precision"], quant=fields["quant"]),

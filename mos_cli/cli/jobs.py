@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from mos_cli.config.recipe import Recipe
+    from mos_cli.config.settings import RunSettings
     from mos_cli.images.inputs import Inputs
     from mos_cli.images.outputs import Naming
     from mos_cli.inference.pipeline import MoSPipeline
@@ -117,11 +118,37 @@ def check_sheet(option: str, sheet: Path, names: "Naming") -> None:
     names.returned.add(sheet)
 
 
-def print_jobs(jobs: list[Job], report: Report) -> None:
-    """Prints what would be drawn, for --dry-run."""
+def print_jobs(jobs: list[Job], settings: "RunSettings", report: Report) -> None:
+    """Prints what would be drawn, for --dry-run: the settings of all pictures as a table, then each picture."""
+    if not report.json:
+        for name, value in _shared_settings(jobs[0].recipe, settings).items():
+            report.event("setting", f"{name:<14} {value}")
     for job in jobs:
-        report.event("would draw", f"{job.path}  {job.recipe!r}", path=str(job.path), recipe=job.recipe.model_dump())
+        line = f"{job.path}  (seed {job.recipe.seed}: {shortened(job.recipe.prompt)})"
+        report.event("would draw", line, path=str(job.path), recipe=job.recipe.model_dump())
     report.times()
+
+
+def _shared_settings(recipe: "Recipe", settings: "RunSettings") -> dict[str, str]:
+    """What all pictures of a run have in common, as text by name."""
+    values = recipe.model_dump(exclude_none=True, exclude={"prompt", "seed", "width", "height", "route_from"})
+    values = {name: value for name, value in values.items() if value != ""}
+    if recipe.edit is not None:
+        values |= recipe.edit.model_dump(include={"canvas", "image_cfg", "strength", "composite"})
+        values["edit"] = ", ".join(f"{source.width}x{source.height}" for source in recipe.edit.sources)
+    values["size"] = f"{recipe.width}x{recipe.height}"
+    values |= settings.model_dump(include={"device", "attention", "offload", "compile", "trace"})
+    shown = {True: "yes", False: "no"}
+    return {
+        name: ", ".join(map(str, value)) if isinstance(value, list | tuple) else shown.get(value, str(value))
+        for name, value in values.items()
+    }
+
+
+def shortened(text: str) -> str:
+    """A prompt as it is named in messages: on one line, its beginning if it is long."""
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def draw_jobs(
@@ -173,7 +200,7 @@ def draw_jobs(
                 if len(jobs) == 1:
                     raise
                 failed += 1
-                print_error(f"{job.recipe.prompt!r}: {error}")
+                print_error(f"{shortened(job.recipe.prompt)!r}: {error}")
                 report.event("failed", picture=number, prompt=job.recipe.prompt, error=str(error))
                 continue
             finally:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mos_cli.cli.jobs import shortened
 from mos_cli.cli.loading import load_route_source, load_with_progress
 from mos_cli.cli.options import Attention, Device, Json, Models, Overwrite, Quiet, Verbose, as_text
 from mos_cli.cli.output import Report
@@ -169,7 +170,9 @@ def _strip_path(picture: Path, word: str, output: Path | None, overwrite: bool) 
 
 
 def _must_be_given(earlier: "EarlierPicture", inputs: "Inputs | None") -> "Image":
-    raise InputError(f"{earlier.recipe.prompt!r}, which this was made from, is needed here: give it with --input FILE")
+    raise InputError(
+        f"{shortened(earlier.recipe.prompt)!r}, which this was made from, is needed here: give it with --input FILE"
+    )
 
 
 def _caption(one: "Ablated", only: bool) -> str:
