@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -74,6 +75,14 @@ def tower_folder(spec: TowerSpec) -> Path:
     """The folder of a tower in the cache; a hash over its files is part of the name."""
     digest = hashlib.sha256(json.dumps(spec.files, sort_keys=True).encode()).hexdigest()
     return cache_folder() / "towers" / f"{spec.name}-{digest[:12]}"
+
+
+def cached_towers(name: str | None = None) -> list[Path]:
+    """The folders of the towers in the cache, or of those of a name, of which there can be several versions."""
+    towers = cache_folder() / "towers"
+    pattern = re.compile((r"[^.].*" if name is None else re.escape(name)) + "-[0-9a-f]{12}")
+    found = towers.iterdir() if towers.is_dir() else ()
+    return sorted(path for path in found if pattern.fullmatch(path.name) and path.is_dir() and not path.is_symlink())
 
 
 def tower_files(spec: TowerSpec) -> dict[str, str]:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mos_cli.cli.completion import preset_names
 from mos_cli.cli.loading import fit_to_memory, load_with_progress
 from mos_cli.cli.options import Model, Steps
 from mos_cli.cli.output import Report, print_error, print_json, print_view, stdout
@@ -20,7 +21,12 @@ def bench(
     model: Model = None,
     preset: Annotated[
         list[str] | None,
-        typer.Option("--preset", "-p", help="Measure with this preset; repeatable, to compare them side by side."),
+        typer.Option(
+            "--preset",
+            "-p",
+            autocompletion=preset_names,
+            help="Measure with this preset; repeatable, to compare them side by side.",
+        ),
     ] = None,
     size: Annotated[
         str | None, typer.Option("--size", metavar="SIZE", help="64, 96x64 or 3:2.", show_default="the model's")

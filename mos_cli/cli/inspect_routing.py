@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mos_cli.cli.completion import trace_paths
 from mos_cli.cli.loading import refuse_folders
 from mos_cli.cli.options import Overwrite, as_text
 from mos_cli.cli.output import print_view
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def inspect_routing(
-    trace: Annotated[Path, typer.Argument(help="A trace (.json), or the picture beside it.")],
+    trace: Annotated[
+        Path, typer.Argument(autocompletion=trace_paths, help="A trace (.json), or the picture beside it.")
+    ],
     branch: Annotated[
         str | None,
         typer.Option(
@@ -55,7 +58,13 @@ def inspect_routing(
     ] = None,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a report for the browser.")] = None,
     compare: Annotated[
-        Path | None, typer.Option("--compare", metavar="TRACE", help="A second trace, beside the first in the report.")
+        Path | None,
+        typer.Option(
+            "--compare",
+            metavar="TRACE",
+            autocompletion=trace_paths,
+            help="A second trace, beside the first in the report.",
+        ),
     ] = None,
     overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mos_cli.cli.completion import model_names, preset_names, trace_paths
+
 if TYPE_CHECKING:
     from mos_cli.config.settings import Settings
 
@@ -82,18 +84,33 @@ ArtFile = Annotated[
 ]
 Model = Annotated[
     str | None,
-    typer.Option("--model", "-m", envvar="MOS_MODEL", help="Bundle: name, path or hub id.", show_default="emoji"),
+    typer.Option(
+        "--model",
+        "-m",
+        envvar="MOS_MODEL",
+        autocompletion=model_names,
+        help="Bundle: name, path or hub id.",
+        show_default="emoji",
+    ),
 ]
 Models = Annotated[
     list[str] | None,
     typer.Option(
         "--model",
         "-m",
+        autocompletion=model_names,
         help="Where the model that drew it is, if it is not found by its hash; repeatable for a chain of edits.",
     ),
 ]
 Preset = Annotated[
-    str | None, typer.Option("--preset", "-p", envvar="MOS_PRESET", help="Named settings; see `mos presets ls`.")
+    str | None,
+    typer.Option(
+        "--preset",
+        "-p",
+        envvar="MOS_PRESET",
+        autocompletion=preset_names,
+        help="Named settings, see `mos presets ls`, or a TOML file of your own.",
+    ),
 ]
 Seed = Annotated[
     int | None,
@@ -148,6 +165,7 @@ RouteFrom = Annotated[
     typer.Option(
         "--route-from",
         metavar="TRACE",
+        autocompletion=trace_paths,
         help="Take the layers that every word read in another run; the weights stay the router's.",
     ),
 ]

@@ -16,7 +16,8 @@ from rich.console import Console
 
 from mos_cli.errors import OUTPUT_CLOSED, UsageError
 
-stdout = Console(highlight=False)
+# Lines are not broken: a pipe has no width, and a terminal breaks them itself.
+stdout = Console(highlight=False, soft_wrap=True)
 stderr = Console(stderr=True, highlight=False)
 ANY_WIDTH = 10_000
 """Characters in a line that no table reaches."""
@@ -85,10 +86,11 @@ def print_view(view: Any, *, wide: bool = False) -> None:
         wide: where stdout is no terminal, lines may have any length.
     """
     if stdout.is_terminal:
-        stdout.print(view)
+        stdout.print(view, soft_wrap=False)
         return
-    with stdout.capture() as captured:
-        stdout.print(view, width=ANY_WIDTH if wide else None, crop=False)
+    console = Console(highlight=False, width=ANY_WIDTH if wide else None)
+    with console.capture() as captured:
+        console.print(view)
     for line in captured.get().splitlines():
         typer.echo(line.rstrip())
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mos_cli.cli.completion import plannable_names
 from mos_cli.cli.output import print_json, print_view, stdout
 from mos_cli.errors import MemoryLimitError
 from mos_cli.utils.devices import Precision
@@ -38,7 +39,9 @@ class _Memory:
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="A bundle or a blueprint: name, folder or hub id.")] = "emoji",
+    model: Annotated[
+        str, typer.Argument(autocompletion=plannable_names, help="A bundle or a blueprint: name, folder or hub id.")
+    ] = "emoji",
     max_vram: Annotated[
         str | None,
         typer.Option(

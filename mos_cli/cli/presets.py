@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mos_cli.cli.completion import preset_names
 from mos_cli.cli.output import print_json, print_view, stdout
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ def ls(json: Json = False) -> None:
 
 
 @presets_app.command("show")
-def show(name: Annotated[str, typer.Argument(help="A preset.")], json: Json = False) -> None:
+def show(
+    name: Annotated[str, typer.Argument(autocompletion=preset_names, help="A preset.")], json: Json = False
+) -> None:
     """Show one preset."""
     from mos_cli.config.settings import load_preset
 

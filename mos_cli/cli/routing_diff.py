@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mos_cli.cli.completion import trace_paths
 from mos_cli.cli.loading import refuse_folders
 from mos_cli.cli.output import print_view, stdout
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from mos_cli.routing.diff import Difference, Tally
     from mos_cli.routing.trace import Trace
 
-Run = Annotated[Path, typer.Argument(help="A trace (.json), or the picture beside it.")]
+Run = Annotated[Path, typer.Argument(autocompletion=trace_paths, help="A trace (.json), or the picture beside it.")]
 
 
 def diff(

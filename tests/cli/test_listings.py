@@ -17,7 +17,7 @@ def test_listings_are_one_json_object_a_line(mos) -> None:
     assert line in mos("presets", "ls", "--json").stdout.splitlines()
 
 
-@pytest.mark.parametrize("listing", [("models", "ls"), ("presets", "ls"), ("plan", "mos-s", "--vram", "24")])
+@pytest.mark.parametrize("listing", [("models", "ls"), ("presets", "ls"), ("plan", "mos-s", "--max-vram", "24")])
 def test_a_table_in_a_pipe_is_as_wide_as_it_is(mos, listing: tuple[str, ...]) -> None:
     result = mos(*listing)
     assert result.exit_code == 0, result.output
