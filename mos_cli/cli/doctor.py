@@ -185,7 +185,7 @@ def _check_models(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
         elif model["pulled"]:
             checks.append(_check(what, True, f"ready; {model['tower']} is in the cache"))
         else:
-            detail = f"{model['tower']} ({size_text(model['download'])}) is fetched at the first run"
+            detail = f"{model['tower']} ({size_text(model['download'])} on disk) is fetched at the first run"
             checks.append(_check(what, False, detail, f"to fetch it now: mos models pull {model['name']}"))
     return checks
 

@@ -131,6 +131,7 @@ def edit(
         load_with_progress(bundle, settings, report, precision=fields["precision"], quant=fields["quant"]),
         jobs,
         trace=settings.trace,
+        metadata=settings.metadata,
         overwrite=options.overwrite,
         report=report,
         record_options=record_options,

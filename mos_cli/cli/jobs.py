@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from mos_cli.config.recipe import Recipe
-    from mos_cli.config.settings import RunSettings
+    from mos_cli.config.settings import Metadata, RunSettings, TraceLevel
     from mos_cli.images.inputs import Inputs
     from mos_cli.images.outputs import Naming
     from mos_cli.inference.pipeline import MoSPipeline
@@ -155,7 +155,8 @@ def draw_jobs(
     pipeline: "MoSPipeline",
     jobs: list[Job],
     *,
-    trace: Any,
+    trace: "TraceLevel",
+    metadata: "Metadata",
     overwrite: bool,
     report: Report,
     record_options: "RecordOptions",
@@ -168,13 +169,18 @@ def draw_jobs(
     The first Ctrl-C stops after the current step, the second at once; pictures that are written stay.
 
     Args:
-        trace: how much of the trace is written, a `TraceLevel`.
+        trace: how much of the trace is written.
+        metadata: what the pictures say of themselves.
         strip: where the first job's picture is shown before and after its edit.
 
     Raises:
         MosError: the only job failed.
         typer.Exit: some of several jobs failed (exit code 7).
     """
+    if metadata == "none":
+        kept = "" if trace == "off" else "; the trace beside it still holds the prompt"
+        note = f"without metadata, mos replay cannot draw the picture again{kept}"
+        report.event("note", note, note=note)
     failed, drawn = 0, []
     with report.stage("reading"):
         pipeline.encode_ahead([job.recipe for job in jobs])
@@ -195,7 +201,7 @@ def draw_jobs(
                         job.recipe, [observe], job.inputs, record_options=record_options, route_from=route_from
                     )
                 with report.stage("writing"):
-                    files = drawing.save(job.path, trace=trace, overwrite=overwrite)
+                    files = drawing.save(job.path, trace=trace, metadata=metadata, overwrite=overwrite)
             except MosError as error:
                 if len(jobs) == 1:
                     raise

@@ -79,6 +79,17 @@ Trace = Annotated[
         show_default="topk",
     ),
 ]
+Metadata = Annotated[
+    str | None,
+    typer.Option(
+        "--metadata",
+        envvar="MOS_METADATA",
+        metavar="WHAT",
+        help="What the picture holds: full, recipe (without what it was edited from, and the text for other tools), or "
+        "none (it cannot be replayed).",
+        show_default="full",
+    ),
+]
 ArtFile = Annotated[
     Path | None, typer.Option("--art", help="Art file or its folder.", show_default="where `mos data build` writes it")
 ]
@@ -266,6 +277,7 @@ class DrawOptions:
     output: Output = None
     overwrite: Overwrite = False
     trace: Trace = None
+    metadata: Metadata = None
     routes: Routes = None
     route_from: RouteFrom = None
     route_until: RouteUntil = None

@@ -177,6 +177,7 @@ def replay(
                 pipeline,
                 [job],
                 trace=settings.trace,
+                metadata=settings.metadata,
                 overwrite=overwrite,
                 report=report,
                 record_options=record_options,

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from mos_cli.planning.memory import Setting
 
 TraceLevel = Literal["off", "summary", "topk", "full"]
+Metadata = Literal["full", "recipe", "none"]
+"""What a picture says of itself: its recipe, and with "full" also what it was edited from, and text for other tools."""
 PrecisionSetting = Literal["auto", "bf16", "fp32"]
 
 
@@ -64,6 +66,7 @@ class Settings(BaseModel):
     attention: Literal["auto", "xformers", "sdpa"] | None = None
     compile: bool | None = None
     trace: TraceLevel | None = None
+    metadata: Metadata | None = None
     routes: RouteRules | None = None
     output: str | None = None
 
@@ -97,6 +100,7 @@ class RunSettings(Settings):
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     compile: bool = False
     trace: TraceLevel = "topk"
+    metadata: Metadata = "full"
     output: str = "outputs/{date}/{number}_{prompt}_s{seed}.png"
 
 
