@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-MOS = [sys.executable, "-c", "from mos_cli.cli.app import main; main()"]
+MOS = [sys.executable, "-c", "from mos_cli.__main__ import main; main()"]
 
 
 def seconds(arguments: list[str], runs: int) -> tuple[float, list[str]]:

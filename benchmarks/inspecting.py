@@ -29,7 +29,7 @@ from mos_cli.utils.files import write_all
 
 STEPS, TOKENS, BLOCKS, LAYERS, TOP_K = 28, 512, 40, 33, 2
 MOST_BYTES, MOST_SECONDS = 4e6, 1.0
-MOS = [sys.executable, "-c", "from mos_cli.cli.app import main; main()"]
+MOS = [sys.executable, "-c", "from mos_cli.__main__ import main; main()"]
 
 
 def random_routes(seed: int) -> Routes:

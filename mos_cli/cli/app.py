@@ -1,6 +1,9 @@
 """The `mos` command: one Typer app, one file per command, nothing heavy imported at start-up."""
 
-import sys
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +18,7 @@ from mos_cli.cli.eval import evaluate
 from mos_cli.cli.generate import generate
 from mos_cli.cli.inspect_routing import inspect_routing
 from mos_cli.cli.models import models_app
-from mos_cli.cli.output import print_error, stdout
+from mos_cli.cli.output import open_standard_streams, print_error, stdout
 from mos_cli.cli.paths import App
 from mos_cli.cli.plan import plan
 from mos_cli.cli.presets import presets_app
@@ -27,23 +30,60 @@ from mos_cli.cli.train_judge import train_judge
 from mos_cli.errors import INTERRUPTED, InputError, MosError
 from mos_cli.utils.devices import limit_spinning
 
+# The UsageError of click, of which newer versions of typer bring a copy of their own.
+_ParseError: Any = typer.BadParameter.__base__
+
 
 class MosGroup(TyperGroup):
-    """A command group that turns user errors into one line and an exit code."""
+    """A command group that turns user errors, of the command line and of the run, into one line and an exit code."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        typed = list(args)
+        with _errors_as_lines(typed):
+            context = super().make_context(info_name, args, parent, **extra)
+        context.meta["mos.typed"] = typed
+        return context
 
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _errors_as_lines(ctx.meta["mos.typed"]):
             return super().invoke(ctx)
-        except MosError as error:
-            print_error(str(error))
-            raise typer.Exit(error.exit_code) from None
-        except OSError as error:
-            # A folder without permission, a name that is too long, a full disk: the user can mend these.
-            print_error(f"{error.filename or 'a file'}: {error.strerror or error}")
-            raise typer.Exit(InputError.exit_code) from None
-        except KeyboardInterrupt:
-            print_error("interrupted")
-            raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def _errors_as_lines(typed: Sequence[str]) -> Iterator[None]:
+    try:
+        yield
+    except MosError as error:
+        print_error(str(error))
+        raise typer.Exit(error.exit_code) from None
+    except _ParseError as error:
+        # The error of a group without arguments has no text: its help was printed.
+        if message := error.format_message():
+            print_error(_parse_error(message, error, typed))
+        raise typer.Exit(error.exit_code) from None
+    except OSError as error:
+        # A folder without permission, a name that is too long, a full disk: the user can mend these.
+        print_error(f"{error.filename or 'a file'}: {error.strerror or error}")
+        raise typer.Exit(InputError.exit_code) from None
+    except UnicodeEncodeError as error:
+        print_error(
+            f"the system's encoding, {error.encoding}, has no {error.object[error.start : error.end]}: "
+            "set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+        )
+        raise typer.Exit(InputError.exit_code) from None
+    except (KeyboardInterrupt, typer.Abort):
+        print_error("interrupted")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _parse_error(message: str, error: Any, typed: Sequence[str]) -> str:
+    """What is wrong with the command line, and what to do."""
+    message = message.replace("Value error, ", "").rstrip(".")
+    if any(argument.startswith("-") and " " in argument for argument in typed) or re.search(r": -\d", message):
+        return f"{message}: write -- before a text that begins with a dash"
+    if "extra argument" in message:
+        return f"{message}: put a text of several words in quotes"
+    return message if error.ctx is None else f"{message}: see {error.ctx.command_path} --help"
 
 
 app = App(
@@ -88,7 +128,11 @@ app.command()(train_judge)
 app.command()(train_enlarger)
 
 
-def main() -> None:
-    """Entry point of the `mos` script."""
+def run() -> None:
+    """Runs the command line of the process, and ends it."""
+    # The bars of other libraries: what takes long has one of this tool's own.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    open_standard_streams()
     limit_spinning()
-    sys.exit(app())
+    app(prog_name="mos")

@@ -4,9 +4,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mos_cli.cli.completion import preset_names
 from mos_cli.cli.loading import fit_to_memory, load_with_progress
 from mos_cli.cli.options import Model, Steps
-from mos_cli.cli.output import Report, print_error, print_json, stdout
+from mos_cli.cli.output import Report, print_error, print_json, print_view, stdout
+from mos_cli.cli.progress import fetch_with_progress
 from mos_cli.errors import PARTLY_FAILED, MosError
 
 if TYPE_CHECKING:
@@ -19,7 +21,12 @@ def bench(
     model: Model = None,
     preset: Annotated[
         list[str] | None,
-        typer.Option("--preset", "-p", help="Measure with this preset; repeatable, to compare them side by side."),
+        typer.Option(
+            "--preset",
+            "-p",
+            autocompletion=preset_names,
+            help="Measure with this preset; repeatable, to compare them side by side.",
+        ),
     ] = None,
     size: Annotated[
         str | None, typer.Option("--size", metavar="SIZE", help="64, 96x64 or 3:2.", show_default="the model's")
@@ -81,6 +88,7 @@ def measure_preset(flags: "Settings", preset: str | None, rounds: int) -> dict[s
 
     settings, report = resolve(flags, preset), Report(quiet=True)
     bundle = find_bundle(settings.model)
+    fetch_with_progress(bundle.index.understanding)
     width, height = parse_size(settings.size, bundle.index.canvas)
     settings = fit_to_memory(bundle, settings, (width, height), report)
     fields = recipe_fields(settings, bundle, bundle.index.defaults)
@@ -162,7 +170,7 @@ def _print_table(results: list[dict[str, Any]]) -> None:
     for name, (label, shown) in _ROWS.items():
         if any(name in result for result in results):
             table.add_row(label, *(_cell(name, shown, result) for result in results))
-    stdout.print(table)
+    print_view(table, wide=True)
     rounds = results[0]["rounds"]
     counted = "One picture, its" if rounds == 1 else f"Medians of {rounds} pictures, each with its"
     stdout.print(f"{counted} prompt read anew.", style="dim")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mos_cli.cli.output import print_warning, stderr, stdout
+from mos_cli.cli.output import print_view, print_warning, stderr, stdout
 from mos_cli.cli.paths import App
 
 data_app = App(no_args_is_help=True, help="The pictures that models are trained on.")
@@ -59,7 +59,7 @@ def _print(path: Path) -> None:
     table.columns[1].justify = "right"
     for art in manifest.sets:
         table.add_row(art.style, f"{art.pictures:,}", art.licence, art.credit, f"{art.package} {art.version}")
-    stdout.print(table)
+    print_view(table, wide=True)
     left_out = ", ".join(f"{reason} {count:,}" for reason, count in counts.dropped.items() if count)
     stdout.print(f"{counts.pictures:,} pictures of {counts.concepts:,} objects at {manifest.size} px")
     stdout.print(f"left out: {left_out or 'nothing'}")

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import tempfile
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,6 +44,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
         "towers": _towers(),
         "checks": [
             _check_torch(torch, torch_error),
+            _check_settings(),
             *_check_models(models),
             _check_gpu(torch, gpus),
             _check_bf16(torch, cpu, gpus),
@@ -65,8 +67,12 @@ def _import_torch() -> tuple[ModuleType | None, str]:
         import torch
     # A broken installation can raise anything here, and saying so is what this command is for.
     except Exception as error:
-        return None, str(error).splitlines()[0]
+        return None, _first_line(error)
     return torch, ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _versions() -> dict[str, str | None]:
@@ -86,7 +92,7 @@ def _cpu(torch: ModuleType | None) -> dict[str, Any]:
     name, bf16 = platform.processor() or platform.machine(), None
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        lines = [line.partition(":") for line in cpuinfo.read_text().splitlines()]
+        lines = [line.partition(":") for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()]
         facts = {key.strip().lower(): value.strip() for key, _, value in lines}
         name = facts.get("model name", name)
         flags = set(facts.get("flags", facts.get("features", "")).split())
@@ -154,6 +160,20 @@ def _check_torch(torch: ModuleType | None, error: str) -> dict[str, Any]:
     return _check("PyTorch", torch is not None, error or "can be imported", "reinstall it: pip install torch")
 
 
+def _check_settings() -> dict[str, Any]:
+    from mos_cli.config.settings import Settings, config_path, make_settings, resolve
+    from mos_cli.errors import MosError
+
+    variables = {name: os.environ.get(f"MOS_{name.upper()}") for name in Settings.model_fields}
+    try:
+        path = config_path()
+        resolve(make_settings(**variables), os.environ.get("MOS_PRESET"))
+    except MosError as error:
+        hint = "correct the config file or the MOS_ variable"
+        return _check("settings", False, str(error), hint)
+    return _check("settings", True, f"from {path}" if path else "no config file")
+
+
 def _check_models(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if not models:
         return [_check("models", False, "none found", "give a folder, or name their folder in MOS_MODELS")]
@@ -165,7 +185,7 @@ def _check_models(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
         elif model["pulled"]:
             checks.append(_check(what, True, f"ready; {model['tower']} is in the cache"))
         else:
-            detail = f"{model['tower']} ({size_text(model['download'])}) is fetched at the first run"
+            detail = f"{model['tower']} ({size_text(model['download'])} on disk) is fetched at the first run"
             checks.append(_check(what, False, detail, f"to fetch it now: mos models pull {model['name']}"))
     return checks
 
@@ -206,7 +226,7 @@ def _check_xformers(torch: Any, gpus: list[dict[str, Any]]) -> dict[str, Any]:
         memory_efficient_attention(query, query, query)
     # It fails in many ways, from a wrong CUDA version to a GPU without an operator; each is reported.
     except Exception as error:
-        return _check(what, False, f"fails on this GPU: {str(error).splitlines()[0]}", instead)
+        return _check(what, False, f"fails on this GPU: {_first_line(error)}", instead)
     return _check(what, True, f"works on {gpus[0]['name']}")
 
 
@@ -221,7 +241,12 @@ def _check_folders() -> list[dict[str, Any]]:
     checks = []
     for what, folder in (("cache folder", cache_folder()), ("current folder", Path.cwd())):
         nearest = next(path for path in (folder, *folder.parents) if path.exists())
-        writable = nearest.is_dir() and os.access(nearest, os.W_OK)
+        try:
+            # Permissions do not tell: the disk may be read-only, or the folder no real one.
+            with tempfile.TemporaryFile(dir=nearest):
+                writable = True
+        except OSError:
+            writable = False
         detail = f"{folder} {'can' if writable else 'cannot'} be written"
         remedy = "set MOS_CACHE to another folder" if what == "cache folder" else "use --output with another folder"
         checks.append(_check(what, writable, detail, remedy))

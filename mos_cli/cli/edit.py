@@ -15,7 +15,7 @@ from mos_cli.cli.jobs import (
     read_prompts,
 )
 from mos_cli.cli.loading import fit_to_memory, load_with_progress
-from mos_cli.cli.options import DrawOptions, with_draw_options
+from mos_cli.cli.options import DrawOptions, as_text, with_draw_options
 from mos_cli.cli.output import Report
 from mos_cli.errors import UsageError
 
@@ -24,7 +24,10 @@ from mos_cli.errors import UsageError
 def edit(
     picture: Annotated[Path, typer.Argument(help="The picture to edit: PNG, JPEG or WebP, of any size.")],
     instruction: Annotated[
-        str, typer.Argument(help="What to change; - reads instructions from stdin, @FILE from a file, a line each.")
+        str,
+        typer.Argument(
+            callback=as_text, help="What to change; - reads instructions from stdin, @FILE from a file, a line each."
+        ),
     ],
     reference: Annotated[
         list[Path] | None,
@@ -86,12 +89,12 @@ def edit(
     from mos_cli.config.settings import resolve
     from mos_cli.images.inputs import read_inputs
     from mos_cli.images.naming import naming
-    from mos_cli.inference.requests import EditRequest, check_recipe, edit_fields, route_source
+    from mos_cli.inference.requests import EditRequest, check_device, check_recipe, edit_fields, route_source
     from mos_cli.utils.devices import FreeThreads
 
     report = Report(json=options.json, quiet=options.quiet, verbose=options.verbose)
     instructions = read_prompts(instruction, 'what to change, for example: mos edit cat.png "make it blue"')
-    flags = options.settings()
+    flags = options.settings(image_cfg=image_cfg)
     settings = resolve(flags, options.preset)
     record_options = make_record_options(settings.trace, regions=options.regions, previews=options.preview_steps)
     request = EditRequest(
@@ -103,7 +106,7 @@ def edit(
         composite=composite,
         keep_alpha=keep_alpha,
         strength=strength,
-        image_cfg=image_cfg,
+        image_cfg=settings.image_cfg,
     )
     names = naming(settings.output, overwrite=options.overwrite)
     bundle = find_bundle(settings.model)
@@ -122,13 +125,14 @@ def edit(
     if lost := request.lost(inputs, (fields["width"], fields["height"])):
         report.note("note", lost, note=lost)
     recording, fields["route_from"] = route_source(options.route_from, parse_percent(options.route_until), bundle)
-    jobs = make_jobs(instructions, names, fields, seed=options.seed, count=options.count, inputs=inputs)
+    jobs = make_jobs(instructions, names, fields, seed=settings.seed, count=options.count, inputs=inputs)
     check_recipe(jobs[0].recipe, bundle, compiled=settings.compile, regions=options.regions)
+    check_device(settings, jobs[0].recipe, bundle)
     for option, sheet in {"--strip": strip, "--sheet": options.sheet}.items():
         if sheet is not None:
             check_sheet(option, sheet, names, options.overwrite)
     if options.dry_run:
-        print_jobs(jobs, report)
+        print_jobs(jobs, settings, report)
         return
     free_threads = FreeThreads()
     pipeline = load_with_progress(bundle, settings, report, precision=fields["precision"], quant=fields["quant"])
@@ -138,6 +142,7 @@ def edit(
         jobs,
         names,
         trace=settings.trace,
+        metadata=settings.metadata,
         overwrite=options.overwrite,
         report=report,
         record_options=record_options,

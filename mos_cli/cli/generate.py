@@ -14,14 +14,17 @@ from mos_cli.cli.jobs import (
     read_prompts,
 )
 from mos_cli.cli.loading import fit_to_memory, load_with_progress
-from mos_cli.cli.options import DrawOptions, with_draw_options
+from mos_cli.cli.options import DrawOptions, as_text, with_draw_options
 from mos_cli.cli.output import Report
 
 
 @with_draw_options
 def generate(
     prompt: Annotated[
-        str, typer.Argument(help="What to draw; - reads prompts from stdin, @FILE from a file, a line each.")
+        str,
+        typer.Argument(
+            callback=as_text, help="What to draw; - reads prompts from stdin, @FILE from a file, a line each."
+        ),
     ],
     size: Annotated[
         str | None,
@@ -34,7 +37,7 @@ def generate(
     from mos_cli.bundles.bundle import find_bundle
     from mos_cli.config.settings import parse_size, resolve
     from mos_cli.images.naming import naming
-    from mos_cli.inference.requests import check_recipe, generation_fields, route_source
+    from mos_cli.inference.requests import check_device, check_recipe, generation_fields, route_source
     from mos_cli.utils.devices import FreeThreads
 
     report = Report(json=options.json, quiet=options.quiet, verbose=options.verbose)
@@ -49,12 +52,13 @@ def generate(
     with report.stage("libraries"):
         fields = generation_fields(settings, bundle, canvas, cfg_interval=flags.cfg_interval)
     recording, fields["route_from"] = route_source(options.route_from, parse_percent(options.route_until), bundle)
-    jobs = make_jobs(prompts, names, fields, seed=options.seed, count=options.count)
+    jobs = make_jobs(prompts, names, fields, seed=settings.seed, count=options.count)
     check_recipe(jobs[0].recipe, bundle, compiled=settings.compile, regions=options.regions)
+    check_device(settings, jobs[0].recipe, bundle)
     if options.sheet is not None:
         check_sheet("--sheet", options.sheet, names, options.overwrite)
     if options.dry_run:
-        print_jobs(jobs, report)
+        print_jobs(jobs, settings, report)
         return
     free_threads = FreeThreads()
     pipeline = load_with_progress(bundle, settings, report, precision=fields["precision"], quant=fields["quant"])
@@ -64,6 +68,7 @@ def generate(
         jobs,
         names,
         trace=settings.trace,
+        metadata=settings.metadata,
         overwrite=options.overwrite,
         report=report,
         record_options=record_options,

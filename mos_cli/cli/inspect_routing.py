@@ -6,16 +6,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mos_cli.cli.completion import trace_paths
 from mos_cli.cli.loading import refuse_folders, say_if_unchecked
-from mos_cli.cli.options import Overwrite
-from mos_cli.cli.output import stdout
+from mos_cli.cli.options import Overwrite, as_text
+from mos_cli.cli.output import print_view
 
 if TYPE_CHECKING:
     from mos_cli.routing.trace import Recording
 
 
 def inspect_routing(
-    trace: Annotated[Path, typer.Argument(help="A trace (.json), or the picture beside it.")],
+    trace: Annotated[
+        Path, typer.Argument(autocompletion=trace_paths, help="A trace (.json), or the picture beside it.")
+    ],
     branch: Annotated[
         str | None,
         typer.Option(
@@ -25,7 +28,10 @@ def inspect_routing(
             metavar="NAME",
         ),
     ] = None,
-    word: Annotated[list[str] | None, typer.Option("--word", "-w", help="Show only this word; repeatable.")] = None,
+    word: Annotated[
+        list[str] | None,
+        typer.Option("--word", "-w", callback=as_text, help="Show only this word; repeatable."),
+    ] = None,
     step: Annotated[
         str | None, typer.Option("--step", metavar="A:B", help="Only these steps, both included; also A, A: or :B.")
     ] = None,
@@ -52,7 +58,13 @@ def inspect_routing(
     ] = None,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a report for the browser.")] = None,
     compare: Annotated[
-        Path | None, typer.Option("--compare", metavar="TRACE", help="A second trace, beside the first in the report.")
+        Path | None,
+        typer.Option(
+            "--compare",
+            metavar="TRACE",
+            autocompletion=trace_paths,
+            help="A second trace, beside the first in the report.",
+        ),
     ] = None,
     overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -109,16 +121,16 @@ def inspect_routing(
         facts = section_facts(section, requested)
         facts["picture"] = {"file": str(recording.picture) if recording.picture else None, "checked": recording.checked}
         facts |= {"patches": [patch_facts(place, found) for place, found in origins.items()], "written": written}
-        typer.echo(json.dumps(facts, ensure_ascii=False))
+        typer.echo(json.dumps(facts))
         return
     from mos_cli.routing.views.terminal import PatchView, RoutesView
 
     for path in written:
         typer.echo(path)
     for place, found in origins.items():
-        stdout.print(PatchView(section, place, found, requested))
+        print_view(PatchView(section, place, found, requested))
     if not written and not origins:
-        stdout.print(RoutesView(section, requested))
+        print_view(RoutesView(section, requested))
 
 
 def _check_outputs(outputs: dict[str, Path], *traces: Path | None) -> None:

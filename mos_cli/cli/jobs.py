@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from mos_cli.config.recipe import Recipe
+    from mos_cli.config.settings import Metadata, RunSettings, TraceLevel
     from mos_cli.images.inputs import Inputs
     from mos_cli.images.naming import Naming
     from mos_cli.inference.pipeline import Drawing, MoSPipeline
@@ -35,12 +36,16 @@ class Job:
 
 
 def read_prompts(argument: str, advice: str) -> list[str]:
-    """The prompts that an argument names: itself, or the non-empty lines of stdin (-) or of a file (@FILE).
+    """The prompts that an argument names: itself, or the lines of stdin (-) or of a file (@FILE).
+
+    Lines that are empty or begin with # are left out.
 
     Raises:
         InputError: there are none, which `advice` helps with, or they cannot be read.
     """
     if argument == "-":
+        if sys.stdin is None:
+            raise InputError("stdin is closed: give the prompt itself, or @FILE")
         lines = _lines(sys.stdin.buffer.read(), "stdin")
     elif argument.startswith("@"):
         lines = _lines(expand(argument[1:]).read_bytes(), argument[1:])
@@ -54,9 +59,10 @@ def read_prompts(argument: str, advice: str) -> list[str]:
 
 def _lines(data: bytes, source: str) -> list[str]:
     try:
-        return data.decode("utf-8").splitlines()
+        lines = data.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise InputError(f"the prompts from {source} are not UTF-8 text") from None
+    return [line for line in lines if not line.lstrip().startswith("#")]
 
 
 def make_record_options(trace: str, *, regions: bool, previews: bool) -> "RecordOptions":
@@ -115,11 +121,37 @@ def check_sheet(option: str, sheet: Path, names: "Naming", overwrite: bool) -> N
     names.returned.add(sheet.absolute())
 
 
-def print_jobs(jobs: list[Job], report: Report) -> None:
-    """Prints what would be drawn, for --dry-run."""
+def print_jobs(jobs: list[Job], settings: "RunSettings", report: Report) -> None:
+    """Prints what would be drawn, for --dry-run: the settings of all pictures as a table, then each picture."""
+    if not report.json:
+        for name, value in _shared_settings(jobs[0].recipe, settings).items():
+            report.event("setting", f"{name:<14} {value}")
     for job in jobs:
-        report.event("would draw", f"{job.path}  {job.recipe!r}", path=str(job.path), recipe=job.recipe.model_dump())
+        line = f"{job.path}  (seed {job.recipe.seed}: {shortened(job.recipe.prompt)})"
+        report.event("would draw", line, path=str(job.path), recipe=job.recipe.model_dump())
     report.times()
+
+
+def _shared_settings(recipe: "Recipe", settings: "RunSettings") -> dict[str, str]:
+    """What all pictures of a run have in common, as text by name."""
+    values = recipe.model_dump(exclude_none=True, exclude={"prompt", "seed", "width", "height", "route_from"})
+    values = {name: value for name, value in values.items() if value != ""}
+    if recipe.edit is not None:
+        values |= recipe.edit.model_dump(include={"canvas", "image_cfg", "strength", "composite"})
+        values["edit"] = ", ".join(f"{source.width}x{source.height}" for source in recipe.edit.sources)
+    values["size"] = f"{recipe.width}x{recipe.height}"
+    values |= settings.model_dump(include={"device", "attention", "offload", "compile", "trace"})
+    shown = {True: "yes", False: "no"}
+    return {
+        name: ", ".join(map(str, value)) if isinstance(value, list | tuple) else shown.get(value, str(value))
+        for name, value in values.items()
+    }
+
+
+def shortened(text: str) -> str:
+    """A prompt as it is named in messages: on one line, its beginning if it is long."""
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def draw_jobs(
@@ -127,7 +159,8 @@ def draw_jobs(
     jobs: list[Job],
     names: "Naming",
     *,
-    trace: Any,
+    trace: "TraceLevel",
+    metadata: "Metadata",
     overwrite: bool,
     report: Report,
     record_options: "RecordOptions",
@@ -142,8 +175,9 @@ def draw_jobs(
 
     Args:
         names: gives a picture another name if its own was taken while it was drawn.
-        overwrite: sheets may replace files.
         trace: how much of the trace is written, a `TraceLevel`.
+        metadata: what the pictures say of themselves.
+        overwrite: sheets may replace files.
         observers: called after every step of every picture.
         strip: where the first job's picture is shown before and after its edit.
 
@@ -151,6 +185,10 @@ def draw_jobs(
         MosError: the only job failed.
         typer.Exit: some of several jobs failed (exit code 7).
     """
+    if metadata == "none":
+        kept = "" if trace == "off" else "; the trace beside it still holds the prompt"
+        note = f"without metadata, mos replay cannot draw the picture again{kept}"
+        report.event("note", note, note=note)
     failed, drawn = 0, []
     with report.stage("reading"):
         pipeline.encode_ahead([job.recipe for job in jobs])
@@ -175,12 +213,12 @@ def draw_jobs(
                         route_from=route_from,
                     )
                 with report.stage("writing"):
-                    files = _save(drawing, job, names, trace)
+                    files = _save(drawing, job, names, trace, metadata)
             except MosError as error:
                 if len(jobs) == 1:
                     raise
                 failed += 1
-                print_error(f"{job.recipe.prompt!r}: {error}")
+                print_error(f"{shortened(job.recipe.prompt)!r}: {error}")
                 report.event("failed", index=number, prompt=job.recipe.prompt, error=str(error))
                 continue
             finally:
@@ -206,14 +244,15 @@ def draw_jobs(
         raise typer.Exit(PARTLY_FAILED)
 
 
-def _save(drawing: "Drawing", job: Job, names: "Naming", trace: Any) -> list[Path]:
+def _save(drawing: "Drawing", job: Job, names: "Naming", trace: Any, metadata: Any) -> list[Path]:
     """Writes a picture; if its name was taken while it was drawn, under the next one that is free."""
     from mos_cli.utils.files import NameTakenError
 
     path, further = job.path, names.paths_after(job.path, job.recipe)
     while True:
         try:
-            files = drawing.save(path, trace=trace, overwrite=names.overwrite and path == job.path)
+            overwrite = names.overwrite and path == job.path
+            files = drawing.save(path, trace=trace, metadata=metadata, overwrite=overwrite)
         except NameTakenError:
             path = next(further)
             continue

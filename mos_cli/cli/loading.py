@@ -45,7 +45,7 @@ def fit_to_memory(
             return settings
     if fetch:
         with report.stage("fetching"):
-            fetch_with_progress(bundle.index.understanding)
+            fetch_with_progress(bundle.index.understanding, quiet=report.quiet)
     auto = settings.max_vram == "auto"
     fitted = fit_settings(bundle, settings, size, quant=quant, precision=precision, references=references)
     chosen, gib, precision = fitted.settings, fitted.gib, fitted.precision
@@ -74,7 +74,7 @@ def load_with_progress(
         MosError: as `fetch_tower` and `load_pipeline` do.
     """
     with report.stage("fetching"):
-        understanding = fetch_with_progress(bundle.index.understanding)
+        understanding = fetch_with_progress(bundle.index.understanding, quiet=report.quiet)
     with report.stage("libraries"):
         from mos_cli.utils.quiet import quieten
 

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mos_cli.cli.completion import model_and_tower_names, tower_names
 from mos_cli.cli.models_init import init
 from mos_cli.cli.models_quantize import quantize
-from mos_cli.cli.output import print_json, print_warning, size_text, stdout
+from mos_cli.cli.output import print_json, print_view, print_warning, size_text, stdout
 from mos_cli.cli.paths import App
 from mos_cli.cli.progress import fetch_with_progress
 
@@ -19,7 +20,13 @@ if TYPE_CHECKING:
 
 models_app = App(name="models", no_args_is_help=True, help="List, fetch and check models.")
 
-Name = Annotated[str, typer.Argument(help="A model (name, folder or hub id) or an understanding tower (name).")]
+Name = Annotated[
+    str,
+    typer.Argument(
+        autocompletion=model_and_tower_names,
+        help="A model (name, folder or hub id) or an understanding tower (name).",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
 
 
@@ -51,7 +58,7 @@ def list_all(as_json: AsJson = False) -> None:
         pulled = {True: "[green]yes[/]", False: "no", None: "-"}[row["pulled"]]
         size = "-" if row["size"] is None else size_text(row["size"])
         table.add_row(row["name"], row["kind"], row["tower"], pulled, size, row["license"])
-    stdout.print(table)
+    print_view(table, wide=True)
     if any(row["kind"] == "blueprint" for row in rows):
         stdout.print("A blueprint is a model without weights: see mos plan NAME.", style="dim")
 
@@ -114,6 +121,40 @@ def verify(name: Name) -> None:
     spec = _tower_of(model)
     verify_tower(spec)
     _print_ok(spec.name, tower_files(spec))
+
+
+@models_app.command("rm")
+def remove(
+    name: Annotated[str, typer.Argument(autocompletion=tower_names, help="An understanding tower in the cache.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove an understanding tower from the cache; what mos did not put there itself is never removed."""
+    import shutil
+    import sys
+
+    from mos_cli.bundles.bundle import bundle_folders
+    from mos_cli.bundles.sources import cached_towers
+    from mos_cli.errors import ModelError, UsageError
+    from mos_cli.utils.files import folder_size
+    from mos_cli.utils.folders import models_folder
+
+    folders = cached_towers(name)
+    if not folders:
+        if (bundle := bundle_folders().get(name)) is not None:
+            shipped = bundle.parent == models_folder()
+            reason = "comes with mos and stays" if shipped else f"is a folder of yours: delete {bundle} yourself"
+            raise ModelError(f"{name} {reason}")
+        raise ModelError(f"there is no understanding tower {name} in the cache: see mos models ls")
+    size = size_text(sum(map(folder_size, folders)))
+    if not yes:
+        if sys.stdin is None or not sys.stdin.isatty():
+            raise UsageError(f"{name} ({size}) is removed only if you say so: pass --yes")
+        typer.confirm(f"remove {name} ({size})?", abort=True)
+    for folder in folders:
+        # Renamed first: an interruption leaves no half of a tower under its name.
+        doomed = folder.rename(folder.with_name(f".{folder.name}"))
+        shutil.rmtree(doomed)
+        stdout.print(f"removed {folder}", markup=False)
 
 
 def _tower_of(model: "Bundle | TowerSpec") -> "TowerSpec":

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from mos_cli.cli.completion import blueprint_names
 from mos_cli.cli.output import stderr, stdout
 from mos_cli.errors import UsageError
 
@@ -13,7 +14,7 @@ _UNITS = {"MB": 10**6, "GB": 10**9}
 
 
 def init(
-    name: Annotated[str, typer.Argument(help="A blueprint: name, or a .json file.")],
+    name: Annotated[str, typer.Argument(autocompletion=blueprint_names, help="A blueprint: name, or a .json file.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write; it must not be there yet.")],
     understanding: Annotated[
         str | None,

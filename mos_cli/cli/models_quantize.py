@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mos_cli.cli.completion import model_names
 from mos_cli.cli.output import size_text, stdout
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    name: Annotated[str, typer.Argument(help="A model: name, folder or hub id.")],
+    name: Annotated[str, typer.Argument(autocompletion=model_names, help="A model: name, folder or hub id.")],
     quant: Annotated[str, typer.Option("--quant", metavar="METHOD", help="nf4 (4 bits) or int8 (8 bits).")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to; its name is the new model's.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")] = False,

@@ -3,6 +3,7 @@
 Options are named explicitly everywhere: typer 0.27 makes the metavar the name of an option that has no other.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -12,8 +13,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mos_cli.cli.completion import model_names, preset_names, trace_paths
+
 if TYPE_CHECKING:
     from mos_cli.config.settings import Settings
+
+
+def as_text(value: Any) -> Any:
+    """An argument that is text, not a path, or a list of them: read as UTF-8 whatever the encoding of the system is.
+
+    Raises:
+        typer.BadParameter: it is not UTF-8.
+    """
+    if isinstance(value, list):
+        return [as_text(one) for one in value]
+    if not isinstance(value, str) or value.isascii():
+        return value
+    try:
+        return os.fsencode(value).decode("utf-8")
+    except UnicodeEncodeError:
+        return value
+    except UnicodeDecodeError:
+        # In a locale of another encoding it was typed in that.
+        if all(not "\ud800" <= character <= "\udfff" for character in value):
+            return value
+        raise typer.BadParameter("it is not UTF-8 text") from None
+
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and the paths of pictures.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say how long each stage took.")]
@@ -54,23 +79,49 @@ Trace = Annotated[
         show_default="topk",
     ),
 ]
+Metadata = Annotated[
+    str | None,
+    typer.Option(
+        "--metadata",
+        envvar="MOS_METADATA",
+        metavar="WHAT",
+        help="What the picture holds: full, recipe (without what it was edited from, and the text for other tools), or "
+        "none (it cannot be replayed).",
+        show_default="full",
+    ),
+]
 ArtFile = Annotated[
     Path | None, typer.Option("--art", help="Art file or its folder.", show_default="where `mos data build` writes it")
 ]
 Model = Annotated[
     str | None,
-    typer.Option("--model", "-m", envvar="MOS_MODEL", help="Bundle: name, path or hub id.", show_default="emoji"),
+    typer.Option(
+        "--model",
+        "-m",
+        envvar="MOS_MODEL",
+        autocompletion=model_names,
+        help="Bundle: name, path or hub id.",
+        show_default="emoji",
+    ),
 ]
 Models = Annotated[
     list[str] | None,
     typer.Option(
         "--model",
         "-m",
+        autocompletion=model_names,
         help="Where the model that drew it is, if it is not found by its hash; repeatable for a chain of edits.",
     ),
 ]
 Preset = Annotated[
-    str | None, typer.Option("--preset", "-p", envvar="MOS_PRESET", help="Named settings; see `mos presets ls`.")
+    str | None,
+    typer.Option(
+        "--preset",
+        "-p",
+        envvar="MOS_PRESET",
+        autocompletion=preset_names,
+        help="Named settings, see `mos presets ls`, or a TOML file of your own.",
+    ),
 ]
 Seed = Annotated[
     int | None,
@@ -105,13 +156,17 @@ CfgInterval = Annotated[
     ),
 ]
 Negative = Annotated[
-    str | None, typer.Option("--negative", envvar="MOS_NEGATIVE", metavar="TEXT", help="What guidance leads away from.")
+    str | None,
+    typer.Option(
+        "--negative", envvar="MOS_NEGATIVE", metavar="TEXT", callback=as_text, help="What guidance leads away from."
+    ),
 ]
 Routes = Annotated[
     list[str] | None,
     typer.Option(
         "--route",
         metavar="RULE",
+        callback=as_text,
         help="Steer the routes: red=5,6 pins a word to layers, cat!=0-2 bans, dog+=0.5@4 leans, last and others stand "
         "for every word; repeatable, see docs/routing.md.",
     ),
@@ -121,6 +176,7 @@ RouteFrom = Annotated[
     typer.Option(
         "--route-from",
         metavar="TRACE",
+        autocompletion=trace_paths,
         help="Take the layers that every word read in another run; the weights stay the router's.",
     ),
 ]
@@ -221,6 +277,7 @@ class DrawOptions:
     output: Output = None
     overwrite: Overwrite = False
     trace: Trace = None
+    metadata: Metadata = None
     routes: Routes = None
     route_from: RouteFrom = None
     route_until: RouteUntil = None

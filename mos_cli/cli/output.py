@@ -1,26 +1,72 @@
 """What a command prints: results on stdout, everything else on stderr, as lines or as JSON."""
 
 import json
+import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
 
-from mos_cli.errors import UsageError
+from mos_cli.errors import OUTPUT_CLOSED, UsageError
 
-stdout = Console(highlight=False)
+# Lines are not broken: a pipe has no width, and a terminal breaks them itself.
+stdout = Console(highlight=False, soft_wrap=True)
 stderr = Console(stderr=True, highlight=False)
+ANY_WIDTH = 10_000
+"""Characters in a line that no table reaches."""
+
+
+class StandardStream(TextIOWrapper):
+    """A standard stream that escapes what its encoding does not have, and that names itself where it cannot be written.
+
+    What is written after that is discarded. Where nobody reads the stream any more, as after `| head`, the process ends
+    with the exit status OUTPUT_CLOSED.
+    """
+
+    def __init__(self, stream: TextIOWrapper, label: str) -> None:
+        super().__init__(stream.buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering)
+        self.label = label
+
+    def write(self, text: str, /) -> int:
+        with self._named():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with self._named():
+            super().flush()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            if isinstance(error, BrokenPipeError):
+                raise SystemExit(OUTPUT_CLOSED) from None
+            error.filename = self.label
+            raise
+
+
+def open_standard_streams() -> None:
+    """Makes stdout and stderr of the process `StandardStream`s; one that is closed is None, and stays it."""
+    for name, label in {"stdout": "standard output", "stderr": "standard error"}.items():
+        if isinstance(stream := getattr(sys, name), TextIOWrapper):
+            setattr(sys, name, StandardStream(stream, label))
 
 
 def print_error(message: str) -> None:
     """Prints one error line to stderr, unwrapped so that it stays one line in a pipe."""
-    stderr.print(f"[bold red]error:[/] {_escaped(message)}", soft_wrap=True)
+    # The exit status still tells of the error where stderr cannot be written.
+    with suppress(OSError):
+        stderr.print(f"[bold red]error:[/] {_escaped(message)}", soft_wrap=True)
 
 
 def print_warning(message: str) -> None:
@@ -29,9 +75,25 @@ def print_warning(message: str) -> None:
 
 
 def print_json(rows: Iterable[dict[str, Any]]) -> None:
-    """Prints rows to stdout as newline-delimited JSON."""
+    """Prints rows to stdout as newline-delimited JSON, in ASCII: the same bytes in every locale."""
     for row in rows:
-        typer.echo(json.dumps(row, ensure_ascii=False))
+        typer.echo(json.dumps(row))
+
+
+def print_view(view: Any, *, wide: bool = False) -> None:
+    """Prints what rich lays out to stdout; where that is no terminal, without spaces at the ends of its lines.
+
+    Args:
+        wide: where stdout is no terminal, lines may have any length.
+    """
+    if stdout.is_terminal:
+        stdout.print(view, soft_wrap=False)
+        return
+    console = Console(highlight=False, width=ANY_WIDTH if wide else None)
+    with console.capture() as captured:
+        console.print(view)
+    for line in captured.get().splitlines():
+        typer.echo(line.rstrip())
 
 
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -43,7 +105,7 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         table.add_column(heading, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    stdout.print(table)
+    print_view(table, wide=True)
 
 
 def size_text(size: int) -> str:
@@ -120,4 +182,5 @@ class Report:
 def _escaped(text: str) -> str:
     from rich.markup import escape
 
-    return escape(" ".join(text.split()))
+    # Prompts and names come from files, too, and may hold commands for the terminal.
+    return escape(re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", " ".join(text.split())))

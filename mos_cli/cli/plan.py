@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mos_cli.cli.output import print_json, stdout
+from mos_cli.cli.completion import plannable_names
+from mos_cli.cli.output import print_json, print_view, stdout
 from mos_cli.errors import MemoryLimitError
 from mos_cli.utils.devices import Precision
 
@@ -38,7 +39,9 @@ class _Memory:
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="A bundle or a blueprint: name, folder or hub id.")] = "emoji",
+    model: Annotated[
+        str, typer.Argument(autocompletion=plannable_names, help="A bundle or a blueprint: name, folder or hub id.")
+    ] = "emoji",
     max_vram: Annotated[
         str | None,
         typer.Option(
@@ -205,7 +208,7 @@ def _print_memory(memory: _Memory, best: "Candidate", command: str) -> None:
     table.add_row("reserve", *(_gib(RESERVE) for _ in best.stages))
     table.add_row("[bold]all, GiB[/]", *(f"[bold]{(stage.peak + RESERVE) / GIB:.2f}[/]" for stage in best.stages))
     stdout.print()
-    stdout.print(table)
+    print_view(table, wide=True)
     host = f"; {best.host / GIB:.1f} GiB of main memory" if best.host else ""
     tiled = "; decoded in tiles" if best.setting.tiled else ""
     apart = "" if best.setting.batched_guidance else "; branches of guidance one by one"

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mos_cli.cli.output import print_json, stdout
+from mos_cli.cli.completion import preset_names
+from mos_cli.cli.output import print_json, print_view, stdout
 from mos_cli.cli.paths import App
 
 if TYPE_CHECKING:
@@ -32,11 +33,13 @@ def ls(json: Json = False) -> None:
     for preset in presets:
         settings = ", ".join(f"{key} {value}" for key, value in preset.settings.model_dump(exclude_none=True).items())
         table.add_row(preset.name, settings, preset.description)
-    stdout.print(table)
+    print_view(table, wide=True)
 
 
 @presets_app.command("show")
-def show(name: Annotated[str, typer.Argument(help="A preset.")], json: Json = False) -> None:
+def show(
+    name: Annotated[str, typer.Argument(autocompletion=preset_names, help="A preset.")], json: Json = False
+) -> None:
     """Show one preset."""
     from mos_cli.config.settings import load_preset
 

@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -27,7 +27,9 @@ def stop_between_steps() -> Iterator[Callable[[], None]]:
     def on_signal(_number: int, _frame: FrameType | None) -> None:
         nonlocal pressed
         pressed = True
-        stderr.print("finishing this step; Ctrl-C again to stop at once")
+        # It may interrupt a write to stderr, which cannot be written to then.
+        with suppress(RuntimeError, OSError):
+            stderr.print("finishing this step; Ctrl-C again to stop at once")
         signal.signal(signal.SIGINT, before)
 
     def check() -> None:
@@ -81,11 +83,11 @@ def stage_bars(*columns: str, after: Callable[[], None] = lambda: None) -> Itera
         yield advance
 
 
-def fetch_with_progress(spec: "TowerSpec") -> Path:
-    """Fetches an understanding tower as `fetch_tower` does, with a bar if it is not in the cache yet."""
+def fetch_with_progress(spec: "TowerSpec", *, quiet: bool = False) -> Path:
+    """Fetches an understanding tower as `fetch_tower` does; if it is not in the cache yet, with a bar or a line."""
     from mos_cli.bundles.sources import fetch_tower, tower_folder
 
-    if tower_folder(spec).is_dir():
+    if tower_folder(spec).is_dir() or quiet:
         return fetch_tower(spec)
     columns = (
         TextColumn("{task.description}"),
@@ -95,7 +97,7 @@ def fetch_with_progress(spec: "TowerSpec") -> Path:
     )
     terminal = stderr.is_terminal
     if not terminal:
-        stderr.print(f"fetching {spec.name} ({size_text(spec.size)})")
+        stderr.print(f"fetching {spec.name} ({size_text(spec.size)} on disk)")
     with Progress(*columns, console=stderr, transient=True, disable=not terminal) as bars:
 
         def show(source: str, done: int, total: int) -> None:

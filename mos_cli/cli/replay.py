@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mos_cli.cli.jobs import Job, draw_jobs, make_record_options
+from mos_cli.cli.jobs import Job, draw_jobs, make_record_options, shortened
 from mos_cli.cli.loading import fit_to_memory, load_route_source, load_with_progress
 from mos_cli.cli.options import (
     Attention,
@@ -22,6 +22,7 @@ from mos_cli.cli.options import (
     Regions,
     Trace,
     Verbose,
+    as_text,
 )
 from mos_cli.cli.output import Report
 from mos_cli.errors import UsageError
@@ -43,7 +44,7 @@ def replay(
     picture: Annotated[Path, typer.Argument(help="A PNG made by mos.")],
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: seed=7, cfg=4, ..."),
+        typer.Option("--set", metavar="KEY=VALUE", callback=as_text, help="Change the recipe: seed=7, cfg=4, ..."),
     ] = None,
     verify: Annotated[
         bool,
@@ -153,10 +154,10 @@ def replay(
 
     def redraw(earlier: "EarlierPicture", inputs: "Inputs | None") -> "Image":
         if earlier.recipe.route_from is not None:
-            prompt = earlier.recipe.prompt
+            prompt = shortened(earlier.recipe.prompt)
             raise UsageError(f"{prompt!r} took its routes from another run: give the picture with --input FILE")
         otherwise = "name it with --model FOLDER, or give the picture with --input FILE"
-        subject = repr(earlier.recipe.prompt)
+        subject = repr(shortened(earlier.recipe.prompt))
         bundle = find_recorded(earlier.recipe.model, earlier.made.bundle_hash, subject, otherwise, models or ())
         check_size(*earlier.recipe.working_size, bundle.index.canvas)
         if inputs is not None:
@@ -180,6 +181,7 @@ def replay(
                 [job],
                 names,
                 trace=settings.trace,
+                metadata=settings.metadata,
                 overwrite=overwrite,
                 report=report,
                 record_options=record_options,

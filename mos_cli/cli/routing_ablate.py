@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mos_cli.cli.jobs import shortened
 from mos_cli.cli.loading import load_route_source, load_with_progress
-from mos_cli.cli.options import Attention, Device, Json, Models, Overwrite, Quiet, Verbose
+from mos_cli.cli.options import Attention, Device, Json, Models, Overwrite, Quiet, Verbose, as_text
 from mos_cli.cli.output import Report
 from mos_cli.cli.progress import sampling_bars, stop_between_steps
 from mos_cli.errors import InputError, UsageError
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 
 def ablate(
     picture: Annotated[Path, typer.Argument(help="A PNG made by mos.")],
-    word: Annotated[str, typer.Option("--word", "-w", help='The word, as in rules: cat, "red apple", cat#2, *.')],
+    word: Annotated[
+        str, typer.Option("--word", "-w", callback=as_text, help='The word, as in rules: cat, "red apple", cat#2, *.')
+    ],
     block: Annotated[
         str | None, typer.Option("--block", metavar="A:B", help="Only in these blocks.", show_default="all")
     ] = None,
@@ -179,7 +182,9 @@ def _strip_paths(picture: Path, word: str, output: Path | None, overwrite: bool)
 
 
 def _must_be_given(earlier: "EarlierPicture", inputs: "Inputs | None") -> "Image":
-    raise InputError(f"{earlier.recipe.prompt!r}, which this was made from, is needed here: give it with --input FILE")
+    raise InputError(
+        f"{shortened(earlier.recipe.prompt)!r}, which this was made from, is needed here: give it with --input FILE"
+    )
 
 
 def _caption(one: "Ablated", only: bool) -> str:

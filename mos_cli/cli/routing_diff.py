@@ -5,14 +5,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mos_cli.cli.completion import trace_paths
 from mos_cli.cli.loading import refuse_folders, say_if_unchecked
-from mos_cli.cli.output import stdout
+from mos_cli.cli.output import print_view, stdout
 
 if TYPE_CHECKING:
     from mos_cli.routing.diff import Difference, Tally
     from mos_cli.routing.trace import Trace
 
-Run = Annotated[Path, typer.Argument(help="A trace (.json), or the picture beside it.")]
+Run = Annotated[Path, typer.Argument(autocompletion=trace_paths, help="A trace (.json), or the picture beside it.")]
 
 
 def diff(
@@ -40,14 +41,14 @@ def diff(
     if as_json:
         import json
 
-        typer.echo(json.dumps(_as_dict(difference, heads[a], heads[b]), ensure_ascii=False))
+        typer.echo(json.dumps(_as_dict(difference, heads[a], heads[b])))
         return
     from mos_cli.routing.views.difference import DifferenceView, headline
 
     stdout.print(headline(difference), soft_wrap=True, markup=False)
     if not difference.identical:
         stdout.print()
-        stdout.print(DifferenceView(difference, heads[a], heads[b]))
+        print_view(DifferenceView(difference, heads[a], heads[b]))
 
 
 def _as_dict(difference: "Difference", a: "Trace", b: "Trace") -> dict[str, Any]:

@@ -7,13 +7,17 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mos_cli.cli.completion import recipe_names
 from mos_cli.cli.options import ArtFile
 from mos_cli.cli.output import stderr, stdout
 from mos_cli.cli.progress import stop_between_steps
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped recipe (train-...).")],
+    recipe: Annotated[
+        str,
+        typer.Argument(autocompletion=recipe_names, help="A TOML file, or the name of a shipped recipe (train-...)."),
+    ],
     art: ArtFile = None,
     run: Annotated[
         Path | None,

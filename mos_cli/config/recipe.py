@@ -200,7 +200,7 @@ def make_recipe(**values: Any) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UsageError(first_problem(error)) from None
+        raise UsageError(first_problem(error, Recipe)) from None
 
 
 def check_guidance(cfg: float, options: Mapping[str, Any], image_cfg: float = 1.0) -> None:

@@ -2,10 +2,9 @@
 
 import os
 import re
-import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -14,7 +13,7 @@ from mos_cli.errors import InputError, MosError, UsageError
 from mos_cli.planning.memory import Offload
 from mos_cli.utils.files import expand
 from mos_cli.utils.folders import presets_folder
-from mos_cli.utils.validation import DEFAULT_SOLVER, Interval, RouteRules, Solver, first_problem
+from mos_cli.utils.validation import DEFAULT_SOLVER, Interval, RouteRules, Solver, first_problem, read_toml
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
     from mos_cli.planning.memory import Setting
 
 TraceLevel = Literal["off", "summary", "topk", "full"]
+Metadata = Literal["full", "recipe", "none"]
+"""What a picture says of itself: its recipe, and with "full" also what it was edited from, and text for other tools."""
 PrecisionSetting = Literal["auto", "bf16", "fp32"]
 
 
@@ -44,14 +45,16 @@ MaxVram = Annotated[float | Literal["auto"], BeforeValidator(_gib_or_auto)]
 
 
 class Settings(BaseModel):
-    """The settings of a preset or a config file; None leaves a value to the next source."""
+    """The settings of a preset; None leaves a value to the next source."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str | None = None
+    seed: int | None = Field(default=None, ge=0)
     steps: int | None = Field(default=None, ge=1)
     solver: Solver | None = None
     cfg: float | None = Field(default=None, ge=0)
+    image_cfg: float | None = Field(default=None, ge=0)
     cfg_interval: Interval | None = None
     negative: str | None = None
     size: str | None = None
@@ -64,12 +67,19 @@ class Settings(BaseModel):
     attention: Literal["auto", "xformers", "sdpa"] | None = None
     compile: bool | None = None
     trace: TraceLevel | None = None
+    metadata: Metadata | None = None
     routes: RouteRules | None = None
     output: str | None = None
 
     def over(self, other: "Settings") -> "Settings":
         """These settings, with the gaps filled from `other`."""
         return Settings(**{**other.model_dump(), **self.model_dump(exclude_none=True)})
+
+
+class UserSettings(Settings):
+    """The settings of a config file: those of a preset, and the name of one."""
+
+    preset: str | None = None
 
 
 class RunSettings(Settings):
@@ -91,6 +101,7 @@ class RunSettings(Settings):
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     compile: bool = False
     trace: TraceLevel = "topk"
+    metadata: Metadata = "full"
     output: str = "outputs/{date}/{number}_{prompt}_s{seed}.png"
 
 
@@ -108,6 +119,13 @@ class _PresetFile(BaseModel):
 
     description: str = ""
     generate: Settings
+
+
+class _ConfigFile(_PresetFile):
+    generate: UserSettings
+
+
+_File = TypeVar("_File", bound=_PresetFile)
 
 
 def config_path() -> Path | None:
@@ -133,16 +151,20 @@ def list_presets() -> list[Preset]:
 
 
 def load_preset(name: str) -> Preset:
-    """Loads a preset by name.
+    """Loads a preset by name, or from a TOML file of the user's.
 
     Raises:
         UsageError: there is no preset of that name, or it is wrong.
+        InputError: the file cannot be read, or is not TOML.
     """
-    path = presets_folder() / f"{name}.toml"
+    if name.endswith(".toml"):
+        path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path's own raises for unknown users
+        file = _read(path, _PresetFile)
+        return Preset(path.stem, file.description, file.generate)
     known = [file.stem for file in sorted(presets_folder().glob("*.toml")) if not file.stem.startswith("train-")]
     if name not in known:
-        raise UsageError(f"no preset '{name}': choose one of {', '.join(known)}")
-    file = _read(path)
+        raise UsageError(f"no preset '{name}': choose one of {', '.join(known)}, or name a .toml file")
+    file = _read(presets_folder() / f"{name}.toml", _PresetFile)
     return Preset(name, file.description, file.generate)
 
 
@@ -162,14 +184,17 @@ def make_settings(**values: Any) -> Settings:
 def resolve(flags: Settings, preset: str | None) -> RunSettings:
     """Merges flags, preset and config file, in this order of precedence; None is left to the bundle.
 
+    Without a preset, that of the config file is taken.
+
     Raises:
         UsageError, InputError: a preset or the config file is missing or wrong.
     """
+    path = config_path()
+    config = UserSettings() if path is None else _read(path, _ConfigFile).generate
     settings = flags
-    if preset is not None:
-        settings = settings.over(load_preset(preset).settings)
-    if config := config_path():
-        settings = settings.over(_read(config).generate)
+    if name := preset or config.preset:
+        settings = settings.over(load_preset(name).settings)
+    settings = settings.over(Settings(**config.model_dump(exclude={"preset"})))
     return RunSettings(**settings.model_dump(exclude_none=True))
 
 
@@ -275,13 +300,11 @@ def check_size(width: int, height: int, canvas: Canvas) -> None:
         )
 
 
-def _read(path: Path) -> _PresetFile:
+def _read(path: Path, model: type[_File]) -> _File:
+    table = read_toml(path)
+    if "generate" not in table or table.keys() - model.model_fields:
+        raise UsageError(f"{path}: all settings stand under [generate]: write that line above them")
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-        if "generate" not in table or table.keys() - _PresetFile.model_fields:
-            raise UsageError(f"{path}: all settings stand under [generate]: write that line above them")
-        return _PresetFile.model_validate(table)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid TOML: {error}") from None
+        return model.model_validate(table)
     except ValidationError as error:
-        raise UsageError(f"{path}: {first_problem(error)}") from None
+        raise UsageError(f"{path}: {first_problem(error, model)}") from None

@@ -1,14 +1,12 @@
 """The `[data]` table of a training recipe."""
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from mos_cli.errors import InputError
 from mos_cli.utils.folders import presets_folder
-from mos_cli.utils.validation import Frozen
+from mos_cli.utils.validation import Frozen, read_toml
 
 
 class DataTable(Frozen):
@@ -40,7 +38,7 @@ class CaptionedTable(Frozen):
 
 
 def _kind(data: Any) -> str:
-    return data.get("kind", "scenes") if isinstance(data, dict) else data.kind
+    return data.get("kind", "scenes") if isinstance(data, dict) else getattr(data, "kind", "scenes")
 
 
 Data = Annotated[
@@ -59,12 +57,3 @@ def with_words(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         return data
     own = folder / data["words"]
     return data | {"words": read_toml(own if own.is_file() else presets_folder() / data["words"])}
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is not there") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid TOML: {error}") from None

@@ -23,10 +23,10 @@ from mos_cli.datasets.scenes.description import (
     held_out_style,
 )
 from mos_cli.datasets.scenes.vocabulary import COLOURS, Vocabulary, VocabularyWord
-from mos_cli.datasets.tables import DataTable, read_toml, with_words
+from mos_cli.datasets.tables import DataTable, with_words
 from mos_cli.utils.files import atomic_write
 from mos_cli.utils.folders import presets_folder
-from mos_cli.utils.validation import Frozen
+from mos_cli.utils.validation import Frozen, read_toml
 
 Category = Literal["single", "two", "counting", "colour", "position", "binding", "style"]
 CATEGORIES: tuple[Category, ...] = get_args(Category)

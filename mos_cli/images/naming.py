@@ -1,6 +1,8 @@
 """The names of outputs, from a template."""
 
+import os
 import re
+import sys
 from collections.abc import Iterator
 from datetime import date
 from itertools import count
@@ -8,7 +10,7 @@ from pathlib import Path
 from string import Formatter
 
 from mos_cli.config.recipe import Recipe
-from mos_cli.errors import UsageError
+from mos_cli.errors import InputError, UsageError
 from mos_cli.images.companions import check_name
 from mos_cli.utils.files import NameTakenError, check_writable, expand
 
@@ -42,6 +44,8 @@ class Naming:
                 raise UsageError(f"output '{template}': use {', '.join(f'{{{name}}}' for name in FIELDS)}, as they are")
         if "{number}" in str(Path(template).parent):
             raise UsageError("output field {number} belongs into the file's name, not into a folder's")
+        if "\0" in template:
+            raise UsageError("the output's name has a null character")
         if Path(template).suffix.lower() != ".png":
             raise UsageError(f"output '{template}' must end in .png, or be a folder")
         self.numbered = "{number}" in template
@@ -57,6 +61,12 @@ class Naming:
         path = self._filled(recipe)
         if path.absolute() in self.returned:
             raise UsageError(f"several pictures would be written to {path}: add {{seed}} or {{number}} to the name")
+        try:
+            os.fsencode(path)
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the system's encoding, {error.encoding}, has no name {path}: set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+            ) from None
         check_writable(path.parent)
         check_name(path, self.overwrite)
         self.returned.add(path.absolute())
@@ -111,5 +121,7 @@ def naming(output: str, *, overwrite: bool = False) -> Naming:
 
 
 def slug(text: str) -> str:
-    """Letters and digits of any script, joined by dashes, at most 40 characters."""
+    """Letters and digits that names of files can have here, joined by dashes, at most 40 characters."""
+    encoding = sys.getfilesystemencoding()
+    text = text.encode(encoding, "ignore").decode(encoding)
     return "-".join(re.findall(r"\w+", text.lower()))[:40].strip("-_") or "picture"

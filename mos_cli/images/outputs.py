@@ -13,15 +13,16 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def png(image: "Image", record: PictureRecord | None) -> bytes:
-    """A picture as a PNG file, without metadata if `record` is None."""
+def png(image: "Image", record: PictureRecord | None, *, parameters: bool = True) -> bytes:
+    """A picture as a PNG file, without metadata if `record` is None; `parameters`: also as text for other tools."""
     from io import BytesIO
 
     from PIL.PngImagePlugin import PngInfo
 
     info, file = PngInfo(), BytesIO()
     if record is not None:
-        info.add_itxt("parameters", record.parameters())
+        if parameters:
+            info.add_itxt("parameters", record.parameters())
         info.add_itxt("mos", record.to_json())
     image.save(file, format="PNG", pnginfo=info)
     return file.getvalue()

@@ -54,9 +54,14 @@ def check_rule(recipe: "Recipe", rule: Rule, draw: "Callable[[Recipe, Observer],
     def stop(step: "Step") -> None:
         raise _BegunError
 
-    with suppress(_BegunError):
-        # A bias of 0 conflicts with no other rule.
-        draw(with_layer(recipe, replace(rule, operator="+=", amount=0.0), 0), stop)
+    # A bias of 0 conflicts with no other rule.
+    tried = replace(rule, operator="+=", amount=0.0, layers=(0,))
+    try:
+        with suppress(_BegunError):
+            draw(with_layer(recipe, tried, 0), stop)
+    except UsageError as error:
+        word = str(replace(rule, operator="=", layers=(0,), blocks=None, steps=None)).removesuffix("=0")
+        raise UsageError(str(error).replace(f"the route rule {tried}", f"--word {word}")) from None
 
 
 def ablate(before: "Drawing", rule: Rule, draw: "Callable[[Recipe], Image]") -> Iterator[Ablated]:

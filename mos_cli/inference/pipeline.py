@@ -19,7 +19,7 @@ from torch import Tensor
 from mos_cli.bundles.blueprints import network_of
 from mos_cli.bundles.bundle import Bundle, verify_bundle
 from mos_cli.config.recipe import PictureRecord, Recipe, check_blocks, pixels_hash, provenance
-from mos_cli.config.settings import TraceLevel, smaller
+from mos_cli.config.settings import Metadata, TraceLevel, smaller
 from mos_cli.errors import DeviceError, MemoryLimitError, ModelError, UsageError
 from mos_cli.images.companions import TRACE_SCHEMA, animation, check_name, companions, own_companions
 from mos_cli.images.inputs import Inputs
@@ -54,11 +54,15 @@ class Drawing:
     previews: tuple[Image.Image, ...] = ()
     """The predicted clean pictures of the steps, where they were requested."""
 
-    def save(self, path: str | Path, *, trace: TraceLevel = "topk", overwrite: bool = False) -> list[Path]:
+    def save(
+        self, path: str | Path, *, trace: TraceLevel = "topk", metadata: Metadata = "full", overwrite: bool = False
+    ) -> list[Path]:
         """Writes the PNG with its recipe, and its trace and previews beside it: all of them or none.
 
         Args:
             trace: "off" for none, "summary" for the head alone; otherwise also all arrays that were recorded.
+            metadata: "recipe" leaves out the recipes of what the picture was edited from and the text for other tools;
+                "none" leaves out everything, and the picture cannot be replayed.
 
         Returns:
             The files written, the PNG first.
@@ -73,7 +77,9 @@ class Drawing:
         if path.suffix.lower() != ".png":
             raise UsageError(f"{path}: pictures are written as PNG, choose a name that ends in .png")
         check_name(path, overwrite)
-        files = {path: png(self.image, self.record)}
+        short = self.record.model_copy(update={"earlier": ()})
+        record = {"full": self.record, "recipe": short, "none": None}[metadata]
+        files = {path: png(self.image, record, parameters=metadata == "full")}
         if trace != "off":
             files |= trace_files(self.trace, None if trace == "summary" else self.routes, path)
         if self.previews:

@@ -183,6 +183,22 @@ def check_recipe(recipe: Recipe, bundle: Bundle, *, compiled: bool, regions: boo
         check_numbers(parse_rules(recipe.routes), **numbers)
 
 
+def check_device(settings: RunSettings, recipe: Recipe, bundle: Bundle) -> None:
+    """Raises DeviceError for what the device cannot do, as far as it is known before weights are loaded."""
+    device = choose_device(settings.device)
+    if settings.attention == "xformers":
+        from mos_cli.utils.quiet import quieten
+
+        quieten()
+        from mos_cli.inference.loading import DTYPES
+        from mos_cli.towers.attention import no_operator, xformers_supports
+
+        tower = read_generation(bundle.folder / "generation")
+        for width in (tower.width // tower.heads, tower.router_width // tower.router_heads):
+            if not xformers_supports(device, DTYPES[recipe.precision], width):
+                raise no_operator(device, DTYPES[recipe.precision], width)
+
+
 @dataclass(frozen=True)
 class FittedSettings:
     """Settings chosen for a memory limit, and what they were chosen for: `gib` on `device`, in `precision`."""

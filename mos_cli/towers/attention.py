@@ -34,13 +34,17 @@ def choose_attention(model: nn.Module, requested: AttentionBackend) -> str:
         weight = layer.norm_q.weight
         supported = requested != "sdpa" and xformers_supports(weight.device, weight.dtype, weight.shape[0])
         if requested == "xformers" and not supported:
-            raise DeviceError(
-                f"xformers has no operator for {weight.dtype} heads of {weight.shape[0]} on {weight.device.type}: "
-                "use --attention auto or sdpa"
-            )
+            raise no_operator(weight.device, weight.dtype, weight.shape[0])
         layer.backend = XFORMERS if supported else SDPA
         used[layer.backend.value] = True
     return ", ".join(used)
+
+
+def no_operator(device: torch.device, dtype: torch.dtype, head_width: int) -> DeviceError:
+    """The error where xformers is requested and does not compute such attention."""
+    return DeviceError(
+        f"xformers has no operator for {dtype} heads of {head_width} on {device.type}: use --attention auto or sdpa"
+    )
 
 
 @lru_cache

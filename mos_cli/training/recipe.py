@@ -6,12 +6,12 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from mos_cli.bundles.specs import Canvas, Defaults, EditDefaults
-from mos_cli.datasets.tables import Data, read_toml, with_words
+from mos_cli.datasets.tables import Data, with_words
 from mos_cli.errors import InputError, UsageError
 from mos_cli.utils.files import expand
 from mos_cli.utils.folders import presets_folder
 from mos_cli.utils.migration import GenerationConfig, Migrated
-from mos_cli.utils.validation import Frozen, PlainName, first_problem
+from mos_cli.utils.validation import Frozen, PlainName, first_problem, read_toml
 
 
 class BundleTable(Frozen):
@@ -135,16 +135,23 @@ def load_recipe(name_or_path: str, overrides: dict[str, Any] | None = None) -> T
     """
     path = recipe_path(name_or_path)
     table = read_toml(path)
-    for part in (table, *table.get("stages", [])):
-        if part.get("data"):
+    stages = table.get("stages")
+    for part in (table, *(stages if isinstance(stages, list) else ())):
+        if isinstance(part, dict) and isinstance(part.get("data"), dict):
             part["data"] = with_words(part["data"], path.parent)
     overrides = dict(overrides or {})
-    if table.get("stages") and (steps := overrides.pop("steps", None)):
-        before = sum(stage["steps"] for stage in table["stages"][:-1])
+    if stages and (steps := overrides.pop("steps", None)):
+        before = sum(stage.steps for stage in _validated(table, path).stages[:-1])
         if steps <= before:
             raise UsageError(f"the stages before the last take {before} steps: ask for more than that")
         table["stages"][-1]["steps"] = steps - before
+    if isinstance(train := table.get("train", {}), dict):
+        table["train"] = train | overrides
+    return _validated(table, path)
+
+
+def _validated(table: dict[str, Any], path: Path) -> TrainRecipe:
     try:
-        return TrainRecipe.model_validate({**table, "train": {**table.get("train", {}), **overrides}})
+        return TrainRecipe.model_validate(table)
     except ValidationError as error:
-        raise UsageError(f"{path}: {first_problem(error)}") from None
+        raise UsageError(f"{path}: {first_problem(error, TrainRecipe)}") from None

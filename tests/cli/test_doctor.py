@@ -119,3 +119,25 @@ def test_every_failed_check_has_a_hint_and_the_text_shows_all():
     text = CliRunner().invoke(app, ["doctor"]).stdout
     lines = text.split("\n\n")[1].splitlines()
     assert [line[:3] for line in lines] == ["ok " if check["ok"] else "no " for check in checks]
+
+
+def test_settings_that_are_broken_are_told(tmp_path, monkeypatch) -> None:
+    def settings() -> dict:
+        return examine()["checks"]["settings"]
+
+    monkeypatch.setenv("MOS_CONFIG", str(tmp_path / "config.toml"))
+    assert "is not a file" in settings()["detail"]
+    (tmp_path / "config.toml").write_text("[generate]\nsteps = 0\n")
+    assert "config.toml: generate.steps" in settings()["detail"]
+    (tmp_path / "config.toml").write_text("[generate]\nsteps = 4\n")
+    assert settings()["ok"]
+    monkeypatch.setenv("MOS_PRESET", "nono")
+    assert "no preset 'nono'" in settings()["detail"]
+    monkeypatch.delenv("MOS_PRESET")
+    monkeypatch.setenv("MOS_CFG", "much")
+    assert settings()["detail"].startswith("--cfg: ")
+
+
+def test_a_folder_is_writable_if_something_can_be_written(monkeypatch) -> None:
+    monkeypatch.setenv("MOS_CACHE", "/proc/mos")
+    assert not examine()["checks"]["cache folder"]["ok"]

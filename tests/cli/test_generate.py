@@ -83,7 +83,7 @@ def test_trace_levels(mos, bundle, tmp_path, level: str, suffixes: list[str]) ->
 
 
 def test_prompts_from_a_file_and_from_stdin(mos, bundle, tmp_path) -> None:
-    (tmp_path / "prompts.txt").write_text("a dog\n\n  a cat \n")
+    (tmp_path / "prompts.txt").write_text("# animals\na dog\n\n  # a bird\n  a cat \n")
     assert mos("generate", f"@{tmp_path / 'prompts.txt'}", "-o", f"{tmp_path}/out/", "-s", 1).exit_code == 0
     assert sorted(p.name for p in (tmp_path / "out").glob("*.png")) == [
         "0001_a-dog_s1.png",
@@ -173,7 +173,7 @@ def test_a_latent_bundle_draws_at_the_autoencoders_scale(mos, bundle, tmp_path) 
 
 @pytest.mark.slow
 def test_ctrl_c_keeps_what_is_done(bundle, tmp_path) -> None:
-    command = [sys.executable, "-c", "from mos_cli.cli.app import main; main()", "generate", PROMPT]
+    command = [sys.executable, "-c", "from mos_cli.__main__ import main; main()", "generate", PROMPT]
     options = ["-n", "500", "-s", "1", "-o", str(tmp_path / "{seed}.png")]
     process = subprocess.Popen([*command, *options], env=os.environ, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
@@ -187,3 +187,25 @@ def test_ctrl_c_keeps_what_is_done(bundle, tmp_path) -> None:
     assert 2 <= len(pictures) < 500
     assert all(read_drawing(picture)[0].size == (32, 32) for picture in pictures)
     assert {p.stem for p in tmp_path.glob("*.json")} >= {p.stem for p in pictures}
+
+
+def test_what_a_picture_says_of_itself(mos, editor, tmp_path) -> None:
+    def chunks(name: str) -> dict:
+        with Image.open(tmp_path / name) as opened:
+            return opened.info
+
+    assert mos("generate", PROMPT, "-o", tmp_path / "full.png").exit_code == 0
+    assert {"mos", "parameters"} <= chunks("full.png").keys()
+    edited = ("edit", tmp_path / "full.png", "a green apple", "--metadata", "recipe", "-o", tmp_path / "recipe.png")
+    assert mos(*edited).exit_code == 0
+    assert chunks("recipe.png").keys() == {"mos"}
+    assert PROMPT not in chunks("recipe.png")["mos"]
+    verified = mos("replay", tmp_path / "recipe.png", "--verify", "--input", tmp_path / "full.png")
+    assert verified.stdout == "exact\n"
+    result = mos("generate", PROMPT, "--metadata", "none", "--trace", "off", "-o", tmp_path / "none.png")
+    assert result.stdout.splitlines()[0] == "without metadata, mos replay cannot draw the picture again"
+    assert chunks("none.png") == {}
+    assert PROMPT.encode() not in (tmp_path / "none.png").read_bytes()
+    assert mos("replay", tmp_path / "none.png").exit_code == 3
+    with_trace = mos("generate", PROMPT, "--metadata", "none", "-o", tmp_path / "other.png")
+    assert "the trace beside it still holds the prompt" in with_trace.stdout

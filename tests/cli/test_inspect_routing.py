@@ -39,7 +39,7 @@ def trace_path(tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _plain_console(monkeypatch):
-    monkeypatch.setattr("mos_cli.cli.inspect_routing.stdout", Console(width=80, color_system=None, highlight=False))
+    monkeypatch.setattr("mos_cli.cli.output.stdout", Console(width=80, color_system=None, highlight=False))
 
 
 def view_of(trace: Trace, routes: dict[str, Routes] | None, asked: Sequence[str] = ()) -> RoutesView:

@@ -55,6 +55,24 @@ MISTAKES = {
     "replay of nothing": (["replay", "nowhere.png"], 3, "nowhere.png"),
     "replay of text": (["replay", "{tmp}/text.png"], 3, "not a PNG picture"),
     "replay of a stranger": (["replay", "{tmp}/taken.png"], 3, "no recipe"),
+    "not one of the choices": (["eval", "--suite", "paint"], 2, "'paint' is not one of 'scenes', 'edit': see mos eval"),
+    "no number": (["generate", PROMPT, "--steps", "few"], 2, "see mos generate --help"),
+    "no prompt": (["generate"], 2, "see mos generate --help"),
+    "no such option": (["generate", PROMPT, "--nope"], 2, "--nope"),
+    "no such command": (["paint"], 2, "see mos --help"),
+    "no value": (["generate", PROMPT, "--steps"], 2, "requires an argument"),
+    "words without quotes": (["generate", "a", "red", "apple"], 2, "in quotes"),
+    "prompt with a dash": (["generate", "-5 cats"], 2, "write -- before a text that begins with a dash"),
+    "prompt taken for an option with a value": (["generate", "-old cats"], 2, "write -- before a text"),
+    "one time": (["generate", PROMPT, "--cfg-interval", "0.2"], 2, "0.2 is not two times"),
+    "replay of an unknown key": (["replay", "{tmp}/drawn.png", "--set", "sped=3"], 2, "not one of prompt, negative,"),
+    "preset file that is not there": (["generate", PROMPT, "-p", "nowhere.toml"], 3, "nowhere.toml is not there"),
+    "xformers without a GPU": (["generate", PROMPT, "--attention", "xformers", "--device", "cpu"], 6, "auto or sdpa"),
+    "dry run that would fail": (
+        ["generate", PROMPT, "--attention", "xformers", "--device", "cpu", "--dry-run"],
+        6,
+        "auto or sdpa",
+    ),
     "inspection of nothing": (["inspect-routing", "nowhere.json"], 3, "nowhere.json"),
 }
 
@@ -68,6 +86,8 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(mos, bundle, tmp_path, monke
     (tmp_path / "file").write_text("")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
+    if f"{tmp_path}/drawn.png" in arguments:
+        assert mos("generate", PROMPT, "-o", tmp_path / "drawn.png").exit_code == 0
     before = sorted(p for p in tmp_path.rglob("*") if "cache" not in p.parts)
     result = mos(*arguments)
     assert result.exit_code == code, result.stderr
@@ -158,3 +178,33 @@ with tempfile.TemporaryDirectory() as folder:
 def test_a_folder_that_may_not_be_written() -> None:
     result = subprocess.run([sys.executable, "-c", CLOSED_FOLDER], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines() == ["cannot write to ", "cannot write "]
+
+
+def test_a_prompt_that_is_too_long_is_not_repeated_in_full(mos, bundle, tmp_path) -> None:
+    (tmp_path / "prompts.txt").write_text("a dog\n" + "apple " * 400 + "\n")
+    result = mos("generate", f"@{tmp_path / 'prompts.txt'}", "-o", f"{tmp_path}/here/")
+    assert result.exit_code == 7
+    assert "shorten it" in result.stderr
+    assert max(map(len, errors(result))) < 200
+
+
+def test_a_word_that_is_not_there_is_named_as_it_was_typed(mos, bundle, tmp_path) -> None:
+    assert mos("generate", PROMPT, "-o", tmp_path / "a.png").exit_code == 0
+    result = mos("routing", "ablate", tmp_path / "a.png", "--word", "zebra")
+    assert result.exit_code == 2
+    (line,) = errors(result)
+    assert line.startswith("error: --word zebra finds nothing in this prompt: its words are a, red, apple")
+
+
+def test_commands_for_the_terminal_in_a_name_are_shown_not_sent(mos, bundle) -> None:
+    result = mos("generate", PROMPT, "-m", "emoji\x1b[2J")
+    assert "\x1b" not in result.stderr
+    assert r"\x1b" in result.stderr
+
+
+def test_a_dry_run_is_a_table_of_settings_and_the_pictures(mos, bundle, tmp_path) -> None:
+    result = mos("generate", PROMPT, "--dry-run", "-n", 2, "-s", 7, "-o", f"{tmp_path}/here/")
+    lines = result.stdout.splitlines()
+    assert {"steps          3", "size           32x32", "attention      auto"} <= set(lines)
+    assert lines[-1] == f"{tmp_path}/here/0002_a-red-apple_s8.png  (seed 8: a red apple)"
+    assert "Recipe(" not in result.stdout

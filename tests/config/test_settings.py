@@ -1,11 +1,17 @@
 """Settings: where they come from, which one wins, and what a wrong one is told."""
 
 import json
+from inspect import signature
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from PIL import Image
+from typer.models import OptionInfo
 
-from mos_cli.config.settings import Settings, list_presets, resolve
+from mos_cli.cli.edit import edit
+from mos_cli.cli.generate import generate
+from mos_cli.config.settings import Settings, UserSettings, list_presets, resolve
 
 PROMPT = "a red apple"
 
@@ -55,7 +61,7 @@ def errors(result) -> list[str]:
         ("feature_cache = 2", "stand under [generate]"),
         ("", "stand under [generate]"),
         ("steps = 2\n[generate]", "stand under [generate]"),
-        ("[generate]\nfeature_cach = 2", "feature_cach: unknown setting"),
+        ("[generate]\nfeature_cach = 2", "feature_cach: unknown setting, not one of model, seed,"),
     ],
 )
 def test_a_config_file_that_is_wrong_says_where_settings_stand(mos, bundle, tmp_path, text: str, words: str) -> None:
@@ -65,6 +71,35 @@ def test_a_config_file_that_is_wrong_says_where_settings_stand(mos, bundle, tmp_
     (line,) = errors(result)
     assert words in line
     assert "config.toml" in line
+
+
+def test_what_has_a_variable_can_stand_in_the_config_file() -> None:
+    options = [
+        info
+        for command in (generate, edit)
+        for parameter in signature(command, eval_str=True).parameters.values()
+        for info in get_args(parameter.annotation)
+        if isinstance(info, OptionInfo) and info.envvar
+    ]
+    assert len(options) > 30
+    assert {str(option.envvar).removeprefix("MOS_").lower() for option in options} <= UserSettings.model_fields.keys()
+
+
+def test_seed_preset_and_image_guidance_of_a_config_file(mos, editor, tmp_path) -> None:
+    (tmp_path / "config.toml").write_text('[generate]\nseed = 5\npreset = "fast"\nimage_cfg = 2.5\n')
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    recipe = json.loads(mos("edit", tmp_path / "a.png", "red", "--dry-run", "--json").stdout)["recipe"]
+    assert (recipe["seed"], recipe["steps"], recipe["edit"]["image_cfg"]) == (5, 6, 2.5)
+    given = ("--seed", 6, "-p", "quality", "--image-cfg", 1.5)
+    recipe = json.loads(mos("edit", tmp_path / "a.png", "red", "--dry-run", "--json", *given).stdout)["recipe"]
+    assert (recipe["seed"], recipe["steps"], recipe["edit"]["image_cfg"]) == (6, 24, 1.5)
+
+
+def test_a_preset_of_the_users_own(mos, bundle, tmp_path) -> None:
+    (tmp_path / "mine.toml").write_text('description = "mine"\n[generate]\nsteps = 9\n', encoding="utf-8-sig")
+    result = mos("generate", PROMPT, "--dry-run", "--json", "-p", tmp_path / "mine.toml")
+    assert json.loads(result.stdout)["recipe"]["steps"] == 9
+    assert mos("presets", "show", tmp_path / "mine.toml").stdout.splitlines() == ["mine", "  steps = 9"]
 
 
 def test_a_limit_for_gpus_is_refused_on_a_cpu_wherever_it_comes_from(mos, bundle, tmp_path, monkeypatch) -> None:

@@ -62,7 +62,7 @@ def test_nf4_weights_are_not_compiled_on_a_cpu(mos, bundle, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_without_a_compiler_one_line_says_so(bundle, tmp_path: Path) -> None:
     environment = os.environ | {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    command = "import sys; from mos_cli.cli.app import main; sys.exit(main())"
+    command = "import sys; from mos_cli.__main__ import main; main()"
     asked = [
         "generate",
         "a dog",

