@@ -48,7 +48,7 @@ def test_every_command_that_draws_takes_it_without_a_gpu(mos: Mos, editor: Bundl
 
 def test_the_event_says_the_same(mos: Mos, bundle: Bundle, tmp_path: Path) -> None:
     arguments = ("generate", "a dog", "--device", "cpu", "-o", tmp_path / "a.png", "--json")
-    lines = mos(*arguments, "-p", "auto", "--precision", "fp32").stderr.splitlines()
+    lines = mos(*arguments, "-p", "auto", "--precision", "fp32").stdout.splitlines()
     (event,) = [row for row in map(json.loads, lines) if row["event"] == "setting"]
     assert event["gib"] > 0
     facts = {name: event[name] for name in ("device", "precision", "quant", "offload", "tiled", "batched_guidance")}
