@@ -124,7 +124,7 @@ def test_a_card_is_taken_as_it_is(bundle: Bundle, monkeypatch: pytest.MonkeyPatc
     card = SimpleNamespace(total_memory=int(11.6 * GIB))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     said: list[str] = []
-    monkeypatch.setattr(Report, "event", lambda self, kind, line, **values: said.append(line))
+    monkeypatch.setattr(Report, "note", lambda self, kind, line, **values: said.append(line))
     settings = resolve(make_settings(model="tiny", precision="bf16"), "auto")
     chosen = fit_to_memory(bundle, settings, (1024, 1024), Report(), fetch=False)
     best = fastest(candidates(network, (1024, 1024)), 11.6)
