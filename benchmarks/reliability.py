@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PROMPT, PICTURES = "a red apple", 12
@@ -46,9 +47,11 @@ def prepare(folder: Path) -> None:
 
     from tests.helpers.tiny_bundle import WORDS, save_tokenizer, write_bundle
 
-    encoder, config = folder / "encoder", BertConfig(vocab_size=len(WORDS), max_position_embeddings=24)
-    config.update({"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64})
-    BertModel(config).save_pretrained(encoder)
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    encoder = folder / "encoder"
+    BertModel(
+        BertConfig(vocab_size=len(WORDS), intermediate_size=64, max_position_embeddings=24, **sizes)
+    ).save_pretrained(encoder)
     save_tokenizer(encoder, marks=True)
     torch.manual_seed(0)
     write_bundle(folder / "models" / "tiny", encoder)

@@ -71,7 +71,7 @@ def write_all(files: Mapping[Path, bytes], overwrite: bool = False, *, remove: C
     try:
         for current, temporary in written.items():
             _write_to_disk(temporary, files[current])
-        for current in (*remove, *reversed(list(files))):
+        for current in (*remove, *reversed(written)):
             if current != last and os.path.lexists(current):
                 if not overwrite:
                     raise FileExistsError

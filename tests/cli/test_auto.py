@@ -48,7 +48,7 @@ def test_every_command_that_draws_takes_it_without_a_gpu(mos: Mos, editor: Bundl
 
 def test_the_event_says_the_same(mos: Mos, bundle: Bundle, tmp_path: Path) -> None:
     arguments = ("generate", "a dog", "--device", "cpu", "-o", tmp_path / "a.png", "--json")
-    lines = mos(*arguments, "-p", "auto", "--precision", "fp32").stderr.splitlines()
+    lines = mos(*arguments, "-p", "auto", "--precision", "fp32").stdout.splitlines()
     (event,) = [row for row in map(json.loads, lines) if row["event"] == "setting"]
     assert event["gib"] > 0
     facts = {name: event[name] for name in ("device", "precision", "quant", "offload", "tiled", "batched_guidance")}
@@ -124,7 +124,7 @@ def test_a_card_is_taken_as_it_is(bundle: Bundle, monkeypatch: pytest.MonkeyPatc
     card = SimpleNamespace(total_memory=int(11.6 * GIB))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     said: list[str] = []
-    monkeypatch.setattr(Report, "event", lambda self, kind, line, **values: said.append(line))
+    monkeypatch.setattr(Report, "note", lambda self, kind, line, **values: said.append(line))
     settings = resolve(make_settings(model="tiny", precision="bf16"), "auto")
     chosen = fit_to_memory(bundle, settings, (1024, 1024), Report(), fetch=False)
     best = fastest(candidates(network, (1024, 1024)), 11.6)
