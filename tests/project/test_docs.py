@@ -54,14 +54,14 @@ def test_links_between_documents_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-if __name__ == "__main__":
-    COMMANDS.write_text(commands_page(), encoding="utf-8")
-    README.write_text(BLOCK.sub(lambda _: commands_table(), README.read_text(encoding="utf-8")), encoding="utf-8")
-
-
 def test_the_readme_and_the_tool_name_one_size_of_the_language_model() -> None:
     from mos_cli.bundles.bundle import find_bundle
     from mos_cli.cli.output import size_text
 
     size = size_text(find_bundle("emoji").index.understanding.size)
     assert f"{size} on disk" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+if __name__ == "__main__":
+    COMMANDS.write_text(commands_page(), encoding="utf-8")
+    README.write_text(BLOCK.sub(lambda _: commands_table(), README.read_text(encoding="utf-8")), encoding="utf-8")
