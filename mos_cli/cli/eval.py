@@ -66,6 +66,8 @@ def evaluate(
     from mos_cli.bundles.bundle import edits_of, find_bundle
     from mos_cli.config.settings import RunSettings, make_settings, parse_size
     from mos_cli.inference.requests import recipe_fields
+    from mos_cli.utils.extras import require
+    from mos_cli.utils.files import check_writable
     from mos_cli.utils.quiet import quieten
 
     # The user's config file is not read: a table must not depend on whose machine it was made on.
@@ -78,6 +80,9 @@ def evaluate(
         raise UsageError("--image-cfg is for --suite edit")
     common = recipe_fields(settings, bundle, editing or bundle.index.defaults)
     common["width"], common["height"] = parse_size(settings.size, bundle.index.canvas)
+    folder = output or Path("outputs") / f"eval-{bundle.index.name}"
+    require("evaluation", "train", "inflect")
+    check_writable(folder)
     quieten()
     from mos_cli.datasets.art.file import data_folder, load_art
     from mos_cli.evaluation.examine import TrueScenes
@@ -85,7 +90,6 @@ def evaluate(
 
     judging, true = Judge(judge or judge_folder()), TrueScenes(load_art(art or data_folder()))
     pipeline = load_with_progress(bundle, settings, Report(), precision=common["precision"], quant=common["quant"])
-    folder = output or Path("outputs") / f"eval-{bundle.index.name}"
     if editing is None:
         _evaluate_scenes(pipeline, judging, true, folder, common, limit)
     else:

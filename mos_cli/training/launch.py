@@ -1,6 +1,5 @@
 """Setting up a run: one process or many, with or without sharding, as `accelerate launch` configures it."""
 
-import importlib.util
 import os
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from mos_cli.errors import UsageError
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.training.recipe import TrainTable
 
@@ -20,13 +18,7 @@ def start_accelerator(train: TrainTable, folder: Path, *, unused_parts: bool = F
 
     Args:
         unused_parts: some steps do not use all parameters: those that do not train edits.
-
-    Raises:
-        UsageError: a package that only training needs is not installed.
     """
-    for module in ("tensorboard", "matplotlib"):
-        if importlib.util.find_spec(module) is None:
-            raise UsageError(f"training needs {module}: pip install 'mos-cli[train]'")
     sharding = None
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         # Inputs (times and pictures) stay fp32; weights and activations are bf16.
