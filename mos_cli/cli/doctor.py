@@ -173,6 +173,10 @@ def _check_models(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _check_gpu(torch: Any, gpus: list[dict[str, Any]]) -> dict[str, Any]:
     import shutil
 
+    from mos_cli.utils.devices import unsupported_gpu
+
+    if torch and (unsupported := unsupported_gpu()):
+        return _check("GPU", False, f"{unsupported} is not supported", "the CPU is used")
     if gpus:
         return _check("GPU", True, ", ".join(gpu["name"] for gpu in gpus))
     if torch and torch.version.cuda is None and shutil.which("nvidia-smi"):

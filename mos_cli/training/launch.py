@@ -11,6 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.training.recipe import TrainTable
+from mos_cli.utils.devices import unsupported_gpu
 
 
 def start_accelerator(train: TrainTable, folder: Path, *, unused_parts: bool = False) -> Accelerator:
@@ -33,6 +34,7 @@ def start_accelerator(train: TrainTable, folder: Path, *, unused_parts: bool = F
             cpu_ram_efficient_loading=False,
         )
     accelerator = Accelerator(
+        cpu=unsupported_gpu() is not None,
         mixed_precision="bf16" if train.precision == "bf16" and sharding is None else "no",
         log_with="tensorboard",
         project_dir=folder,
