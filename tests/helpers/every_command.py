@@ -27,7 +27,7 @@ WORKS = [
     "bench --steps 2 --rounds 1",
     "doctor",
     "routing diff a.json b.json",
-    "routing ablate a.png --word dog --only 1 -o ablated.png",
+    "routing ablate a.png --word dog --only -o ablated.png",
     "models ls",
     "models show {model}",
     "models pull {model}",
