@@ -193,6 +193,10 @@ def _check_models(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _check_gpu(torch: Any, gpus: list[dict[str, Any]]) -> dict[str, Any]:
     import shutil
 
+    from mos_cli.utils.devices import unsupported_gpu
+
+    if torch and (unsupported := unsupported_gpu()):
+        return _check("GPU", False, f"{unsupported} is not supported", "the CPU is used")
     if gpus:
         return _check("GPU", True, ", ".join(gpu["name"] for gpu in gpus))
     if torch and torch.version.cuda is None and shutil.which("nvidia-smi"):
@@ -214,12 +218,23 @@ def _check_bf16(torch: ModuleType | None, cpu: dict[str, Any], gpus: list[dict[s
 
 
 def _check_xformers(torch: Any, gpus: list[dict[str, Any]]) -> dict[str, Any]:
-    what, instead = "xformers", "sdpa is used"
+    from mos_cli.utils.xformers_runtime import load_xformers_runtime, missing_runtime, runtime_library
+
+    what, instead, install = (
+        "xformers",
+        "sdpa is used",
+        "to add it: pip install 'mos-cli[cuda]'; sdpa is used until then",
+    )
     if find_spec("xformers") is None:
-        return _check(what, False, "not installed", instead)
+        return _check(what, False, "not installed", install if gpus else f"it needs an NVIDIA GPU; {instead}")
     if not gpus:
-        return _check(what, False, "installed, but it works on GPUs only", instead)
+        return _check(what, False, "installed, but it needs an NVIDIA GPU", instead)
+    missing = missing_runtime()
+    if missing is not None and runtime_library(missing) is None:
+        detail = f"it needs the runtime of CUDA {missing}, and this PyTorch has CUDA {torch.version.cuda}"
+        return _check(what, False, detail, install)
     try:
+        load_xformers_runtime()
         from xformers.ops import memory_efficient_attention
 
         query = torch.ones(1, 64, 2, 64, device="cuda", dtype=torch.float16)

@@ -68,6 +68,8 @@ def evaluate(
     from mos_cli.config.settings import RunSettings, make_settings, parse_size
     from mos_cli.inference.requests import recipe_fields
     from mos_cli.utils.devices import FreeThreads
+    from mos_cli.utils.extras import require
+    from mos_cli.utils.files import check_folder
     from mos_cli.utils.quiet import quieten
 
     # The user's config file is not read: a table must not depend on whose machine it was made on.
@@ -80,15 +82,15 @@ def evaluate(
         raise UsageError("--image-cfg is for --suite edit")
     common = recipe_fields(settings, bundle, editing or bundle.index.defaults)
     common["width"], common["height"] = parse_size(settings.size, bundle.index.canvas)
+    folder = output or Path("outputs") / f"eval-{bundle.index.name}"
+    require("evaluation", "train", "inflect")
     quieten()
     from mos_cli.datasets.art.file import data_folder, load_art
     from mos_cli.evaluation.editbench import read_edit_bench
     from mos_cli.evaluation.examine import TrueScenes
     from mos_cli.evaluation.judge import Judge, judge_folder
     from mos_cli.evaluation.scenebench import read_bench
-    from mos_cli.utils.files import check_folder
 
-    folder = output or Path("outputs") / f"eval-{bundle.index.name}"
     begun = [f"pictures/{read_bench(limit)[0].id}.png", f"edits/{read_edit_bench(limit)[0].id}.png"]
     check_folder(folder, "eval.json", "edit.json", *begun)
     judging, true = Judge(judge or judge_folder()), TrueScenes(load_art(art or data_folder()))

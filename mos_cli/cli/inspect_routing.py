@@ -78,6 +78,8 @@ def inspect_routing(
     from mos_cli.routing.regions import patch_origins
     from mos_cli.routing.section import cut, cut_all
     from mos_cli.routing.trace import load_recording
+    from mos_cli.utils.extras import require
+    from mos_cli.utils.files import check_writable, refuse_existing
 
     if compare is not None and html is None:
         raise UsageError("--compare is for the report: add --html FILE, or see `mos routing diff`")
@@ -90,6 +92,15 @@ def inspect_routing(
         raise UsageError(f"--{narrowed[0]} has no effect on --html: the report holds the whole trace")
     if step is not None and (regions or patch):
         raise UsageError("regions are recorded as a mean over all steps: leave --step out")
+
+    if plot or regions:
+        require("a figure", "inspect", "matplotlib")
+    if export:
+        require("an export", "inspect", "pyarrow")
+    for path in outputs.values():
+        if path is not None:
+            check_writable(path.parent)
+            refuse_existing(path, overwrite)
 
     recording = load_recording(trace)
     say_if_unchecked(recording)

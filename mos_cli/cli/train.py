@@ -45,6 +45,8 @@ def train(
     On several GPUs or machines: accelerate launch -m mos_cli train RECIPE; with --use_fsdp the network is sharded.
     """
     from mos_cli.training.recipe import load_recipe, recipe_path
+    from mos_cli.utils.extras import require
+    from mos_cli.utils.files import check_writable
     from mos_cli.utils.quiet import quieten
 
     if show:
@@ -52,6 +54,12 @@ def train(
             recipe_path(recipe).read_text(encoding="utf-8"), end="", markup=False, highlight=False, soft_wrap=True
         )
         return
+    require("training", "train", "inflect", "matplotlib", "tensorboard")
+    overrides = {"steps": steps, "ema": ema}
+    loaded = load_recipe(recipe, {name: value for name, value in overrides.items() if value is not None})
+    folder = run or Path("runs") / loaded.bundle.name
+    for place in (folder, export or folder):
+        check_writable(place.expanduser())
     quieten()
     from mos_cli.bundles.bundle import INDEX
     from mos_cli.datasets.art.file import data_folder
@@ -61,9 +69,6 @@ def train(
     from mos_cli.training.stages import curriculum
     from mos_cli.utils.files import check_folder
 
-    overrides = {"steps": steps, "ema": ema}
-    loaded = load_recipe(recipe, {name: value for name, value in overrides.items() if value is not None})
-    folder = run or Path("runs") / loaded.bundle.name
     columns = [
         TextColumn("{task.description}"),
         BarColumn(),

@@ -22,11 +22,15 @@ def train_enlarger(
     from mos_cli.datasets.tables import DataTable
     from mos_cli.errors import UsageError
     from mos_cli.training.recipe import load_recipe
+    from mos_cli.utils.extras import require
+    from mos_cli.utils.files import check_writable
     from mos_cli.utils.quiet import quieten
 
     scenes = load_recipe(recipe).data
     if not isinstance(scenes, DataTable):
         raise UsageError(f"{recipe} has captioned pictures for data: the enlarger learns from scenes")
+    require("training the enlarger", "train", "inflect")
+    check_writable(output)
     quieten()
     from mos_cli.datasets.art.file import data_folder
     from mos_cli.training.enlarging import train_enlarger as run_training

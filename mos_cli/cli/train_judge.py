@@ -19,8 +19,12 @@ def train_judge(
 
     The same command gives another judge on another machine: tables compare only where the judge's hash is the same.
     """
+    from mos_cli.utils.extras import require
+    from mos_cli.utils.files import check_writable
     from mos_cli.utils.quiet import quieten
 
+    require("training the judge", "train", "inflect")
+    check_writable(output)
     quieten()
     from mos_cli.datasets.art.file import data_folder, load_art
     from mos_cli.evaluation.examine import Examiner, TrueScenes

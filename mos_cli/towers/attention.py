@@ -4,6 +4,7 @@ Shapes: B batch, L sequence, T context tokens, N patches, D width, H heads, E wi
 """
 
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -25,8 +26,10 @@ def choose_attention(model: nn.Module, requested: AttentionBackend) -> str:
     and head width, else sdpa.
 
     Raises:
-        DeviceError: xformers is requested and does not support one of the layers.
+        DeviceError: xformers is requested and is not installed, or does not support one of the layers.
     """
+    if requested == "xformers" and find_spec("xformers") is None:
+        raise DeviceError("xformers is not installed: pip install 'mos-cli[cuda]', or use --attention auto or sdpa")
     used = {}
     for layer in model.modules():
         if not isinstance(layer, Attention | CrossAttention):

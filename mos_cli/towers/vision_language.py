@@ -21,12 +21,14 @@ from torch import Tensor
 from transformers import (
     MODEL_MAPPING,
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     BaseImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
 )
+
+# The package's own name is a placeholder without torchvision, before 5.20.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.utils.import_utils import is_timm_available
 

@@ -1,6 +1,5 @@
 """Setting up a run: one process or many, with or without sharding, as `accelerate launch` configures it."""
 
-import importlib.util
 import os
 from pathlib import Path
 
@@ -10,9 +9,9 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from mos_cli.errors import UsageError
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.training.recipe import TrainTable
+from mos_cli.utils.devices import unsupported_gpu
 
 
 def start_accelerator(train: TrainTable, folder: Path, *, unused_parts: bool = False) -> Accelerator:
@@ -20,13 +19,7 @@ def start_accelerator(train: TrainTable, folder: Path, *, unused_parts: bool = F
 
     Args:
         unused_parts: some steps do not use all parameters: those that do not train edits.
-
-    Raises:
-        UsageError: a package that only training needs is not installed.
     """
-    for module in ("tensorboard", "matplotlib"):
-        if importlib.util.find_spec(module) is None:
-            raise UsageError(f"training needs {module}: pip install 'mos-cli[train]'")
     sharding = None
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         # Inputs (times and pictures) stay fp32; weights and activations are bf16.
@@ -41,6 +34,7 @@ def start_accelerator(train: TrainTable, folder: Path, *, unused_parts: bool = F
             cpu_ram_efficient_loading=False,
         )
     accelerator = Accelerator(
+        cpu=unsupported_gpu() is not None,
         mixed_precision="bf16" if train.precision == "bf16" and sharding is None else "no",
         log_with="tensorboard",
         project_dir=folder,

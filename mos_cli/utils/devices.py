@@ -34,19 +34,22 @@ TAKES, LEAVES = 0.1, 0.3
 
 
 def choose_device(requested: str) -> "torch.device":
-    """Resolves "auto", "cuda", "cuda:1" or "cpu".
+    """Resolves "auto", "cuda", "cuda:1" or "cpu". "auto" is the CPU where the GPU is an unsupported one.
 
     Raises:
         DeviceError: the requested device does not exist.
     """
     import torch
 
+    unsupported = unsupported_gpu()
     if requested == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() and unsupported is None else "cpu")
     try:
         device = torch.device(requested)
     except RuntimeError:
         raise DeviceError(f"unknown device '{requested}': use auto, cpu or cuda") from None
+    if unsupported is not None and device.type in ("mps", "cuda"):
+        raise DeviceError(f"{unsupported} is not supported: use --device cpu")
     if device.type not in ("cpu", "cuda"):
         raise DeviceError(f"device '{requested}' is not supported: use auto, cpu or cuda")
     # device_count includes GPUs whose driver is too old.
@@ -54,6 +57,15 @@ def choose_device(requested: str) -> "torch.device":
     if device.type == "cuda" and (device.index or 0) >= count:
         raise DeviceError(f"no GPU for device '{requested}': use --device cpu, or see `mos doctor`")
     return device
+
+
+def unsupported_gpu() -> str | None:
+    """The kind of GPU that PyTorch was built for, if it is one on which nothing was ever tested."""
+    import torch
+
+    if torch.version.hip is not None:
+        return "an AMD GPU (ROCm)"
+    return "an Apple GPU (MPS)" if torch.backends.mps.is_available() else None
 
 
 def choose_precision(device: "torch.device") -> Precision:

@@ -5,8 +5,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -299,3 +301,28 @@ def test_offline_no_package_of_art_is_downloaded(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("npm was started"))
     with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set"):
         fetch_package(EMOJIBASE, tmp_path)
+
+
+def test_the_hubs_endpoint_and_token_are_honoured_and_the_token_never_shown() -> None:
+    """In a process of its own: the hub's client reads both when it is imported."""
+    seen: list[tuple[str, str | None]] = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append((self.path, self.headers["Authorization"]))
+            self.send_error(500)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    settings = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "0"}
+    code = "from mos_cli.bundles.sources import hub_snapshot; hub_snapshot('owner/name', 'a' * 40, ['config.json'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | settings)
+    server.shutdown()
+    assert (f"/api/models/owner/name/revision/{'a' * 40}", "Bearer hf_secret") in seen
+    assert "ModelError" in done.stderr
+    assert "hf_secret" not in done.stdout + done.stderr

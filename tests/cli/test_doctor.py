@@ -1,5 +1,6 @@
 import json
 import sys
+from importlib.machinery import ModuleSpec
 
 import pytest
 import typer
@@ -141,3 +142,19 @@ def test_settings_that_are_broken_are_told(tmp_path, monkeypatch) -> None:
 def test_a_folder_is_writable_if_something_can_be_written(monkeypatch) -> None:
     monkeypatch.setenv("MOS_CACHE", "/proc/mos")
     assert not examine()["checks"]["cache folder"]["ok"]
+
+
+def test_the_runtime_that_xformers_misses_is_named_with_the_command_that_brings_it(monkeypatch):
+    gpu = {"name": "a GPU", "memory": 8 << 30, "free": 8 << 30, "capability": [9, 0]}
+    monkeypatch.setattr("mos_cli.cli.doctor._gpus", lambda torch: [gpu])
+    monkeypatch.setattr("mos_cli.cli.doctor.find_spec", lambda name: ModuleSpec(name, None))
+    monkeypatch.setattr("mos_cli.utils.xformers_runtime.missing_runtime", lambda: 12)
+    monkeypatch.setattr("mos_cli.utils.xformers_runtime.runtime_library", lambda major: None)
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    check = examine()["checks"]["xformers"]
+    assert check["detail"] == "it needs the runtime of CUDA 12, and this PyTorch has CUDA 13.0"
+    assert "pip install 'mos-cli[cuda]'" in check["hint"]
+    monkeypatch.setattr("mos_cli.cli.doctor.find_spec", lambda name: None)
+    check = examine()["checks"]["xformers"]
+    assert check["detail"] == "not installed"
+    assert "pip install 'mos-cli[cuda]'" in check["hint"]

@@ -6,7 +6,9 @@
 import re
 from pathlib import Path
 
+import pytest
 import typer.main
+from packaging.version import Version
 from typer.cli import get_docs_for_click
 
 from mos_cli.cli.app import app
@@ -36,6 +38,7 @@ def commands_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+@pytest.mark.skipif(Version(typer.__version__) < Version("0.29"), reason="older typer lays the page out otherwise")
 def test_the_help_texts_in_the_documents_are_those_of_the_program() -> None:
     assert COMMANDS.read_text(encoding="utf-8") == commands_page()
     (block,) = BLOCK.findall(README.read_text(encoding="utf-8"))

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mos_cli.errors import DeviceError
 from mos_cli.utils import devices
 
 
@@ -30,3 +31,15 @@ def test_a_cpu_computes_in_what_is_faster(
     monkeypatch.setattr(devices, "CPUINFO", cpuinfo)
     monkeypatch.setattr(platform, "processor", lambda: f"64 Family 6 Model 207, {vendor}")
     assert devices.choose_precision(torch.device("cpu")) == precision
+
+
+@pytest.mark.parametrize(("kind", "device"), [("Apple GPU", "mps"), ("AMD GPU", "cuda")])
+def test_a_gpu_that_nothing_was_tested_on_is_refused_and_auto_is_the_cpu(kind: str, device: str, monkeypatch) -> None:
+    if kind == "AMD GPU":
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    else:
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert devices.choose_device("auto") == torch.device("cpu")
+    with pytest.raises(DeviceError, match=rf"{kind} .*not supported: use --device cpu"):
+        devices.choose_device(device)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from mos_cli.datasets.art.file import SCHEMA, ArtCounts, ArtManifest, ArtPackage, ArtPicture, ArtStyle
 from mos_cli.datasets.art.names import Annotations, Concept
-from mos_cli.datasets.art.rasterise import VISIBLE, rasterise_all, require_resvg, svg_document
+from mos_cli.datasets.art.rasterise import VISIBLE, rasterise_all, svg_document
 from mos_cli.datasets.art.sets import EMOJIBASE, SETS, ArtSet, Package, fetch_package, read_members
 from mos_cli.errors import InputError, UsageError
-from mos_cli.utils.files import atomic_file, atomic_write, sha256_of
+from mos_cli.utils.extras import require
+from mos_cli.utils.files import atomic_file, atomic_write, check_writable, sha256_of
 from mos_cli.utils.folders import cache_folder
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def build_art(
     manifest_path, pixels_path = out / f"art-{size}.json", out / f"art-{size}.safetensors"
     if not overwrite and (found := [path for path in (manifest_path, pixels_path) if path.exists()]):
         raise InputError(f"{found[0]} exists already; use --overwrite to build it again")
-    require_resvg()
+    require("drawing SVG", "train", "resvg_py")
+    check_writable(out)
     downloads = cache_folder() / "downloads" if downloads is None else downloads
     packages = [annotations, *(art.package for art in sets)]
     tarballs = {}

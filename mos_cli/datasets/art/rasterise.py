@@ -8,8 +8,6 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mos_cli.errors import UsageError
-
 if TYPE_CHECKING:
     import numpy as np
 
@@ -64,14 +62,6 @@ def rasterise_all(pictures: Sequence[bytes], size: int) -> Iterator["np.ndarray"
         yield from pool.map(partial(rasterise, size=size), pictures, chunksize=8)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def require_resvg() -> None:
-    """Raises UsageError, saying what to install, if SVG pictures cannot be drawn here."""
-    try:
-        import resvg_py  # noqa: F401
-    except ImportError:
-        raise UsageError("drawing SVG needs resvg-py: pip install 'mos-cli[train]'") from None
 
 
 def _draw_svg(document: bytes, size: int) -> bytes:
