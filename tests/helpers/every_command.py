@@ -46,9 +46,9 @@ NEEDS = {
     "train-enlarger -o enlarger": "train",
     "eval": "train",
     "eval --suite edit": "train",
-    "data build": "train",
+    "data build -o art": "train",
 }
-REFUSED = {"models init mos-s --out NO/fresh": "not a folder", "data show": "mos data build"}
+REFUSED = {"models init mos-s --out NO/fresh": "not a folder", "data show nowhere": "mos data build"}
 """What cannot be done here for another reason, and what its one line says: a large model, art that is not built."""
 
 
