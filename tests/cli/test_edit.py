@@ -219,7 +219,7 @@ MISTAKES = {
     "mask that is none": (["--mask", "{tmp}/nothing.png"], 3, "nothing.png"),
     "no strength": (["--strength", "0"], 2, "strength"),
     "too much strength": (["--strength", "1.5"], 2, "strength"),
-    "image guidance out of range": (["--image-cfg", "-1"], 2, "image_cfg"),
+    "image guidance out of range": (["--image-cfg", "-1"], 2, "image-cfg"),
     "a strip that is the picture": (["--strip", "{tmp}/out.png"], 2, "of its own"),
     "a strip that is the sheet": (["--strip", "{tmp}/s.png", "--sheet", "{tmp}/s.png"], 2, "of its own"),
     "an interval without guidance": (["--cfg", "1", "--cfg-interval", "0.1,0.9"], 2, "no effect"),
