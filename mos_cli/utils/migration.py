@@ -46,8 +46,11 @@ def current_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     Stages that name no spacing of the patches are from before there was one.
     """
     fields = current_fields(recipe)
-    stages = [{"patch_spacing": 1.0, **stage} for stage in fields.get("stages", ())]
-    return {**fields, "generation": current_fields(fields["generation"]), "stages": stages}
+    if "generation" in fields:
+        fields["generation"] = current_fields(fields["generation"])
+    if "stages" in fields:
+        fields["stages"] = [{"patch_spacing": 1.0, **stage} for stage in fields["stages"]]
+    return fields
 
 
 def current_weight(name: str) -> str:
