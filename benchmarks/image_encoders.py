@@ -34,9 +34,9 @@ from mos_cli.towers.image_encoder import ImageEncoder
 from mos_cli.towers.understanding import UnderstandingTower
 from mos_cli.training.recipe import load_recipe
 from mos_cli.training.references import find_understanding
-from mos_cli.utils.devices import cpu_threads
 from mos_cli.utils.files import atomic_write
 from mos_cli.utils.migration import part_folder
+from mos_cli.utils.threads import cpu_threads
 
 RECIPE = "train-emoji"
 BATCH = 128

@@ -28,7 +28,7 @@ from mos_cli.cli.train import train
 from mos_cli.cli.train_enlarger import train_enlarger
 from mos_cli.cli.train_judge import train_judge
 from mos_cli.errors import INTERRUPTED, InputError, MosError
-from mos_cli.utils.devices import limit_spinning
+from mos_cli.utils.threads import limit_spinning
 
 # The UsageError of click, of which newer versions of typer bring a copy of their own.
 _ParseError: Any = typer.BadParameter.__base__

@@ -84,7 +84,8 @@ def measure_preset(flags: "Settings", preset: str | None, rounds: int) -> dict[s
     from mos_cli.config.settings import parse_size, resolve
     from mos_cli.inference.profiling import PeakMemory, measure
     from mos_cli.inference.requests import recipe_fields
-    from mos_cli.utils.devices import choose_device, device_name, device_threads
+    from mos_cli.utils.devices import choose_device, device_name
+    from mos_cli.utils.threads import device_threads
 
     settings, report = resolve(flags, preset), Report(quiet=True)
     bundle = find_bundle(settings.model)

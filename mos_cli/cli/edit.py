@@ -90,7 +90,7 @@ def edit(
     from mos_cli.images.inputs import read_inputs
     from mos_cli.images.naming import naming
     from mos_cli.inference.requests import EditRequest, check_device, check_recipe, edit_fields, route_source
-    from mos_cli.utils.devices import FreeThreads
+    from mos_cli.utils.threads import AdaptiveThreads
 
     report = Report(json=options.json, quiet=options.quiet, verbose=options.verbose)
     instructions = read_prompts(instruction, 'what to change, for example: mos edit cat.png "make it blue"')
@@ -134,9 +134,9 @@ def edit(
     if options.dry_run:
         print_jobs(jobs, settings, report)
         return
-    free_threads = FreeThreads()
+    adapt_threads = AdaptiveThreads()
     pipeline = load_with_progress(bundle, settings, report, precision=fields["precision"], quant=fields["quant"])
-    free_threads()
+    adapt_threads()
     draw_jobs(
         pipeline,
         jobs,
@@ -147,7 +147,7 @@ def edit(
         report=report,
         record_options=record_options,
         # Blocks are compiled for a number of threads.
-        observers=() if pipeline.compiled else (free_threads,),
+        observers=() if pipeline.compiled else (adapt_threads,),
         route_from=recording,
         sheet=options.sheet,
         strip=strip,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mos_cli.evaluation.examine import TrueScenes
     from mos_cli.evaluation.judge import Judge
     from mos_cli.inference.pipeline import MoSPipeline
-    from mos_cli.utils.devices import FreeThreads
+    from mos_cli.utils.threads import AdaptiveThreads
 
 JudgeFolder = Annotated[
     Path | None, typer.Option("--judge", help="Folder of the judge.", show_default="the one that comes with mos")
@@ -67,10 +67,10 @@ def evaluate(
     from mos_cli.bundles.bundle import edits_of, find_bundle
     from mos_cli.config.settings import RunSettings, make_settings, parse_size
     from mos_cli.inference.requests import recipe_fields
-    from mos_cli.utils.devices import FreeThreads
     from mos_cli.utils.extras import require
     from mos_cli.utils.files import check_folder
     from mos_cli.utils.quiet import quieten
+    from mos_cli.utils.threads import AdaptiveThreads
 
     # The user's config file is not read: a table must not depend on whose machine it was made on.
     side = None if size is None else str(size)
@@ -94,14 +94,14 @@ def evaluate(
     begun = [f"pictures/{read_bench(limit)[0].id}.png", f"edits/{read_edit_bench(limit)[0].id}.png"]
     check_folder(folder, "eval.json", "edit.json", *begun)
     judging, true = Judge(judge or judge_folder()), TrueScenes(load_art(art or data_folder()))
-    free_threads = FreeThreads()
+    adapt_threads = AdaptiveThreads()
     pipeline = load_with_progress(bundle, settings, Report(), precision=common["precision"], quant=common["quant"])
-    free_threads()
+    adapt_threads()
     if editing is None:
-        _evaluate_scenes(pipeline, judging, true, folder, common, limit, free_threads)
+        _evaluate_scenes(pipeline, judging, true, folder, common, limit, adapt_threads)
     else:
         guidance = editing.image_cfg if image_cfg is None else image_cfg
-        _evaluate_edits(pipeline, judging, true, folder, common, limit, guidance, free_threads)
+        _evaluate_edits(pipeline, judging, true, folder, common, limit, guidance, adapt_threads)
 
 
 def _evaluate_scenes(
@@ -111,7 +111,7 @@ def _evaluate_scenes(
     folder: Path,
     common: dict[str, Any],
     limit: int | None,
-    free_threads: "FreeThreads",
+    adapt_threads: "AdaptiveThreads",
 ) -> None:
     from mos_cli.evaluation.features import load_features
     from mos_cli.evaluation.results import HEADINGS, markdown, table
@@ -121,7 +121,7 @@ def _evaluate_scenes(
     from mos_cli.towers.efficientnet import features_spec
 
     features = load_features(fetch_with_progress(features_spec()))
-    with stage_bars(after=free_threads) as advance:
+    with stage_bars(after=adapt_threads) as advance:
         result = run_evaluation(pipeline, Bench(read_bench(limit), judge, features, true), folder, common, advance)
     _print(HEADINGS, table(result.scores), markdown(result), folder / "eval.md")
 
@@ -134,12 +134,12 @@ def _evaluate_edits(
     common: dict[str, Any],
     limit: int | None,
     image_cfg: float,
-    free_threads: "FreeThreads",
+    adapt_threads: "AdaptiveThreads",
 ) -> None:
     from mos_cli.evaluation.edit_run import HEADINGS, evaluate_edits, markdown, rows
     from mos_cli.evaluation.editbench import read_edit_bench
 
-    with stage_bars(after=free_threads) as advance:
+    with stage_bars(after=adapt_threads) as advance:
         entries = read_edit_bench(limit)
         result = evaluate_edits(pipeline, entries, judge, true, folder, common, image_cfg, advance)
     _print(HEADINGS, rows(result), markdown(result), folder / "edit.md")

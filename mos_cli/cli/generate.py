@@ -38,7 +38,7 @@ def generate(
     from mos_cli.config.settings import parse_size, resolve
     from mos_cli.images.naming import naming
     from mos_cli.inference.requests import check_device, check_recipe, generation_fields, route_source
-    from mos_cli.utils.devices import FreeThreads
+    from mos_cli.utils.threads import AdaptiveThreads
 
     report = Report(json=options.json, quiet=options.quiet, verbose=options.verbose)
     prompts = read_prompts(prompt, 'what to draw, for example: mos generate "a red apple"')
@@ -60,9 +60,9 @@ def generate(
     if options.dry_run:
         print_jobs(jobs, settings, report)
         return
-    free_threads = FreeThreads()
+    adapt_threads = AdaptiveThreads()
     pipeline = load_with_progress(bundle, settings, report, precision=fields["precision"], quant=fields["quant"])
-    free_threads()
+    adapt_threads()
     draw_jobs(
         pipeline,
         jobs,
@@ -73,7 +73,7 @@ def generate(
         report=report,
         record_options=record_options,
         # Blocks are compiled for a number of threads.
-        observers=() if pipeline.compiled else (free_threads,),
+        observers=() if pipeline.compiled else (adapt_threads,),
         route_from=recording,
         sheet=options.sheet,
     )

@@ -38,7 +38,8 @@ def fit_to_memory(
     if settings.max_vram is None and settings.offload == "none":
         return settings
     from mos_cli.inference.requests import fit_settings, needs_fitting
-    from mos_cli.utils.devices import device_name, device_threads
+    from mos_cli.utils.devices import device_name
+    from mos_cli.utils.threads import device_threads
 
     with report.stage("libraries"):
         if not needs_fitting(settings):

@@ -88,7 +88,7 @@ def replay(
     from mos_cli.images.naming import naming
     from mos_cli.images.outputs import read_drawing
     from mos_cli.inference.requests import check_recipe
-    from mos_cli.utils.devices import cpu_threads
+    from mos_cli.utils.threads import cpu_threads
 
     report = Report(json=json, quiet=quiet, verbose=verbose)
     sources = [

@@ -75,7 +75,7 @@ def ablate(
     from mos_cli.images.inputs import Finder
     from mos_cli.images.outputs import read_drawing
     from mos_cli.routing.rules import BaselineRule, parse_rules
-    from mos_cli.utils.devices import cpu_threads
+    from mos_cli.utils.threads import cpu_threads
 
     report = Report(json=json, quiet=quiet, verbose=verbose)
     rule = _rule(word, block, step, only=only)

@@ -39,8 +39,9 @@ from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, WITHOUT_IMAGE, Guidanc
 from mos_cli.sampling.sampler import Observer, make_sigmas, sample
 from mos_cli.towers.attention import AttentionBackend
 from mos_cli.towers.autoencoder import Autoencoder, to_image
-from mos_cli.utils.devices import ThreadRecorder, device_name
+from mos_cli.utils.devices import device_name
 from mos_cli.utils.files import expand, write_all
+from mos_cli.utils.threads import ThreadRecorder
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ from mos_cli.training.optimiser import build_optimisers, set_rates, start_states
 from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.stages import curriculum
 from mos_cli.training.start import start_tower
-from mos_cli.utils.devices import device_threads
 from mos_cli.utils.files import atomic_write, make_folder
 from mos_cli.utils.migration import current_recipe
+from mos_cli.utils.threads import device_threads
 
 RECIPE = "recipe.json"
 MAY_CHANGE = {"steps", "compile", "ema", "log_every", "save_every", "sample_every", "sample_prompts"}

@@ -32,10 +32,10 @@ from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.references import find_autoencoder, find_image_encoder, find_understanding
 from mos_cli.training.samples import draw_samples
 from mos_cli.training.stages import curriculum
-from mos_cli.utils.devices import FreeThreads
 from mos_cli.utils.files import expand
+from mos_cli.utils.threads import AdaptiveThreads
 
-PATIENCE = 60.0
+THREADS_INTERVAL = 60.0
 """Seconds between two changes of the number of CPU threads: for each number the network is compiled anew."""
 
 
@@ -143,10 +143,10 @@ def edits_of(vocabulary: Vocabulary, draw: Draw) -> Source:
 
 def train(recipe: TrainRecipe, art: Path, folder: Path, log: Callable[[Metrics], None]) -> Trainer:
     """Runs a recipe in `folder`; samples go to `folder`/samples. Raises as `prepare` does."""
-    free_threads = FreeThreads(PATIENCE)
+    adapt_threads = AdaptiveThreads(THREADS_INTERVAL)
     trainer = prepare(recipe, art, folder)
     if trainer.device.type == "cpu":
-        trainer.run(log, draw_samples, free_threads)
+        trainer.run(log, draw_samples, adapt_threads)
     else:
         trainer.run(log, draw_samples)
     return trainer

@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 from mos_cli.bundles.bundle import FORMER, find_bundle
 from mos_cli.images.outputs import png, read_drawing
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.utils.devices import cpu_threads
+from mos_cli.utils.threads import cpu_threads
 
 PROMPT = "a red apple"
 
@@ -179,7 +179,7 @@ def test_a_picture_with_a_damaged_recipe_is_refused(mos, bundle, tmp_path) -> No
 
 
 class Busier:
-    """Stands in for `FreeThreads`: takes two threads before the picture, and one from its third step on."""
+    """Stands in for `AdaptiveThreads`: takes two threads before the picture, and one from its third step on."""
 
     def __init__(self) -> None:
         self.looks = 0
@@ -201,7 +201,7 @@ def test_a_replay_changes_the_number_of_threads_where_the_picture_did(mos, bundl
     monkeypatch.setattr(GenerationTower, "forward", counted)
     with cpu_threads(1):
         with monkeypatch.context() as busy:
-            busy.setattr("mos_cli.utils.devices.FreeThreads", Busier)
+            busy.setattr("mos_cli.utils.threads.AdaptiveThreads", Busier)
             assert mos("generate", PROMPT, "-s", 3, "--steps", 6, "--cfg", 1, "-o", original).exit_code == 0
         made = read_drawing(original)[1].made
         assert (made.threads, made.thread_changes) == (2, ((3, 1),))

@@ -19,7 +19,7 @@ from mos_cli.planning.memory import Setting, weights
 from mos_cli.towers.autoencoder import Enlarger
 from mos_cli.towers.bank import StateBank, join
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.utils.devices import cpu_threads
+from mos_cli.utils.threads import cpu_threads
 
 DTYPES = {4: torch.float32, 2: torch.bfloat16}
 

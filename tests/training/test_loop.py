@@ -16,7 +16,7 @@ from mos_cli.training.checkpoint import CHECKPOINTS, newest
 from mos_cli.training.loop import Trainer
 from mos_cli.training.metrics import METRICS, PLOT, TENSORBOARD
 from mos_cli.training.recipe import load_recipe
-from mos_cli.utils.devices import cpu_threads
+from mos_cli.utils.threads import cpu_threads
 from tests.helpers import tiny_training as tiny
 
 
