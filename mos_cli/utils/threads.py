@@ -88,8 +88,8 @@ def limit_spinning() -> None:
 class AdaptiveThreads:
     """Sets the number of CPU threads to that of the cores which other programs leave free: at least 1.
 
-    One thread whose core is in use makes all others wait for it. As an observer of sampling it measures after each step.
-    If the user has set the number (`THREAD_VARIABLES`), it stays.
+    One thread whose core is in use makes all others wait for it. As an observer of sampling it measures after each
+    step. If the user has set the number (`THREAD_VARIABLES`), it stays.
 
     Args:
         interval: least seconds between two measurements. The first covers the time since the object was made.

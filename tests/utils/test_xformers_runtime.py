@@ -1,4 +1,4 @@
-"""xformers finds the CUDA cuda_runtime that it was built for, beside a PyTorch of another version of CUDA."""
+"""xformers finds the CUDA runtime that it was built for, beside a PyTorch of another version of CUDA."""
 
 import _ctypes
 import json
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 NEEDED = {each.name: each for each in map(Requirement, PROJECT["dependencies"])}
 EXTRA = {each.name: each for each in map(Requirement, PROJECT["optional-dependencies"]["cuda"])}
-RUNTIME = "nvidia-cuda-cuda_runtime-cu12"
+RUNTIME = "nvidia-cuda-runtime-cu12"
 XFORMERS = """
 from pathlib import Path
 print("xformers", "libcudart.so.12" in Path("/proc/self/maps").read_text())
@@ -31,7 +31,7 @@ print("xformers", "libcudart.so.12" in Path("/proc/self/maps").read_text())
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder on the path with stand-ins of xformers and of the cuda_runtime's package."""
+    """A folder on the path with stand-ins of xformers and of the runtime's package."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "xformers", raising=False)
     library = Path("nvidia/cuda_runtime/lib/libcudart.so.12")
@@ -103,7 +103,7 @@ def test_the_pinned_wheels_belong_together(tmp_path) -> None:
     wanted = [f"{name}{requirement.specifier}" for name, requirement in EXTRA.items()]
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(tmp_path), *platform]
     subprocess.run([*pip, *wanted], check=True)
-    xformers, cuda_runtime = (zipfile.ZipFile(next(tmp_path.glob(f"{name}*.whl"))) for name in ("xformers", "nvidia"))
+    xformers, package = (zipfile.ZipFile(next(tmp_path.glob(f"{name}*.whl"))) for name in ("xformers", "nvidia"))
 
     def dynamic(wheel: zipfile.ZipFile, tag: str) -> set[str]:
         names: set[str] = set()
@@ -126,7 +126,5 @@ def test_the_pinned_wheels_belong_together(tmp_path) -> None:
     of_pytorch = {f"lib{name}.so" for name in ("c10", "c10_cuda", "torch", "torch_cpu", "torch_cuda", "torch_python")}
     of_system = {f"lib{name}" for name in ("stdc++.so.6", "m.so.6", "gcc_s.so.1", "pthread.so.0", "c.so.6")}
     left = dynamic(xformers, "DT_NEEDED") - of_pytorch - of_system - {"ld-linux-x86-64.so.2"}
-    assert left == dynamic(cuda_runtime, "DT_SONAME") == {f"libcudart.so.{built['cuda'] // 100}"}
-    assert (
-        Path(str(cuda_runtime.filename)).name.split("-")[1].startswith(f"{built['cuda'] // 100}.{built['cuda'] % 100}.")
-    )
+    assert left == dynamic(package, "DT_SONAME") == {f"libcudart.so.{built['cuda'] // 100}"}
+    assert Path(str(package.filename)).name.split("-")[1].startswith(f"{built['cuda'] // 100}.{built['cuda'] % 100}.")
