@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.progress import track
 
-from mos_cli.bundles.bundle import edits_of, find_bundle
+from mos_cli.bundles.bundle import edit_defaults, find_bundle
 from mos_cli.bundles.specs import Defaults
 from mos_cli.cli.loading import load_with_progress
 from mos_cli.cli.output import Report
@@ -43,7 +43,7 @@ def main() -> None:
     quieten()
     settings = RunSettings(**make_settings(model=arguments.model).model_dump(exclude_none=True))
     bundle = find_bundle(settings.model)
-    defaults: Defaults = edits_of(bundle)
+    defaults: Defaults = edit_defaults(bundle)
     judge, true = Judge(judge_folder()), TrueScenes(load_art(arguments.art or data_folder()))
     common = recipe_fields(settings, bundle, defaults)
     common["width"], common["height"] = bundle.index.canvas.native

@@ -124,7 +124,7 @@ def edited_pictures(folder: Path) -> None:
     art = load_art(data_folder())
     true = TrueScenes(art)
     scenes, shown = [entry.before.scene(true.vocabulary) for entry in entries], []
-    for entry, before_3HW in zip(entries, true.draw_scenes(scenes, 128), strict=True):
+    for entry, before_3HW in zip(entries, true.draw_scenes(scenes, 256), strict=True):
         path = folder / f"{entry.id}.png"
         to_image(before_3HW[None]).save(path)
         shown.append((path, entry.instruction))

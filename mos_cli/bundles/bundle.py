@@ -136,7 +136,7 @@ def _or_none(ref: str) -> Bundle | None:
         return None
 
 
-def edits_of(bundle: Bundle) -> EditDefaults:
+def edit_defaults(bundle: Bundle) -> EditDefaults:
     """The default settings for edits; raises ModelError if the bundle does not support editing."""
     if bundle.index.edits is None:
         raise ModelError(f"{bundle.index.name} only draws: choose a model that edits, see `mos models ls`")

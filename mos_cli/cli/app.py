@@ -108,7 +108,7 @@ def mos(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
-    """Draw pictures from words, on your own machine, and see which layer of the language model painted each word."""
+    """Generate pictures with Mixture of States, and record which language model layers each word is read from."""
 
 
 app.command()(generate)

@@ -85,7 +85,7 @@ def edit(
 
     Editing a picture that mos made keeps its history: mos replay can draw the whole chain again.
     """
-    from mos_cli.bundles.bundle import edits_of, find_bundle
+    from mos_cli.bundles.bundle import edit_defaults, find_bundle
     from mos_cli.config.settings import resolve
     from mos_cli.images.inputs import read_inputs
     from mos_cli.images.naming import naming
@@ -110,7 +110,7 @@ def edit(
     )
     names = naming(settings.output, overwrite=options.overwrite)
     bundle = find_bundle(settings.model)
-    edits_of(bundle)
+    edit_defaults(bundle)
     if strip is not None and (options.count > 1 or len(instructions) > 1):
         raise UsageError("--strip shows one edit: leave it out, or draw one picture")
     inputs = read_inputs([picture, *(reference or [])])

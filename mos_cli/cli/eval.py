@@ -62,9 +62,9 @@ def evaluate(
 ) -> None:
     """Draw SceneBench's 700 prompts, or EditBench's 520 edits, judge the pictures, and write tables and sheets.
 
-    A run that was interrupted goes on where it stopped when it is given the same --output.
+    An interrupted run is resumed when it is given the same --output.
     """
-    from mos_cli.bundles.bundle import edits_of, find_bundle
+    from mos_cli.bundles.bundle import edit_defaults, find_bundle
     from mos_cli.config.settings import RunSettings, make_settings, parse_size
     from mos_cli.inference.requests import recipe_fields
     from mos_cli.utils.extras import require
@@ -77,7 +77,7 @@ def evaluate(
     flags = make_settings(model=model, steps=steps, solver=solver, cfg=cfg, size=side, device=device)
     settings = RunSettings(**flags.model_dump(exclude_none=True))
     bundle = find_bundle(settings.model)
-    editing = edits_of(bundle) if suite is Suite.edit else None
+    editing = edit_defaults(bundle) if suite is Suite.edit else None
     if image_cfg is not None and editing is None:
         raise UsageError("--image-cfg is for --suite edit")
     common = recipe_fields(settings, bundle, editing or bundle.index.defaults)

@@ -41,7 +41,7 @@ def inspect_routing(
     patch: Annotated[
         list[str] | None,
         typer.Option(
-            "--patch", metavar="ROW,COLUMN", help="Show which words this patch of the picture read; repeatable."
+            "--patch", metavar="ROW,COLUMN", help="Show which words this patch of the picture attended to; repeatable."
         ),
     ] = None,
     export: Annotated[
@@ -53,7 +53,7 @@ def inspect_routing(
     regions: Annotated[
         Path | None,
         typer.Option(
-            "--regions", metavar="FILE", help="Write a figure of which patches read which word: .png or .pdf."
+            "--regions", metavar="FILE", help="Write a figure of which patches attended to which word: .png or .pdf."
         ),
     ] = None,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a report for the browser.")] = None,
@@ -69,7 +69,7 @@ def inspect_routing(
     overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show the routes that drew a picture: which layers of the language model its words read, and when.
+    """Show which layers of the language model each word of a picture was read from, by step and block.
 
     What --export, --plot, --regions and --html write is printed as a path, instead of the tables.
     """

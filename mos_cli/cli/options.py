@@ -167,8 +167,8 @@ Routes = Annotated[
         "--route",
         metavar="RULE",
         callback=as_text,
-        help="Steer the routes: red=5,6 pins a word to layers, cat!=0-2 bans, dog+=0.5@4 leans, last and others stand "
-        "for every word; repeatable, see docs/routing.md.",
+        help="Steer the routes: red=5,6 pins a word to layers, cat!=0-2 bans, dog+=0.5@4 adds a bias, last and others "
+        "stand for every word; repeatable, see docs/routing.md.",
     ),
 ]
 RouteFrom = Annotated[

@@ -81,7 +81,7 @@ def replay(
     With --verify the exit code is 0 for exact and close, 1 for different. What an edit was made from is drawn again
     too, if mos made it; other pictures are to be given with --input.
     """
-    from mos_cli.bundles.bundle import edits_of, find_bundle, find_recorded
+    from mos_cli.bundles.bundle import edit_defaults, find_bundle, find_recorded
     from mos_cli.config.recipe import check_guidance, make_recipe
     from mos_cli.config.settings import check_size, make_settings, resolve
     from mos_cli.images.inputs import Finder
@@ -107,7 +107,7 @@ def replay(
         bundle = find_recorded(record.recipe.model, record.made.bundle_hash, str(picture), otherwise, models or ())
     fields, image_cfg = record.recipe.model_dump(), 1.0
     if record.recipe.edit is not None:
-        edits_of(bundle)
+        edit_defaults(bundle)
         fields["edit"] |= {key: changed.pop(key) for key in ("image_cfg", "strength") if key in changed}
     elif source_files or mask:
         raise UsageError(f"{picture} is no edit: drop --input and --mask")
@@ -161,7 +161,7 @@ def replay(
         bundle = find_recorded(earlier.recipe.model, earlier.made.bundle_hash, subject, otherwise, models or ())
         check_size(*earlier.recipe.working_size, bundle.index.canvas)
         if inputs is not None:
-            edits_of(bundle)
+            edit_defaults(bundle)
         pipeline = pipeline_of(bundle, earlier.recipe, earlier.made)
         with cpu_threads(earlier.made.threads, earlier.made.thread_changes) as follow:
             return pipeline.draw(earlier.recipe, [follow], inputs).image

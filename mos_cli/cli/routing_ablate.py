@@ -69,7 +69,7 @@ def ablate(
     The layers are ranked by how much the picture changes. A strip shows the picture as it is, then without each layer,
     or with --only from each layer alone.
     """
-    from mos_cli.bundles.bundle import edits_of, find_recorded
+    from mos_cli.bundles.bundle import edit_defaults, find_recorded
     from mos_cli.config.recipe import pixels_hash
     from mos_cli.config.settings import check_size, make_settings, resolve
     from mos_cli.images.inputs import Finder
@@ -85,9 +85,9 @@ def ablate(
     check_size(*recipe.working_size, bundle.index.canvas)
     for used in parse_rules(recipe.routes or ()):
         if isinstance(used, BaselineRule):
-            raise UsageError(f"{picture} was drawn by the route rule {used}: draw it without, to take layers away")
+            raise UsageError(f"{picture} was drawn by the route rule {used}: draw it without, to ablate layers")
     if recipe.edit is not None:
-        edits_of(bundle)
+        edit_defaults(bundle)
     elif source_files or mask:
         raise UsageError(f"{picture} is no edit: drop --input and --mask")
     routes = load_route_source(picture, recipe, route_from)

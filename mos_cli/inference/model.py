@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from mos_cli.bundles.bundle import Bundle, edits_of, find_bundle, record_location
+from mos_cli.bundles.bundle import Bundle, edit_defaults, find_bundle, record_location
 from mos_cli.bundles.sources import fetch_tower
 from mos_cli.config.recipe import PictureRecord, make_recipe
 from mos_cli.config.settings import RunSettings, make_settings, parse_size
@@ -266,7 +266,7 @@ class Model:
             strength=strength,
             image_cfg=image_cfg,
         )
-        edits_of(self.bundle)
+        edit_defaults(self.bundle)
         inputs = make_inputs([_read(source) for source in (image, *references)])
         for note in inputs.notes:
             warnings.warn(note, stacklevel=2)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mos_cli.bundles.blueprints import network_of
-from mos_cli.bundles.bundle import Bundle, edits_of
+from mos_cli.bundles.bundle import Bundle, edit_defaults
 from mos_cli.bundles.shapes import read_generation
 from mos_cli.bundles.specs import Canvas, Defaults
 from mos_cli.config.recipe import MaskRecipe, Recipe, RouteSource, check_blocks, check_guidance, pixels_hash
@@ -129,7 +129,7 @@ def edit_fields(
     settings: RunSettings, bundle: Bundle, request: EditRequest, inputs: Inputs, *, cfg_interval: Any
 ) -> dict[str, Any]:
     """The fields of the recipe of an edit, as `generation_fields`; `inputs` include the mask."""
-    defaults, canvas = edits_of(bundle), request.working_size(inputs, bundle.index.canvas)
+    defaults, canvas = edit_defaults(bundle), request.working_size(inputs, bundle.index.canvas)
     fields = recipe_fields(settings, bundle, defaults)
     image_cfg = defaults.image_cfg if request.image_cfg is None else request.image_cfg
     options = {"--negative": settings.negative, "--cfg-interval": cfg_interval}

@@ -104,7 +104,7 @@ def find_sources(data: DataTable | CaptionedTable, art: Path, device: torch.devi
         return _captioned_sources(data, device)
     vocabulary = load_vocabulary(load_art(art), data)
     draw = Compositor(vocabulary.sprites_VHW4.to(device)).draw
-    return Source(ScenePicker(SceneWriter(vocabulary)), draw), edits_of(vocabulary, draw)
+    return Source(ScenePicker(SceneWriter(vocabulary)), draw), edit_source(vocabulary, draw)
 
 
 def _remove_path(config: Path) -> None:
@@ -132,7 +132,7 @@ def _captioned_sources(data: CaptionedTable, device: torch.device) -> tuple[Sour
     return Source(captioned.pictures.pick, draw), Source(captioned.edits.pick, draw, draw_before)
 
 
-def edits_of(vocabulary: Vocabulary, draw: Draw) -> Source:
+def edit_source(vocabulary: Vocabulary, draw: Draw) -> Source:
     """The source of edits of scenes with the words of a vocabulary."""
     return Source(
         EditPicker(EditWriter(vocabulary)),

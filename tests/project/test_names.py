@@ -13,6 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 RETIRED = {
     "Asked": "AttentionBackend",
+    "edits_of": "edit_defaults, edit_source",
+    "whither": "direction_phrase",
     "Cells": "TokenGrid",
     "Course": "Curriculum",
     "FetchedBlocks": "StreamedBlocks",

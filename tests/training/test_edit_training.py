@@ -19,7 +19,7 @@ from mos_cli.training.batches import Batches, kind_of
 from mos_cli.training.launch import start_accelerator
 from mos_cli.training.loop import Trainer
 from mos_cli.training.recipe import TrainRecipe
-from mos_cli.training.run import edits_of
+from mos_cli.training.run import edit_source
 from mos_cli.training.samples import draw_samples
 from mos_cli.training.stages import curriculum
 from tests.helpers import tiny_training as tiny
@@ -39,7 +39,7 @@ def _editing(**train: object) -> TrainRecipe:
 def _trainer(recipe: TrainRecipe, understanding, art: Art, folder: Path) -> Trainer:
     assert isinstance(recipe.data, DataTable)
     vocabulary = load_vocabulary(art, recipe.data)
-    source = edits_of(vocabulary, Compositor(vocabulary.sprites_VHW4).draw)
+    source = edit_source(vocabulary, Compositor(vocabulary.sprites_VHW4).draw)
     # The tiny tower reads 24 tokens.
     short = replace(source, pick=lambda random, canvas: (source.pick(random, canvas)[0], "a dog"))
     torch.manual_seed(0)

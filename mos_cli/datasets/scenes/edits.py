@@ -25,12 +25,12 @@ from mos_cli.datasets.scenes.instructions import (
     ALL,
     backdrop,
     counted,
+    direction_phrase,
     instruct,
     number,
     result,
     style_name,
     where,
-    whither,
 )
 from mos_cli.datasets.scenes.layout import Scene
 from mos_cli.datasets.scenes.referring import colour_name, refer
@@ -157,7 +157,9 @@ class EditWriter:
             return None
         form = random.random()
         if form < 0.4:
-            instruction = instruct("move", random, it=it, to=whither(direction(was.items[index], item), random))
+            instruction = instruct(
+                "move", random, it=it, to=direction_phrase(direction(was.items[index], item), random)
+            )
         else:
             instruction = instruct("move at", random, it=it, where=self._where(item, was, random, index))
         return was, was.with_item(index, item), instruction

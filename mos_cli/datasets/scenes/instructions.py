@@ -156,7 +156,7 @@ def where(place: str | None, random: Random) -> str:
     return random.choice(MIDDLE if place is None else PLACES[place])
 
 
-def whither(place: str | None, random: Random) -> str:
+def direction_phrase(place: str | None, random: Random) -> str:
     """'to the left', 'to the top left corner', 'to the middle'."""
     if place is None:
         return random.choice(("to the middle", "to the centre", "to the center"))
