@@ -161,7 +161,7 @@ def test_bad_input_is_one_line_and_exit_3(trace_path):
     sidecar = trace_path.with_name("apple.routing.safetensors")
     sidecar.write_bytes(sidecar.read_bytes()[:100])
     assert "apple.routing.safetensors is damaged" in refused(trace_path)
-    trace_path.write_text(trace_path.read_text().replace("mos-trace/1", "mos-trace/9"))
+    trace_path.write_text(trace_path.read_text().replace("mos-trace/2", "mos-trace/9"))
     assert "'mos-trace/9'" in refused(trace_path)
     trace_path.write_text("{")
     assert "apple.json is not JSON" in refused(trace_path)

@@ -226,7 +226,7 @@ def test_what_would_have_no_effect_is_refused(mos, bundle, tmp_path) -> None:
 
 def test_replacing_a_picture_takes_its_trace_along_but_nothing_else(mos, bundle, tmp_path) -> None:
     (tmp_path / "package.json").write_text("mine")
-    assert mos("generate", PROMPT, "-o", tmp_path / "package.png", "--overwrite", "--trace", "off").exit_code == 0
+    assert mos("generate", PROMPT, "-o", tmp_path / "package.png", "--overwrite", "--trace", "off").exit_code == 3
     assert (tmp_path / "package.json").read_text() == "mine"
     drawn(mos, tmp_path / "a.png")
     assert mos("generate", PROMPT, "-o", tmp_path / "a.png", "--overwrite", "--trace", "off").exit_code == 0
