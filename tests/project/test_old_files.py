@@ -46,8 +46,8 @@ def old_model(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> P
     """The old bundle, found by its name, with the image encoder of the default model, and its encoder in the cache."""
     folder = tmp_path / "models" / "fixture"
     shutil.copytree(OLD / "models" / "fixture", folder)
-    image_encoder = "eyes/diffusion_pytorch_model.safetensors"
-    shutil.copyfile(models_folder() / "emoji" / image_encoder, folder / image_encoder)
+    weights = "diffusion_pytorch_model.safetensors"
+    shutil.copyfile(models_folder() / "emoji" / "image_encoder" / weights, folder / "eyes" / weights)
     monkeypatch.setenv("MOS_MODELS", str(tmp_path / "models"))
     shutil.copytree(OLD / "encoder", tower_folder(find_bundle("fixture").index.understanding))
     return folder
@@ -175,12 +175,13 @@ def test_old_records_are_written_with_present_names(name: str) -> None:
 
 
 def test_old_training_recipes_are_read(tmp_path: Path) -> None:
-    table = json.loads((models_folder() / "emoji" / "recipe.json").read_bytes())
+    present = json.loads((models_folder() / "emoji" / "recipe.json").read_bytes())
     widths = EARLIER_FIELDS["image_state_widths"]
+    table = {EARLIER_FIELDS.get(name, name): value for name, value in present.items()}
+    table["generation"] = {EARLIER_FIELDS.get(name, name): value for name, value in present["generation"].items()}
     assert {*table, *table["generation"]} & EARLIER == {"eyes", widths}
     recipe = TrainRecipe.model_validate(table)
-    assert recipe.image_encoder == table["eyes"]
-    assert recipe.generation["image_state_widths"] == table["generation"][widths]
+    assert recipe == TrainRecipe.model_validate(present)
     assert TrainRecipe.model_validate(recipe.model_dump()) == recipe
     text = (presets_folder() / "train-emoji.toml").read_text(encoding="utf-8")
     earlier = text.replace("image_encoder =", "eyes =").replace("image_state_widths =", f"{widths} =")

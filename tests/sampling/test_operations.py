@@ -10,7 +10,7 @@ from mos_cli.bundles.bundle import find_bundle
 from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, Branches
 from mos_cli.towers.quantized import load_generation
 
-OPERATIONS = 1099
+OPERATIONS = 1523
 """Of a step of the default model with both branches in one batch."""
 
 
