@@ -48,7 +48,11 @@ NEEDS = {
     "eval --suite edit": "train",
     "data build -o art": "train",
 }
-REFUSED = {"models init mos-s --out NO/fresh": "not a folder", "data show nowhere": "mos data build"}
+REFUSED = {
+    "models init mos-s --out NO/fresh": "not a folder",
+    "models rm nothing --yes": "nothing",
+    "data show nowhere": "mos data build",
+}
 """What cannot be done here for another reason, and what its one line says: a large model, art that is not built."""
 
 
