@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CACHES = re.compile(r"__pycache__|\.pyc$|(^|/)\.(\w+_cache|venv|hypothesis)|(^|/)(outputs|runs|dist|build)/")
-SIZE = 30_000_000
+SIZE = 64e6
 """Of each, in bytes: 25 MB of them are weights."""
 
 
