@@ -11,13 +11,13 @@ def main() -> None:
     and an exception in the middle of an import would end in a traceback.
     """
     # A process started in the background by a shell ignores Ctrl-C, and goes on doing so.
-    heeded = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-    if heeded:
+    interruptible = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+    if interruptible:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from mos_cli.cli.app import run
 
     try:
-        if heeded:
+        if interruptible:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         run()
     except KeyboardInterrupt:
@@ -25,7 +25,7 @@ def main() -> None:
 
         sys.exit(INTERRUPTED)
     finally:
-        if heeded:
+        if interruptible:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

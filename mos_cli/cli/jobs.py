@@ -188,7 +188,7 @@ def draw_jobs(
     if metadata == "none":
         kept = "" if trace == "off" else "; the trace beside it still holds the prompt"
         note = f"without metadata, mos replay cannot draw the picture again{kept}"
-        report.event("note", note, note=note)
+        report.note("note", note, note=note)
     failed, drawn = 0, []
     with report.stage("reading"):
         pipeline.encode_ahead([job.recipe for job in jobs])

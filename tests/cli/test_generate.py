@@ -203,7 +203,7 @@ def test_what_a_picture_says_of_itself(mos, editor, tmp_path) -> None:
     verified = mos("replay", tmp_path / "recipe.png", "--verify", "--input", tmp_path / "full.png")
     assert verified.stdout == "exact\n"
     result = mos("generate", PROMPT, "--metadata", "none", "--trace", "off", "-o", tmp_path / "none.png")
-    assert result.stdout.splitlines()[0] == "without metadata, mos replay cannot draw the picture again"
+    assert result.stderr.splitlines()[0] == "without metadata, mos replay cannot draw the picture again"
     assert chunks("none.png") == {}
     assert PROMPT.encode() not in (tmp_path / "none.png").read_bytes()
     assert mos("replay", tmp_path / "none.png").exit_code == 3

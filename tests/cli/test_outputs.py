@@ -393,6 +393,8 @@ def test_a_file_without_a_suffix_is_no_folder(mos, bundle, out) -> None:
 @pytest.mark.parametrize("options", [[], ["-q"]])
 def test_a_pipe_has_the_paths_of_pictures_and_nothing_else(mos, editor, out, clear, options) -> None:
     sheet = ["--sheet", out / "sheet.png", "--preview-steps", "-n", 2, "-s", 1]
+    noted = mos("generate", PROMPT, "-o", out / "plain.png", "--metadata", "none", *options)
+    assert noted.stdout == f"{out / 'plain.png'}\n"
     result = mos("edit", clear, PROMPT, "-o", f"{out}/{{seed}}.png", *sheet, *options)
     assert result.exit_code == 0
     assert result.stdout.splitlines() == [str(out / "1.png"), str(out / "2.png")]
