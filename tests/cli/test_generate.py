@@ -208,4 +208,4 @@ def test_what_a_picture_says_of_itself(mos, editor, tmp_path) -> None:
     assert PROMPT.encode() not in (tmp_path / "none.png").read_bytes()
     assert mos("replay", tmp_path / "none.png").exit_code == 3
     with_trace = mos("generate", PROMPT, "--metadata", "none", "-o", tmp_path / "other.png")
-    assert "the trace beside it still holds the prompt" in with_trace.stdout
+    assert "the trace beside it still holds the prompt" in with_trace.stderr
