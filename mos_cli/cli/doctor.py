@@ -235,7 +235,7 @@ def _check_xformers(torch: Any, gpus: list[dict[str, Any]]) -> dict[str, Any]:
         return _check(what, False, detail, install)
     try:
         load_xformers_runtime()
-        from xformers.ops import memory_efficient_attention
+        from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports] (the extra `cuda`)
 
         query = torch.ones(1, 64, 2, 64, device="cuda", dtype=torch.float16)
         memory_efficient_attention(query, query, query)

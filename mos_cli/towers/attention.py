@@ -56,7 +56,7 @@ def xformers_supports(device: torch.device, dtype: torch.dtype, head_width: int)
     if device.type != "cuda":
         return False
     try:
-        from xformers.ops import memory_efficient_attention
+        from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports] (the extra `cuda`)
 
         probe = torch.zeros(1, 8, 1, head_width, device=device, dtype=dtype)
         memory_efficient_attention(probe, probe, probe)
