@@ -1,11 +1,11 @@
-"""Seconds of sampling for one default picture beside other work, with this code, an earlier one, and one thread.
+"""Seconds of sampling for one default picture beside other work: as it is, with PyTorch's own threads, and with one.
 
-python benchmarks/contention.py [--against CHECKOUT] [--minutes 4]
+python benchmarks/contention.py [--minutes 4]
 
 Every picture is drawn by a `mos generate` of its own, and the "sampling" that it prints with -v is counted. The kinds
 are drawn in turn, so that what else the machine does slows all alike, in as many rounds as the time allows. A run that
-takes longer than a minute is ended, and counts as so long. A busy process counts in Python. The training is `mos
-train train-smoke` by the code that draws; it needs an art file (`mos data build`). Of two `mos` at once the slower
+takes longer than 20 s is ended, and counts as so long. A busy process counts in Python. The training is `mos
+train train-smoke` without these variables; it needs an art file (`mos data build`). Of two `mos` at once the slower
 counts. For figures worth keeping nothing else should run: what did run is in the first line.
 """
 
@@ -23,27 +23,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 
 HERE = Path(__file__).resolve().parents[1]
 MOS = [sys.executable, "-m", "mos_cli"]
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """They would change what is measured, so that the programs do not get them."""
 
-LONGEST = 60.0
+PYTORCH = {"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"}
+"""How long waiting threads spin by default: turns of GCC's library, milliseconds of LLVM's and Intel's."""
+
+LONGEST = 20.0
 """Seconds after which a run is ended."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to draw: the folder of the code, and environment variables."""
+    """A way to draw: environment variables for the threads."""
 
-    code: Path
     variables: dict[str, str]
 
     def start(self, arguments: list[str], folder: Path, *, threads_too: bool = True) -> subprocess.Popen[str]:
         """Starts `mos` with arguments."""
         inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-        environment = inherited | {"PYTHONPATH": str(self.code)} | (self.variables if threads_too else {})
+        environment = inherited | {"PYTHONPATH": str(HERE)} | (self.variables if threads_too else {})
         command, none = [*MOS, *arguments], subprocess.DEVNULL
         return subprocess.Popen(command, stdout=none, stderr=subprocess.PIPE, text=True, env=environment, cwd=folder)
 
@@ -99,13 +102,14 @@ def training(kind: Kind) -> Iterator[None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--against", type=Path, help="a checkout of earlier code")
     parser.add_argument("--minutes", type=float, default=4)
     options = parser.parse_args()
     end = time.monotonic() + 60 * options.minutes
-    kinds = {"this code": Kind(HERE, {}), "one thread": Kind(HERE, {"OMP_NUM_THREADS": "1"})}
-    if options.against is not None:
-        kinds = {"earlier code": Kind(options.against.resolve(), {}), **kinds}
+    kinds = {
+        "PyTorch's threads": Kind(PYTORCH | {"OMP_NUM_THREADS": str(torch.get_num_threads())}),
+        "adapted": Kind({}),
+        "one thread": Kind({"OMP_NUM_THREADS": "1"}),
+    }
     psutil.cpu_percent()
     time.sleep(1)
     used = psutil.cpu_percent() / 100 * (psutil.cpu_count() or 1)
