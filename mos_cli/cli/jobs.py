@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mos_cli.cli.output import Report, print_error, print_warning
+from mos_cli.cli.output import Report, print_bytes, print_error, print_warning
 from mos_cli.cli.progress import sampling_bars, stop_between_steps
 from mos_cli.errors import PARTLY_FAILED, InputError, MosError, UsageError
 from mos_cli.utils.files import expand
@@ -95,9 +95,14 @@ def make_jobs(
     *,
     seed: int | None,
     count: int,
+    metadata: "Metadata",
     inputs: "Inputs | None" = None,
 ) -> list[Job]:
-    """A job for every prompt and seed; without a seed the first is random."""
+    """A job for every prompt and seed; without a seed the first is random.
+
+    Raises:
+        UsageError, InputError: a picture cannot be written under its name or in its format.
+    """
     from mos_cli.config.recipe import make_recipe
     from mos_cli.inference.requests import random_seed
 
@@ -107,7 +112,17 @@ def make_jobs(
         for index in range(count):
             recipe = make_recipe(prompt=prompt, seed=first + index, **fields)
             jobs.append(Job(recipe, names.path(recipe), inputs))
+            check_format(jobs[-1], metadata)
     return jobs
+
+
+def check_format(job: Job, metadata: "Metadata") -> None:
+    """Raises UsageError if the format of a job's file cannot hold its picture; called before it is drawn."""
+    from mos_cli.images.naming import STDOUT
+    from mos_cli.images.outputs import check_recipe_fits
+
+    if job.path != STDOUT:
+        check_recipe_fits(job.path, job.recipe, job.inputs, with_earlier=metadata == "full")
 
 
 def check_sheet(option: str, sheet: Path, names: "Naming", overwrite: bool) -> None:
@@ -186,7 +201,7 @@ def draw_jobs(
         typer.Exit: some of several jobs failed (exit code 7).
     """
     if metadata == "none":
-        kept = "" if trace == "off" else "; the trace beside it still holds the prompt"
+        kept = "" if trace == "off" or jobs[0].path == Path("-") else "; the trace beside it still holds the prompt"
         note = f"without metadata, mos replay cannot draw the picture again{kept}"
         report.note("note", note, note=note)
     failed, drawn = 0, []
@@ -245,9 +260,17 @@ def draw_jobs(
 
 
 def _save(drawing: "Drawing", job: Job, names: "Naming", trace: Any, metadata: Any) -> list[Path]:
-    """Writes a picture; if its name was taken while it was drawn, under the next one that is free."""
+    """Writes a picture; if its name was taken while it was drawn, under the next one that is free.
+
+    Returns:
+        The files written, the picture first; none for a picture that went to stdout.
+    """
+    from mos_cli.images.naming import STDOUT
     from mos_cli.utils.files import NameTakenError
 
+    if job.path == STDOUT:
+        print_bytes(drawing.encode(Path(".png"), metadata).data)
+        return []
     path, further = job.path, names.paths_after(job.path, job.recipe)
     while True:
         try:

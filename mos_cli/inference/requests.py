@@ -18,7 +18,7 @@ from mos_cli.config.settings import RunSettings, available_memory, fitted, parse
 from mos_cli.errors import UsageError
 from mos_cli.images.inputs import Inputs, describe_edit
 from mos_cli.images.masks import read_mask
-from mos_cli.images.pictures import Picture, working_size
+from mos_cli.images.pictures import Picture, PictureFile, read_picture, working_size
 from mos_cli.planning.candidates import parse_quant
 from mos_cli.routing.rules import check_numbers, parse_rules
 from mos_cli.routing.trace import Recording, load_recording
@@ -85,7 +85,7 @@ class EditRequest:
 
     size: str | None = None
     max_pixels: int | None = None
-    mask: Path | Picture | None = None
+    mask: PictureFile | Picture | None = None
     invert_mask: bool = False
     feather: float = 0.0
     composite: bool = False
@@ -108,7 +108,9 @@ class EditRequest:
         if self.mask is None:
             return inputs
         size = inputs.pictures[0].image.size
-        return replace(inputs, mask=read_mask(self.mask, size, invert=self.invert_mask, feather=self.feather))
+        mask = self.mask if isinstance(self.mask, Picture) else read_picture(self.mask)
+        read = read_mask(mask, size, invert=self.invert_mask, feather=self.feather)
+        return replace(inputs, mask=read, mask_notes=mask.notes)
 
     def lost(self, inputs: Inputs, size: tuple[int, int]) -> str | None:
         """A line about transparency that a result of `size` does not have; None if it keeps all it can."""
