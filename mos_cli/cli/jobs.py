@@ -269,7 +269,7 @@ def _save(drawing: "Drawing", job: Job, names: "Naming", trace: Any, metadata: A
     from mos_cli.utils.files import NameTakenError
 
     if job.path == STDOUT:
-        print_bytes(drawing.encode(Path(".png"), metadata).data)
+        print_bytes(drawing.encode(Path("stdout.png"), metadata).data)
         return []
     path, further = job.path, names.paths_after(job.path, job.recipe)
     while True:

@@ -1,8 +1,9 @@
 """The user's pictures: reading them, and fitting them to the model's canvas and back."""
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -100,7 +101,8 @@ def opened_picture(file: PictureFile) -> Iterator[tuple[Image.Image, list[str]]]
                 # Pillow decodes colours to 8 bits by itself.
                 if opened.mode not in _DEEP_MODES and any(";16" in str(tile[3]) for tile in opened.tile):
                     notes.append(_reduced(name))
-                opened.load()
+                with _quiet_libtiff() if opened.format == "TIFF" else nullcontext():
+                    opened.load()
                 yield opened, notes
     except (MosError, MemoryError):
         raise
@@ -115,6 +117,24 @@ def opened_picture(file: PictureFile) -> Iterator[tuple[Image.Image, list[str]]]
             raise InputError(f"cannot read {name}: {error.strerror}") from None
         # Pillow's decoders raise many kinds of errors for a damaged file.
         raise InputError(f"{name} is damaged: {error}") from None
+
+
+@contextmanager
+def _quiet_libtiff() -> Iterator[None]:
+    """Keeps libtiff from printing its errors to stderr, which it does by itself; Pillow raises them too."""
+    try:
+        kept = os.dup(2)
+    except OSError:
+        # It is closed.
+        yield
+        return
+    try:
+        with Path(os.devnull).open("wb") as null:
+            os.dup2(null.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def make_picture(
