@@ -141,7 +141,7 @@ def edit(
         if sheet is not None:
             check_sheet(option, sheet, names, options.overwrite)
     if options.dry_run:
-        print_jobs(jobs, settings, report)
+        print_jobs(jobs, bundle, settings, report)
         return
     adapt_threads = AdaptiveThreads()
     pipeline = load_with_progress(bundle, settings, report, precision=fields["precision"], quant=fields["quant"])

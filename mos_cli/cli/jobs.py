@@ -17,6 +17,7 @@ from mos_cli.utils.files import expand
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from mos_cli.bundles.bundle import Bundle
     from mos_cli.config.recipe import Recipe
     from mos_cli.config.settings import Metadata, RunSettings, TraceLevel
     from mos_cli.images.inputs import Inputs
@@ -136,15 +137,46 @@ def check_sheet(option: str, sheet: Path, names: "Naming", overwrite: bool) -> N
     names.returned.add(sheet.absolute())
 
 
-def print_jobs(jobs: list[Job], settings: "RunSettings", report: Report) -> None:
-    """Prints what would be drawn, for --dry-run: the settings of all pictures as a table, then each picture."""
+def print_jobs(jobs: list[Job], bundle: "Bundle", settings: "RunSettings", report: Report) -> None:
+    """Prints what would be drawn, for --dry-run: the settings of all pictures as a table, then each picture.
+
+    Raises:
+        MosError: the only prompt cannot be drawn.
+        typer.Exit: some of several cannot (exit code 7).
+    """
+    from mos_cli.inference.requests import check_prompts
+
+    problems = check_prompts([job.recipe for job in jobs], bundle)
+    if problems is None:
+        note = "the prompts are not checked: the language model is fetched when something is drawn"
+        report.note("note", note, note=note)
+        problems = [None] * len(jobs)
+    if len(jobs) == 1 and problems[0] is not None:
+        raise problems[0]
     if not report.json:
         for name, value in _shared_settings(jobs[0].recipe, settings).items():
             report.event("setting", f"{name:<14} {value}")
-    for job in jobs:
+    for number, (job, problem) in enumerate(zip(jobs, problems, strict=True), start=1):
+        if problem is not None:
+            report_failed(job, number, problem, report)
+            continue
         line = f"{job.path}  (seed {job.recipe.seed}: {shortened(job.recipe.prompt)})"
         report.event("would draw", line, path=str(job.path), recipe=job.recipe.model_dump())
     report.times()
+    exit_if_failed(sum(problem is not None for problem in problems), jobs)
+
+
+def report_failed(job: Job, number: int, error: MosError, report: Report) -> None:
+    """Reports a job of several that cannot be drawn."""
+    print_error(f"{shortened(job.recipe.prompt)!r}: {error}")
+    report.event("failed", index=number, prompt=job.recipe.prompt, error=str(error))
+
+
+def exit_if_failed(failed: int, jobs: list[Job]) -> None:
+    """Ends the run with exit code 7 if some of its jobs failed."""
+    if failed:
+        print_error(f"{failed} of {len(jobs)} pictures failed")
+        raise typer.Exit(PARTLY_FAILED)
 
 
 def _shared_settings(recipe: "Recipe", settings: "RunSettings") -> dict[str, str]:
@@ -233,8 +265,7 @@ def draw_jobs(
                 if len(jobs) == 1:
                     raise
                 failed += 1
-                print_error(f"{shortened(job.recipe.prompt)!r}: {error}")
-                report.event("failed", index=number, prompt=job.recipe.prompt, error=str(error))
+                report_failed(job, number, error, report)
                 continue
             finally:
                 bars.remove_task(task)
@@ -254,9 +285,7 @@ def draw_jobs(
         before = before if before.size == after.size else Fit(before.size, after.size).forward(before)
         _write_sheet("strip", strip, before_and_after(before, after.convert("RGB"), instruction), overwrite, report)
     report.times()
-    if failed:
-        print_error(f"{failed} of {len(jobs)} pictures failed")
-        raise typer.Exit(PARTLY_FAILED)
+    exit_if_failed(failed, jobs)
 
 
 def _save(drawing: "Drawing", job: Job, names: "Naming", trace: Any, metadata: Any) -> list[Path]:
