@@ -17,12 +17,18 @@ from mos_cli.cli.jobs import (
 from mos_cli.cli.loading import fit_to_memory, load_with_progress
 from mos_cli.cli.options import DrawOptions, as_text, with_draw_options
 from mos_cli.cli.output import Report
+from mos_cli.cli.standard_files import check_one_input, picture_file
 from mos_cli.errors import UsageError
 
 
 @with_draw_options
 def edit(
-    picture: Annotated[Path, typer.Argument(help="The picture to edit: PNG, JPEG or WebP, of any size.")],
+    picture: Annotated[
+        Path,
+        typer.Argument(
+            help="The picture to edit, of any size: PNG, JPEG, WebP, AVIF, GIF, TIFF or BMP; - reads it from stdin."
+        ),
+    ],
     instruction: Annotated[
         str,
         typer.Argument(
@@ -93,6 +99,7 @@ def edit(
     from mos_cli.utils.threads import AdaptiveThreads
 
     report = Report(json=options.json, quiet=options.quiet, verbose=options.verbose)
+    check_one_input(picture, instruction, mask, *(reference or []))
     instructions = read_prompts(instruction, 'what to change, for example: mos edit cat.png "make it blue"')
     flags = options.settings(image_cfg=image_cfg)
     settings = resolve(flags, options.preset)
@@ -100,7 +107,7 @@ def edit(
     request = EditRequest(
         size=size,
         max_pixels=max_pixels,
-        mask=mask,
+        mask=None if mask is None else picture_file(mask),
         invert_mask=invert_mask,
         feather=feather,
         composite=composite,
@@ -108,15 +115,15 @@ def edit(
         strength=strength,
         image_cfg=settings.image_cfg,
     )
-    names = naming(settings.output, overwrite=options.overwrite)
+    options.check_output(settings.output)
+    names = naming(settings.output, suffix=settings.format, overwrite=options.overwrite)
     bundle = find_bundle(settings.model)
     edit_defaults(bundle)
     if strip is not None and (options.count > 1 or len(instructions) > 1):
         raise UsageError("--strip shows one edit: leave it out, or draw one picture")
-    inputs = read_inputs([picture, *(reference or [])])
+    inputs = request.with_mask(read_inputs([picture_file(path) for path in (picture, *(reference or []))]))
     for note in inputs.notes:
         report.note("note", note, note=note)
-    inputs = request.with_mask(inputs)
     canvas = request.working_size(inputs, bundle.index.canvas)
     references = len(inputs.pictures)
     settings = fit_to_memory(bundle, settings, canvas, report, fetch=not options.dry_run, references=references)
@@ -125,14 +132,16 @@ def edit(
     if lost := request.lost(inputs, (fields["width"], fields["height"])):
         report.note("note", lost, note=lost)
     recording, fields["route_from"] = route_source(options.route_from, parse_percent(options.route_until), bundle)
-    jobs = make_jobs(instructions, names, fields, seed=settings.seed, count=options.count, inputs=inputs)
+    jobs = make_jobs(
+        instructions, names, fields, seed=settings.seed, count=options.count, metadata=settings.metadata, inputs=inputs
+    )
     check_recipe(jobs[0].recipe, bundle, compiled=settings.compile, regions=options.regions)
     check_device(settings, jobs[0].recipe, bundle)
     for option, sheet in {"--strip": strip, "--sheet": options.sheet}.items():
         if sheet is not None:
             check_sheet(option, sheet, names, options.overwrite)
     if options.dry_run:
-        print_jobs(jobs, settings, report)
+        print_jobs(jobs, bundle, settings, report)
         return
     adapt_threads = AdaptiveThreads()
     pipeline = load_with_progress(bundle, settings, report, precision=fields["precision"], quant=fields["quant"])

@@ -45,20 +45,21 @@ def generate(
     flags = options.settings(size=size)
     settings = resolve(flags, options.preset)
     record_options = make_record_options(settings.trace, regions=options.regions, previews=options.preview_steps)
-    names = naming(settings.output, overwrite=options.overwrite)
+    options.check_output(settings.output)
+    names = naming(settings.output, suffix=settings.format, overwrite=options.overwrite)
     bundle = find_bundle(settings.model)
     canvas = parse_size(settings.size, bundle.index.canvas)
     settings = fit_to_memory(bundle, settings, canvas, report, fetch=not options.dry_run)
     with report.stage("libraries"):
         fields = generation_fields(settings, bundle, canvas, cfg_interval=flags.cfg_interval)
     recording, fields["route_from"] = route_source(options.route_from, parse_percent(options.route_until), bundle)
-    jobs = make_jobs(prompts, names, fields, seed=settings.seed, count=options.count)
+    jobs = make_jobs(prompts, names, fields, seed=settings.seed, count=options.count, metadata=settings.metadata)
     check_recipe(jobs[0].recipe, bundle, compiled=settings.compile, regions=options.regions)
     check_device(settings, jobs[0].recipe, bundle)
     if options.sheet is not None:
         check_sheet("--sheet", options.sheet, names, options.overwrite)
     if options.dry_run:
-        print_jobs(jobs, settings, report)
+        print_jobs(jobs, bundle, settings, report)
         return
     adapt_threads = AdaptiveThreads()
     pipeline = load_with_progress(bundle, settings, report, precision=fields["precision"], quant=fields["quant"])

@@ -147,9 +147,9 @@ def inspect_routing(
 def _check_outputs(outputs: dict[str, Path], *traces: Path | None) -> None:
     """Raises UsageError if a file to write is one that is read, or named twice, or a report is not named as a page."""
     from mos_cli.errors import UsageError
-    from mos_cli.images.companions import companions
+    from mos_cli.images.companions import companions, pictures_beside
 
-    taken = [other for path in traces if path is not None for other in (*companions(path), path.with_suffix(".png"))]
+    taken = [other for path in traces if path is not None for other in (*companions(path), *pictures_beside(path))]
     for option, path in outputs.items():
         if path.resolve() in {other.resolve() for other in taken}:
             raise UsageError(f"{option} {path}: name a file of its own")

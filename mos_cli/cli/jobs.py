@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mos_cli.cli.output import Report, print_error, print_warning
+from mos_cli.cli.output import Report, print_bytes, print_error, print_warning
 from mos_cli.cli.progress import sampling_bars, stop_between_steps
 from mos_cli.errors import PARTLY_FAILED, InputError, MosError, UsageError
 from mos_cli.utils.files import expand
@@ -17,6 +17,7 @@ from mos_cli.utils.files import expand
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from mos_cli.bundles.bundle import Bundle
     from mos_cli.config.recipe import Recipe
     from mos_cli.config.settings import Metadata, RunSettings, TraceLevel
     from mos_cli.images.inputs import Inputs
@@ -95,9 +96,14 @@ def make_jobs(
     *,
     seed: int | None,
     count: int,
+    metadata: "Metadata",
     inputs: "Inputs | None" = None,
 ) -> list[Job]:
-    """A job for every prompt and seed; without a seed the first is random."""
+    """A job for every prompt and seed; without a seed the first is random.
+
+    Raises:
+        UsageError, InputError: a picture cannot be written under its name or in its format.
+    """
     from mos_cli.config.recipe import make_recipe
     from mos_cli.inference.requests import random_seed
 
@@ -107,7 +113,17 @@ def make_jobs(
         for index in range(count):
             recipe = make_recipe(prompt=prompt, seed=first + index, **fields)
             jobs.append(Job(recipe, names.path(recipe), inputs))
+            check_format(jobs[-1], metadata)
     return jobs
+
+
+def check_format(job: Job, metadata: "Metadata") -> None:
+    """Raises UsageError if the format of a job's file cannot hold its picture; called before it is drawn."""
+    from mos_cli.images.naming import STDOUT
+    from mos_cli.images.outputs import check_recipe_fits
+
+    if job.path != STDOUT:
+        check_recipe_fits(job.path, job.recipe, job.inputs, with_earlier=metadata == "full")
 
 
 def check_sheet(option: str, sheet: Path, names: "Naming", overwrite: bool) -> None:
@@ -121,15 +137,46 @@ def check_sheet(option: str, sheet: Path, names: "Naming", overwrite: bool) -> N
     names.returned.add(sheet.absolute())
 
 
-def print_jobs(jobs: list[Job], settings: "RunSettings", report: Report) -> None:
-    """Prints what would be drawn, for --dry-run: the settings of all pictures as a table, then each picture."""
+def print_jobs(jobs: list[Job], bundle: "Bundle", settings: "RunSettings", report: Report) -> None:
+    """Prints what would be drawn, for --dry-run: the settings of all pictures as a table, then each picture.
+
+    Raises:
+        MosError: the only prompt cannot be drawn.
+        typer.Exit: some of several cannot (exit code 7).
+    """
+    from mos_cli.inference.requests import check_prompts
+
+    problems = check_prompts([job.recipe for job in jobs], bundle)
+    if problems is None:
+        note = "the prompts are not checked: the language model is fetched when something is drawn"
+        report.note("note", note, note=note)
+        problems = [None] * len(jobs)
+    if len(jobs) == 1 and problems[0] is not None:
+        raise problems[0]
     if not report.json:
         for name, value in _shared_settings(jobs[0].recipe, settings).items():
             report.event("setting", f"{name:<14} {value}")
-    for job in jobs:
+    for number, (job, problem) in enumerate(zip(jobs, problems, strict=True), start=1):
+        if problem is not None:
+            report_failed(job, number, problem, report)
+            continue
         line = f"{job.path}  (seed {job.recipe.seed}: {shortened(job.recipe.prompt)})"
         report.event("would draw", line, path=str(job.path), recipe=job.recipe.model_dump())
     report.times()
+    exit_if_failed(sum(problem is not None for problem in problems), jobs)
+
+
+def report_failed(job: Job, number: int, error: MosError, report: Report) -> None:
+    """Reports a job of several that cannot be drawn."""
+    print_error(f"{shortened(job.recipe.prompt)!r}: {error}")
+    report.event("failed", index=number, prompt=job.recipe.prompt, error=str(error))
+
+
+def exit_if_failed(failed: int, jobs: list[Job]) -> None:
+    """Ends the run with exit code 7 if some of its jobs failed."""
+    if failed:
+        print_error(f"{failed} of {len(jobs)} pictures failed")
+        raise typer.Exit(PARTLY_FAILED)
 
 
 def _shared_settings(recipe: "Recipe", settings: "RunSettings") -> dict[str, str]:
@@ -186,7 +233,7 @@ def draw_jobs(
         typer.Exit: some of several jobs failed (exit code 7).
     """
     if metadata == "none":
-        kept = "" if trace == "off" else "; the trace beside it still holds the prompt"
+        kept = "" if trace == "off" or jobs[0].path == Path("-") else "; the trace beside it still holds the prompt"
         note = f"without metadata, mos replay cannot draw the picture again{kept}"
         report.note("note", note, note=note)
     failed, drawn = 0, []
@@ -218,8 +265,7 @@ def draw_jobs(
                 if len(jobs) == 1:
                     raise
                 failed += 1
-                print_error(f"{shortened(job.recipe.prompt)!r}: {error}")
-                report.event("failed", index=number, prompt=job.recipe.prompt, error=str(error))
+                report_failed(job, number, error, report)
                 continue
             finally:
                 bars.remove_task(task)
@@ -239,15 +285,21 @@ def draw_jobs(
         before = before if before.size == after.size else Fit(before.size, after.size).forward(before)
         _write_sheet("strip", strip, before_and_after(before, after.convert("RGB"), instruction), overwrite, report)
     report.times()
-    if failed:
-        print_error(f"{failed} of {len(jobs)} pictures failed")
-        raise typer.Exit(PARTLY_FAILED)
+    exit_if_failed(failed, jobs)
 
 
 def _save(drawing: "Drawing", job: Job, names: "Naming", trace: Any, metadata: Any) -> list[Path]:
-    """Writes a picture; if its name was taken while it was drawn, under the next one that is free."""
+    """Writes a picture; if its name was taken while it was drawn, under the next one that is free.
+
+    Returns:
+        The files written, the picture first; none for a picture that went to stdout.
+    """
+    from mos_cli.images.naming import STDOUT
     from mos_cli.utils.files import NameTakenError
 
+    if job.path == STDOUT:
+        print_bytes(drawing.encode(Path("stdout.png"), metadata).data)
+        return []
     path, further = job.path, names.paths_after(job.path, job.recipe)
     while True:
         try:

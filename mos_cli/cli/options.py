@@ -65,7 +65,8 @@ Output = Annotated[
         "-o",
         envvar="MOS_OUTPUT",
         metavar="PATH",
-        help="File, folder, or template with {date} {number} {prompt} {seed} {model}; no suffix: a folder.",
+        help="File (.png, .jpg or .webp), folder, or template with {date} {number} {prompt} {seed} {model}; no suffix: "
+        "a folder. - writes one PNG, and nothing beside it, to standard output.",
         show_default="outputs/{date}/{number}_{prompt}_s{seed}.png",
     ),
 ]
@@ -296,6 +297,13 @@ class DrawOptions:
     json: Json = False
     quiet: Quiet = False
     verbose: Verbose = False
+
+    def check_output(self, output: str) -> None:
+        """Raises UsageError if the picture would go to standard output and cannot."""
+        from mos_cli.cli.standard_files import check_output
+
+        if not self.dry_run:
+            check_output(output, json=self.json, trace=self.trace, regions=self.regions, previews=self.preview_steps)
 
     def settings(self, **more: Any) -> "Settings":
         """The settings among the options, and `more` that only one command has.

@@ -6,7 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from io import TextIOWrapper
 from pathlib import Path
@@ -36,15 +36,15 @@ class StandardStream(TextIOWrapper):
         self.label = label
 
     def write(self, text: str, /) -> int:
-        with self._named():
+        with self.named():
             return super().write(text)
 
     def flush(self) -> None:
-        with self._named():
+        with self.named():
             super().flush()
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
+    def named(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -72,6 +72,13 @@ def print_error(message: str) -> None:
 def print_warning(message: str) -> None:
     """Prints one warning line to stderr."""
     stderr.print(f"[yellow]warning:[/] {_escaped(message)}", soft_wrap=True)
+
+
+def print_bytes(data: bytes) -> None:
+    """Writes bytes to stdout."""
+    with sys.stdout.named() if isinstance(sys.stdout, StandardStream) else nullcontext():
+        sys.stdout.buffer.write(data)
+        sys.stdout.flush()
 
 
 def print_json(rows: Iterable[dict[str, Any]]) -> None:
@@ -161,8 +168,10 @@ class Report:
     def picture(self, files: Sequence[Path], *, index: int, prompt: str, seed: int) -> None:
         """Reports a picture that was written, and the files beside it.
 
-        With --quiet and into a pipe, only the path of the picture is printed.
+        With --quiet and into a pipe, only the path of the picture is printed; nothing for one that went to stdout.
         """
+        if not files:
+            return
         if self.json:
             self.event("picture", index=index, prompt=prompt, seed=seed, files=[str(file) for file in files])
         elif self.quiet or not sys.stdout.isatty():

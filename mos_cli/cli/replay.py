@@ -1,11 +1,12 @@
-"""`mos replay`: the same picture again, from the PNG alone."""
+"""`mos replay`: the same picture again, from its file alone."""
 
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mos_cli.cli.jobs import Job, draw_jobs, make_record_options, shortened
+from mos_cli.cli.jobs import Job, check_format, draw_jobs, make_record_options, shortened
 from mos_cli.cli.loading import fit_to_memory, load_route_source, load_with_progress
 from mos_cli.cli.options import (
     Attention,
@@ -25,6 +26,7 @@ from mos_cli.cli.options import (
     as_text,
 )
 from mos_cli.cli.output import Report
+from mos_cli.cli.standard_files import check_one_input, check_output, picture_file
 from mos_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ CLOSE_PSNR = 40.0
 
 def replay(
     context: typer.Context,
-    picture: Annotated[Path, typer.Argument(help="A PNG made by mos.")],
+    picture: Annotated[Path, typer.Argument(help="A picture made by mos: PNG, JPEG or WebP; - reads it from stdin.")],
     changes: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", callback=as_text, help="Change the recipe: seed=7, cfg=4, ..."),
@@ -82,11 +84,11 @@ def replay(
     too, if mos made it; other pictures are to be given with --input.
     """
     from mos_cli.bundles.bundle import edit_defaults, find_bundle, find_recorded
-    from mos_cli.config.recipe import check_guidance, make_recipe
+    from mos_cli.config.recipe import check_guidance, make_recipe, pixels_hash
     from mos_cli.config.settings import check_size, make_settings, resolve
     from mos_cli.images.inputs import Finder
     from mos_cli.images.naming import naming
-    from mos_cli.images.outputs import read_drawing
+    from mos_cli.images.outputs import as_stored, drawn_hash, read_drawing
     from mos_cli.inference.requests import check_recipe
     from mos_cli.utils.threads import cpu_threads
 
@@ -97,7 +99,8 @@ def replay(
     ]
     if verify and any(source is not None and source.name == "COMMANDLINE" for source in sources):
         raise UsageError("--verify draws what the picture holds and writes nothing: drop the other options")
-    image, record = read_drawing(picture)
+    check_one_input(picture, *(source_files or []), *(mask or []))
+    image, record = read_drawing(picture_file(picture))
     changed = _changes(changes or [])
     if "model" in changed:
         bundle = find_bundle(changed["model"])
@@ -128,7 +131,9 @@ def replay(
     check_size(*recipe.working_size, bundle.index.canvas)
     record_options = make_record_options(settings.trace, regions=regions, previews=preview_steps)
     routes = load_route_source(picture, recipe, route_from)
-    names = naming(settings.output, overwrite=overwrite)
+    if not verify:
+        check_output(settings.output, json=json, trace=trace, regions=regions, previews=preview_steps)
+    names = naming(settings.output, suffix=settings.format, overwrite=overwrite)
     path = None if verify else names.path(recipe)
     loaded: dict[tuple[Any, ...], MoSPipeline] = {}
 
@@ -166,16 +171,19 @@ def replay(
         with cpu_threads(earlier.made.threads, earlier.made.thread_changes) as follow:
             return pipeline.draw(earlier.recipe, [follow], inputs).image
 
-    finder = Finder(source_files or [], mask or [], redraw)
+    pictures, masks = ([picture_file(path) for path in paths or []] for paths in (source_files, mask))
+    finder = Finder(pictures, masks, redraw)
     inputs = finder.inputs_of(recipe, record.earlier)
     finder.check_all_used()
+    job = None if path is None else Job(recipe, path, inputs)
+    if job is not None:
+        check_format(job, settings.metadata)
     for note in () if inputs is None else inputs.notes:
         report.note("note", note, note=note)
     pipeline = pipeline_of(bundle, recipe, record.made)
     # Other numbers of threads would round differently: the picture would only come out close.
     with cpu_threads(record.made.threads, record.made.thread_changes) as follow:
-        if path is not None:
-            job = Job(recipe, path, inputs)
+        if job is not None:
             draw_jobs(
                 pipeline,
                 [job],
@@ -192,12 +200,15 @@ def replay(
         with report.stage("sampling"):
             drawn = pipeline.draw(recipe, [follow], inputs, route_from=routes).image
     report.times()
-    psnr = _psnr(image, drawn)
-    if psnr == float("inf"):
+    if pixels_hash(drawn) == drawn_hash(image, record):
         report.event("verified", "exact", verdict="exact")
     else:
+        # The loss of the file's format is no difference between the two.
+        psnr = _psnr(image, drawn if record.stored is None else as_stored(drawn, record.stored.format))
         verdict = "close" if psnr >= CLOSE_PSNR else "different"
-        report.event("verified", f"{verdict} (PSNR {psnr:.1f} dB)", verdict=verdict, psnr=round(psnr, 2))
+        measured = f"PSNR {psnr:.1f} dB" if isfinite(psnr) else "the same in the file's format"
+        number = round(psnr, 2) if isfinite(psnr) else None
+        report.event("verified", f"{verdict} ({measured})", verdict=verdict, psnr=number)
         if verdict == "different":
             raise typer.Exit(1)
 

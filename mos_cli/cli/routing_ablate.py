@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def ablate(
-    picture: Annotated[Path, typer.Argument(help="A PNG made by mos.")],
+    picture: Annotated[Path, typer.Argument(help="A picture made by mos: PNG, JPEG or WebP.")],
     word: Annotated[
         str, typer.Option("--word", "-w", callback=as_text, help='The word, as in rules: cat, "red apple", cat#2, *.')
     ],
@@ -73,7 +73,7 @@ def ablate(
     from mos_cli.config.recipe import pixels_hash
     from mos_cli.config.settings import check_size, make_settings, resolve
     from mos_cli.images.inputs import Finder
-    from mos_cli.images.outputs import read_drawing
+    from mos_cli.images.outputs import drawn_hash, read_drawing
     from mos_cli.routing.rules import BaselineRule, parse_rules
     from mos_cli.utils.threads import cpu_threads
 
@@ -129,7 +129,7 @@ def ablate(
         check_rule(recipe, rule, draw)
         before = draw_with_bar(recipe)
         ablated = list(ablate_layers(before, rule, lambda recipe: draw_with_bar(recipe).image))
-    exact = pixels_hash(before.image) == pixels_hash(image)
+    exact = pixels_hash(before.image) == drawn_hash(image, record)
     note = None if exact else "the picture was drawn again here for comparison, and is not exactly the one in the file"
     report.event("original", note, exact=exact)
     _report(ablated, before.trace.layers, report, only)

@@ -1,4 +1,4 @@
-"""The recipe of a picture, with everything needed to draw it again, and the record in the PNG.
+"""The recipe of a picture, with everything needed to draw it again, and the record in its file.
 
 One pydantic model writes and reads it.
 """
@@ -143,25 +143,42 @@ class Provenance(Migrated):
     compiled: bool = False
 
 
+StoredFormat = Literal["JPEG", "WEBP"]
+"""A format that may change the pixels."""
+
+
+class StoredPixels(Frozen):
+    """The sha256 of the pixels that a file of a format holds, which are not quite those that were drawn."""
+
+    format: StoredFormat
+    sha256: Sha256
+
+
 class EarlierPicture(Frozen):
-    """A picture made by mos that an edit was made from: the sha256 of its pixels, its recipe and provenance."""
+    """A picture made by mos that an edit was made from: the sha256 of its pixels, its recipe and provenance.
+
+    `stored` is the format of the file that was edited, if that changed the pixels: they are those of the file.
+    """
 
     sha256: Sha256
     recipe: Recipe
     made: Provenance
+    stored: StoredFormat | None = None
 
 
 class PictureRecord(Frozen):
-    """The `mos` chunk of a PNG.
+    """The record in the file of a picture.
 
-    `sha256` is that of the picture's pixels, by which changes by other programs are found. `earlier` are all pictures
-    made by mos that an edit was made from, over all steps of a chain, in their order.
+    `sha256` is that of the pixels as they were drawn, by which changes by other programs are found; `stored` that of
+    the pixels in the file, where its format changed them. `earlier` are all pictures made by mos that an edit was made
+    from, over all steps of a chain, in their order.
     """
 
     schema_id: Literal["mos-picture/1"] = Field("mos-picture/1", alias="schema")
     recipe: Recipe
     made: Provenance
     sha256: Sha256 | None = None
+    stored: StoredPixels | None = None
     earlier: tuple[EarlierPicture, ...] = ()
 
     def to_json(self) -> str:

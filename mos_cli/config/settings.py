@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 TraceLevel = Literal["off", "summary", "topk", "full"]
 Metadata = Literal["full", "recipe", "none"]
 """What a picture says of itself: its recipe, and with "full" also what it was edited from, and text for other tools."""
+PictureSuffix = Literal["png", "jpg", "webp"]
+"""The format of pictures whose names are made: those in a folder that is named, or in the default one."""
 PrecisionSetting = Literal["auto", "bf16", "fp32"]
 
 
@@ -70,6 +72,7 @@ class Settings(BaseModel):
     metadata: Metadata | None = None
     routes: RouteRules | None = None
     output: str | None = None
+    format: PictureSuffix | None = None
 
     def over(self, other: "Settings") -> "Settings":
         """These settings, with the gaps filled from `other`."""
@@ -102,7 +105,8 @@ class RunSettings(Settings):
     compile: bool = False
     trace: TraceLevel = "topk"
     metadata: Metadata = "full"
-    output: str = "outputs/{date}/{number}_{prompt}_s{seed}.png"
+    output: str = "outputs/{date}/"
+    format: PictureSuffix = "png"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mos_cli.config.recipe import PictureRecord, pixels_hash
 from mos_cli.errors import InputError
-from mos_cli.images.outputs import read_image, read_record
+from mos_cli.images.outputs import SUFFIXES, read_stored
 from mos_cli.utils.files import NameTakenError, refuse_existing, sha256_of
 
 if TYPE_CHECKING:
@@ -33,8 +33,25 @@ class Companions(NamedTuple):
 
 
 def companions(path: Path) -> Companions:
-    """The paths of the files beside a picture, or beside the head of its trace."""
+    """The paths of the files beside a picture, or beside the head of its trace.
+
+    Their suffixes replace that of a PNG, and follow that of another format: `a.json` beside `a.png`, `a.jpg.json`
+    beside `a.jpg`.
+    """
+    if SUFFIXES.get(path.suffix.lower(), "PNG") != "PNG":
+        path = path.with_name(f"{path.name}.png")
     return Companions(*(path.with_suffix(suffix) for suffix in (".json", ARRAYS_SUFFIX, PREVIEWS_SUFFIX)))
+
+
+def pictures_beside(path: Path) -> list[Path]:
+    """The pictures that are there of those that the head of a trace can belong to; of a picture, itself."""
+    if path.suffix.lower() in SUFFIXES:
+        found = [path]
+    else:
+        found = [path.with_suffix(".png")]
+        if Path(path.stem).suffix.lower() in SUFFIXES:
+            found.insert(0, path.with_suffix(""))
+    return [other for other in found if other.is_file()]
 
 
 def check_name(path: Path, overwrite: bool) -> None:
@@ -61,9 +78,10 @@ def own_companions(path: Path) -> tuple[Path, ...]:
     version cannot be told from another's.
     """
     try:
-        sha256, record = pixels_hash(read_image(path)), read_record(path)
-    except (InputError, OSError, SyntaxError, ValueError):
+        image, record = read_stored(path)
+    except InputError:
         return ()
+    sha256 = pixels_hash(image)
     beside, found = companions(path), []
     head = _read_head(beside.head)
     match = belongs(head, sha256, record)
@@ -79,7 +97,7 @@ def own_companions(path: Path) -> tuple[Path, ...]:
 
 
 def belongs(head: dict[str, Any], sha256: str, record: PictureRecord | None) -> bool | None:
-    """Whether the head of a trace belongs to a picture, known by the hash of its pixels; None if that cannot be said.
+    """Whether the head of a trace belongs to a picture, by its file's pixels; None if it cannot be said.
 
     Args:
         head: the head as JSON.

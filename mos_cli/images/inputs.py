@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -12,15 +11,14 @@ from mos_cli.config.recipe import (
     EarlierPicture,
     EditRecipe,
     MaskRecipe,
-    PictureRecord,
     Recipe,
     SourcePicture,
     pixels_hash,
 )
 from mos_cli.errors import InputError, UsageError
 from mos_cli.images.masks import read_mask
-from mos_cli.images.outputs import read_record
-from mos_cli.images.pictures import Picture, read_picture
+from mos_cli.images.outputs import as_stored
+from mos_cli.images.pictures import Picture, PictureFile, name_of, read_picture
 from mos_cli.utils.validation import first_problem
 
 
@@ -28,33 +26,38 @@ from mos_cli.utils.validation import first_problem
 class Inputs:
     """The pictures of an edit, the edited one first, and its mask: L, 255 may change, of its size.
 
-    `earlier` are those made by mos, and all pictures that these were made from.
+    `earlier` are those made by mos, and all pictures that these were made from. `mask_notes` are those of the mask.
     """
 
     pictures: tuple[Picture, ...]
     mask: Image.Image | None = None
     earlier: tuple[EarlierPicture, ...] = ()
+    mask_notes: tuple[str, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return tuple(note for picture in self.pictures for note in picture.notes)
+        return (*(note for picture in self.pictures for note in picture.notes), *self.mask_notes)
 
 
-def read_inputs(paths: Sequence[Path]) -> Inputs:
+def read_inputs(files: Sequence[PictureFile]) -> Inputs:
     """Reads pictures for an edit, without a mask; raises InputError."""
-    return make_inputs([(read_picture(path), read_record(path)) for path in paths])
+    return make_inputs([read_picture(file) for file in files])
 
 
-def make_inputs(pictures: Sequence[tuple[Picture, PictureRecord | None]]) -> Inputs:
-    """The inputs of an edit from pictures, each with the record that came with it."""
+def make_inputs(pictures: Sequence[Picture]) -> Inputs:
+    """The inputs of an edit from pictures, with what their records say if they are valid."""
     earlier: dict[str, EarlierPicture] = {}
-    for picture, record in pictures:
-        sha256 = pixels_hash(picture.image)
-        # The record is not valid if another program has changed the picture.
-        if record is not None and record.sha256 == sha256:
-            for one in (*record.earlier, EarlierPicture(sha256=sha256, recipe=record.recipe, made=record.made)):
+    for picture in pictures:
+        if (record := picture.record) is None:
+            continue
+        # A chain goes on from the pixels of the file. The record is not valid if another program has changed them.
+        sha256, stored = pixels_hash(picture.image), record.stored
+        if sha256 == (record.sha256 if stored is None else stored.sha256):
+            kind = None if stored is None else stored.format
+            this = EarlierPicture(sha256=sha256, recipe=record.recipe, made=record.made, stored=kind)
+            for one in (*record.earlier, this):
                 earlier.setdefault(one.sha256, one)
-    return Inputs(tuple(picture for picture, _ in pictures), earlier=tuple(earlier.values()))
+    return Inputs(tuple(pictures), earlier=tuple(earlier.values()))
 
 
 def describe_edit(inputs: Inputs, **settings: Any) -> EditRecipe:
@@ -84,10 +87,11 @@ class Finder:
         pictures, masks: the given files, in any order; they are identified by their pixels.
     """
 
-    def __init__(self, pictures: Sequence[Path], masks: Sequence[Path], redraw: Redraw) -> None:
-        self.files = {path: read_picture(path) for path in pictures}
-        self.masks, self.redraw = masks, redraw
-        self.used: set[Path] = set()
+    def __init__(self, pictures: Sequence[PictureFile], masks: Sequence[PictureFile], redraw: Redraw) -> None:
+        self.files = {file: read_picture(file) for file in pictures}
+        self.masks = {file: read_picture(file) for file in masks}
+        self.redraw = redraw
+        self.used: set[PictureFile] = set()
         self._redrawn: dict[str, Picture] = {}
 
     def inputs_of(self, recipe: Recipe, earlier: tuple[EarlierPicture, ...]) -> Inputs | None:
@@ -104,35 +108,36 @@ class Finder:
 
     def check_all_used(self) -> None:
         """Raises InputError for a given file that is not an input of the chain."""
-        for path in (*self.files, *self.masks):
-            if path not in self.used:
-                raise InputError(f"{path} is not what this picture was made from: its pixels are others")
+        for file in (*self.files, *self.masks):
+            if file not in self.used:
+                raise InputError(f"{name_of(file)} is not what this picture was made from: its pixels are others")
 
     def _picture(self, source: SourcePicture, earlier: tuple[EarlierPicture, ...]) -> Picture:
-        for path, picture in self.files.items():
+        for file, picture in self.files.items():
             if pixels_hash(picture.image) == source.sha256:
-                self.used.add(path)
+                self.used.add(file)
                 return picture
         for index, one in enumerate(earlier):
             if one.sha256 == source.sha256:
                 if source.sha256 not in self._redrawn:
                     # A picture can only be made from those before it, so that a forged record cannot be circular.
                     redrawn = self.redraw(one, self.inputs_of(one.recipe, earlier[:index]))
+                    redrawn = redrawn if one.stored is None else as_stored(redrawn, one.stored)
                     note = f"{one.recipe.prompt!r} did not come out exactly as it was: give the picture with --input"
                     same = pixels_hash(redrawn) == source.sha256
                     self._redrawn[source.sha256] = Picture(redrawn, () if same else (note,))
                 return self._redrawn[source.sha256]
         size = f"{source.width}x{source.height}"
-        raise InputError(f"a picture ({size}) that this was made from is not in the PNG: give it with --input FILE")
+        raise InputError(f"a picture ({size}) that this was made from is not in the file: give it with --input FILE")
 
     def _mask(self, mask: MaskRecipe, size: tuple[int, int]) -> Image.Image:
-        for path in self.masks:
+        for file, picture in self.masks.items():
             try:
-                read = read_mask(path, size, invert=mask.invert, feather=mask.feather)
+                read = read_mask(picture, size, invert=mask.invert, feather=mask.feather)
             except InputError:
                 # The mask of another step of the chain may have another shape.
                 continue
             if pixels_hash(read) == mask.sha256:
-                self.used.add(path)
+                self.used.add(file)
                 return read
-        raise InputError("a mask that this was made with is not in the PNG: give it with --mask FILE")
+        raise InputError("a mask that this was made with is not in the file: give it with --mask FILE")

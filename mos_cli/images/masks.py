@@ -1,18 +1,16 @@
 """Masks: a picture may change where its mask is white, not where it is black."""
 
-from pathlib import Path
-
 from PIL import Image, ImageChops, ImageFilter, ImageOps, ImageStat
 
 from mos_cli.errors import InputError, UsageError
-from mos_cli.images.pictures import Picture, over, read_picture
+from mos_cli.images.pictures import Picture, PictureFile, over, read_picture
 
 FAINTEST, CLEAREST = 10, 32
 """Levels of difference between which the threshold of a change lies."""
 
 
 def read_mask(
-    source: Path | Picture, size: tuple[int, int], *, invert: bool = False, feather: float = 0
+    source: PictureFile | Picture, size: tuple[int, int], *, invert: bool = False, feather: float = 0
 ) -> Image.Image:
     """Reads a mask for a picture of `size`, as L: 255 may change, 0 stays.
 
@@ -25,13 +23,15 @@ def read_mask(
     """
     if not 0 <= feather <= max(size):
         raise UsageError(f"feather {feather:g} must lie between 0 and the picture's longer side, {max(size)}")
-    picture, name = (source, "") if isinstance(source, Picture) else (read_picture(source), f" {source}")
+    picture = source if isinstance(source, Picture) else read_picture(source)
     mask = over(picture.image, "black").convert("L")
     if mask.size != size:
         (width, height), (across, down) = mask.size, size
         # A difference of one pixel is rounding.
         if abs(width * down - height * across) > max(width, height, across, down):
-            raise InputError(f"the mask{name} is {width}x{height}, of another shape than the picture, {across}x{down}")
+            raise InputError(
+                f"as a mask, {picture.name} is {width}x{height}, of another shape than the picture, {across}x{down}"
+            )
         mask = mask.resize(size, Image.Resampling.BILINEAR)
     if invert:
         mask = ImageOps.invert(mask)
@@ -41,7 +41,7 @@ def read_mask(
         mask = ImageChops.darker(mask, blurred.point([max(0, 2 * level - 255) for level in range(256)]))
     if mask.getextrema() == (0, 0):
         cause = "a smaller feather would leave some of it" if feather else "paint white what may change"
-        raise InputError(f"the mask{name} lets nothing change: {cause}")
+        raise InputError(f"as a mask, {picture.name} lets nothing change: {cause}")
     return mask
 
 

@@ -12,10 +12,13 @@ from string import Formatter
 from mos_cli.config.recipe import Recipe
 from mos_cli.errors import InputError, UsageError
 from mos_cli.images.companions import check_name
+from mos_cli.images.outputs import SUFFIX_NAMES, SUFFIXES
 from mos_cli.utils.files import NameTakenError, check_writable, expand
 
 FIELDS = ("date", "number", "prompt", "seed", "model")
-IN_FOLDER = "{number}_{prompt}_s{seed}.png"
+IN_FOLDER = "{number}_{prompt}_s{seed}"
+STDOUT = Path("-")
+"""Stands for standard output, which takes one picture."""
 
 
 class Naming:
@@ -28,7 +31,7 @@ class Naming:
         overwrite: a picture that is there may be replaced; never one with a number, which makes a name of its own.
 
     Raises:
-        UsageError: the template does not end in .png, or has unknown fields.
+        UsageError: the template does not end in the suffix of a picture, or has unknown fields.
     """
 
     def __init__(self, template: str, *, overwrite: bool = False) -> None:
@@ -46,8 +49,8 @@ class Naming:
             raise UsageError("output field {number} belongs into the file's name, not into a folder's")
         if "\0" in template:
             raise UsageError("the output's name has a null character")
-        if Path(template).suffix.lower() != ".png":
-            raise UsageError(f"output '{template}' must end in .png, or be a folder")
+        if template != str(STDOUT) and Path(template).suffix.lower() not in SUFFIXES:
+            raise UsageError(f"output '{template}' must end in {SUFFIX_NAMES}, or be a folder")
         self.numbered = "{number}" in template
         self.overwrite = overwrite and not self.numbered
 
@@ -60,6 +63,8 @@ class Naming:
         """
         path = self._filled(recipe)
         if path.absolute() in self.returned:
+            if path == STDOUT:
+                raise UsageError("-o - writes one picture to standard output: name a folder for several")
             raise UsageError(f"several pictures would be written to {path}: add {{seed}} or {{number}} to the name")
         try:
             os.fsencode(path)
@@ -67,8 +72,9 @@ class Naming:
             raise InputError(
                 f"the system's encoding, {error.encoding}, has no name {path}: set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
             ) from None
-        check_writable(path.parent)
-        check_name(path, self.overwrite)
+        if path != STDOUT:
+            check_writable(path.parent)
+            check_name(path, self.overwrite)
         self.returned.add(path.absolute())
         return path
 
@@ -111,12 +117,18 @@ class Naming:
         return self._numbers[key]
 
 
-def naming(output: str, *, overwrite: bool = False) -> Naming:
-    """The naming of --output: a template, a file, or a folder, which a name without a suffix is too."""
+def naming(output: str, *, suffix: str = "png", overwrite: bool = False) -> Naming:
+    """The naming of --output: a template, a file, a folder, which a name without a suffix is too, or - for stdout.
+
+    Args:
+        suffix: that of the names made in a folder, without the dot.
+    """
     path = expand(output)
+    if path == STDOUT:
+        return Naming(output)
     new_folder = not path.suffix and not path.is_file()
     if output.endswith(("/", "\\")) or path.is_dir() or new_folder:
-        return Naming(str(path / IN_FOLDER), overwrite=overwrite)
+        return Naming(str(path / f"{IN_FOLDER}.{suffix}"), overwrite=overwrite)
     return Naming(str(path), overwrite=overwrite)
 
 

@@ -1,34 +1,54 @@
 """The user's pictures: reading them, and fitting them to the model's canvas and back."""
 
+import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from mos_cli.bundles.specs import Canvas
-from mos_cli.errors import InputError, UsageError
+from mos_cli.config.recipe import PictureRecord
+from mos_cli.errors import InputError, MosError, UsageError
+from mos_cli.images.records import read_record
 
-FORMATS = ("PNG", "JPEG", "WEBP")
-"""The formats that are read. Pillow supports dozens more, some of which run other programs."""
+# Colour profiles for print and the notes of other programs are larger than Pillow's limit for one chunk of a PNG; its
+# limit for all of them together stays.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP")
+"""The formats that are read, by content. Pillow supports dozens more, some of which run other programs."""
+_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV"}
+_DEEP_MODES = {"I;16", "I;16L", "I;16B", "I;16N"}
+PictureFile = Path | BytesIO
+"""A file with a picture, or the bytes of standard input."""
 SAME_COLOUR = 2
 """The largest change of a colour, in levels, by a profile that counts as sRGB."""
 FILTER = Image.Resampling.BICUBIC
 """Does not shift edges, unlike box and Hamming, and unlike Lanczos leaves no ripples around an enlarged mask."""
 
 
+def name_of(file: PictureFile) -> str:
+    """What messages call a file."""
+    return str(file) if isinstance(file, Path) else "standard input"
+
+
 @dataclass(frozen=True)
 class Picture:
     """A picture of the user, upright, with 8 bits per channel, in sRGB.
 
-    `image` is RGBA if any of it is transparent, else RGB. `notes` are lines about what was lost in reading.
+    `image` is RGBA if any of it is transparent, else RGB. `notes` are lines about what was lost in reading; `name` is
+    what messages call it. `record` is that of the file, which need not be valid for these pixels.
     """
 
     image: Image.Image
     notes: tuple[str, ...] = ()
+    name: str = "the picture"
+    record: PictureRecord | None = None
 
     @property
     def rgb(self) -> Image.Image:
@@ -43,8 +63,8 @@ def over(image: Image.Image, colour: str) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, colour), image).convert("RGB")
 
 
-def read_picture(path: Path) -> Picture:
-    """Reads a PNG, JPEG or WebP of any mode: palette, grey, 16 bits, CMYK, transparent; turned as its EXIF says.
+def read_picture(file: PictureFile) -> Picture:
+    """Reads a picture of FORMATS and any mode: palette, grey, 16 bits, CMYK, transparent; turned as its EXIF says.
 
     Of an animated picture the first frame is read.
 
@@ -53,43 +73,96 @@ def read_picture(path: Path) -> Picture:
     """
     # The transparency is not applied to the result, because its outline would cut off what an edit adds. Only
     # `composite` keeps it, outside the mask.
-    notes: list[str] = []
+    with opened_picture(file) as (opened, notes):
+        return make_picture(opened, name_of(file), notes, read_record(opened))
+
+
+@contextmanager
+def opened_picture(file: PictureFile) -> Iterator[tuple[Image.Image, list[str]]]:
+    """Opens and decodes a picture, whatever its suffix says, with lines about what was lost.
+
+    Raises:
+        InputError: as `read_picture`, also for errors of Pillow in the block.
+    """
+    name, notes = name_of(file), []
     try:
         with warnings.catch_warnings():
             # Pillow warns of too many pixels before it decodes any; its other warnings are of no use to a user.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as opened:
+            with Image.open(file, formats=FORMATS) as opened:
                 # Further pictures in a phone's JPEG (MPO) are previews and depth maps, not frames.
-                if opened.format in FORMATS and getattr(opened, "n_frames", 1) > 1:
-                    notes.append(f"{path} is animated: only its first frame is read")
-                opened.load()
-                return make_picture(opened, str(path), notes)
+                if opened.format in FORMATS and getattr(opened, "is_animated", False):
+                    notes.append(
+                        f"{name} has several pages: only its first is read"
+                        if opened.format == "TIFF"
+                        else f"{name} is animated: only its first frame is read"
+                    )
+                # Pillow decodes colours to 8 bits by itself.
+                if opened.mode not in _DEEP_MODES and any(";16" in str(tile[3]) for tile in opened.tile):
+                    notes.append(_reduced(name))
+                with _quiet_libtiff() if opened.format == "TIFF" else nullcontext():
+                    opened.load()
+                yield opened, notes
+    except (MosError, MemoryError):
+        raise
     except UnidentifiedImageError:
-        raise InputError(f"{path} is not a PNG, JPEG or WebP picture, the kinds that can be read, or damaged") from None
+        kinds = "PNG, JPEG, WebP, AVIF, GIF, TIFF or BMP picture"
+        raise InputError(f"{name} is not a {kinds}, the kinds that can be read, or damaged") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         most = (Image.MAX_IMAGE_PIXELS or 0) // 10**6
-        raise InputError(f"{path} is too large to be opened: {most} million pixels at most") from None
-    except MemoryError:
-        raise
+        raise InputError(f"{name} is too large to be opened: {most} million pixels at most") from None
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:
-            raise InputError(f"cannot read {path}: {error.strerror}") from None
+            raise InputError(f"cannot read {name}: {error.strerror}") from None
         # Pillow's decoders raise many kinds of errors for a damaged file.
-        raise InputError(f"{path} is damaged: {error}") from None
+        raise InputError(f"{name} is damaged: {error}") from None
 
 
-def make_picture(image: Image.Image, name: str = "the picture", notes: Sequence[str] = ()) -> Picture:
-    """A picture from an image of any mode, turned as its EXIF says; `name` is what notes call it."""
-    found = list(notes)
+@contextmanager
+def _quiet_libtiff() -> Iterator[None]:
+    """Keeps libtiff from printing its errors to stderr, which it does by itself; Pillow raises them too."""
+    try:
+        kept = os.dup(2)
+    except OSError:
+        # It is closed.
+        yield
+        return
+    try:
+        with Path(os.devnull).open("wb") as null:
+            os.dup2(null.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def make_picture(
+    image: Image.Image,
+    name: str = "the picture",
+    notes: Sequence[str] = (),
+    record: PictureRecord | None = None,
+) -> Picture:
+    """A picture from an image, turned as its EXIF says; `name` is what notes call it.
+
+    Raises:
+        InputError: its pixels are of a kind whose colours are not known, such as 32-bit numbers.
+    """
+    if image.mode not in _MODES | _DEEP_MODES:
+        raise InputError(f"{name} has pixels of the kind {image.mode}: save it as RGB or grey with 8 or 16 bits")
+    found = [*notes, _reduced(name)] if image.mode in _DEEP_MODES else list(notes)
     upright = _or_note(lambda: ImageOps.exif_transpose(image), image, found, f"the EXIF data in {name}")
-    return Picture(_eight_bit_srgb(upright, found, name), tuple(found))
+    return Picture(_eight_bit_srgb(upright, found, name), tuple(found), name, record)
+
+
+def _reduced(name: str) -> str:
+    return f"{name} has 16 bits per channel, of which the upper 8 are used"
 
 
 def _eight_bit_srgb(image: Image.Image, notes: list[str], name: str) -> Image.Image:
     """RGBA if something is transparent, else RGB; the colours are converted by the picture's profile."""
     profile = image.info.get("icc_profile")
-    if image.mode == "I;16":
+    if image.mode in _DEEP_MODES:
         image = _eight_bit_grey(image)
     elif image.mode == "P":
         image = image.convert("RGBA")

@@ -14,11 +14,10 @@ from PIL.Image import Image
 
 from mos_cli.bundles.bundle import Bundle, edit_defaults, find_bundle, record_location
 from mos_cli.bundles.sources import fetch_tower
-from mos_cli.config.recipe import PictureRecord, make_recipe
+from mos_cli.config.recipe import make_recipe
 from mos_cli.config.settings import RunSettings, make_settings, parse_size
 from mos_cli.errors import InputError
 from mos_cli.images.inputs import Inputs, make_inputs
-from mos_cli.images.outputs import read_record
 from mos_cli.images.pictures import Picture, make_picture, read_picture
 from mos_cli.inference.offload import limit_memory
 from mos_cli.inference.pipeline import Drawing, MoSPipeline
@@ -40,7 +39,7 @@ from mos_cli.utils.devices import choose_device
 from mos_cli.utils.files import expand
 
 ImageSource = str | Path | Image | Drawing
-"""A file (PNG, JPEG or WebP), an image of any mode, or a result of `Model.generate` or `Model.edit`."""
+"""A file (PNG, JPEG, WebP, AVIF, GIF, TIFF or BMP), an image, or a result of `Model.generate` or `Model.edit`."""
 
 
 def load_pipeline(
@@ -258,7 +257,7 @@ class Model:
         request = EditRequest(
             size=_size_text(size),
             max_pixels=max_pixels,
-            mask=make_picture(mask, "the mask") if isinstance(mask, Image) else None if mask is None else expand(mask),
+            mask=make_picture(mask, "the image") if isinstance(mask, Image) else None if mask is None else expand(mask),
             invert_mask=invert_mask,
             feather=feather,
             composite=composite,
@@ -268,9 +267,9 @@ class Model:
         )
         edit_defaults(self.bundle)
         inputs = make_inputs([_read(source) for source in (image, *references)])
+        inputs = request.with_mask(inputs)
         for note in inputs.notes:
             warnings.warn(note, stacklevel=2)
-        inputs = request.with_mask(inputs)
         fields = edit_fields(settings, self.bundle, request, inputs, cfg_interval=cfg_interval)
         if lost := request.lost(inputs, (fields["width"], fields["height"])):
             warnings.warn(lost, stacklevel=2)
@@ -303,11 +302,10 @@ def _size_text(size: tuple[int, int] | None) -> str | None:
     return None if size is None else "{}x{}".format(*size)
 
 
-def _read(source: ImageSource) -> tuple[Picture, PictureRecord | None]:
-    """An image and the record that came with it."""
+def _read(source: ImageSource) -> Picture:
+    """An image with the record that came with it."""
     if isinstance(source, Drawing):
-        return make_picture(source.image), source.record
+        return make_picture(source.image, record=source.record)
     if isinstance(source, Image):
-        return make_picture(source), None
-    path = expand(source)
-    return read_picture(path), read_record(path)
+        return make_picture(source)
+    return read_picture(expand(source))

@@ -23,7 +23,7 @@ from mos_cli.config.settings import Metadata, TraceLevel, smaller
 from mos_cli.errors import DeviceError, MemoryLimitError, ModelError, UsageError
 from mos_cli.images.companions import TRACE_SCHEMA, animation, check_name, companions, own_companions
 from mos_cli.images.inputs import Inputs
-from mos_cli.images.outputs import png
+from mos_cli.images.outputs import Encoded, check_fits, encode, metadata_length, picture_format
 from mos_cli.inference.edit_canvas import EditConditioning, prepare_edit, restore_size
 from mos_cli.inference.loading import load_parts
 from mos_cli.inference.offload import OffloadedTower, Offloader, memory_limit
@@ -58,7 +58,9 @@ class Drawing:
     def save(
         self, path: str | Path, *, trace: TraceLevel = "topk", metadata: Metadata = "full", overwrite: bool = False
     ) -> list[Path]:
-        """Writes the PNG with its recipe, and its trace and previews beside it: all of them or none.
+        """Writes the picture with its recipe, and its trace and previews beside it: all of them or none.
+
+        The suffix of the name says the format: .png, .jpg (quality 95, not transparent) or .webp (without loss).
 
         Args:
             trace: "off" for none, "summary" for the head alone; otherwise also all arrays that were recorded.
@@ -66,29 +68,36 @@ class Drawing:
                 "none" leaves out everything, and the picture cannot be replayed.
 
         Returns:
-            The files written, the PNG first.
+            The files written, the picture first.
 
         Raises:
-            UsageError: the name does not end in .png.
+            UsageError: the name ends in another suffix, or the format cannot hold the picture.
             NameTakenError: a file is there already that may not be replaced. With `overwrite` that is any file beside
                 the picture that was not made with it.
             InputError: the folder cannot be written.
         """
         path = expand(path)
-        if path.suffix.lower() != ".png":
-            raise UsageError(f"{path}: pictures are written as PNG, choose a name that ends in .png")
+        data, sha256 = self.encode(path, metadata)
         check_name(path, overwrite)
-        short = self.record.model_copy(update={"earlier": ()})
-        record = {"full": self.record, "recipe": short, "none": None}[metadata]
-        files = {path: png(self.image, record, parameters=metadata == "full")}
+        files = {path: data}
         if trace != "off":
-            files |= trace_files(self.trace, None if trace == "summary" else self.routes, path)
+            head = self.trace.model_copy(update={"picture": sha256})
+            files |= trace_files(head, None if trace == "summary" else self.routes, path)
         if self.previews:
-            files[companions(path).previews] = animation(self.previews, pixels_hash(self.image))
+            files[companions(path).previews] = animation(self.previews, sha256)
         # What a replaced picture had beside it would describe the new one wrongly.
         outdated = [other for other in own_companions(path) if other not in files] if overwrite else []
         write_all(files, overwrite, remove=outdated)
         return list(files)
+
+    def encode(self, name: Path, metadata: Metadata = "full") -> Encoded:
+        """The picture as a file of the format of a name; raises UsageError if that cannot hold it."""
+        short = self.record.model_copy(update={"earlier": ()})
+        record = {"full": self.record, "recipe": short, "none": None}[metadata]
+        parameters = metadata == "full"
+        length = 0 if record is None else metadata_length(record, parameters=parameters)
+        check_fits(name, self.image.size, transparent=self.image.mode == "RGBA", metadata=length)
+        return encode(self.image, picture_format(name), record, parameters=parameters)
 
 
 def encode_branches(

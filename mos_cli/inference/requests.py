@@ -5,22 +5,25 @@ at the device.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mos_cli.bundles.blueprints import network_of
 from mos_cli.bundles.bundle import Bundle, edit_defaults
 from mos_cli.bundles.shapes import read_generation
+from mos_cli.bundles.sources import tower_folder
 from mos_cli.bundles.specs import Canvas, Defaults
 from mos_cli.config.recipe import MaskRecipe, Recipe, RouteSource, check_blocks, check_guidance, pixels_hash
 from mos_cli.config.settings import RunSettings, available_memory, fitted, parse_size
-from mos_cli.errors import UsageError
+from mos_cli.errors import MosError, UsageError
 from mos_cli.images.inputs import Inputs, describe_edit
 from mos_cli.images.masks import read_mask
-from mos_cli.images.pictures import Picture, working_size
+from mos_cli.images.pictures import Picture, PictureFile, read_picture, working_size
 from mos_cli.planning.candidates import parse_quant
-from mos_cli.routing.rules import check_numbers, parse_rules
+from mos_cli.routing.rules import Rule, check_numbers, no_such_word, parse_rules, tokens_of
 from mos_cli.routing.trace import Recording, load_recording
 from mos_cli.routing.transfer import check_model, choices_hash
 from mos_cli.utils.devices import choose_device, choose_precision
@@ -85,7 +88,7 @@ class EditRequest:
 
     size: str | None = None
     max_pixels: int | None = None
-    mask: Path | Picture | None = None
+    mask: PictureFile | Picture | None = None
     invert_mask: bool = False
     feather: float = 0.0
     composite: bool = False
@@ -108,7 +111,9 @@ class EditRequest:
         if self.mask is None:
             return inputs
         size = inputs.pictures[0].image.size
-        return replace(inputs, mask=read_mask(self.mask, size, invert=self.invert_mask, feather=self.feather))
+        mask = self.mask if isinstance(self.mask, Picture) else read_picture(self.mask)
+        read = read_mask(mask, size, invert=self.invert_mask, feather=self.feather)
+        return replace(inputs, mask=read, mask_notes=mask.notes)
 
     def lost(self, inputs: Inputs, size: tuple[int, int]) -> str | None:
         """A line about transparency that a result of `size` does not have; None if it keeps all it can."""
@@ -181,6 +186,40 @@ def check_recipe(recipe: Recipe, bundle: Bundle, *, compiled: bool, regions: boo
         tower = read_generation(bundle.folder / "generation")
         numbers = {"layers": tower.states_layers, "blocks": tower.depth, "steps": recipe.steps}
         check_numbers(parse_rules(recipe.routes), **numbers)
+
+
+def check_prompts(recipes: Sequence[Recipe], bundle: Bundle) -> list[MosError | None] | None:
+    """What drawing would refuse of the prompts and of the words of rules, without loading weights.
+
+    Pictures of an edit are not counted as tokens.
+
+    Returns:
+        An error or None for each recipe; None if the understanding tower is not in the cache.
+    """
+    from mos_cli.utils.quiet import quieten
+
+    folder = tower_folder(bundle.index.understanding)
+    if not folder.is_dir():
+        return None
+    quieten()
+    from mos_cli.towers.understanding import PromptTokenizer, Token
+
+    tokenizer = PromptTokenizer(folder)
+    tokens_of_prompt = lru_cache(tokenizer.tokens)
+
+    def problem(recipe: Recipe) -> MosError | None:
+        try:
+            number = 0 if recipe.edit is None else len(recipe.edit.sources)
+            pictures = tuple(Token(f"picture {n + 1}", 0, 0, (n, 0, 0)) for n in range(number))
+            prompts = {prompt: tokens_of_prompt(prompt) + pictures for prompt in (recipe.prompt, recipe.negative)}
+            for rule in parse_rules(recipe.routes or ()):
+                if isinstance(rule, Rule) and not any(tokens_of(rule, *encoded) for encoded in prompts.items()):
+                    raise no_such_word(rule, recipe.prompt, prompts[recipe.prompt])
+        except MosError as error:
+            return error
+        return None
+
+    return [problem(recipe) for recipe in recipes]
 
 
 def check_device(settings: RunSettings, recipe: Recipe, bundle: Bundle) -> None:

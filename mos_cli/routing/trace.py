@@ -16,8 +16,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, ValidationError, m
 
 from mos_cli.config.recipe import Provenance, Recipe, pixels_hash
 from mos_cli.errors import InputError
-from mos_cli.images.companions import FORMER_TRACE_SCHEMA, TRACE_SCHEMA, belongs, companions
-from mos_cli.images.outputs import read_image, read_record
+from mos_cli.images.companions import FORMER_TRACE_SCHEMA, TRACE_SCHEMA, belongs, companions, pictures_beside
+from mos_cli.images.outputs import read_stored
 from mos_cli.routing.analysis import summarise
 from mos_cli.utils.validation import Frozen, Sha256, first_problem
 
@@ -118,8 +118,8 @@ class TraceArrays(Frozen):
 class Trace(Frozen):
     """The readable head of a trace. `arrays` is missing in a summary.
 
-    `picture` is the sha256 of the pixels of the picture that it belongs to (see `pixels_hash`); it is missing in traces
-    of mos 0.1.0, which have the schema mos-trace/1. `probabilities` and `regions` are set where the arrays contain
+    `picture` is the sha256 of the pixels in the file that it belongs to (see `pixels_hash`); it is missing in traces of
+    mos 0.1.0, which have the schema mos-trace/1. `probabilities` and `regions` are set where the arrays contain
     them.
     """
 
@@ -272,20 +272,27 @@ def load_recording(path: Path) -> Recording:
             beside it.
     """
     trace, beside = load_trace(path), companions(path)
-    picture = path if path.suffix.lower() == ".png" else path.with_suffix(".png")
-    picture, previews = (other if other.is_file() else None for other in (picture, beside.previews))
-    checked = picture is None or _check_picture(trace, beside.head, picture)
+    picture, checked = _find_picture(trace, beside.head, path)
+    previews = beside.previews if beside.previews.is_file() else None
     routes = None if trace.arrays is None else load_routes(trace, path)
     return Recording(path, trace, routes, picture, previews, checked)
 
 
-def _check_picture(trace: Trace, head: Path, picture: Path) -> bool:
-    """Whether a trace says that it belongs to the picture beside it; raises InputError if it belongs to another."""
+def _find_picture(trace: Trace, head: Path, path: Path) -> tuple[Path | None, bool]:
+    """The picture beside a trace, and whether the trace says that it is its own.
+
+    Raises:
+        InputError: it belongs to another.
+    """
+    pictures = pictures_beside(path)
     named = trace.model_dump(mode="json", include={"schema_id", "picture", "recipe", "made"})
-    match = belongs(named, pixels_hash(read_image(picture)), read_record(picture))
-    if match is False:
-        raise InputError(f"{head} is the trace of another picture than {picture}: move one of the two away")
-    return match is True
+    for picture in pictures:
+        image, record = read_stored(picture)
+        if (match := belongs(named, pixels_hash(image), record)) is not False:
+            return picture, match is True
+    if pictures:
+        raise InputError(f"{head} is the trace of another picture than {pictures[0]}: move one of the two away")
+    return None, True
 
 
 @dataclass(frozen=True)

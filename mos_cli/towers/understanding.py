@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tokenizers import Encoding
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, BatchEncoding, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BatchEncoding, PreTrainedModel
 
 from mos_cli.errors import InputError, ModelError
 from mos_cli.quantization.method import Method
@@ -80,6 +80,50 @@ def _tokens(prompt: str, encoding: Encoding, prefix: int, image_spans: tuple[Ima
     return tokens
 
 
+class PromptTokenizer:
+    """Turns prompts into the tokens of the understanding tower in a folder, without its weights.
+
+    Raises:
+        ModelError: the folder has no tokenizer or no config that can be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, **SAFELY)
+            self._config = AutoConfig.from_pretrained(folder, **SAFELY).get_text_config()
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"{folder} is not an understanding tower that can be read: {error}") from None
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        # Decoders without a start token have no tokens for an empty prompt: an end token replaces it.
+        self._empty_prompt = "" if self.tokenizer("")["input_ids"] else self.tokenizer.eos_token
+
+    @property
+    def max_tokens(self) -> int:
+        return min(self.tokenizer.model_max_length, self._config.max_position_embeddings)
+
+    def tokens(self, prompt: str) -> tuple[Token, ...]:
+        """The tokens of a prompt without pictures; raises InputError if it is too long."""
+        return tuple(_tokens(prompt, self([""], [prompt]).encodings[0], 0, ()))  # type: ignore[index]
+
+    def __call__(self, prefixes: list[str], prompts: list[str]) -> BatchEncoding:
+        """Each prompt after its prefix, padded at its end; raises InputError if one is too long."""
+        batch = self.tokenizer(
+            [prefix + (prompt or self._empty_prompt) for prefix, prompt in zip(prefixes, prompts, strict=True)],
+            return_tensors="pt",
+            padding=True,
+            padding_side="right",
+            verbose=False,
+        )
+        if (tokens := batch["input_ids"].shape[1]) > self.max_tokens:
+            pictures = ", its pictures included" if any(prefixes) else ""
+            raise InputError(
+                f"the prompt has {tokens} tokens{pictures}, the model reads {self.max_tokens}: shorten it"
+                + (", or give fewer or smaller pictures" if pictures else "")
+            )
+        return batch
+
+
 class UnderstandingTower:
     """An encoder or decoder that transformers' AutoModel loads, run once per prompt. Its layers must be a module list.
 
@@ -107,8 +151,9 @@ class UnderstandingTower:
                 "device_map": {"": device},
             }
         )
+        self._tokenized = PromptTokenizer(folder)
+        self.tokenizer = self._tokenized.tokenizer
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, **SAFELY)
             self.model = self._load(dtype)
             self._layers = _layers(self.model)
         except (OSError, ValueError, KeyError, StopIteration) as error:
@@ -116,10 +161,6 @@ class UnderstandingTower:
         self.model.eval().requires_grad_(False)
         if quant is None:
             self.model.to(device)  # type: ignore[arg-type]
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        # Decoders without a start token have no tokens for an empty prompt: an end token replaces it.
-        self._empty_prompt = "" if self.tokenizer("")["input_ids"] else self.tokenizer.eos_token
 
     def _load(self, dtype: torch.dtype) -> PreTrainedModel:
         """Loads the model whose states are used."""
@@ -137,7 +178,7 @@ class UnderstandingTower:
 
     @property
     def max_tokens(self) -> int:
-        return min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+        return self._tokenized.max_tokens
 
     @torch.no_grad()
     def encode(self, prompts: list[str], pictures: Sequence[Sequence[ImageInput]] = ()) -> HiddenStates:
@@ -156,23 +197,6 @@ class UnderstandingTower:
         states_BTMS = self._states(lambda: self.model(input_ids=ids_BT, attention_mask=mask_BT))
         none = tuple(() for _ in prompts)
         return HiddenStates(states_BTMS, mask_BT.bool(), tuple(prompts), batch.encodings, (0,) * len(prompts), none)  # type: ignore[arg-type]
-
-    def _tokenized(self, prefixes: list[str], prompts: list[str]) -> BatchEncoding:
-        """Each prompt after its prefix, padded at its end."""
-        batch = self.tokenizer(
-            [prefix + (prompt or self._empty_prompt) for prefix, prompt in zip(prefixes, prompts, strict=True)],
-            return_tensors="pt",
-            padding=True,
-            padding_side="right",
-            verbose=False,
-        )
-        if (tokens := batch["input_ids"].shape[1]) > self.max_tokens:
-            pictures = ", its pictures included" if any(prefixes) else ""
-            raise InputError(
-                f"the prompt has {tokens} tokens{pictures}, the model reads {self.max_tokens}: shorten it"
-                + (", or give fewer or smaller pictures" if pictures else "")
-            )
-        return batch
 
     def _states(self, run: Callable[[], object]) -> Tensor:
         """The input of each layer while `run` runs the model, and the output of the last: [B, T, M, S]."""

@@ -17,7 +17,7 @@ from mos_cli.cli.loading import fit_to_memory
 from mos_cli.cli.output import Report
 from mos_cli.config.settings import RunSettings, make_settings, resolve
 from mos_cli.errors import MemoryLimitError
-from mos_cli.images.outputs import read_record
+from mos_cli.images.outputs import read_drawing
 from mos_cli.planning.candidates import candidates, fastest, fastest_on_cpu
 from mos_cli.planning.memory import GIB
 
@@ -62,7 +62,7 @@ def test_what_is_drawn_is_what_would_be_drawn_without_it(mos: Mos, bundle: Bundl
     for name, more in (("plain", ()), ("auto", ("-p", "auto"))):
         result = mos("generate", "a dog", "-s", 1, "--device", "cpu", "-o", tmp_path / f"{name}.png", *more)
         assert result.exit_code == 0, result.output
-    first, second = (read_record(tmp_path / f"{name}.png") for name in ("plain", "auto"))
+    first, second = (read_drawing(tmp_path / f"{name}.png")[1] for name in ("plain", "auto"))
     assert first == second
 
 

@@ -151,9 +151,9 @@ def test_of_animations_the_first_frame_is_read_with_a_note(read) -> None:
 
 MISTAKES = {
     "nothing": (None, "No such file"),
-    "text": (b"no picture", "not a PNG, JPEG or WebP"),
-    "empty": (b"", "not a PNG, JPEG or WebP"),
-    "another format": (encoded(noise(), "GIF"), "not a PNG, JPEG or WebP"),
+    "text": (b"no picture", "not a PNG, JPEG, WebP, AVIF, GIF, TIFF or BMP"),
+    "empty": (b"", "not a PNG, JPEG, WebP, AVIF, GIF, TIFF or BMP"),
+    "another format": (encoded(noise(), "PPM"), "not a PNG, JPEG, WebP, AVIF, GIF, TIFF or BMP"),
     "truncated PNG": (encoded(noise())[:-300], "damaged"),
     "truncated JPEG": (encoded(noise(200, 200), "JPEG")[:-900], "damaged"),
     "truncated WebP": (encoded(noise(), "WEBP")[:-100], "damaged"),

@@ -144,7 +144,7 @@ def test_save_overwrites_nothing_unless_told(model: Model, tmp_path: Path) -> No
     assert [file.name for file in tmp_path.glob("one.*")] == ["one.png"]
     assert other.save(tmp_path / "two.png", trace="summary")[1:] == [tmp_path / "two.json"]
     with pytest.raises(UsageError, match=r"\.png"):
-        picture.save(tmp_path / "one.jpg")
+        picture.save(tmp_path / "one.tiff")
 
 
 def test_mistakes_raise_the_documented_errors(model: Model, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from mos_cli.errors import UsageError
+from mos_cli.images.outputs import read_stored
 from mos_cli.routing.analysis import Word, word_layers
 from mos_cli.routing.regions import WordMap, special_share, word_maps
 from mos_cli.routing.section import Section, summary_only
@@ -118,11 +119,8 @@ def save_regions_figure(section: Section, words: Sequence[Word], path: Path, ove
         ]
         boxes = [(x / width, y / height, wide / width, tall / height) for x, y in places]
         if picture is not None:
-            from PIL import Image
-
             axes = figure.add_axes(boxes.pop(0))
-            with Image.open(picture) as opened:
-                axes.imshow(np.asarray(opened.convert("RGB")), aspect="auto")
+            axes.imshow(np.asarray(read_stored(picture)[0].convert("RGB")), aspect="auto")
             axes.set_title("picture")
             axes.set_axis_off()
         for (x, y, w, h), word_map in zip(boxes, maps, strict=True):

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from mos_cli.errors import InputError
+from mos_cli.images.outputs import picture_format
 from mos_cli.routing.analysis import Word, split_words
 from mos_cli.routing.diff import compare
 from mos_cli.routing.trace import Recording, Routes, Trace, TraceBranch, TraceToken
@@ -97,7 +98,7 @@ def _trace(
         "blocks": trace.blocks,
         "times": trace.times,
         "branches": {name: _branch(trace, name, routes[name], rows[name]) for name in trace.branches},
-        "picture": None if recording.picture is None else _uri("png", recording.picture.read_bytes()),
+        "picture": None if recording.picture is None else _picture(recording.picture),
         "previews": None if recording.previews is None else _sprite(recording.previews),
     }
 
@@ -117,6 +118,10 @@ def _branch(trace: Trace, name: str, routes: Routes, rows: list[Sequence[int] | 
         "steered": [done.model_dump() for done in branch.steered or ()],
         "changed": branch.changed,
     }
+
+
+def _picture(path: Path) -> str:
+    return _uri(picture_format(path).lower(), path.read_bytes())
 
 
 def _name(token: TraceToken) -> str:
