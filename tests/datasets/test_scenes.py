@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
+from mos_cli.datasets.scenes import compositor
 from mos_cli.datasets.scenes.backgrounds import PAINTS, SCENERIES, WHITE, Background, named_background
 from mos_cli.datasets.scenes.captions import caption
 from mos_cli.datasets.scenes.compositor import Compositor
 from mos_cli.datasets.scenes.description import (
     DEFAULT_STYLE,
+    MOST_OBJECTS,
     Arrangement,
     Description,
     Relation,
@@ -24,6 +26,7 @@ from mos_cli.datasets.scenes.description import (
     held_out_style,
 )
 from mos_cli.datasets.scenes.layout import JITTER, Placed, Scene, lay_out
+from mos_cli.datasets.scenes.packed import pack_scenes
 from mos_cli.datasets.scenes.vocabulary import COLOURS, STYLES, Vocabulary, VocabularyWord, plural, with_article
 from mos_cli.datasets.scenes.writer import OPEN_ARRANGEMENTS, OPEN_PAIRS, SceneWriter
 
@@ -276,10 +279,22 @@ def test_the_compositor_agrees_with_pillow(side: int) -> None:
 
 def test_a_scene_is_drawn_alike_alone_and_in_a_batch() -> None:
     scenes = [described(seed)[1] for seed in range(12)]
-    compositor = Compositor(VOCABULARY.sprites_VHW4)
-    batched = compositor.draw(scenes, 48)
-    alone = torch.cat([compositor.draw([scene], 48) for scene in scenes])
+    drawer = Compositor(VOCABULARY.sprites_VHW4)
+    batched = drawer.draw(scenes, 48)
+    alone = torch.cat([drawer.draw([scene], 48) for scene in scenes])
     assert torch.allclose(batched, alone, atol=1e-5)
+
+
+def test_a_gpu_which_draws_absent_objects_too_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its shapes are static: objects that are absent or not painted are computed and left out by their weights."""
+    scenes = [described(seed)[1] for seed in range(24)]
+    assert len({len(scene.objects) for scene in scenes}) > 1
+    assert {placed.tint is None for scene in scenes for placed in scene.objects} == {True, False}
+    drawer = Compositor(VOCABULARY.sprites_VHW4)
+    expected = drawer.draw(scenes, 48)
+    monkeypatch.setattr(compositor, "_rows", lambda _: slice(None))
+    assert torch.allclose(drawer.draw(scenes, 48), expected, atol=1e-6)
+    assert torch.allclose(drawer.draw_packed(pack_scenes(scenes, MOST_OBJECTS), 48), expected, atol=1e-6)
 
 
 def test_grounds_fade_or_part_at_the_horizon() -> None:

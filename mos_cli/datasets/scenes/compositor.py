@@ -1,12 +1,21 @@
 """Draws scenes on the device that holds the sprites.
 
-Shapes: B batch, V pictures, O objects of a layer, H x W the canvas, h x w a sprite.
+Shapes: B batch, V pictures, O objects of a layer, N numbers of a scene, H x W the canvas, h x w a sprite.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from mos_cli.datasets.scenes.layout import Placed, Scene
+from mos_cli.datasets.scenes.layout import Scene
+from mos_cli.datasets.scenes.packed import (
+    PackedBackgrounds,
+    PackedObjects,
+    pack_scenes,
+    unpack_backgrounds,
+    unpack_objects,
+)
 
 EDGE = 16
 """Width of the transparent border around a sprite for the filter, in sprite pixels."""
@@ -25,60 +34,63 @@ class Compositor:
         self.sprites_V4hw = sprites_VHW4.permute(0, 3, 1, 2).contiguous()
         self.lightness_V = torch.cat([_lightness(part) for part in self.sprites_V4hw.split(256)])
 
-    def draw(self, scenes: list[Scene], canvas: int) -> Tensor:
+    def draw(self, scenes: Sequence[Scene], canvas: int) -> Tensor:
         """Pictures [B, 3, H, W] in -1..1, H = W = `canvas`; every scene's objects in order, later ones in front."""
-        picture_B3HW = self._backgrounds(scenes, canvas)
-        for depth in range(max(len(scene.objects) for scene in scenes)):
-            rows = [row for row, scene in enumerate(scenes) if len(scene.objects) > depth]
-            layer = self._layer([scenes[row].objects[depth] for row in rows], canvas)
+        packed = pack_scenes(scenes, max(len(scene.objects) for scene in scenes))
+        return self.draw_packed(packed.to(self.sprites_V4hw.device), canvas)
+
+    def draw_packed(self, packed_BN: Tensor, canvas: int) -> Tensor:
+        """As `draw`, from the numbers of `pack_scenes` on the device of the sprites."""
+        picture_B3HW = _backgrounds(unpack_backgrounds(packed_BN), canvas)
+        for objects in unpack_objects(packed_BN):
+            rows = _rows(objects.present_B)
+            objects = PackedObjects(*(column[rows] for column in objects))
+            layer = self._layer(objects, canvas) * objects.present_B[:, None, None, None]
             picture_B3HW[rows] = picture_B3HW[rows] * (1 - layer[:, 3:]) + layer[:, :3]
         return picture_B3HW.clamp(0, 1) * 2 - 1
 
-    def _backgrounds(self, scenes: list[Scene], canvas: int) -> Tensor:
-        device = self.sprites_V4hw.device
-        tops, bottoms = (
-            torch.tensor([getattr(scene.background, end) for scene in scenes], device=device)[:, :, None, None]
-            for end in ("top", "bottom")
-        )
-        horizons = torch.tensor(
-            [-1.0 if scene.background.horizon is None else scene.background.horizon for scene in scenes], device=device
-        )[:, None]
-        y_H = (torch.arange(canvas, device=device) + 0.5) / canvas
-        # The edge of a horizon is one pixel wide; without one the mix is linear in the height.
-        sharp_BH = ((y_H - horizons) * canvas + 0.5).clamp(0, 1)
-        share_BH = torch.where(horizons < 0, y_H, sharp_BH)[:, None, :, None]
-        return (tops + (bottoms - tops) * share_BH).expand(-1, -1, -1, canvas).clone()
-
-    def _layer(self, objects: list[Placed], canvas: int) -> Tensor:
-        """One object of each scene, [O, 4, H, W], premultiplied."""
-        device = self.sprites_V4hw.device
-        pictures = torch.tensor([placed.picture for placed in objects], device=device)
-        sprites = self._painted(objects, pictures)
-        x, y, side = (
-            torch.tensor([getattr(placed, name) for placed in objects], device=device) for name in ("x", "y", "side")
-        )
-        across = _filter(x, side, sprites.shape[-1], canvas)
-        down = _filter(y, side, sprites.shape[-1], canvas)
+    def _layer(self, objects: PackedObjects, canvas: int) -> Tensor:
+        """One object of each scene, [B, 4, H, W], premultiplied."""
+        sprites = self._painted(objects)
+        # Absent objects have no size.
+        sides = objects.side_B.clamp_min(1e-3)
+        across = _filter(objects.x_B, sides, sprites.shape[-1], canvas)
+        across = torch.where(objects.mirrored_B[:, None, None] > 0, across.flip(-1), across)
+        down = _filter(objects.y_B, sides, sprites.shape[-1], canvas)
         narrowed = sprites.flatten(1, 2) @ across.transpose(1, 2)
         return down[:, None] @ narrowed.unflatten(1, sprites.shape[1:3])
 
-    def _painted(self, objects: list[Placed], pictures: Tensor) -> Tensor:
-        """The sprites of objects in 0..1, flipped and painted.
+    def _painted(self, objects: PackedObjects) -> Tensor:
+        """The sprites of objects in 0..1, painted.
 
         A painted sprite keeps its lightness, on a scale from black over the paint to white.
         """
+        pictures = objects.picture_B.long()
         sprites = self.sprites_V4hw[pictures].float() / 255
-        rows = [row for row, placed in enumerate(objects) if placed.tint]
-        if rows:
-            paint = torch.tensor([objects[row].tint for row in rows], device=sprites.device)[:, :, None, None]
-            alpha = sprites[rows, 3:]
-            light = _luma(sprites[rows]) * (0.5 / self.lightness_V[pictures[rows]])[:, None, None, None]
-            light = torch.minimum(light, alpha)
-            shade = torch.minimum(2 * light, alpha)
-            sprites[rows, :3] = paint * shade + (1 - paint) * (2 * light - alpha).clamp_min(0)
-        if mirrored := [row for row, placed in enumerate(objects) if placed.mirrored]:
-            sprites[mirrored] = sprites[mirrored].flip(-1)
+        rows = _rows(objects.tinted_B)
+        colour, alpha = sprites[rows, :3], sprites[rows, 3:]
+        paint, tinted = objects.tint_B3[rows, :, None, None], objects.tinted_B[rows, None, None, None]
+        light = _luma(colour) * (0.5 / self.lightness_V[pictures[rows]])[:, None, None, None]
+        light = torch.minimum(light, alpha)
+        shade = torch.minimum(2 * light, alpha)
+        painted = paint * shade + (1 - paint) * (2 * light - alpha).clamp_min(0)
+        sprites[rows, :3] = torch.where(tinted > 0, painted, colour)
         return sprites
+
+
+def _rows(chosen_B: Tensor) -> Tensor | slice:
+    """The rows that are not 0; on a GPU all rows, whose number is known without waiting for it."""
+    return slice(None) if chosen_B.is_cuda else chosen_B.nonzero().squeeze(1)
+
+
+def _backgrounds(backgrounds: PackedBackgrounds, canvas: int) -> Tensor:
+    tops, bottoms = backgrounds.top_B3[:, :, None, None], backgrounds.bottom_B3[:, :, None, None]
+    horizons = backgrounds.horizon_B[:, None]
+    y_H = (torch.arange(canvas, device=horizons.device) + 0.5) / canvas
+    # The edge of a horizon is one pixel wide; without one the mix is linear in the height.
+    sharp_BH = ((y_H - horizons) * canvas + 0.5).clamp(0, 1)
+    share_BH = torch.where(horizons < 0, y_H, sharp_BH)[:, None, :, None]
+    return (tops + (bottoms - tops) * share_BH).expand(-1, -1, -1, canvas).clone()
 
 
 def _luma(sprites_O4hw: Tensor) -> Tensor:
