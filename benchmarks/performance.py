@@ -13,14 +13,14 @@ sync       whether the host waits for the device within the steps of a picture
 Prints a markdown table and one JSON object per row. Networks are made on the device from configs alone. `--tiny` runs
 the same code with small networks on any machine: it shows that the script works, its figures mean nothing.
 
-python benchmarks/performance.py PART [--rounds N] [--tiny]
+python benchmarks/performance.py PART [--rounds N] [--gib CAP] [--tiny]
 """
 
 import argparse
 import json
 import statistics
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import performance_networks as networks
@@ -42,7 +42,7 @@ from mos_cli.utils.quiet import quieten
 def caps(run: Run) -> list[Row]:
     """A row for each cap, the largest first."""
     plan, network = networks.mos_l(tiny=False), networks.mos_l(tiny=run.tiny)
-    return [draw_under(cap, plan, network, run.device) for cap in reversed(GPU_SIZES)]
+    return [draw_under(cap, plan, network, run.device) for cap in reversed(run.caps)]
 
 
 def router(run: Run) -> list[Row]:
@@ -161,12 +161,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--rounds", type=int, default=20, help="forwards that are timed (20)")
     parser.add_argument("--tiny", action="store_true", help="small networks, on any machine: does the script work?")
+    parser.add_argument("--gib", type=int, choices=GPU_SIZES, help="one memory cap alone")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available() and not options.tiny:
         print("error: there is no CUDA device here: --tiny shows that the script works", file=sys.stderr)
         return DeviceError.exit_code
     quieten()
     run = Run(torch.device("cuda" if torch.cuda.is_available() else "cpu"), options.rounds, options.tiny)
+    run = run if options.gib is None else replace(run, caps=(options.gib,))
     try:
         rows = PARTS[options.part](run)
     except torch.OutOfMemoryError:

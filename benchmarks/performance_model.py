@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mos_cli.inference.profiling import Clock
+from mos_cli.planning.candidates import GPU_SIZES
 from mos_cli.planning.memory import TOKENS
 from mos_cli.quantization.method import Method
 from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, Branches
@@ -26,11 +27,12 @@ SHORT = 8
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how often to measure."""
+    """Where and how often to measure, and the memory caps in GiB."""
 
     device: torch.device
     rounds: int
     tiny: bool
+    caps: tuple[int, ...] = GPU_SIZES
 
 
 class MoSL:
