@@ -16,8 +16,8 @@ def keep_freed_memory() -> None:
     """Makes glibc keep up to `TRIM_THRESHOLD` bytes that were freed, unless the user has set it; see mallopt(3).
 
     On a CPU the activations of every layer are allocated and freed. By default glibc returns them to the operating
-    system each time, which then has to clear their pages again (6,000 to 46,000 in a step of the default model). Other C
-    libraries are left as they are.
+    system each time, which then has to clear their pages again (6,000 to 46,000 in a step of the default model). Other
+    C libraries are left as they are.
     """
     if any(name in os.environ for name in _SET_BY_USER):
         return
