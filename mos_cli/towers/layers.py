@@ -21,7 +21,7 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class Rotary:
-    """The rotary position embedding: cosine and sine of the angle by which each pair of values is rotated, [L, F, 2]."""
+    """The rotary position embedding: cosine and sine of the angle that each pair of values is rotated by, [L, F, 2]."""
 
     turns_LF2: Tensor
 
@@ -105,13 +105,10 @@ def _rotary(layout: TokenLayout, head_width: int, theta: float, device: torch.de
     grid_width = (head_width - order_width) // 2
     positions_L3 = torch.cat([part.positions() for part in layout])
     axes = zip((order_width, grid_width, grid_width), positions_L3.unbind(1), strict=True)
-    tables = [
-        get_1d_rotary_pos_embed(width, position, theta, use_real=True, repeat_interleave_real=False)  # type: ignore[arg-type]
-        for width, position in axes
-    ]
-    # Each of the two is [L, width], its halves are equal.
-    turns = [torch.stack(table, dim=-1)[:, : table[0].shape[1] // 2] for table in tables]
-    return Rotary(torch.cat(turns, dim=1).to(device))
+    tables = [get_1d_rotary_pos_embed(width, position, theta, use_real=True) for width, position in axes]  # type: ignore[arg-type]
+    cos, sin = (torch.cat(parts, dim=-1) for parts in zip(*tables, strict=True))
+    # Both values of a pair have the same angle.
+    return Rotary(torch.stack([cos[:, ::2], sin[:, ::2]], dim=-1).to(device))
 
 
 # A tensor made in inference mode could not be used in training.
