@@ -33,11 +33,11 @@ def bench(
     ] = None,
     steps: Steps = None,
     rounds: Annotated[
-        int, typer.Option("--rounds", min=1, max=1000, help="Pictures that are measured, after one that warms up.")
+        int, typer.Option("--rounds", min=1, max=1000, help="Pictures that are measured, after the first.")
     ] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per preset.")] = False,
 ) -> None:
-    """Measure loading, the first step, a step, the router's share, decoding, memory and energy.
+    """Measure loading, the first picture, a step, the router's share, decoding, memory and energy.
 
     Every preset is measured in a process of its own. Every picture's prompt is read anew. Memory is the peak of
     loading and drawing: on CUDA that of tensors, on a CPU the growth of the process.
