@@ -28,6 +28,7 @@ from mos_cli.cli.train import train
 from mos_cli.cli.train_enlarger import train_enlarger
 from mos_cli.cli.train_judge import train_judge
 from mos_cli.errors import INTERRUPTED, InputError, MosError
+from mos_cli.utils.heap import keep_freed_memory
 from mos_cli.utils.threads import limit_spinning
 
 # The UsageError of click, of which newer versions of typer bring a copy of their own.
@@ -135,4 +136,5 @@ def run() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     open_standard_streams()
     limit_spinning()
+    keep_freed_memory()
     app(prog_name="mos")

@@ -33,11 +33,11 @@ def bench(
     ] = None,
     steps: Steps = None,
     rounds: Annotated[
-        int, typer.Option("--rounds", min=1, max=1000, help="Pictures that are measured, after one that warms up.")
+        int, typer.Option("--rounds", min=1, max=1000, help="Pictures that are measured, after the first.")
     ] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per preset.")] = False,
 ) -> None:
-    """Measure loading, the first step, a step, the router's share, decoding, memory and energy.
+    """Measure loading, the first picture, a step, the router's share, decoding, memory and energy.
 
     Every preset is measured in a process of its own. Every picture's prompt is read anew. Memory is the peak of
     loading and drawing: on CUDA that of tensors, on a CPU the growth of the process.
@@ -100,6 +100,7 @@ def measure_preset(flags: "Settings", preset: str | None, rounds: int) -> dict[s
         timing = measure(pipeline, recipe, rounds)
     measured = {
         "load_seconds": report.seconds["weights"],
+        "first_picture_seconds": timing.first_picture,
         "first_step_seconds": timing.first_step,
         "step_seconds": timing.step,
         "router_share": timing.router_share,
@@ -132,6 +133,7 @@ def measure_preset(flags: "Settings", preset: str | None, rounds: int) -> dict[s
 
 _ROWS = {
     "load_seconds": ("loading, s", "{:.2f}"),
+    "first_picture_seconds": ("the first picture, s", "{:.3f}"),
     "first_step_seconds": ("to the first step, s", "{:.3f}"),
     "step_seconds": ("a step, s", "{:.4f}"),
     "router_share": ("router's share of it", "{:.1%}"),
@@ -173,7 +175,7 @@ def _print_table(results: list[dict[str, Any]]) -> None:
             table.add_row(label, *(_cell(name, shown, result) for result in results))
     print_view(table, wide=True)
     rounds = results[0]["rounds"]
-    counted = "One picture, its" if rounds == 1 else f"Medians of {rounds} pictures, each with its"
+    counted = "One picture after the first, its" if rounds == 1 else f"Medians of the {rounds} next, each with its"
     stdout.print(f"{counted} prompt read anew.", style="dim")
 
 

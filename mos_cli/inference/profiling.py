@@ -27,6 +27,8 @@ class Timing:
     """Medians over pictures, in seconds; `joules` is the mean of a picture, None where the driver does not report it.
 
     Args:
+        first_picture: as `picture`, of the first one after loading, which is in no median. Libraries set themselves up
+            then, and `--compile` compiles.
         first_step: from a new prompt to the end of the first step.
         step: of one step, its guidance included; over all steps of all pictures.
         router_share: the router's part of the time of the steps; None where there is no router.
@@ -34,6 +36,7 @@ class Timing:
         picture: from a new prompt to the picture with its record.
     """
 
+    first_picture: float
     first_step: float
     step: float
     router_share: float | None
@@ -82,12 +85,14 @@ class PeakMemory:
 
 
 def measure(pipeline: MoSPipeline, recipe: Recipe, rounds: int) -> Timing:
-    """Draws one picture to warm up and `rounds` that are measured, each with the next seed and no cached prompt.
+    """Draws a first picture, and `rounds` whose parts are measured, each with the next seed and no cached prompt.
 
     Raises what `MoSPipeline.draw` does.
     """
     joules = _energy_meter(pipeline.device)
+    started = time.perf_counter()
     pipeline.draw(recipe)
+    first_picture = time.perf_counter() - started
     before = joules() if joules else 0.0
     moments = [_timed(pipeline, recipe.model_copy(update={"seed": recipe.seed + n})) for n in range(rounds)]
     spent = (joules() - before) / rounds if joules else None
@@ -95,6 +100,7 @@ def measure(pipeline: MoSPipeline, recipe: Recipe, rounds: int) -> Timing:
     steps = [clock.between(a, b) for m in moments for a, b in zip([m.entered[0], *m.stepped], m.stepped, strict=False)]
     routed = [clock.between(a, b) for m in moments for a, b in m.routed]
     return Timing(
+        first_picture=first_picture,
         first_step=statistics.median(clock.between(m.began, m.stepped[0]) for m in moments),
         step=statistics.median(steps),
         router_share=sum(routed) / sum(steps) if routed else None,

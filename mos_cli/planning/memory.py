@@ -245,9 +245,10 @@ def drawing_activations(network: Network, quant: Quant, tokens: int, patches: in
     D, R, T, refs = g.width, g.router_width, tokens, network.references * patches
     N = patches + (T if g.in_sequence else 0)
     L, T = patches + T + refs, (0 if g.in_sequence else T)
-    # The rotary embedding computes two products and their sum in fp32, and copies the input where it is not fp32.
-    rotated = 16 if each == 4 else 14
-    context = each * T * D * 3 + each * (refs + T) * 2 * D * (refs > 0)
+    # The rotary embedding computes a product in fp32, and copies the input and the result where they are not fp32.
+    rotated = 4 if each == 4 else 10
+    # The contexts of all blocks are mixed at once.
+    context = each * tokens * g.depth * D + each * T * D * 3 + each * (refs + T) * 2 * D * (refs > 0)
     attention = each * N * D * 6 + each * 3 * L * D + rotated * L * D
     feed_forward = each * N * (4 * D + 4 * g.hidden)
     routed = 0

@@ -133,9 +133,8 @@ class _Pass:
     def record_attention(self, attention_weights: Sequence[Tensor]) -> None:
         """Keeps the part of a block's attention weights [queries, keys] that patches give to the context.
 
-        The keys are [references; context; patches], or the context alone in cross-attention.
+        The keys are [patches; context; references], or the context alone in cross-attention.
         """
         for weights_LK, row, tokens in zip(attention_weights, self.rows, self.tokens, strict=True):
-            keys = weights_LK.shape[1]
-            first = 0 if keys == tokens else keys - self.patches - tokens
-            row.attention_weights.append(weights_LK[-self.patches :, first : first + tokens].T)
+            first = 0 if weights_LK.shape[1] == tokens else self.patches
+            row.attention_weights.append(weights_LK[: self.patches, first : first + tokens].T)

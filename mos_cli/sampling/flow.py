@@ -27,7 +27,7 @@ def extrapolated(v: Tensor, v_before: Tensor, t_before: float, t: float, t_next:
     This is the two-step Adams-Bashforth method, of second order: with equal steps 1.5 v - 0.5 v_before.
     """
     ahead = (t_next - t) / (t - t_before) / 2
-    return (1 + ahead) * v - ahead * v_before
+    return torch.lerp(v, v_before, -ahead)
 
 
 def velocity_loss(x_hat_BCHW: Tensor, z0_BCHW: Tensor, t_B: Tensor, importance_B1HW: Tensor | float = 1.0) -> Tensor:

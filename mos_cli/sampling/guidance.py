@@ -45,8 +45,8 @@ class Guidance:
             return x_hat
         base = x_hats[NEGATIVE]
         if WITHOUT_IMAGE in x_hats:
-            base = x_hats[WITHOUT_IMAGE] + self.image_scale * (base - x_hats[WITHOUT_IMAGE])
-        return base + self.scale * (x_hat - x_hats[NEGATIVE])
+            base = torch.lerp(x_hats[WITHOUT_IMAGE], base, self.image_scale)
+        return torch.add(base, x_hat - x_hats[NEGATIVE], alpha=self.scale)
 
 
 class Predictor(Protocol):

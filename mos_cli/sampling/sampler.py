@@ -112,7 +112,7 @@ def sample(
         if solver == "ab2" and v_before is not None:
             mean_v = extrapolated(v, v_before, times[index - 1], t, t_next)
         v_before = v
-        z = z + (sigmas[index + 1] - sigmas[index]) * mean_v
+        z = torch.add(z, mean_v, alpha=t_next - t)
         for observe in observers:
             observe(Step(index, steps, t, x_hat, routes))
     return z

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor, nn
 
@@ -66,7 +67,7 @@ def xformers_supports(device: torch.device, dtype: torch.dtype, head_width: int)
 
 
 class Attention(nn.Module):
-    """Self-attention with QK-norm and rotary positions; keys and values of a context may be put before its own.
+    """Self-attention with QK-norm and rotary positions; keys and values of a context may be put after its own.
 
     A mask is used only for batches with a padding mask (training). With `VariableLengths` each row is computed alone.
     """
@@ -86,7 +87,7 @@ class Attention(nn.Module):
         context_kv: Tensor | None = None,
         padding: Padding = None,
     ) -> Tensor:
-        """Attends from x to [context; x]. `positions` and `padding` cover the keys; context_kv is [B, T, 2 D]."""
+        """Attends from x to [x; context]. `positions` and `padding` cover the keys; context_kv is [B, T, 2 D]."""
         return self.to_out(_attend(*self._qkv(x_BLD, positions, context_kv), padding, self.backend))
 
     def attention_weights(
@@ -96,11 +97,12 @@ class Attention(nn.Module):
         return _attention_weights(*self._qkv(x_BLD, positions, context_kv)[:2], padding)
 
     def _qkv(self, x_BLD: Tensor, positions: Rotary, context_kv: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = _heads(self.to_qkv(x_BLD), 3, self.heads)
+        q_BLD, kv_BL2D = self.to_qkv(x_BLD).split([x_BLD.shape[-1], 2 * x_BLD.shape[-1]], dim=-1)
         if context_kv is not None:
-            context_k, context_v = _heads(context_kv, 2, self.heads)
-            k, v = torch.cat([context_k, k], dim=1), torch.cat([context_v, v], dim=1)
-        return positions[-q.shape[1] :].rotate(self.norm_q(q)), positions.rotate(self.norm_k(k)), v
+            kv_BL2D = torch.cat([kv_BL2D, context_kv], dim=1)
+        q, (k, v) = _heads(q_BLD, self.heads), _keys_values(kv_BL2D, self.heads)
+        q, k = self.norm_q(q).transpose(1, 2), self.norm_k(k).transpose(1, 2)
+        return positions[: x_BLD.shape[1]].rotate(q), positions.rotate(k), v.transpose(1, 2)
 
     def keys_values(self, x_BLD: Tensor) -> Tensor:
         """Keys and values of x, [B, L, 2 D], for use as a `context_kv`."""
@@ -121,7 +123,7 @@ class CrossAttention(nn.Module):
         self.norm_k = nn.RMSNorm(width // heads, eps=EPS)
 
     def forward(self, x_BND: Tensor, context_BTD: Tensor, positions: Rotary, padding: Padding = None) -> Tensor:
-        """Attends from x to the context. `positions` and `padding` cover [context; x]."""
+        """Attends from x to the context. `positions` covers [x; context], `padding` the context."""
         return self.to_out(_attend(*self._qkv(x_BND, context_BTD, positions), padding, self.backend))
 
     def attention_weights(
@@ -131,48 +133,63 @@ class CrossAttention(nn.Module):
         return _attention_weights(*self._qkv(x_BND, context_BTD, positions)[:2], padding)
 
     def _qkv(self, x_BND: Tensor, context_BTD: Tensor, positions: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-        (q,) = _heads(self.to_q(x_BND), 1, self.heads)
-        k, v = _heads(self.to_kv(context_BTD), 2, self.heads)
-        q = positions[k.shape[1] :].rotate(self.norm_q(q))
-        return q, positions[: k.shape[1]].rotate(self.norm_k(k)), v
+        q, (k, v) = _heads(self.to_q(x_BND), self.heads), _keys_values(self.to_kv(context_BTD), self.heads)
+        q, k, patches = self.norm_q(q).transpose(1, 2), self.norm_k(k).transpose(1, 2), x_BND.shape[1]
+        return positions[:patches].rotate(q), positions[patches:].rotate(k), v.transpose(1, 2)
 
 
-def _heads(x: Tensor, parts: int, heads: int) -> list[Tensor]:
-    """[B, L, parts * D] -> `parts` of [B, L, H, E]."""
-    return [part.unflatten(-1, (heads, -1)) for part in x.chunk(parts, dim=-1)]
+def _heads(x_BLD: Tensor, heads: int) -> Tensor:
+    """[B, L, D] -> [B, L, H, E]."""
+    return x_BLD.unflatten(-1, (heads, -1))
 
 
-def _attend(q_BLHE: Tensor, k_BLHE: Tensor, v_BLHE: Tensor, padding: Padding, backend: AttentionBackendName) -> Tensor:
-    """Attention, [B, L, D]. The first entries of a mask are those of the keys. xformers has another format of masks."""
+def _keys_values(x_BL2D: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """[B, L, 2 D] -> keys and values, each [B, L, H, E]."""
+    return x_BL2D.unflatten(-1, (2, heads, -1)).unbind(2)
+
+
+def _attend(q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, padding: Padding, backend: AttentionBackendName) -> Tensor:
+    """Attention, [B, L, D]. A mask covers the keys. xformers has another format of masks."""
     if isinstance(padding, VariableLengths):
-        return _attend_rows(q_BLHE, k_BLHE, v_BLHE, padding, backend)
-    mask = padding[:, None, None, : k_BLHE.shape[1]] if isinstance(padding, Tensor) else None
+        return _attend_rows(q_BHLE, k_BHLE, v_BHLE, padding, backend)
+    mask = padding[:, None, None] if isinstance(padding, Tensor) else None
+    return _attend_all(q_BHLE, k_BHLE, v_BHLE, mask, backend)
+
+
+def _attend_all(
+    q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, mask: Tensor | None, backend: AttentionBackendName
+) -> Tensor:
+    if mask is not None or backend == SDPA:
+        return F.scaled_dot_product_attention(q_BHLE, k_BHLE, v_BHLE, attn_mask=mask).transpose(1, 2).flatten(-2)
+    q_BLHE, k_BLHE, v_BLHE = (x.transpose(1, 2) for x in (q_BHLE, k_BHLE, v_BHLE))
     # The backend is passed explicitly, so that no environment variable replaces it.
-    backend = backend if mask is None else SDPA
-    return dispatch_attention_fn(q_BLHE, k_BLHE, v_BLHE, attn_mask=mask, backend=backend).flatten(-2)
+    return dispatch_attention_fn(q_BLHE, k_BLHE, v_BLHE, backend=backend).flatten(-2)
 
 
 @torch.compiler.disable()
 def _attend_rows(
-    q_BLHE: Tensor, k_BLHE: Tensor, v_BLHE: Tensor, padding: VariableLengths, backend: AttentionBackendName
+    q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, padding: VariableLengths, backend: AttentionBackendName
 ) -> Tensor:
     """Attention row by row, without masks. Not compiled: it would be compiled again for every length of a prompt."""
     if padding.equal:
-        return _attend(q_BLHE, k_BLHE, v_BLHE, None, backend)
-    rows = enumerate(q_BLHE.split(1))
-    return torch.cat([_attend(q, padding.row(k_BLHE, b), padding.row(v_BLHE, b), None, backend) for b, q in rows])
+        return _attend_all(q_BHLE, k_BHLE, v_BHLE, None, backend)
+    rows = enumerate(zip(q_BHLE.split(1), k_BHLE.split(1), v_BHLE.split(1), strict=True))
+    return torch.cat(
+        [_attend_all(q, padding.without(k, b, 2), padding.without(v, b, 2), None, backend) for b, (q, k, v) in rows]
+    )
 
 
-def _attention_weights(q_BLHE: Tensor, k_BLHE: Tensor, padding: VariableLengths | None) -> list[Tensor]:
+def _attention_weights(q_BHLE: Tensor, k_BHLE: Tensor, padding: VariableLengths | None) -> list[Tensor]:
     """The attention weights of each row [queries, keys], without its padding, mean over heads.
 
     Computed head by head, to save memory.
     """
-    scale, heads = q_BLHE.shape[-1] ** -0.5, q_BLHE.shape[2]
+    scale, heads = q_BHLE.shape[-1] ** -0.5, q_BHLE.shape[1]
     rows = []
-    for b, q_LHE in enumerate(q_BLHE):
-        k_LHE = k_BLHE[b] if padding is None else padding.row(k_BLHE, b)[0]
-        pairs = zip(q_LHE.unbind(1), k_LHE.unbind(1), strict=True)
+    for b, q_HLE in enumerate(q_BHLE):
+        k_1HLE = k_BHLE[b : b + 1]
+        k_HLE = (k_1HLE if padding is None else padding.without(k_1HLE, b, 2))[0]
+        pairs = zip(q_HLE, k_HLE, strict=True)
         weights = ((q @ k.mT * scale).float().softmax(dim=-1) for q, k in pairs)
         rows.append(sum(weights, torch.zeros(())) / heads)
     return rows

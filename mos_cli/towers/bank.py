@@ -48,11 +48,15 @@ class StateBank:
     padding: Padding = None
     references: References | None = None
 
-    def mix(self, route: Route, block: int) -> Tensor:
-        """Context of one block, [B, T, D]: the weighted sum of the kept layers of each token."""
-        ids_BTK, weights_BTK = route.ids_BTJK.select(2, block), route.weights_BTJK.select(2, block)
-        rows_BTKD = self.bank_BTMD.gather(2, ids_BTK[..., None].expand(-1, -1, -1, self.bank_BTMD.shape[-1]))
-        return (weights_BTK[..., None].to(rows_BTKD.dtype) * rows_BTKD).sum(dim=2)
+    def mix(self, route: Route) -> Tensor:
+        """The contexts of all blocks, [B, T, J, D]: the weighted sum of the kept layers of each token.
+
+        One product reads the bank once for all blocks; layers that are not kept have a weight of 0.
+        """
+        weights_BTJM = route.weights_BTJK.new_zeros((*route.ids_BTJK.shape[:3], self.bank_BTMD.shape[2]))
+        # A route may name a layer twice, with a weight of 0.
+        weights_BTJM = weights_BTJM.scatter_add(-1, route.ids_BTJK, route.weights_BTJK)
+        return weights_BTJM.to(self.bank_BTMD.dtype) @ self.bank_BTMD
 
 
 def join(banks: Sequence[StateBank]) -> StateBank:

@@ -27,7 +27,7 @@ class GenerationBlock(nn.Module):
 
     Args:
         width, heads, hidden: sizes; `hidden` is SwiGLU's inner width.
-        context_mode: "kv" puts the context's keys and values before the patches' own; "tokens" adds the context to the
+        context_mode: "kv" puts the context's keys and values after the patches' own; "tokens" adds the context to the
             context stream of the sequence; "carried" adds none, the sequence holds it already; "cross" has a
             cross-attention sublayer for it, which the timestep does not modulate.
     """
@@ -60,9 +60,10 @@ class GenerationBlock(nn.Module):
         The result does not depend on the noised patches or the prompt, so it is computed once for all steps.
         """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self._modulation(modulation_B6D)
-        h = normed(x_BRD) * (1 + scale_a) + shift_a
-        x_BRD = x_BRD + gate_a * self.attention(h, positions)
-        return x_BRD + gate_m * self.mlp(normed(x_BRD) * (1 + scale_m) + shift_m), self.attention.keys_values(h)
+        h = torch.addcmul(shift_a, normed(x_BRD), scale_a)
+        x_BRD = torch.addcmul(x_BRD, gate_a, self.attention(h, positions))
+        m = self.mlp(torch.addcmul(shift_m, normed(x_BRD), scale_m))
+        return torch.addcmul(x_BRD, gate_m, m), self.attention.keys_values(h)
 
     def forward(
         self,
@@ -74,39 +75,43 @@ class GenerationBlock(nn.Module):
         positions: Rotary,
         padding: Padding,
     ) -> Tensor:
-        """x is [context stream; patches] for "tokens" and "carried", else the patches alone.
+        """x is [patches; context stream] for "tokens" and "carried", else the patches alone.
 
-        `positions` and `padding` cover [references; context; patches] in every mode. `kept_BT1` is the sum of a token's
+        `positions` and `padding` cover [patches; context; references] in every mode. `kept_BT1` is the sum of a token's
         kept weights, `reference_kv` this block's cached keys and values of the references.
         """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self._modulation(modulation_B6D)
         tokens = context_BTD.shape[1]
-        references = 0 if reference_kv is None else reference_kv.shape[1]
         if self.context_mode != "carried":
             # The norm removes the length of a context, so the sum of the kept weights is multiplied in after it.
             context_BTD = self.norm_context(context_BTD) * kept_BT1
         if self.context_mode == "tokens":
-            x_BLD = torch.cat([x_BLD[:, :tokens] + context_BTD, x_BLD[:, tokens:]], dim=1)
+            x_BLD = torch.cat([x_BLD[:, :-tokens], x_BLD[:, -tokens:] + context_BTD], dim=1)
 
-        h = normed(x_BLD) * (1 + scale_a) + shift_a
+        h = torch.addcmul(shift_a, normed(x_BLD), scale_a)
         if self.context_mode == "kv":
             context_kv = self.context_kv(context_BTD)
-            kv = context_kv if reference_kv is None else torch.cat([reference_kv, context_kv], dim=1)
+            kv = context_kv if reference_kv is None else torch.cat([context_kv, reference_kv], dim=1)
             attended = self.attention(h, positions, kv, padding)
         elif self.context_mode == "cross":
             # The sequence has no context tokens here, and so no padding.
-            pictures = positions[:references] + positions[references + tokens :]
+            patches = x_BLD.shape[1]
+            pictures = positions[:patches] + positions[patches + tokens :]
             attended = self.attention(h, pictures, reference_kv)
         else:
             attended = self.attention(h, positions, reference_kv, padding)
-        x_BLD = x_BLD + gate_a * attended
+        x_BLD = torch.addcmul(x_BLD, gate_a, attended)
         if self.context_mode == "cross":
-            without = extended(padding, before=-references, after=0)
-            x_BLD = x_BLD + self.cross(normed(x_BLD), context_BTD, positions[references:], without)
+            patches = x_BLD.shape[1]
+            references = 0 if reference_kv is None else reference_kv.shape[1]
+            of_context = extended(padding, before=-patches, after=-references)
+            x_BLD = x_BLD + self.cross(normed(x_BLD), context_BTD, positions[: patches + tokens], of_context)
 
-        h = normed(x_BLD) * (1 + scale_m) + shift_m
-        return x_BLD + gate_m * self.mlp(h)
+        h = torch.addcmul(shift_m, normed(x_BLD), scale_m)
+        return torch.addcmul(x_BLD, gate_m, self.mlp(h))
 
     def _modulation(self, modulation_B6D: Tensor) -> list[Tensor]:
-        """Shift, scale and gate of the attention, then of the feed-forward layer, each [B, 1, D]."""
-        return list((modulation_B6D.unsqueeze(2) + self.modulation_bias.unsqueeze(1)).unbind(1))
+        """Shift, 1 + scale and gate of the attention, then of the feed-forward layer, each [B, 1, D]."""
+        parts_B6D = modulation_B6D + self.modulation_bias
+        parts_B6D[:, 1::3].add_(1)
+        return list(parts_B6D.unsqueeze(2).unbind(1))

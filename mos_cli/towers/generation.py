@@ -243,20 +243,20 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
         if bank.references is not None:
             x = x + bank.references.reference_BND
         if self.in_sequence:
-            x = torch.cat([x.new_zeros(x.shape[0], tokens, x.shape[2]), x], dim=1)
+            x = torch.cat([x, x.new_zeros(x.shape[0], tokens, x.shape[2])], dim=1)
         time, modulation = self._time(t_B)
         references = () if bank.references is None else bank.references.layout
-        layout = (*references, TokenSequence(tokens - total(images)), *images, grid)
+        layout = (grid, TokenSequence(tokens - total(images)), *images, *references)
         positions = rotary(layout, self.head_width, self.rope_theta, z_BCHW.device)
-        padding = extended(bank.padding, before=total(references), after=patches.shape[1])
-        kept_BTJ1 = route.weights_BTJK.sum(dim=-1, keepdim=True).to(x.dtype)
-        for index, (block, kept_BT1) in enumerate(zip(self.blocks, kept_BTJ1.unbind(2), strict=True)):
-            context = bank.mix(route, index)
-            reference_kv = None if bank.references is None else bank.references.kv[index]
+        padding = extended(bank.padding, before=patches.shape[1], after=total(references))
+        contexts = bank.mix(route).unbind(2)
+        kept = route.weights_BTJK.sum(dim=-1, keepdim=True).to(x.dtype).unbind(2)
+        references_kv = (None,) * self.depth if bank.references is None else bank.references.kv
+        for block, context, kept_BT1, reference_kv in zip(self.blocks, contexts, kept, references_kv, strict=True):
             x = block(x, context, kept_BT1, reference_kv, modulation, positions, padding)
 
         shift, scale = self.modulation_out(time)[:, None].chunk(2, dim=-1)
-        x = self.patches_out(normed(x[:, -patches.shape[1] :]) * (1 + scale) + shift)
+        x = self.patches_out(torch.addcmul(shift, normed(x[:, : patches.shape[1]]), 1 + scale))
         return unpatchify(x.float(), patch, size), route
 
     def _route(

@@ -151,7 +151,7 @@ class RouterBlock(nn.Module):
 
 
 class Router(nn.Module):
-    """A transformer over [time; context tokens; noised patches] with a linear head: [M, J] logits per context token.
+    """A transformer over [noised patches; time; context tokens] with a linear head: [M, J] logits per context token.
 
     Args:
         inputs: parts of the sequence: "tokens", "latent", "time". A part that is left out has no parameters.
@@ -217,15 +217,16 @@ class Router(nn.Module):
         """
         time = [self.norm_time(self.time_in(t_B))[:, None]] if self.uses_time else []
         patches = [self.norm_patches(self.patches_in(patches_BNP))] if self.uses_latent else []
-        x_BLR = torch.cat([*time, tokens_BTR, *patches], dim=1)
-        first, last = len(time), len(time) + tokens_BTR.shape[1]
+        x_BLR = torch.cat([*patches, *time, tokens_BTR], dim=1)
+        tokens = tokens_BTR.shape[1]
         # The time has the position of the first word, and moves the words by one.
-        layout = (TokenSequence(last - total(images)), *images, *([grid] if self.uses_latent else []))
+        words = TokenSequence(len(time) + tokens - total(images))
+        layout = (*([grid] if self.uses_latent else []), words, *images)
         positions = rotary(layout, self.head_width, self.rope_theta, x_BLR.device)
-        sequence = extended(padding, before=first, after=x_BLR.shape[1] - last)
+        sequence = extended(padding, before=x_BLR.shape[1] - tokens, after=0)
         for block in self.blocks:
             x_BLR = block(x_BLR, positions, sequence)
-        tokens_out = self.norm_out(x_BLR[:, first:last])
+        tokens_out = self.norm_out(x_BLR[:, -tokens:])
         if self.per_sample:
             # The head is linear: the logits of the mean are the mean of the logits.
             tokens_out = _mean(tokens_out, padding)

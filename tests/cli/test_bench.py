@@ -53,6 +53,8 @@ def test_what_is_measured_is_where_the_time_went(bundle: Bundle, steps: int) -> 
     # Both prompts are read before the first step.
     assert measured["first_step_seconds"] == 2 * READING + step
     assert measured["decode_seconds"] == DECODING
+    # The first picture reads the prompts anew, too.
+    assert measured["first_picture_seconds"] == measured["picture_seconds"]
     assert measured["picture_seconds"] == 2 * READING + steps * step + DECODING
     assert measured["pictures_per_minute"] == pytest.approx(60 / measured["picture_seconds"])
     assert "joules_per_picture" not in measured
@@ -88,7 +90,7 @@ def test_the_table_names_what_a_preset_sets(measured: dict, capsys: pytest.Captu
     assert "feature cache" not in alone
     assert "compiled" not in alone
     assert "1 thread\n" in "\n".join(line.rstrip() for line in alone.splitlines()) + "\n"
-    assert "One picture, its prompt read anew." in alone
+    assert "One picture after the first, its prompt read anew." in alone
     _print_table([plain, {**plain, "preset": "mine", "feature_cache": 3, "compiled": True}])
     rows = {line[:21].strip(): line[21:].split() for line in capsys.readouterr().out.splitlines()}
     assert rows["feature cache"] == ["1", "3"]

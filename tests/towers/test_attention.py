@@ -16,14 +16,13 @@ def plain(layer: Attention, x_BLD: torch.Tensor, positions: Rotary, kv: torch.Te
     """Attention as it is defined, head by head and query by query, in float64."""
     wide = Attention(WIDTH, HEADS).double()
     wide.load_state_dict({name: value.double() for name, value in layer.state_dict().items()})
-    cos_sin = Rotary(positions.cos_LE.double(), positions.sin_LE.double())
-    q, k, v = wide._qkv(x_BLD.double(), cos_sin, kv.double())
+    q, k, v = wide._qkv(x_BLD.double(), Rotary(positions.turns_LF2.double()), kv.double())
     rows = []
-    for row in range(q.shape[1]):
+    for row in range(q.shape[2]):
         heads = []
         for head in range(HEADS):
-            scores = (k[0, :, head] * q[0, row, head]).sum(dim=-1) / (WIDTH // HEADS) ** 0.5
-            heads.append((scores.exp() / scores.exp().sum()) @ v[0, :, head])
+            scores = (k[0, head] * q[0, head, row]).sum(dim=-1) / (WIDTH // HEADS) ** 0.5
+            heads.append((scores.exp() / scores.exp().sum()) @ v[0, head])
         rows.append(torch.cat(heads))
     return wide.to_out(torch.stack(rows)[None])
 
@@ -47,7 +46,7 @@ def test_sdpa_is_attention(case) -> None:
 def test_xformers_is_attention(case) -> None:
     layer, x, positions, kv = case
     expected = plain(layer, x, positions, kv)
-    layer, there = layer.cuda(), Rotary(positions.cos_LE.cuda(), positions.sin_LE.cuda())
+    layer, there = layer.cuda(), Rotary(positions.turns_LF2.cuda())
     assert choose_attention(layer, "xformers") == XFORMERS.value
     drawn = layer(x.cuda(), there, kv.cuda()).cpu()
     torch.testing.assert_close(drawn.double(), expected, atol=TOLERANCE[x.dtype], rtol=0)
@@ -59,7 +58,7 @@ def test_the_shares_are_those_that_mix_the_values(case) -> None:
     assert shares.shape == (TOKENS, CONTEXT + TOKENS)
     torch.testing.assert_close(shares.sum(dim=-1), torch.ones(TOKENS))
     q, k, _ = layer._qkv(x, positions, kv)
-    scores = torch.einsum("bqhe,bkhe->bhqk", q.double(), k.double()) / (WIDTH // HEADS) ** 0.5
+    scores = torch.einsum("bhqe,bhke->bhqk", q.double(), k.double()) / (WIDTH // HEADS) ** 0.5
     torch.testing.assert_close(shares.double(), scores.softmax(dim=-1).mean(dim=1)[0], atol=1e-2, rtol=0)
 
 

@@ -30,14 +30,14 @@ def tower(request) -> GenerationTower:
 
 
 def slow_attention(layer: Attention | CrossAttention, q: Tensor, k: Tensor, v: Tensor, at: Rotary) -> Tensor:
-    """Head by head; queries are at the last positions, keys at the first."""
-    q, k, v = (part.unflatten(-1, (layer.heads, -1)) for part in (q, k, v))
-    q = Rotary(at.cos_LE[-q.shape[1] :], at.sin_LE[-q.shape[1] :]).rotate(slow_norm(q) * layer.norm_q.weight)
-    k = Rotary(at.cos_LE[: k.shape[1]], at.sin_LE[: k.shape[1]]).rotate(slow_norm(k) * layer.norm_k.weight)
+    """Head by head; queries are at the first positions, keys at the last."""
+    q, k, v = (part.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for part in (q, k, v))
+    q = at[: q.shape[2]].rotate(slow_norm(q) * layer.norm_q.weight)
+    k = at[-k.shape[2] :].rotate(slow_norm(k) * layer.norm_k.weight)
     heads = []
     for h in range(layer.heads):
-        scores = q[:, :, h] @ k[:, :, h].mT / q.shape[-1] ** 0.5
-        heads.append(scores.softmax(-1) @ v[:, :, h])
+        scores = q[:, h] @ k[:, h].mT / q.shape[-1] ** 0.5
+        heads.append(scores.softmax(-1) @ v[:, h])
     return layer.to_out(torch.cat(heads, -1))
 
 
@@ -50,18 +50,18 @@ def slow_block(
     if reads == "tokens":
         assert stream is not None
         stream = stream + context
-    whole = x if stream is None else torch.cat([stream, x], 1)
+    whole = x if stream is None else torch.cat([x, stream], 1)
     q, k, v = attention.to_qkv(slow_norm(whole) * (1 + scale_a) + shift_a).chunk(3, -1)
     if reads == "kv":
         context_k, context_v = block.context_kv(context).chunk(2, -1)
-        k, v = torch.cat([context_k, k], 1), torch.cat([context_v, v], 1)
-    grid = Rotary(at.cos_LE[tokens:], at.sin_LE[tokens:])
+        k, v = torch.cat([k, context_k], 1), torch.cat([v, context_v], 1)
+    grid = at[:-tokens]
     whole = whole + gate_a * slow_attention(attention, q, k, v, grid if reads == "cross" else at)
     if reads == "cross":
         k, v = block.cross.to_kv(context).chunk(2, -1)
         whole = whole + slow_attention(block.cross, block.cross.to_q(slow_norm(whole)), k, v, at)
     whole = whole + gate_m * block.mlp(slow_norm(whole) * (1 + scale_m) + shift_m)
-    return (whole, None) if stream is None else (whole[:, tokens:], whole[:, :tokens])
+    return (whole, None) if stream is None else (whole[:, :-tokens], whole[:, -tokens:])
 
 
 def slow_tower(tower: Any, z: Tensor, t: Tensor, states: Tensor, weights_BTJM: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def slow_tower(tower: Any, z: Tensor, t: Tensor, states: Tensor, weights_BTJM: T
     stream = torch.zeros(len(z), tokens, x.shape[-1]) if kind in ("tokens", "joint") else None
     time = torch.nn.functional.silu(tower.time_in(t))
     m = tower.modulation(time).unflatten(-1, (6, -1))
-    places = (TokenSequence(tokens), TokenGrid(z.shape[2] // tower.patch, z.shape[3] // tower.patch))
+    places = (TokenGrid(z.shape[2] // tower.patch, z.shape[3] // tower.patch), TokenSequence(tokens))
     at = rotary(places, tower.head_width, 100.0, z.device)
     for j, block in enumerate(tower.blocks):
         reads = kind if kind != "joint" else "tokens" if j == 0 else "carried"
@@ -117,7 +117,7 @@ def test_every_block_of_a_fresh_variant_is_the_identity(variant: dict) -> None:
     z, t, states = inputs()
     calls = []
     for block in fresh.blocks:
-        block.register_forward_hook(lambda _, given, result: calls.append((given[0][:, -12:], result[:, -12:])))
+        block.register_forward_hook(lambda _, given, result: calls.append((given[0][:, :12], result[:, :12])))
     fresh(z, t, fresh.project_states(states))
     assert len(calls) == J
     assert all(torch.equal(before, after) for before, after in calls)

@@ -80,12 +80,12 @@ def _modulated(tower: Any, block: Any, x: Tensor, time: Tensor) -> tuple[Tensor,
 
 
 def _masked(layer: Any, q: Tensor, k: Tensor, v: Tensor, at: Rotary, queries: Tensor, visible: Tensor) -> Tensor:
-    q, k, v = (part.unflatten(-1, (layer.heads, -1)) for part in (q, k, v))
-    q = Rotary(at.cos_LE[queries], at.sin_LE[queries]).rotate(slow_norm(q) * layer.norm_q.weight)
+    q, k, v = (part.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for part in (q, k, v))
+    q = at[queries].rotate(slow_norm(q) * layer.norm_q.weight)
     k = at.rotate(slow_norm(k) * layer.norm_k.weight)
-    scores = torch.einsum("bqhe,bkhe->bhqk", q, k) / q.shape[-1] ** 0.5
+    scores = torch.einsum("bhqe,bhke->bhqk", q, k) / q.shape[-1] ** 0.5
     weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-    return layer.to_out(torch.einsum("bhqk,bkhe->bqhe", weights, v).flatten(-2))
+    return layer.to_out(torch.einsum("bhqk,bhke->bqhe", weights, v).flatten(-2))
 
 
 @torch.no_grad()
