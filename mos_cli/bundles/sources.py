@@ -132,6 +132,17 @@ def hub_snapshot(repo_id: str, revision: str | None, patterns: Sequence[str]) ->
         raise ModelError(reason) from None
 
 
+def cached_snapshot(repo_id: str, revision: str) -> Path | None:
+    """The folder of a repository's revision in the hub's cache; None where it is not there. Nothing is downloaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
 def offline() -> bool:
     """Whether nothing may be downloaded: the variable and its values are those of huggingface_hub."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")

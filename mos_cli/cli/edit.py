@@ -126,7 +126,7 @@ def edit(
         report.note("note", lost, note=lost)
     recording, fields["route_from"] = route_source(options.route_from, parse_percent(options.route_until), bundle)
     jobs = make_jobs(instructions, names, fields, seed=settings.seed, count=options.count, inputs=inputs)
-    check_recipe(jobs[0].recipe, bundle, compiled=settings.compile, regions=options.regions)
+    check_recipe(jobs[0].recipe, bundle, compiled=settings.compile, regions=options.regions, options=record_options)
     check_device(settings, jobs[0].recipe, bundle)
     for option, sheet in {"--strip": strip, "--sheet": options.sheet}.items():
         if sheet is not None:

@@ -8,6 +8,7 @@ from mos_cli.cli.progress import fetch_with_progress
 from mos_cli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
+    from mos_cli.adapters.pipeline import AdapterPipeline
     from mos_cli.bundles.bundle import Bundle
     from mos_cli.config.recipe import Recipe
     from mos_cli.config.settings import RunSettings
@@ -68,12 +69,24 @@ def fit_to_memory(
 
 def load_with_progress(
     bundle: "Bundle", settings: "RunSettings", report: Report, *, precision: str, quant: str | None
-) -> "MoSPipeline":
+) -> "MoSPipeline | AdapterPipeline":
     """Loads a bundle as `load_pipeline` does; an understanding tower that is not in the cache is downloaded.
+
+    A base model is not: `mos models pull` asks first.
 
     Raises:
         MosError: as `fetch_tower` and `load_pipeline` do.
     """
+    from mos_cli.bundles.adapters import AdapterBundle
+
+    if isinstance(bundle, AdapterBundle):
+        with report.stage("libraries"):
+            from mos_cli.utils.quiet import quieten
+
+            quieten()
+            from mos_cli.adapters.model import load_pipeline as load_base_model
+        with report.stage("weights"):
+            return load_base_model(bundle, settings, precision=precision, quant=quant)
     with report.stage("fetching"):
         understanding = fetch_with_progress(bundle.index.understanding, quiet=report.quiet)
     with report.stage("libraries"):
