@@ -137,13 +137,13 @@ class Klein(BaseModel):
         self, pipe: Any, recipe: Recipe, pictures: Sequence[Image], mask: Image | None
     ) -> tuple[Any, dict[str, Any]]:
         from diffusers.pipelines.flux2.pipeline_flux2_klein_inpaint import Flux2KleinInpaintPipeline
-        from PIL import Image as images
+        from PIL import Image as Images
 
         assert recipe.edit is not None
         if mask is None and recipe.edit.strength == 1:
             return pipe, {"image": list(pictures)}
         inpaint = Flux2KleinInpaintPipeline(**pipe.components, is_distilled=pipe.config.is_distilled)
-        everything = images.new("L", pictures[0].size, 255)
+        everything = Images.new("L", pictures[0].size, 255)
         arguments = {"image": pictures[0], "mask_image": mask or everything, "strength": recipe.edit.strength}
         return inpaint, arguments | ({"image_reference": list(pictures[1:])} if len(pictures) > 1 else {})
 

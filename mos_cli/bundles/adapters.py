@@ -127,7 +127,7 @@ class AdapterIndex(Frozen):
     blocks: int = Field(gt=0)
     shape: BaseShape | None = None
     router: RouterShape | None = None
-    files: dict[Literal["router.safetensors"], Sha256] = {}
+    files: dict[Literal["router.safetensors"], Sha256] = Field(default_factory=dict)
 
 
 class Lock(Frozen):

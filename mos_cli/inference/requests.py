@@ -230,7 +230,7 @@ def _check_adapter_recipe(recipe: Recipe, bundle: AdapterBundle, options: Record
         raise UsageError(f"{index.name} has no guidance towards the picture: leave --image-cfg out")
     if index.pipeline == "ZImagePipeline":
         if len(edit.sources) > 1:
-            raise UsageError(f"{index.name} edits one picture and takes no references: leave --ref out")
+            raise UsageError(f"{index.name} edits one picture and takes no references: leave --reference out")
         if edit.strength == 1 and edit.mask is None:
             raise UsageError(
                 f"{index.name} draws over the noised picture, of which --strength 1 leaves nothing: "

@@ -1,4 +1,8 @@
-"""Recipes for tiny base models, plain pipelines of diffusers, and what enters the blocks as text."""
+"""Recipes for tiny base models, plain pipelines of diffusers, and what enters the blocks as text.
+
+Shapes: S steps, J blocks, Q tokens of the prompt, K kept layers, T text tokens, L tokens of a sequence, D width of the
+transformer.
+"""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,6 +25,7 @@ from mos_cli.bundles.adapters import RouterShape
 from mos_cli.config.recipe import Recipe, make_recipe
 from mos_cli.images.inputs import Inputs, describe_edit
 from mos_cli.images.pictures import Picture
+from mos_cli.routing.trace import load_recording
 from mos_cli.towers.layers import TokenGrid
 
 PROMPT = "a red fox and a blue dog"
@@ -152,3 +157,54 @@ def text_of(pipeline: AdapterPipeline, sequence_LD: Tensor, site: TextSite, leng
     """The text in a sequence of a block, [T, D]."""
     start = pipeline.base.text_start(TokenGrid(SIZE // 16, SIZE // 16)) if site.joint == "tail" else 0
     return sequence_LD[start : start + length]
+
+
+def read_by_trace(pipeline: AdapterPipeline, files: Path, branch: str, prompt: str) -> Tensor:
+    """What the blocks add to their text by the trace and the bank, [S, J, Q, D]; the trace is read from its files."""
+    recording = load_recording(files)
+    assert recording.routes is not None
+    routes, bank = recording.routes[branch], pipeline.bank(pipeline.encode(prompt))
+    assert routes.slots_SJTK is not None
+    slots = len(pipeline.own_layers)
+    own_Z = torch.tensor(pipeline.own_layers)
+    ids, places, weights = (
+        torch.from_numpy(array.copy()) for array in (routes.ids_SJTK, routes.slots_SJTK, routes.weights_SJTK)
+    )
+    ids, places, weights = ids.long(), places.long(), weights.float() * slots
+    rows_QZMD = bank.rows_QZMD
+    tokens_Q1 = torch.arange(rows_QZMD.shape[0])[:, None].expand(ids.shape[2:])
+    read_SJQKD = rows_QZMD[tokens_Q1, places, ids] - rows_QZMD[tokens_Q1, places, own_Z[places]]
+    return (weights[..., None] * read_SJQKD).sum(-2)
+
+
+def check_read(pipeline: AdapterPipeline, blocks: BlockText, files: Path, branches: dict[str, str]) -> float:
+    """Compares every block of every pass with what the trace tells; returns the largest change of a block's text."""
+    base, sites = pipeline.base, [site for site in pipeline.base.sites for _ in blocks_of(pipeline, site)]
+    names = list(base.rows) if base.rows and len(branches) > 1 else list(branches)
+    largest = 0.0
+    changes = {
+        name: read_by_trace(pipeline, files, name, prompt) if pipeline.encode(prompt).tokens else None
+        for name, prompt in branches.items()
+    }
+    for number, (entered, left) in enumerate(zip(blocks.entered, blocks.left, strict=True)):
+        rows = names if len(entered[0]) > 1 else [names[number % len(names)]]
+        step = number * len(rows) // len(names)
+        for row, name in enumerate(rows):
+            encoded = pipeline.encode(branches[name])
+            places_Q, length = encoded.positions_Q, len(encoded.embeds_TE)
+            plain_TD = base.first_text(pipeline.pipe.transformer, encoded.embeds_TE)
+            for block, site in enumerate(sites):
+                expected_TD = plain_TD.clone()
+                if base.evolves and block:
+                    expected_TD = text_of(pipeline, left[block - 1][row], sites[block - 1], length).clone()
+                if (change := changes[name]) is not None:
+                    before = change[step, block - 1] if base.evolves and block else 0.0
+                    expected_TD[places_Q] += change[step, block] - before
+                    largest = max(largest, change[step, block].abs().max().item())
+                seen_TD = text_of(pipeline, entered[block][row], site, length)
+                torch.testing.assert_close(seen_TD, expected_TD, rtol=1e-5, atol=1e-5)
+    return largest
+
+
+def blocks_of(pipeline: AdapterPipeline, site: TextSite) -> Any:
+    return pipeline.pipe.transformer.get_submodule(site.blocks)
