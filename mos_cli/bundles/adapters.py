@@ -167,6 +167,14 @@ class AdapterBundle(Bundle):
         path = lock_path(self.index)
         return read_json(Lock, path) if self.local is None and path.is_file() else None
 
+    @property
+    def pulled(self) -> bool:
+        """Whether the base model is there."""
+        try:
+            return self.base.is_dir()
+        except ModelError:
+            return False
+
     @cached_property
     def base(self) -> Path:
         """The folder of the base model.
