@@ -53,7 +53,6 @@ class BaseModel:
         rows: the branches of a guided pass in the order of its rows; empty where each branch has a pass of its own,
             the positive one first.
         refines: whether tokens see one another before the first block.
-        kept: the modules of the transformer that are not quantised.
     """
 
     pipeline: ClassVar[PipelineClass]
@@ -61,7 +60,6 @@ class BaseModel:
     evolves: ClassVar[bool]
     rows: ClassVar[tuple[str, ...]]
     refines: ClassVar[bool] = False
-    kept: ClassVar[tuple[str, ...]]
 
     def encode(self, pipe: Any, prompt: str) -> tuple[Tensor, Tensor | None]:
         """The embedding of a prompt [T, E], by the pipeline's own `encode_prompt`, and its mask [T] or None."""
@@ -104,16 +102,6 @@ class Klein(BaseModel):
     )
     evolves = True
     rows = ()
-    kept = (
-        "context_embedder",
-        "x_embedder",
-        "proj_out",
-        "norm_out",
-        "time_guidance_embed",
-        "double_stream_modulation_img",
-        "double_stream_modulation_txt",
-        "single_stream_modulation",
-    )
 
     def encode(self, pipe: Any, prompt: str) -> tuple[Tensor, Tensor | None]:
         return pipe.encode_prompt(prompt, device=pipe.text_encoder.device)[0][0], None
@@ -160,7 +148,6 @@ class ZImage(BaseModel):
     evolves = True
     rows = (POSITIVE, NEGATIVE)
     refines = True
-    kept = ("cap_embedder", "all_x_embedder", "all_final_layer", "t_embedder")
 
     def encode(self, pipe: Any, prompt: str) -> tuple[Tensor, Tensor | None]:
         device = pipe.text_encoder.device
@@ -222,7 +209,6 @@ class PRX(BaseModel):
     sites = (TextSite("blocks", "encoder_hidden_states", 1),)
     evolves = False
     rows = (NEGATIVE, POSITIVE)
-    kept = ("txt_in", "img_in", "time_in", "final_layer")
 
     def encode(self, pipe: Any, prompt: str) -> tuple[Tensor, Tensor | None]:
         device = pipe.text_encoder.device

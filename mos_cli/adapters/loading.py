@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from mos_cli.adapters.adapter import Adapter, load_adapter
-from mos_cli.adapters.facts import BASE_MODELS
-from mos_cli.bundles.adapters import AdapterBundle, PipelineClass, diffusers_config
+from mos_cli.bundles.adapters import KEPT, AdapterBundle, PipelineClass, diffusers_config
 from mos_cli.errors import ModelError
 from mos_cli.inference.offload import Offloader
 from mos_cli.planning.memory import Quant
@@ -87,7 +86,7 @@ def load_base_model(
             empty,
             folder / "transformer",
             None if transformer == "none" else transformer,
-            kept=BASE_MODELS[bundle.index.pipeline].kept,
+            kept=KEPT[bundle.index.pipeline],
             device=offloader.loading,
             quantised_on=device,
             dtype=dtype,
@@ -141,7 +140,7 @@ def _text_encoder(classes: Classes, folder: Path, dtype: torch.dtype, quant: Qua
     model = model.eval().requires_grad_(False)
     if method is None:
         return model.to(device)
-    quantise(model, Quantisation(method=method, kept=UNDERSTANDING_KEPT))
+    quantise(model, Quantisation(method=method, kept=UNDERSTANDING_KEPT), device)
     return model.to(device)
 
 

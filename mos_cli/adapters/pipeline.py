@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from mos_cli.adapters.bank import TextBank, make_bank
 from mos_cli.adapters.facts import BASE_MODELS, Prompts
@@ -34,6 +34,7 @@ from mos_cli.routing.transfer import check_model, choices_hash, transfer_routes
 from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, SteeringInput
 from mos_cli.sampling.sampler import Observer, Step
 from mos_cli.towers.layers import TokenGrid
+from mos_cli.towers.router import Router
 from mos_cli.utils.devices import device_name
 from mos_cli.utils.threads import ThreadRecorder
 
@@ -82,6 +83,26 @@ class AdapterPipeline:
             self.pipe.vae.enable_tiling()
         self.template = read_template(self.base, self.pipe)
         self._encoded: dict[tuple[str, int], EncodedText] = {}
+
+    @property
+    def router(self) -> Router | None:
+        """The router; None for an adapter without one."""
+        return None if self.adapter is None else self.adapter.router
+
+    @property
+    def tower(self) -> nn.Module:
+        """The transformer, which is called once or twice a step."""
+        return self.pipe.transformer
+
+    @property
+    def autoencoder(self) -> Any:
+        """The autoencoder of diffusers."""
+        return self.pipe.vae
+
+    @property
+    def prompt_encoder(self) -> "AdapterPipeline":
+        """What keeps encoded prompts."""
+        return self
 
     def encode_ahead(self, recipes: Sequence[Recipe]) -> None:
         """Reads the prompts of a run at once where the language model is offloaded; else does nothing.

@@ -9,14 +9,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, field_validator
 
 from mos_cli.bundles.bundle import ADAPTER, Bundle
+from mos_cli.bundles.shapes import Header
 from mos_cli.bundles.specs import Canvas, Defaults, EditDefaults
-from mos_cli.errors import ModelError
+from mos_cli.errors import ModelError, UsageError
 from mos_cli.utils.files import sha256_of
 from mos_cli.utils.folders import models_folder, user_data_folder
 from mos_cli.utils.validation import HUB_ID, Frozen, PlainName, Sha256, read_json
@@ -25,9 +27,26 @@ ROUTER = "router.safetensors"
 DIFFUSERS_INDEX = "model_index.json"
 """The file of a diffusers folder that names its pipeline and its parts; a bundle has a file of the same name."""
 PARTS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
+KEPT: dict[str, tuple[str, ...]] = {
+    "Flux2KleinPipeline": (
+        "context_embedder",
+        "x_embedder",
+        "proj_out",
+        "norm_out",
+        "time_guidance_embed",
+        "double_stream_modulation_img",
+        "double_stream_modulation_txt",
+        "single_stream_modulation",
+    ),
+    "ZImagePipeline": ("cap_embedder", "all_x_embedder", "all_final_layer", "t_embedder"),
+    "PRXPipeline": ("txt_in", "img_in", "time_in", "final_layer"),
+}
+"""The modules of each transformer that are not quantised: its inputs and outputs, and what sets all of its blocks."""
 SUFFIXES = (".json", ".jinja", ".model", ".safetensors", ".txt")
 """The files of a base model that are read; none of them is code."""
 
+TEXT_TOKENS = {"Flux2KleinPipeline": 512, "ZImagePipeline": 512, "PRXPipeline": 256}
+"""The tokens of the text that each transformer reads at most; PRX and FLUX.2-klein pad to as many."""
 PipelineClass = Literal["Flux2KleinPipeline", "ZImagePipeline", "PRXPipeline"]
 """The pipelines of diffusers that can be base models. A folder of any other class is refused."""
 Commit = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
@@ -78,7 +97,7 @@ class BaseShape(Frozen):
     """The networks of a base model as numbers.
 
     Args:
-        width, hidden: width of the transformer's blocks, inner width of their feed-forward layers.
+        width, head_width: of the transformer's blocks, and of their attention's heads.
         states_width: width of a state of the language model.
         text_tokens: tokens of the text that the transformer reads, padding included.
         joint: whether the text is in one sequence with the picture.
@@ -88,7 +107,7 @@ class BaseShape(Frozen):
     text_encoder: PartShape
     vae: PartShape
     width: int = Field(gt=0)
-    hidden: int = Field(gt=0)
+    head_width: int = Field(gt=0)
     states_width: int = Field(gt=0)
     text_tokens: int = Field(gt=0)
     latent_channels: int = Field(gt=0)
@@ -362,6 +381,101 @@ def own_layers(pipeline: PipelineClass, layers: int) -> tuple[int, ...]:
     if max(own[pipeline]) >= layers:
         raise ModelError(f"{pipeline} reads the layers {own[pipeline]}, and the text encoder has {layers} states")
     return tuple(own[pipeline])
+
+
+def shape_of_folder(pipeline: PipelineClass, folder: Path) -> BaseShape:
+    """The networks of a diffusers folder as numbers, from its configs and the headers of its weights.
+
+    Raises:
+        ModelError: a config or a header is damaged.
+    """
+    transformer, vae = (_json(folder / part / "config.json") for part in ("transformer", "vae"))
+    text = _json(folder / "text_encoder" / "config.json")
+    text = text.get("text_config") or text.get("encoder") or text
+    try:
+        width, head_width = {
+            "Flux2KleinPipeline": lambda c: (
+                c["attention_head_dim"] * c["num_attention_heads"],
+                c["attention_head_dim"],
+            ),
+            "ZImagePipeline": lambda c: (c["dim"], c["dim"] // c["n_heads"]),
+            "PRXPipeline": lambda c: (c["hidden_size"], c["hidden_size"] // c["num_heads"]),
+        }[pipeline](transformer)
+        return BaseShape(
+            transformer=_part_shape(folder / "transformer", KEPT[pipeline]),
+            text_encoder=_part_shape(folder / "text_encoder", ("lm_head",)),
+            vae=_part_shape(folder / "vae", ()),
+            width=width,
+            head_width=head_width,
+            states_width=text["hidden_size"],
+            text_tokens=TEXT_TOKENS[pipeline],
+            latent_channels=vae["latent_channels"],
+            decoder_width=(vae.get("decoder_block_out_channels") or vae["block_out_channels"])[0],
+            joint=pipeline != "PRXPipeline",
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"the configs in {folder} are damaged: {error}") from None
+
+
+def _part_shape(folder: Path, kept: tuple[str, ...]) -> PartShape:
+    shapes = Header.of(folder).shapes
+    linear = [
+        shape
+        for name, shape in shapes.items()
+        if len(shape) == 2
+        and shape[1] % 64 == shape[0] % 32 == 0
+        and "embed_tokens" not in name
+        and not any(name.startswith(f"{module}.") for module in kept)
+    ]
+    widest = max(linear, key=prod, default=(0, 0))
+    return PartShape(
+        parameters=sum(map(prod, shapes.values())),
+        linear=sum(map(prod, linear)),
+        rows=sum(rows for rows, _ in linear),
+        widest=prod(widest),
+        longest=widest[0],
+    )
+
+
+@dataclass(frozen=True)
+class BaseNetwork:
+    """The networks of a base model as numbers, and what is drawn with them, for plans; see `blueprints.Network`.
+
+    Args:
+        references: pictures of an edit, each counted as large as the one that is drawn.
+        value_bytes: bytes of a value that is not quantised.
+    """
+
+    ref: str
+    index: AdapterIndex
+    shape: BaseShape
+    references: int
+    canvas: Canvas
+    defaults: Defaults
+    value_bytes: Literal[2, 4]
+    weightless: bool = False
+
+    @property
+    def guided(self) -> bool:
+        """Whether guidance draws in two branches."""
+        return self.defaults.cfg != 1
+
+
+def base_network(bundle: AdapterBundle, *, precision: str, references: int) -> BaseNetwork:
+    """The numbers of a base model, whether or not it was pulled.
+
+    Raises:
+        ModelError: its folder is damaged.
+        UsageError: it draws from no pictures.
+    """
+    index = bundle.index
+    if references and index.edits is None:
+        raise UsageError(f"{bundle.ref} does not edit pictures: it draws from none")
+    shape = index.shape
+    if shape is None:
+        shape = shape_of_folder(index.pipeline, bundle.base)
+    value_bytes = 4 if precision == "fp32" else 2
+    return BaseNetwork(bundle.ref, index, shape, references, index.canvas, index.defaults, value_bytes)
 
 
 def diffusers_config(folder: Path) -> dict[str, Any]:

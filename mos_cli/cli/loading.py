@@ -45,7 +45,9 @@ def fit_to_memory(
     with report.stage("libraries"):
         if not needs_fitting(settings):
             return settings
-    if fetch:
+    from mos_cli.bundles.adapters import AdapterBundle
+
+    if fetch and not isinstance(bundle, AdapterBundle):
         with report.stage("fetching"):
             fetch_with_progress(bundle.index.understanding, quiet=report.quiet)
     auto = settings.max_vram == "auto"

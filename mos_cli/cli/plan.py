@@ -11,6 +11,7 @@ from mos_cli.errors import MemoryLimitError
 from mos_cli.utils.devices import Precision
 
 if TYPE_CHECKING:
+    from mos_cli.bundles.adapters import BaseNetwork
     from mos_cli.bundles.blueprints import Network
     from mos_cli.planning.candidates import Candidate
 
@@ -147,7 +148,7 @@ def _answer(found: "list[Candidate]", memory: _Memory) -> "Candidate | MemoryLim
         return error
 
 
-def _command(network: "Network", best: "Candidate", memory: _Memory, size: str | None) -> str:
+def _command(network: "Network | BaseNetwork", best: "Candidate", memory: _Memory, size: str | None) -> str:
     words = [
         "mos edit PICTURE INSTRUCTION" if network.references else "mos generate PROMPT",
         f"-m {'DIR' if network.weightless else network.ref}",
@@ -179,12 +180,20 @@ def _row(best: "Candidate | MemoryLimitError", memory: _Memory) -> dict[str, Any
     }
 
 
-def _print_head(network: "Network", canvas: tuple[int, int]) -> None:
-    tower, g = network.understanding, network.generation
+def _print_head(network: "Network | BaseNetwork", canvas: tuple[int, int]) -> None:
+    from mos_cli.bundles.adapters import BaseNetwork
+
     print_line = stdout.print
     shown = network.references
     edited = f" from {shown} picture{'' if shown == 1 else 's'} as large" if shown else ""
     print_line(f"[bold]{network.ref}[/] at {canvas[0]} x {canvas[1]} px{edited}, {network.defaults.steps} steps")
+    if isinstance(network, BaseNetwork):
+        shape = network.shape
+        print_line(f"  transformer    {_millions(shape.transformer.parameters)}, {network.index.blocks} blocks")
+        print_line(f"  language model {_millions(shape.text_encoder.parameters)}, {network.index.layers} states")
+        print_line(f"  autoencoder    {_millions(shape.vae.parameters)}")
+        return
+    tower, g = network.understanding, network.generation
     print_line(f"  generation     {_millions(g.parameters)}, of which router {_millions(g.router_parameters)}")
     vision = f"; vision, {_millions(tower.vision)}, is left out" if tower.vision and not network.references else ""
     reads = f"{_millions(tower.linear + tower.other)}, {tower.layers} layers"
@@ -221,7 +230,7 @@ def _print_memory(memory: _Memory, best: "Candidate", command: str) -> None:
     stdout.print(f"  [green]{command}[/]", soft_wrap=True)
 
 
-def _print_foot(network: "Network", understanding: str | None, *, on_cpu: bool, numbered: bool) -> None:
+def _print_foot(network: "Network | BaseNetwork", understanding: str | None, *, on_cpu: bool, numbered: bool) -> None:
     from mos_cli.planning.candidates import BUS, FLOPS, MEMORY
     from mos_cli.planning.memory import TOKENS
 

@@ -1,4 +1,7 @@
-"""`mos models pull` of base models, from a hub that is a folder on the disk: the lowest calls of its client are replaced."""
+"""`mos models pull` of base models, from a hub that is a folder on the disk.
+
+The lowest calls of the hub's client are replaced.
+"""
 
 import json
 import shutil

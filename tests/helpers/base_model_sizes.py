@@ -10,8 +10,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfig
 from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
-from mos_cli.adapters.facts import BASE_MODELS
-from mos_cli.bundles.adapters import BaseShape, PartShape
+from mos_cli.bundles.adapters import KEPT, BaseShape, PartShape
 from mos_cli.quantization.method import Quantisation
 from mos_cli.towers.quantized import UNDERSTANDING_KEPT, survey
 
@@ -74,14 +73,21 @@ NETWORKS: dict[str, tuple[str, Makers, dict[str, int | bool]]] = {
     "klein": (
         "Flux2KleinPipeline",
         (klein, qwen3, AutoencoderKLFlux2),
-        {"width": 3072, "hidden": 9216, "states_width": 2560, "text_tokens": 512, "latent_channels": 32, "joint": True},
+        {
+            "width": 3072,
+            "head_width": 128,
+            "states_width": 2560,
+            "text_tokens": 512,
+            "latent_channels": 32,
+            "joint": True,
+        },
     ),
     "z-image": (
         "ZImagePipeline",
         (ZImageTransformer2DModel, qwen3, flux_autoencoder),
         {
             "width": 3840,
-            "hidden": 10240,
+            "head_width": 128,
             "states_width": 2560,
             "text_tokens": 512,
             "latent_channels": 16,
@@ -93,7 +99,7 @@ NETWORKS: dict[str, tuple[str, Makers, dict[str, int | bool]]] = {
         (PRXTransformer2DModel, t5gemma, flux_autoencoder),
         {
             "width": 1792,
-            "hidden": 6272,
+            "head_width": 64,
             "states_width": 2304,
             "text_tokens": 256,
             "latent_channels": 16,
@@ -126,7 +132,7 @@ def shape_of(name: str) -> BaseShape:
     with torch.device("meta"):
         transformer, text_encoder, vae = (make() for make in makers)
     return BaseShape(
-        transformer=part(transformer, BASE_MODELS[pipeline].kept),  # type: ignore[index]
+        transformer=part(transformer, KEPT[pipeline]),
         text_encoder=part(text_encoder, UNDERSTANDING_KEPT),
         vae=PartShape(parameters=sum(p.numel() for p in vae.parameters())),
         decoder_width=(vae.config.get("decoder_block_out_channels") or vae.config["block_out_channels"])[0],  # type: ignore[operator, union-attr]
