@@ -91,6 +91,15 @@ class BaseModel:
         """The pipeline of an edit, made of the same networks, and the arguments that it takes beside the others."""
         raise NotImplementedError
 
+    def latents(self, pipe: Any, picture_13HW: Tensor) -> Tensor:
+        """The latent of a picture in -1..1, as the transformer is trained on, [1, C, H, W]."""
+        encoded = pipe.vae.encode(picture_13HW).latent_dist.mode()
+        return (encoded - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+
+    def velocity(self, pipe: Any, z_1CHW: Tensor, t: float, embeds_TE: Tensor, mask_T: Tensor | None) -> Tensor:
+        """The prediction of z_1 - z_0 at time t, [1, C, H, W]."""
+        raise NotImplementedError
+
 
 class Klein(BaseModel):
     """FLUX.2-klein: text and picture attend together, and the text evolves. It reads three layers at once."""
@@ -134,6 +143,21 @@ class Klein(BaseModel):
         everything = Images.new("L", pictures[0].size, 255)
         arguments = {"image": pictures[0], "mask_image": mask or everything, "strength": recipe.edit.strength}
         return inpaint, arguments | ({"image_reference": list(pictures[1:])} if len(pictures) > 1 else {})
+
+    def latents(self, pipe: Any, picture_13HW: Tensor) -> Tensor:
+        return pipe._encode_vae_image(picture_13HW, None)
+
+    def velocity(self, pipe: Any, z_1CHW: Tensor, t: float, embeds_TE: Tensor, mask_T: Tensor | None) -> Tensor:
+        predicted_1NP = pipe.transformer(
+            hidden_states=pipe._pack_latents(z_1CHW),
+            timestep=z_1CHW.new_tensor([t]),
+            guidance=None,
+            encoder_hidden_states=embeds_TE[None],
+            txt_ids=pipe._prepare_text_ids(embeds_TE[None]).to(z_1CHW.device),
+            img_ids=pipe._prepare_latent_ids(z_1CHW).to(z_1CHW.device),
+            return_dict=False,
+        )[0]
+        return predicted_1NP.transpose(1, 2).unflatten(2, z_1CHW.shape[2:])
 
 
 class _StopError(Exception):
@@ -201,6 +225,12 @@ class ZImage(BaseModel):
             return ZImageImg2ImgPipeline(**pipe.components), arguments
         return ZImageInpaintPipeline(**pipe.components), arguments | {"mask_image": mask}
 
+    def velocity(self, pipe: Any, z_1CHW: Tensor, t: float, embeds_TE: Tensor, mask_T: Tensor | None) -> Tensor:
+        (predicted_C1HW,) = pipe.transformer(
+            [z_1CHW[0][:, None]], z_1CHW.new_tensor([1 - t]), [embeds_TE], return_dict=False
+        )[0]
+        return -predicted_C1HW[None, :, 0]
+
 
 class PRX(BaseModel):
     """PRX: its text gives keys and values to every block, and stays as it is."""
@@ -233,6 +263,15 @@ class PRX(BaseModel):
             "guidance_scale": recipe.cfg,
             "use_resolution_binning": False,
         }
+
+    def velocity(self, pipe: Any, z_1CHW: Tensor, t: float, embeds_TE: Tensor, mask_T: Tensor | None) -> Tensor:
+        return pipe.transformer(
+            hidden_states=z_1CHW,
+            timestep=z_1CHW.new_tensor([t]),
+            encoder_hidden_states=embeds_TE[None],
+            attention_mask=None if mask_T is None else mask_T[None],
+            return_dict=False,
+        )[0]
 
 
 BASE_MODELS: dict[PipelineClass, BaseModel] = {model.pipeline: model for model in (Klein(), ZImage(), PRX())}

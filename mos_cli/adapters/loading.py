@@ -33,19 +33,24 @@ class Classes:
 
 def classes_of(name: PipelineClass) -> Classes:
     """The classes of a base model, imported when they are needed."""
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from transformers import Qwen3ForCausalLM
 
     if name == "Flux2KleinPipeline":
-        from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
+        from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
+        from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
+        from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline
 
         vae: dict[str, type[Any]] = {"AutoencoderKLFlux2": AutoencoderKLFlux2}
         return Classes(Flux2KleinPipeline, Flux2Transformer2DModel, Qwen3ForCausalLM, vae, ("is_distilled",))
     if name == "ZImagePipeline":
-        from diffusers import ZImagePipeline, ZImageTransformer2DModel
+        from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
+        from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 
         return Classes(ZImagePipeline, ZImageTransformer2DModel, Qwen3ForCausalLM, {"AutoencoderKL": AutoencoderKL})
-    from diffusers import AutoencoderDC, PRXPipeline, PRXTransformer2DModel
+    from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
+    from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
+    from diffusers.pipelines.prx.pipeline_prx import PRXPipeline
     from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
     vae = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
@@ -71,7 +76,7 @@ def load_base_model(
         torch.OutOfMemoryError, MemoryError: there is too little memory for them.
     """
     quieten()
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
     from transformers import AutoTokenizer
 
     folder, classes = bundle.base, classes_of(bundle.index.pipeline)
@@ -123,7 +128,7 @@ def load_router(bundle: AdapterBundle, pipe: Any, device: torch.device) -> Adapt
 
 def patch_values(transformer: nn.Module) -> int:
     """The values of a noised patch: FLUX.2's latents are packed already, the others are patches of 2 x 2."""
-    channels = transformer.config["in_channels"]  # type: ignore[index]
+    channels: int = transformer.config["in_channels"]  # type: ignore[index, assignment]
     return channels if type(transformer).__name__ == "Flux2Transformer2DModel" else 4 * channels
 
 

@@ -43,6 +43,7 @@ class TextRouting:
         layers, blocks: M, J.
         steer: the steering of a branch at a step.
         begun: called before the first pass with its time.
+        epsilon: the share of decisions that are random, in training.
     """
 
     base: BaseModel
@@ -53,6 +54,7 @@ class TextRouting:
     blocks: int
     steer: Callable[[int, str], SteeringInput] = no_steering
     begun: Callable[[float], None] = lambda t: None
+    epsilon: float = 0.0
     step: int = 0
     t: float = 1.0
     routes: dict[str, Route] = field(default_factory=dict)
@@ -119,7 +121,7 @@ class TextRouting:
             route, opened_1QJZ = steering.shared_by(1, tokens), torch.ones_like(gates_1QJZ)
             own, closed_1QJZ = choose_route(logits, top_k, renormalise=True), gates_1QJZ
         else:
-            route = choose_route(logits, top_k, renormalise=True, steering=steering)
+            route = choose_route(logits, top_k, renormalise=True, steering=steering, epsilon=self.epsilon)
             opened_1QJZ = closed_1QJZ = gates_1QJZ
             if isinstance(steering, Steering):
                 assert steering.opened_BTJ is not None

@@ -146,7 +146,7 @@ class AdapterIndex(Frozen):
     blocks: int = Field(gt=0)
     shape: BaseShape | None = None
     router: RouterShape | None = None
-    files: dict[Literal["router.safetensors"], Sha256] = Field(default_factory=dict)
+    files: dict[PlainName, Sha256] = Field(default_factory=dict)
 
 
 class Lock(Frozen):
@@ -230,6 +230,11 @@ class AdapterBundle(Bundle):
         return _hash(self.base_files, self.index.files)
 
 
+def base_hash(bundle: AdapterBundle) -> str:
+    """The sha256 over the hashes of the base model's files, without a router."""
+    return _hash(bundle.base_files, {})
+
+
 def base_name(index: AdapterIndex) -> str:
     """The name under which `mos models pull` knows the base model."""
     return index.base or index.name
@@ -270,7 +275,7 @@ def verify_adapter(bundle: AdapterBundle) -> None:
     if problem := bad_file(bundle.folder, bundle.index.files):
         raise ModelError(f"{problem} in {bundle.folder}")
     trained_on = bundle.index.base_hash
-    if trained_on is not None and trained_on != _hash(bundle.base_files, {}):
+    if trained_on is not None and trained_on != base_hash(bundle):
         raise ModelError(f"the router in {bundle.folder} was trained on another base model than {bundle.base}")
 
 

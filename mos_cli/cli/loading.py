@@ -8,7 +8,6 @@ from mos_cli.cli.progress import fetch_with_progress
 from mos_cli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from mos_cli.adapters.pipeline import AdapterPipeline
     from mos_cli.bundles.bundle import Bundle
     from mos_cli.config.recipe import Recipe
     from mos_cli.config.settings import RunSettings
@@ -71,10 +70,10 @@ def fit_to_memory(
 
 def load_with_progress(
     bundle: "Bundle", settings: "RunSettings", report: Report, *, precision: str, quant: str | None
-) -> "MoSPipeline | AdapterPipeline":
+) -> "MoSPipeline":
     """Loads a bundle as `load_pipeline` does; an understanding tower that is not in the cache is downloaded.
 
-    A base model is not: `mos models pull` asks first.
+    A base model is not: `mos models pull` asks first. Its `AdapterPipeline` has the same interface.
 
     Raises:
         MosError: as `fetch_tower` and `load_pipeline` do.
@@ -88,7 +87,7 @@ def load_with_progress(
             quieten()
             from mos_cli.adapters.model import load_pipeline as load_base_model
         with report.stage("weights"):
-            return load_base_model(bundle, settings, precision=precision, quant=quant)
+            return load_base_model(bundle, settings, precision=precision, quant=quant)  # type: ignore[return-value]
     with report.stage("fetching"):
         understanding = fetch_with_progress(bundle.index.understanding, quiet=report.quiet)
     with report.stage("libraries"):

@@ -11,7 +11,6 @@ from mos_cli.errors import MemoryLimitError
 from mos_cli.utils.devices import Precision
 
 if TYPE_CHECKING:
-    from mos_cli.bundles.adapters import BaseNetwork
     from mos_cli.bundles.blueprints import Network
     from mos_cli.planning.candidates import Candidate
 
@@ -148,7 +147,7 @@ def _answer(found: "list[Candidate]", memory: _Memory) -> "Candidate | MemoryLim
         return error
 
 
-def _command(network: "Network | BaseNetwork", best: "Candidate", memory: _Memory, size: str | None) -> str:
+def _command(network: "Network", best: "Candidate", memory: _Memory, size: str | None) -> str:
     words = [
         "mos edit PICTURE INSTRUCTION" if network.references else "mos generate PROMPT",
         f"-m {'DIR' if network.weightless else network.ref}",
@@ -180,7 +179,7 @@ def _row(best: "Candidate | MemoryLimitError", memory: _Memory) -> dict[str, Any
     }
 
 
-def _print_head(network: "Network | BaseNetwork", canvas: tuple[int, int]) -> None:
+def _print_head(network: "Network", canvas: tuple[int, int]) -> None:
     from mos_cli.bundles.adapters import BaseNetwork
 
     print_line = stdout.print
@@ -230,7 +229,7 @@ def _print_memory(memory: _Memory, best: "Candidate", command: str) -> None:
     stdout.print(f"  [green]{command}[/]", soft_wrap=True)
 
 
-def _print_foot(network: "Network | BaseNetwork", understanding: str | None, *, on_cpu: bool, numbered: bool) -> None:
+def _print_foot(network: "Network", understanding: str | None, *, on_cpu: bool, numbered: bool) -> None:
     from mos_cli.planning.candidates import BUS, FLOPS, MEMORY
     from mos_cli.planning.memory import TOKENS
 

@@ -18,7 +18,6 @@ from mos_cli.utils.validation import DEFAULT_SOLVER, Interval, RouteRules, Solve
 if TYPE_CHECKING:
     import torch
 
-    from mos_cli.bundles.adapters import BaseNetwork
     from mos_cli.bundles.blueprints import Network
     from mos_cli.planning.candidates import Candidate
     from mos_cli.planning.memory import Setting
@@ -213,7 +212,7 @@ def available_memory(device: "torch.device") -> float:
 
 def fitted(
     settings: RunSettings,
-    network: "Network | BaseNetwork",
+    network: "Network",
     size: tuple[int, int],
     quant: str | None,
     *,

@@ -278,7 +278,9 @@ class Model:
         return self._draw(instruction, seed, fields, options, route_from, route_until, inputs)
 
     def _with(self, **values: Any) -> RunSettings:
-        return RunSettings(**self._settings.model_dump() | make_settings(**values).model_dump(exclude_none=True))
+        return RunSettings(
+            **self._settings.model_dump(exclude_unset=True) | make_settings(**values).model_dump(exclude_none=True)
+        )
 
     def _draw(
         self,

@@ -133,3 +133,63 @@ def test_tokens_have_their_characters(loaded: Callable[..., object], prompt: str
     assert encoded.prompt == prompt
     covered = {n for token in encoded.tokens for n in range(token.start, token.end)}
     assert covered == set(range(len(prompt)))
+
+
+def test_layers_are_ablated_and_routes_compared(mos: Mos, base_folders: Folders, tmp_path: Path) -> None:
+    common = ("generate", PROMPT, "-m", base_folders("z-image"), "--size", "64", "--steps", "1", "-s", "5", "-q")
+    assert mos(*common, "-o", tmp_path / "a.png").exit_code == 0
+    assert mos(*common, "-o", tmp_path / "b.png", "--route", "fox=2").exit_code == 0
+    ablated = mos("routing", "ablate", tmp_path / "a.png", "--word", "fox", "--only", "-o", tmp_path / "strip.png")
+    assert ablated.exit_code == 0, ablated.output
+    assert (tmp_path / "strip.png").is_file()
+    compared = mos("routing", "diff", tmp_path / "a.png", tmp_path / "b.png", "--json")
+    assert compared.exit_code == 0, compared.output
+    report = mos("inspect-routing", tmp_path / "b.png", "--html", tmp_path / "r.html")
+    assert report.exit_code == 0, report.output
+
+
+def test_routes_of_another_run_are_taken_over(mos: Mos, base_folders: Folders, tmp_path: Path) -> None:
+    common = ("-m", base_folders("klein"), "--size", "64", "--steps", "2", "-s", "5", "-q")
+    assert mos("generate", PROMPT, *common, "-o", tmp_path / "a.png", "--route", "fox=2 slots 1").exit_code == 0
+    taken = ("--route-from", tmp_path / "a.png")
+    followed = mos("generate", "a fox", *common, "-o", tmp_path / "b.png", *taken)
+    assert followed.exit_code == 0, followed.output
+    recording = load_recording(tmp_path / "b.png")
+    assert recording.routes is not None
+    routes = recording.routes["positive"]
+    assert routes.slots_SJTK is not None
+    kept = set(zip(routes.ids_SJTK[0, 0, 1].tolist(), routes.slots_SJTK[0, 0, 1].tolist(), strict=True))
+    assert kept == {(9, 0), (2, 1), (27, 2)}
+    assert mos("replay", tmp_path / "b.png", "--verify", *taken).exit_code == 0
+
+
+def test_several_prompts_and_presets(mos: Mos, base_folders: Folders, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a fox\na dog\n")
+    (tmp_path / "mine.toml").write_text("[generate]\nsteps = 1\nsize = '64'\n")
+    drawn = mos(
+        *("generate", f"@{tmp_path / 'prompts.txt'}", "-m", base_folders("prx"), "-p", tmp_path / "mine.toml"),
+        *("-n", "2", "-s", "1", "-q", "-o", tmp_path / "out"),
+    )
+    assert drawn.exit_code == 0, drawn.output
+    assert len(list((tmp_path / "out").glob("*.png"))) == 4
+    auto = mos("generate", "a fox", "-m", base_folders("prx"), "-p", "auto", "--size", 64, "--steps", 1, "--dry-run")
+    assert auto.exit_code == 0, auto.output
+
+
+@pytest.mark.slow
+def test_bench_measures_a_base_model(mos: Mos, base_folders: Folders) -> None:
+    measured = mos("bench", "-m", base_folders("prx"), "--size", "64", "--steps", "2", "--rounds", "1", "--json")
+    assert measured.exit_code == 0, measured.output
+    row = json.loads(measured.output.strip().splitlines()[-1])
+    assert row["step_seconds"] > 0
+    assert row["decode_seconds"] > 0
+
+
+def test_the_python_interface_draws_and_edits(base_folders: Folders) -> None:
+    import mos_cli
+    from tests.helpers.adapted import random_picture
+
+    model = mos_cli.load(base_folders("klein"), device="cpu", precision="fp32")
+    drawing = model.generate(PROMPT, seed=5, steps=1, size=(64, 64), routes=["fox=10"])
+    edited = model.edit(drawing, "make it snow", references=[random_picture(1).image], steps=1, max_pixels=64 * 64)
+    assert edited.record.earlier[0].sha256 == drawing.record.sha256
