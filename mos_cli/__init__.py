@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mos_cli.inference.model import load as load
+    from mos_cli.adapters.model import load as load
 
 __version__ = "0.3.0"
 __all__ = ["__version__", "load"]
@@ -16,5 +16,5 @@ __all__ = ["__version__", "load"]
 def __getattr__(name: str) -> Any:
     # Imported when it is used: PyTorch takes seconds, and the command line imports this package too.
     if name == "load":
-        return import_module("mos_cli.inference.model").load
+        return import_module("mos_cli.adapters.model").load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from mos_cli.bundles.adapters import AdapterBundle, base_network, is_adapter
 from mos_cli.bundles.bundle import INDEX, Bundle, bundle_folders, find_bundle, unknown_name
 from mos_cli.bundles.shapes import (
     AutoencoderShape,
@@ -140,6 +141,12 @@ def find_network(
     """
     bundles, blueprints = bundle_folders(), list_blueprints()
     path = expand(ref)
+    if ref in bundles or (path.is_dir() and is_adapter(path)):
+        found = find_bundle(ref)
+        if isinstance(found, AdapterBundle):
+            if understanding is not None:
+                raise UsageError(f"{ref} has a language model of its own: leave --understanding out")
+            return base_network(found, precision=precision, references=references)  # type: ignore[return-value]
     weightless = path.suffix == ".json" or ((path / BLUEPRINT).is_file() and not (path / INDEX).is_file())
     if ref not in bundles and (ref in blueprints or weightless):
         blueprint = find_blueprint(ref)
@@ -177,7 +184,12 @@ def _network_of_blueprint(ref: str, blueprint: Blueprint, understanding: str | N
 
 
 def network_of(bundle: Bundle, *, precision: str = "bf16", references: int = 0) -> Network:
-    """The numbers of a bundle, as `find_network` returns them; raises as it does."""
+    """The numbers of a bundle, as `find_network` returns them; raises as it does.
+
+    Those of a base model are a `BaseNetwork`, which plans take as well.
+    """
+    if isinstance(bundle, AdapterBundle):
+        return base_network(bundle, precision=precision, references=references)  # type: ignore[return-value]
     folder, index = bundle.folder, bundle.index
     autoencoder = None
     if (folder / "autoencoder").is_dir():

@@ -24,6 +24,7 @@ from mos_cli.utils.folders import BLUEPRINT, list_blueprints, models_folder, use
 from mos_cli.utils.validation import HUB_ID, PLAIN_NAME, first_problem, read_json
 
 INDEX = "model_index.json"
+ADAPTER = "adapter.json"
 FORMER = {
     "defac48d2ac4edda2a0b36d8c8d40a23fbf76986ba84dfe41275fe578cdf2eb8": "0.1.0",
     "8b094b52831efb666e26d39c607763e48b7152294835534d3ce69d6531c2d681": "0.1.0",
@@ -97,11 +98,14 @@ def find_recorded(name: str, bundle_hash: str, subject: str, otherwise: str, mod
     used = (_or_none(ref) for ref in (_last_used(bundle_hash), os.environ.get("MOS_MODEL")) if ref)
     listed = (bundle for bundle in list_bundles().values() if isinstance(bundle, Bundle))
     for bundle in chain(named, [at_name], used, listed):
-        if bundle is not None and bundle.hash == bundle_hash:
+        if bundle is not None and _hash_or_none(bundle) == bundle_hash:
             return bundle
     origin = f", which came with mos {FORMER[bundle_hash]}" if bundle_hash in FORMER else ""
     other = named[0] if named else at_name
-    difference = "that model is not here" if other is None else f"{other.ref} is {other.hash[:10]} here"
+    other_hash = None if other is None else _hash_or_none(other)
+    difference = "that model is not here"
+    if other is not None and other_hash is not None:
+        difference = f"{other.ref} is {other_hash[:10]} here"
     raise ModelError(f"{subject} was made by {name} {bundle_hash[:10]}{origin}; {difference}: {otherwise}")
 
 
@@ -129,6 +133,14 @@ def _locations() -> Path:
     return user_data_folder() / "bundles"
 
 
+def _hash_or_none(bundle: Bundle) -> str | None:
+    """The hash of a bundle; None for an adapter whose base model was not fetched."""
+    try:
+        return bundle.hash
+    except ModelError:
+        return None
+
+
 def _or_none(ref: str) -> Bundle | None:
     try:
         return find_bundle(ref)
@@ -149,17 +161,24 @@ def list_bundles() -> dict[str, Bundle | ModelError]:
 
 
 def bundle_folders() -> dict[str, Path]:
-    """The folders with a bundle index, by name and sorted. Bundles of the package take precedence."""
+    """The folders with a bundle index or an adapter, by name and sorted. Those of the package take precedence."""
     extra = [expand(root) for root in os.environ.get("MOS_MODELS", "").split(os.pathsep) if root]
     found: dict[str, Path] = {}
     for root in (models_folder(), *extra):
-        for index in root.glob(f"*/{INDEX}"):
+        for index in (*root.glob(f"*/{INDEX}"), *root.glob(f"*/{ADAPTER}")):
             found.setdefault(index.parent.name, index.parent)
     return dict(sorted(found.items()))
 
 
 def read_bundle(folder: Path) -> Bundle:
-    """Reads the index of a bundle folder; raises ModelError if it is invalid or there is a pickle."""
+    """Reads the index of a bundle folder; raises ModelError if it is invalid or there is a pickle.
+
+    A folder with an adapter, or with a pipeline of diffusers, is an `AdapterBundle`.
+    """
+    from mos_cli.bundles.adapters import is_adapter, read_adapter
+
+    if is_adapter(folder):
+        return read_adapter(folder)
     if not (folder / INDEX).is_file():
         remedy = ", as mos models init --tower FOLDER writes it" if (folder / BLUEPRINT).is_file() else ""
         raise ModelError(f"{folder} is no bundle: it has no {INDEX}{remedy}")

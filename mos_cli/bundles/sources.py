@@ -100,7 +100,7 @@ def bad_file(folder: Path, files: dict[str, str]) -> str | None:
     return None
 
 
-def hub_snapshot(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
+def hub_snapshot(repo_id: str, revision: str | None, patterns: Sequence[str], *, silent: bool = True) -> Path:
     """Downloads the matching files of a hub repository into the hub's own cache and returns their folder.
 
     Without a revision it is the newest; without a network it is what the cache holds. Raises ModelError with
@@ -123,13 +123,25 @@ def hub_snapshot(repo_id: str, revision: str | None, patterns: Sequence[str]) ->
     options: dict[str, Any] = {
         "revision": revision,
         "allow_patterns": list(patterns),
-        "tqdm_class": _silent_tqdm(),
     }
+    if silent:
+        options["tqdm_class"] = _silent_tqdm()
     try:
         return Path(snapshot_download(repo_id, local_files_only=unreachable is not None, **options))
     except Exception as error:
         reason = f"the hub cannot be reached ({_short(unreachable)})" if unreachable else _short(error)
         raise ModelError(reason) from None
+
+
+def cached_snapshot(repo_id: str, revision: str) -> Path | None:
+    """The folder of a repository's revision in the hub's cache; None where it is not there. Nothing is downloaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
 
 
 def offline() -> bool:

@@ -79,6 +79,7 @@ def measure_preset(flags: "Settings", preset: str | None, rounds: int) -> dict[s
     from mos_cli.utils.quiet import quieten
 
     quieten()
+    from mos_cli.bundles.adapters import AdapterBundle
     from mos_cli.bundles.bundle import find_bundle
     from mos_cli.config.recipe import make_recipe
     from mos_cli.config.settings import parse_size, resolve
@@ -89,7 +90,8 @@ def measure_preset(flags: "Settings", preset: str | None, rounds: int) -> dict[s
 
     settings, report = resolve(flags, preset), Report(quiet=True)
     bundle = find_bundle(settings.model)
-    fetch_with_progress(bundle.index.understanding)
+    if not isinstance(bundle, AdapterBundle):
+        fetch_with_progress(bundle.index.understanding)
     width, height = parse_size(settings.size, bundle.index.canvas)
     settings = fit_to_memory(bundle, settings, (width, height), report)
     fields = recipe_fields(settings, bundle, bundle.index.defaults)

@@ -7,12 +7,15 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mos_cli import __version__
 from mos_cli.cli.output import print_json, size_text, stdout
+
+if TYPE_CHECKING:
+    from mos_cli.bundles.adapters import AdapterBundle
 
 PACKAGES = (
     "torch",
@@ -128,6 +131,7 @@ def _caches() -> list[dict[str, Any]]:
 
 
 def _models() -> list[dict[str, Any]]:
+    from mos_cli.bundles.adapters import AdapterBundle
     from mos_cli.bundles.bundle import bundle_folders, find_bundle
     from mos_cli.bundles.sources import tower_folder
     from mos_cli.errors import ModelError
@@ -136,13 +140,23 @@ def _models() -> list[dict[str, Any]]:
     for name, folder in bundle_folders().items():
         row: dict[str, Any] = {"name": name, "folder": str(folder)}
         try:
-            tower = find_bundle(name).index.understanding
+            bundle = find_bundle(name)
+            if isinstance(bundle, AdapterBundle):
+                models.append(row | _base_model(bundle))
+                continue
+            tower = bundle.index.understanding
         except ModelError as error:
             models.append(row | {"tower": None, "pulled": False, "download": None, "problem": str(error)})
             continue
         pulled = tower_folder(tower).is_dir()
         models.append(row | {"tower": tower.name, "pulled": pulled, "download": tower.size, "problem": None})
     return models
+
+
+def _base_model(bundle: "AdapterBundle") -> dict[str, Any]:
+    source = bundle.index.source
+    size = None if source is None else source.size
+    return {"tower": "its own", "pulled": bundle.pulled, "download": size, "problem": None}
 
 
 def _towers() -> list[dict[str, Any]]:

@@ -135,7 +135,7 @@ def edit(
     jobs = make_jobs(
         instructions, names, fields, seed=settings.seed, count=options.count, metadata=settings.metadata, inputs=inputs
     )
-    check_recipe(jobs[0].recipe, bundle, compiled=settings.compile, regions=options.regions)
+    check_recipe(jobs[0].recipe, bundle, compiled=settings.compile, regions=options.regions, options=record_options)
     check_device(settings, jobs[0].recipe, bundle)
     for option, sheet in {"--strip": strip, "--sheet": options.sheet}.items():
         if sheet is not None:

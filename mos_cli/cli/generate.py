@@ -54,7 +54,7 @@ def generate(
         fields = generation_fields(settings, bundle, canvas, cfg_interval=flags.cfg_interval)
     recording, fields["route_from"] = route_source(options.route_from, parse_percent(options.route_until), bundle)
     jobs = make_jobs(prompts, names, fields, seed=settings.seed, count=options.count, metadata=settings.metadata)
-    check_recipe(jobs[0].recipe, bundle, compiled=settings.compile, regions=options.regions)
+    check_recipe(jobs[0].recipe, bundle, compiled=settings.compile, regions=options.regions, options=record_options)
     check_device(settings, jobs[0].recipe, bundle)
     if options.sheet is not None:
         check_sheet("--sheet", options.sheet, names, options.overwrite)

@@ -44,7 +44,9 @@ def fit_to_memory(
     with report.stage("libraries"):
         if not needs_fitting(settings):
             return settings
-    if fetch:
+    from mos_cli.bundles.adapters import AdapterBundle
+
+    if fetch and not isinstance(bundle, AdapterBundle):
         with report.stage("fetching"):
             fetch_with_progress(bundle.index.understanding, quiet=report.quiet)
     auto = settings.max_vram == "auto"
@@ -71,9 +73,21 @@ def load_with_progress(
 ) -> "MoSPipeline":
     """Loads a bundle as `load_pipeline` does; an understanding tower that is not in the cache is downloaded.
 
+    A base model is not: `mos models pull` asks first. Its `AdapterPipeline` has the same interface.
+
     Raises:
         MosError: as `fetch_tower` and `load_pipeline` do.
     """
+    from mos_cli.bundles.adapters import AdapterBundle
+
+    if isinstance(bundle, AdapterBundle):
+        with report.stage("libraries"):
+            from mos_cli.utils.quiet import quieten
+
+            quieten()
+            from mos_cli.adapters.model import load_pipeline as load_base_model
+        with report.stage("weights"):
+            return load_base_model(bundle, settings, precision=precision, quant=quant)  # type: ignore[return-value]
     with report.stage("fetching"):
         understanding = fetch_with_progress(bundle.index.understanding, quiet=report.quiet)
     with report.stage("libraries"):

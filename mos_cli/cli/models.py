@@ -14,6 +14,7 @@ from mos_cli.cli.paths import App
 from mos_cli.cli.progress import fetch_with_progress
 
 if TYPE_CHECKING:
+    from mos_cli.bundles.adapters import AdapterBundle
     from mos_cli.bundles.blueprints import Blueprint
     from mos_cli.bundles.bundle import Bundle
     from mos_cli.bundles.specs import TowerSpec
@@ -43,7 +44,7 @@ def list_all(as_json: AsJson = False) -> None:
         if isinstance(bundle, ModelError):
             print_warning(f"{name} is left out: {bundle}")
         else:
-            rows.append(_bundle_row(bundle))
+            rows.append(_model_row(bundle))
     rows += [_blueprint_row(find_blueprint(name), file) for name, file in list_blueprints().items()]
     rows += [_tower_row(spec) for spec in list_tower_specs()]
     if as_json:
@@ -66,9 +67,13 @@ def list_all(as_json: AsJson = False) -> None:
 @models_app.command("show")
 def show(name: Name, as_json: AsJson = False) -> None:
     """Show what a model is: what it needs, what it can draw, where it comes from."""
+    from mos_cli.bundles.adapters import AdapterBundle
     from mos_cli.bundles.bundle import Bundle, find_model
 
     model = find_model(name)
+    if isinstance(model, AdapterBundle):
+        _show_base_model(model, as_json=as_json)
+        return
     if isinstance(model, Bundle):
         row, index = _bundle_row(model), model.index
     else:
@@ -100,21 +105,43 @@ def show(name: Name, as_json: AsJson = False) -> None:
 
 
 @models_app.command("pull")
-def pull(name: Name) -> None:
-    """Fetch an understanding tower, or the one a model needs, into the cache and check it."""
-    from mos_cli.bundles.bundle import find_model
+def pull(
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before a base model is downloaded.")] = False,
+    accept_terms: Annotated[
+        bool, typer.Option("--accept-terms", help="Accept the terms of use that a base model has beside its licence.")
+    ] = False,
+) -> None:
+    """Fetch an understanding tower, the one a model needs, or a base model, into the cache and check it.
 
-    spec = _tower_of(find_model(name))
-    stdout.print(fetch_with_progress(spec), soft_wrap=True)
+    Of a base model the licence, terms and size are shown before it is downloaded; its revision and the sha256 of every
+    file are locked.
+    """
+    from mos_cli.bundles.adapters import AdapterBundle
+    from mos_cli.bundles.bundle import find_model
+    from mos_cli.errors import UsageError
+
+    model = find_model(name)
+    if isinstance(model, AdapterBundle):
+        _pull_base_model(model, yes=yes, accept_terms=accept_terms)
+        return
+    if accept_terms:
+        raise UsageError(f"{name} has no terms to accept: leave --accept-terms out")
+    stdout.print(fetch_with_progress(_tower_of(model)), soft_wrap=True)
 
 
 @models_app.command("verify")
 def verify(name: Name) -> None:
     """Check every file of a model and of its understanding tower against the known hashes."""
+    from mos_cli.bundles.adapters import AdapterBundle, verify_adapter
     from mos_cli.bundles.bundle import Bundle, find_model, verify_bundle
     from mos_cli.bundles.sources import tower_files, verify_tower
 
     model = find_model(name)
+    if isinstance(model, AdapterBundle):
+        verify_adapter(model)
+        _print_ok(model.index.name, [*model.base_files, *model.index.files])
+        return
     if isinstance(model, Bundle):
         verify_bundle(model)
         _print_ok(model.index.name, model.index.files)
@@ -161,6 +188,91 @@ def _tower_of(model: "Bundle | TowerSpec") -> "TowerSpec":
     from mos_cli.bundles.bundle import Bundle
 
     return model.index.understanding if isinstance(model, Bundle) else model
+
+
+def _pull_base_model(bundle: "AdapterBundle", *, yes: bool, accept_terms: bool) -> None:
+    import sys
+
+    from mos_cli.bundles.adapters import lock_path, verify_adapter
+    from mos_cli.bundles.pulling import look_up
+    from mos_cli.bundles.pulling import pull as pull_base_model
+    from mos_cli.errors import ModelError, UsageError
+
+    index = bundle.index
+    if index.source is None:
+        raise ModelError(f"{index.name} is a folder on this disk: there is nothing to pull")
+    if bundle.pulled and not accept_terms:
+        verify_adapter(bundle)
+        stdout.print(f"{bundle.base}", soft_wrap=True, markup=False)
+        return
+    offer = look_up(index, bundle.lock)
+    facts = {
+        "what": index.description,
+        "from": f"https://huggingface.co/{offer.repo_id}",
+        "revision": offer.revision,
+        "size": size_text(offer.size),
+        "licence": index.license,
+    }
+    if index.terms is not None:
+        facts["terms"] = f"{index.terms.name}, {index.terms.url}, for {index.terms.part}"
+    for heading, text in facts.items():
+        stdout.print(f"{heading:<9} {text}", markup=False, soft_wrap=True)
+    asked = sys.stdin is not None and sys.stdin.isatty()
+    if not yes:
+        if not asked:
+            raise UsageError(f"{index.name} ({facts['size']}) is downloaded only if you say so: pass --yes")
+        typer.confirm(f"download {facts['size']}?", abort=True)
+    if index.terms is not None and not accept_terms and asked:
+        accept_terms = typer.confirm(f"do you accept the {index.terms.name}?")
+    lock = pull_base_model(index, offer, bundle.lock, accept_terms=accept_terms)
+    stdout.print(f"locked    {len(lock.files)} files in {lock_path(index)}", markup=False, soft_wrap=True)
+
+
+def _show_base_model(bundle: "AdapterBundle", *, as_json: bool) -> None:
+    row, index = _base_model_row(bundle), bundle.index
+    if as_json:
+        print_json([{**row, "index": index.model_dump(mode="json", by_alias=True)}])
+        return
+    canvas, defaults, lock = index.canvas, index.defaults, bundle.lock
+    own = ", ".join(map(str, index.own_layers))
+    lines = {
+        "name": index.name,
+        "what": index.description,
+        "licence": index.license,
+        "terms": "none beside the licence" if index.terms is None else f"{index.terms.name}, {index.terms.url}",
+        "pipeline": f"{index.pipeline} of diffusers",
+        "layers": f"{index.layers}, of which it reads {own} itself, in {index.blocks} blocks",
+        "router": "none: untrained" if index.router is None else f"trained, width {index.router.width}",
+        "native": f"{canvas.native[0]} x {canvas.native[1]} pixels",
+        "sides": f"{canvas.min} to {canvas.max} pixels, multiples of {canvas.multiple}",
+        "defaults": f"{defaults.steps} steps, cfg {defaults.cfg:g}",
+        "pulled": "yes" if row["pulled"] else "no",
+        "locked": "no" if lock is None else f"{lock.repo_id} at {lock.revision}",
+    }
+    for heading, text in lines.items():
+        stdout.print(f"{heading:<9} {text}", markup=False, soft_wrap=True)
+
+
+def _model_row(bundle: "Bundle") -> dict[str, Any]:
+    from mos_cli.bundles.adapters import AdapterBundle
+
+    return _base_model_row(bundle) if isinstance(bundle, AdapterBundle) else _bundle_row(bundle)
+
+
+def _base_model_row(bundle: "AdapterBundle") -> dict[str, Any]:
+    from mos_cli.utils.files import folder_size
+
+    index = bundle.index
+    return {
+        "name": index.name,
+        "kind": "base model",
+        "description": index.description,
+        "license": index.license,
+        "tower": "",
+        "pulled": bundle.pulled,
+        "size": folder_size(bundle.folder) if index.source is None else index.source.size,
+        "folder": str(bundle.folder),
+    }
 
 
 def _bundle_row(bundle: "Bundle") -> dict[str, Any]:

@@ -180,11 +180,19 @@ def _row(best: "Candidate | MemoryLimitError", memory: _Memory) -> dict[str, Any
 
 
 def _print_head(network: "Network", canvas: tuple[int, int]) -> None:
-    tower, g = network.understanding, network.generation
+    from mos_cli.bundles.adapters import BaseNetwork
+
     print_line = stdout.print
     shown = network.references
     edited = f" from {shown} picture{'' if shown == 1 else 's'} as large" if shown else ""
     print_line(f"[bold]{network.ref}[/] at {canvas[0]} x {canvas[1]} px{edited}, {network.defaults.steps} steps")
+    if isinstance(network, BaseNetwork):
+        shape = network.shape
+        print_line(f"  transformer    {_millions(shape.transformer.parameters)}, {network.index.blocks} blocks")
+        print_line(f"  language model {_millions(shape.text_encoder.parameters)}, {network.index.layers} states")
+        print_line(f"  autoencoder    {_millions(shape.vae.parameters)}")
+        return
+    tower, g = network.understanding, network.generation
     print_line(f"  generation     {_millions(g.parameters)}, of which router {_millions(g.router_parameters)}")
     vision = f"; vision, {_millions(tower.vision)}, is left out" if tower.vision and not network.references else ""
     reads = f"{_millions(tower.linear + tower.other)}, {tower.layers} layers"

@@ -123,13 +123,13 @@ def replay(
     def compiles(made: "Provenance") -> bool:
         return made.compiled if compiled is None else compiled
 
-    check_recipe(recipe, bundle, compiled=compiles(record.made), regions=regions)
     flags = make_settings(
         output=output, trace=trace, device=device, attention=attention, max_vram=max_vram, offload=offload
     )
     settings = resolve(flags, None)
     check_size(*recipe.working_size, bundle.index.canvas)
     record_options = make_record_options(settings.trace, regions=regions, previews=preview_steps)
+    check_recipe(recipe, bundle, compiled=compiles(record.made), regions=regions, options=record_options)
     routes = load_route_source(picture, recipe, route_from)
     if not verify:
         check_output(settings.output, json=json, trace=trace, regions=regions, previews=preview_steps)

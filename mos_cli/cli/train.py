@@ -7,10 +7,11 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mos_cli.cli.completion import recipe_names
+from mos_cli.cli.completion import model_names, recipe_names
 from mos_cli.cli.options import ArtFile
 from mos_cli.cli.output import stderr, stdout
 from mos_cli.cli.progress import stop_between_steps
+from mos_cli.errors import UsageError
 
 
 def train(
@@ -18,6 +19,19 @@ def train(
         str,
         typer.Argument(autocompletion=recipe_names, help="A TOML file, or the name of a shipped recipe (train-...)."),
     ],
+    start_from: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            autocompletion=model_names,
+            help="The base model that a router is trained for: name or folder.",
+            show_default="the recipe's",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Folder of captioned pictures, for a router.", show_default="the recipe's"),
+    ] = None,
     art: ArtFile = None,
     run: Annotated[
         Path | None,
@@ -54,6 +68,16 @@ def train(
             recipe_path(recipe).read_text(encoding="utf-8"), end="", markup=False, highlight=False, soft_wrap=True
         )
         return
+    from mos_cli.adapters.recipe import is_router_recipe
+
+    if is_router_recipe(path := recipe_path(recipe)):
+        from mos_cli.cli.train_router import train_router
+
+        quieten()
+        train_router(path, data=data, base=start_from, run=run, export=export, steps=steps)
+        return
+    if start_from is not None or data is not None:
+        raise UsageError(f"--from and --data are for the recipe of a router, and {recipe} trains a whole model")
     require("training", "train", "inflect", "matplotlib", "tensorboard")
     overrides = {"steps": steps, "ema": ema}
     loaded = load_recipe(recipe, {name: value for name, value in overrides.items() if value is not None})

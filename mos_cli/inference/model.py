@@ -277,7 +277,9 @@ class Model:
         return self._draw(instruction, seed, fields, options, route_from, route_until, inputs)
 
     def _with(self, **values: Any) -> RunSettings:
-        return RunSettings(**self._settings.model_dump() | make_settings(**values).model_dump(exclude_none=True))
+        return RunSettings(
+            **self._settings.model_dump(exclude_unset=True) | make_settings(**values).model_dump(exclude_none=True)
+        )
 
     def _draw(
         self,
@@ -294,7 +296,13 @@ class Model:
         source = None if route_from is None else expand(route_from)
         recording, fields["route_from"] = route_source(source, route_until, self.bundle)
         recipe = make_recipe(prompt=prompt.strip(), seed=random_seed() if seed is None else seed, **fields)
-        check_recipe(recipe, self.bundle, compiled=self.pipeline.compiled, regions=record_options.regions)
+        check_recipe(
+            recipe,
+            self.bundle,
+            compiled=self.pipeline.compiled,
+            regions=record_options.regions,
+            options=record_options,
+        )
         return self.pipeline.draw(recipe, inputs=inputs, record_options=record_options, route_from=recording)
 
 

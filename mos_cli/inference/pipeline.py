@@ -39,6 +39,7 @@ from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, WITHOUT_IMAGE, Guidanc
 from mos_cli.sampling.sampler import Observer, make_sigmas, sample
 from mos_cli.towers.attention import AttentionBackend
 from mos_cli.towers.autoencoder import Autoencoder, to_image
+from mos_cli.towers.router import Router
 from mos_cli.utils.devices import device_name
 from mos_cli.utils.files import expand, write_all
 from mos_cli.utils.threads import ThreadRecorder
@@ -191,6 +192,11 @@ class MoSPipeline:
         self.prompt_encoder = PromptEncoder(
             self.understanding, self.image_encoder, self.tower, bundle.index.name, encode=self._offloaded_tower.encode
         )
+
+    @property
+    def router(self) -> Router | None:
+        """The router; None where the routes are fixed."""
+        return self.tower.router
 
     def _compile(self) -> None:
         if self.device.type == "cpu" and any(hasattr(weight, "quant_state") for weight in self.tower.parameters()):

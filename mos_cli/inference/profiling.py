@@ -148,7 +148,7 @@ def _timed(pipeline: MoSPipeline, recipe: Recipe) -> _Moments:
     pipeline.prompt_encoder.clear_cache()
     started, moments = time.perf_counter(), _Moments(began=clock.now())
     hooks = [pipeline.tower.register_forward_pre_hook(lambda *_: moments.entered.append(clock.now()))]
-    if (router := pipeline.tower.router) is not None:
+    if (router := pipeline.router) is not None:
         hooks.append(router.register_forward_pre_hook(lambda *_: entered.append(clock.now())))
         hooks.append(router.register_forward_hook(lambda *_: moments.routed.append((entered.pop(), clock.now()))))
     try:
@@ -164,11 +164,11 @@ def _timed(pipeline: MoSPipeline, recipe: Recipe) -> _Moments:
 @contextmanager
 def _decoding(pipeline: MoSPipeline, clock: Clock, moments: _Moments) -> Iterator[None]:
     """Times every call of the autoencoder's `decode`, which is not `forward` and has no hooks."""
-    decode: Callable[[Tensor], Tensor] = pipeline.autoencoder.decode
+    decode: Callable[..., Any] = pipeline.autoencoder.decode
 
-    def marked(z_BCHW: Tensor) -> Tensor:
+    def marked(z_BCHW: Tensor, **options: Any) -> Any:
         began = clock.now()
-        pictures = decode(z_BCHW)
+        pictures = decode(z_BCHW, **options)
         moments.decoded.append((began, clock.now()))
         return pictures
 

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mos_cli.bundles.adapters import AdapterBundle
 from mos_cli.bundles.blueprints import network_of
 from mos_cli.bundles.bundle import Bundle, edit_defaults
 from mos_cli.bundles.shapes import read_generation
@@ -24,7 +25,7 @@ from mos_cli.images.masks import read_mask
 from mos_cli.images.pictures import Picture, PictureFile, read_picture, working_size
 from mos_cli.planning.candidates import parse_quant
 from mos_cli.routing.rules import Rule, check_numbers, no_such_word, parse_rules, tokens_of
-from mos_cli.routing.trace import Recording, load_recording
+from mos_cli.routing.trace import Recording, RecordOptions, load_recording
 from mos_cli.routing.transfer import check_model, choices_hash
 from mos_cli.utils.devices import choose_device, choose_precision
 
@@ -44,14 +45,17 @@ def recipe_fields(settings: RunSettings, bundle: Bundle, defaults: Defaults) -> 
         UsageError: a quantisation or a route rule is not understood.
         DeviceError: the device is not there.
     """
-    precision = settings.precision
+    precision, solver = settings.precision, settings.solver
     if precision == "auto":
         precision = choose_precision(choose_device(settings.device))
+    if isinstance(bundle, AdapterBundle):
+        _check_base_model(settings, bundle)
+        solver = "euler"
     return {
         "model": bundle.ref,
         "negative": settings.negative,
         "steps": settings.steps or defaults.steps,
-        "solver": settings.solver,
+        "solver": solver,
         "cfg": defaults.cfg if settings.cfg is None else settings.cfg,
         "cfg_interval": settings.cfg_interval or defaults.cfg_interval,
         "precision": precision,
@@ -59,6 +63,26 @@ def recipe_fields(settings: RunSettings, bundle: Bundle, defaults: Defaults) -> 
         "feature_cache": settings.feature_cache,
         "routes": tuple(map(str, parse_rules(settings.routes))) if settings.routes else None,
     }
+
+
+def _check_base_model(settings: RunSettings, bundle: AdapterBundle) -> None:
+    """Raises UsageError for a setting that a base model's pipeline does not have, or that has no effect there."""
+    name, cfg = bundle.index.name, settings.cfg
+    idle = {
+        "--solver ab2": settings.solver == "ab2" and "solver" in settings.model_fields_set,
+        "--feature-cache": settings.feature_cache not in (None, 1),
+        "--compile": settings.compile,
+        "--attention xformers": settings.attention == "xformers",
+        "--offload blocks": settings.offload == "blocks",
+        "--cfg-interval": settings.cfg_interval is not None,
+    }
+    for option, wanted in idle.items():
+        if wanted:
+            raise UsageError(f"{name} is drawn by its pipeline in diffusers, which has no {option}: leave it out")
+    if cfg is not None and cfg < 1:
+        raise UsageError(f"--cfg {cfg:g}: {name} takes 1, which turns guidance off, or more")
+    if cfg is not None and cfg != 1 and bundle.index.distilled and bundle.index.pipeline == "Flux2KleinPipeline":
+        raise UsageError(f"{name} is distilled, and guidance has no effect on it: leave --cfg at 1")
 
 
 def generation_fields(
@@ -179,9 +203,14 @@ def route_source(
     return recording, RouteSource(sha256=choices_hash(recording), until=until)
 
 
-def check_recipe(recipe: Recipe, bundle: Bundle, *, compiled: bool, regions: bool) -> None:
+def check_recipe(
+    recipe: Recipe, bundle: Bundle, *, compiled: bool, regions: bool, options: RecordOptions = RecordOptions()
+) -> None:
     """Raises UsageError for what the bundle cannot draw, as far as its configs tell, before it is loaded."""
     check_blocks(recipe, compiled=compiled, regions=regions)
+    if isinstance(bundle, AdapterBundle):
+        _check_adapter_recipe(recipe, bundle, options, regions=regions)
+        return
     if recipe.routes is not None:
         tower = read_generation(bundle.folder / "generation")
         numbers = {"layers": tower.states_layers, "blocks": tower.depth, "steps": recipe.steps}
@@ -222,10 +251,40 @@ def check_prompts(recipes: Sequence[Recipe], bundle: Bundle) -> list[MosError | 
     return [problem(recipe) for recipe in recipes]
 
 
+def _check_adapter_recipe(recipe: Recipe, bundle: AdapterBundle, options: RecordOptions, *, regions: bool) -> None:
+    index, edit = bundle.index, recipe.edit
+    unrecorded = {
+        "--regions": regions or options.regions,
+        "--preview-steps": options.previews,
+        "--trace full": options.probabilities,
+    }
+    for option, wanted in unrecorded.items():
+        if wanted:
+            raise UsageError(f"{option} is not recorded of a base model such as {index.name}: leave it out")
+    numbers = {"layers": index.layers, "blocks": index.blocks, "steps": recipe.steps, "slots": len(index.own_layers)}
+    check_numbers(parse_rules(recipe.routes or ()), **numbers)
+    if edit is None:
+        return
+    if edit.image_cfg != 1:
+        raise UsageError(f"{index.name} has no guidance towards the picture: leave --image-cfg out")
+    if index.pipeline == "ZImagePipeline":
+        if len(edit.sources) > 1:
+            raise UsageError(f"{index.name} edits one picture and takes no references: leave --reference out")
+        if edit.strength == 1 and edit.mask is None:
+            raise UsageError(
+                f"{index.name} draws over the noised picture, of which --strength 1 leaves nothing: "
+                "take --strength 0.6, and describe the whole picture"
+            )
+    if index.pipeline == "Flux2KleinPipeline" and (edit.mask is not None or edit.strength < 1):
+        width, height = edit.canvas
+        if width * height > 1024 * 1024:
+            raise UsageError(f"{index.name} edits with a mask at 1024 x 1024 pixels at most: take a smaller --size")
+
+
 def check_device(settings: RunSettings, recipe: Recipe, bundle: Bundle) -> None:
     """Raises DeviceError for what the device cannot do, as far as it is known before weights are loaded."""
     device = choose_device(settings.device)
-    if settings.attention == "xformers":
+    if settings.attention == "xformers" and not isinstance(bundle, AdapterBundle):
         from mos_cli.utils.quiet import quieten
 
         quieten()

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import get_args
 
+from mos_cli.bundles.adapters import BaseNetwork
 from mos_cli.bundles.blueprints import Network
 from mos_cli.errors import MemoryLimitError, UsageError
+from mos_cli.planning import base_models
 from mos_cli.planning.memory import (
     GIB,
     RESERVE,
@@ -89,7 +91,9 @@ def parse_quant(text: str) -> tuple[Quant, Quant]:
     return parts[0], parts[-1]  # type: ignore[return-value]
 
 
-def candidates(network: Network, size: tuple[int, int], *, quant: tuple[Quant, Quant] | None = None) -> list[Candidate]:
+def candidates(
+    network: Network | BaseNetwork, size: tuple[int, int], *, quant: tuple[Quant, Quant] | None = None
+) -> list[Candidate]:
     """All settings of a model at a size, from the fastest to the slowest.
 
     Args:
@@ -98,6 +102,8 @@ def candidates(network: Network, size: tuple[int, int], *, quant: tuple[Quant, Q
     Raises:
         UsageError: the model is quantised already.
     """
+    if isinstance(network, BaseNetwork):
+        return _base_candidates(network, size, quant)
     towers: tuple[Quant, ...] = get_args(Quant) if quant is None else quant[:1]
     generations: tuple[Quant, ...] = get_args(Quant) if quant is None else quant[1:]
     if network.method is not None:
@@ -119,6 +125,22 @@ def candidates(network: Network, size: tuple[int, int], *, quant: tuple[Quant, Q
             )
         )
     return sorted(found, key=lambda c: (c.total_seconds, c.setting.tiled, not c.setting.batched_guidance))
+
+
+def _base_candidates(network: BaseNetwork, size: tuple[int, int], quant: tuple[Quant, Quant] | None) -> list[Candidate]:
+    found = []
+    for setting in base_models.settings(network, size, quant):
+        u, g = setting.understanding, setting.generation
+        found.append(
+            Candidate(
+                setting=setting,
+                quant=u if u == g else f"{u},{g}",
+                stages=base_models.stages(network, setting, size),
+                host=base_models.host_bytes(network, setting),
+                seconds=base_models.seconds(network, setting, size),
+            )
+        )
+    return sorted(found, key=lambda c: (c.total_seconds, c.setting.tiled))
 
 
 def fastest(found: list[Candidate], gib: float) -> Candidate:

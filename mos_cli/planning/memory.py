@@ -83,9 +83,9 @@ def weights(network: Network, setting: Setting) -> Weights:
     each, autoencoder = network.value_bytes, network.autoencoder
     full = 2 if setting.understanding != "none" else understanding_bytes(network)
     return Weights(
-        understanding=_quantised(tower.linear, tower.linear // tower.width, setting.understanding, full)
+        understanding=quantised_bytes(tower.linear, tower.linear // tower.width, setting.understanding, full)
         + full * (tower.other + vision),
-        blocks=_quantised(linear, rows, setting.generation, each) + each * (generation.block_parameters - linear),
+        blocks=quantised_bytes(linear, rows, setting.generation, each) + each * (generation.block_parameters - linear),
         rest=each * (generation.parameters - generation.block_parameters),
         others=each * (autoencoder.parameters if autoencoder else 0) + 4 * network.image_encoder_parameters,
     )
@@ -178,7 +178,7 @@ def host_bytes(network: Network, setting: Setting) -> int:
     return 0 if setting.offload == "none" else made.understanding + made.blocks + made.rest + made.others
 
 
-def _quantised(linear: int, rows: int, quant: Quant, full: int) -> int:
+def quantised_bytes(linear: int, rows: int, quant: Quant, full: int) -> int:
     """Bytes of linear layers with `linear` weights and `rows` output rows."""
     if quant == "int8":
         return linear + 4 * rows

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -84,6 +85,7 @@ class Recorder:
                 torch.stack([route.weights_BTJK[0].transpose(0, 1) for route in kept]).half().cpu().numpy(),
                 probabilities,
                 None if regions is None else (regions / len(kept)).half().cpu().numpy(),
+                _slots(kept),
             )
         return routes
 
@@ -105,6 +107,12 @@ class Recorder:
 
     def _record_attention(self, attention: Any, inputs: tuple[Any, ...]) -> None:
         self._passes[-1].record_attention(attention.attention_weights(*inputs))
+
+
+def _slots(kept: Sequence[Route]) -> np.ndarray | None:
+    """The slots of the kept layers, [S, J, T, K]; None in models without slots."""
+    slots = [route.slots_BTJK[0].transpose(0, 1) for route in kept if route.slots_BTJK is not None]
+    return torch.stack(slots).to(torch.uint8).cpu().numpy() if slots else None
 
 
 @dataclass

@@ -4,6 +4,7 @@
     cat!=0-2          ban: it reads none of these
     dog+=0.5@4        bias: 0.5 is added to the router's logit for layer 4 (-= subtracts)
     ... blocks 0-3 steps 0-7      only there; by default everywhere
+    ... slots 0                   in models whose blocks read several layers side by side: only in these places
 
     *                 every token          red#2     the second "red" of the prompt
     "red apple"       both words           [CLS]     a special token       "picture 1"   a picture that is edited
@@ -31,7 +32,8 @@ Operator = Literal["=", "!=", "+="]
 class Rule:
     """A rule for the tokens of a word. `nth` (from 1) is an occurrence; None means all.
 
-    `amount` is what "+=" adds to the logits. None for `blocks` or `steps` means all of them.
+    `amount` is what "+=" adds to the logits. None for `blocks` or `steps` means all of them. None for `slots` means,
+    for each layer, the slot whose own layer is nearest, and all slots for a ban.
     """
 
     target: str
@@ -41,6 +43,7 @@ class Rule:
     amount: float = 0.0
     blocks: tuple[int, ...] | None = None
     steps: tuple[int, ...] | None = None
+    slots: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         plain = re.fullmatch(r'(?!fixed:|shuffle:)(\*|[^\s"#=!+*-]+(-[^\s"#=!+*-]+)*)', self.target, re.IGNORECASE)
@@ -50,7 +53,7 @@ class Rule:
         if operator == "+=":
             operator = "+=" if self.amount >= 0 else "-="
             amount = f"{abs(self.amount):.6f}".rstrip("0").rstrip(".") + "@"
-        ranges = [("blocks", self.blocks), ("steps", self.steps)]
+        ranges = [("blocks", self.blocks), ("steps", self.steps), ("slots", self.slots)]
         where = "".join(f" {name} {_written(numbers)}" for name, numbers in ranges if numbers is not None)
         return f"{word}{occurrence}{operator}{amount}{_written(self.layers)}{where}"
 
@@ -93,13 +96,19 @@ def parse_rule(text: str) -> AnyRule:
     return _Parser(text).rule()
 
 
-def check_numbers(rules: Sequence[AnyRule], *, layers: int, blocks: int, steps: int) -> None:
-    """Raises UsageError if a rule names a layer, a block or a step that a run does not have."""
+def check_numbers(rules: Sequence[AnyRule], *, layers: int, blocks: int, steps: int, slots: int = 0) -> None:
+    """Raises UsageError if a rule names a layer, a block, a step or a slot that a run does not have.
+
+    `slots` is 0 for models without slots.
+    """
     for rule in rules:
         named = {"layers": (rule.layers, layers)}
         if isinstance(rule, Rule):
             named |= {"blocks": (rule.blocks or (), blocks), "steps": (rule.steps or (), steps)}
+            named |= {"slots": (rule.slots or (), slots)}
         for kind, (numbers, count) in named.items():
+            if numbers and not count:
+                raise UsageError(f"the route rule {rule} names slots, and the blocks of this model have none")
             if numbers and max(numbers) >= count:
                 raise UsageError(f"the route rule {rule} names {kind} that are not there: they are 0 to {count - 1}")
 
@@ -159,7 +168,9 @@ class _Parser:
         rule = self._baseline() or self._word()
         self._take(r"\s*")
         if self.at < len(self.text):
-            raise self._wrong("the rule ends" if isinstance(rule, BaselineRule) else "'blocks', 'steps' or the end")
+            raise self._wrong(
+                "the rule ends" if isinstance(rule, BaselineRule) else "'blocks', 'steps', 'slots' or the end"
+            )
         return rule
 
     def _baseline(self) -> BaselineRule | None:
@@ -184,7 +195,7 @@ class _Parser:
             amount = float(self._need(r"\d{1,4}(\.\d{1,6})?|\.\d{1,6}", "a number to add"))
             self._need(r"\s*@\s*", "@ and a layer")
         layers, ranges = self._numbers("a layer"), {}
-        while taken := self._take(r"\s+(blocks|steps)\s+"):
+        while taken := self._take(r"\s+(blocks|steps|slots)\s+"):
             name = taken.strip().casefold()
             if name in ranges:
                 raise self._wrong(f"{name} only once")

@@ -153,6 +153,7 @@ def _cut(held: Routes, numbers: Sequence[int], steps: range, blocks: range) -> R
         held.weights_SJTK[rows, span],
         None if held.probabilities_SJTM is None else held.probabilities_SJTM[rows, span],
         None if held.regions_JTN is None else held.regions_JTN[span],
+        None if held.slots_SJTK is None else held.slots_SJTK[rows, span],
     )
 
 

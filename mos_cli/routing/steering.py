@@ -1,6 +1,7 @@
 """From rules to steering: their effect on the tokens, steps and blocks of one run.
 
-Shapes: T context tokens, J generation blocks, M understanding layers, K kept layers, S steps.
+Shapes: T context tokens, J generation blocks, M understanding layers, K kept layers, S steps. In base models with
+adapters, J are the blocks times their slots, slot by slot in each block.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,8 @@ class Steerer:
         computed: the steps at which each branch is computed.
         steps, blocks, layers: their numbers in the run and the model; rules may not name others.
         transferred: the routes of another run, by branch; rules may only narrow them.
+        own_layers: in base models with adapters, the layer that each slot of a block reads itself. Rules open gates
+            there, see `Steering.opened_BTJ`.
 
     Raises:
         UsageError: a rule names a word, a layer, a block or a step that does not exist, leaves no layer to read, or has
@@ -43,15 +46,17 @@ class Steerer:
         layers: int,
         device: torch.device,
         transferred: Mapping[str, SourceRoutes] | None = None,
+        own_layers: Sequence[int] = (),
     ) -> None:
         self.encodings, self.computed = encodings, computed
         self.steps, self.blocks, self.layers = steps, blocks, layers
         self.device, self.transferred = device, transferred or {}
+        self.own_layers, self.slots = tuple(own_layers), max(1, len(own_layers))
         self.rules = tuple(rule for rule in rules if isinstance(rule, Rule))
         self.baseline = next((rule for rule in rules if isinstance(rule, BaselineRule)), None)
         if self.baseline is not None and self.transferred:
             raise UsageError(f"the route rule {self.baseline} is for every token: drop it, or --route-from")
-        check_numbers(rules, layers=layers, blocks=blocks, steps=steps)
+        check_numbers(rules, layers=layers, blocks=blocks, steps=steps, slots=len(own_layers))
         self._tokens = {
             name: {rule: tokens_of(rule, encoding.prompt, encoding.tokens) for rule in self.rules}
             for name, encoding in encodings.items()
@@ -93,12 +98,20 @@ class Steerer:
             return self._baseline(branch, self.baseline)
         if not active and step is None:
             return None
-        shape = (len(self.encodings[branch].tokens), self.blocks, self.layers)
+        shape = (len(self.encodings[branch].tokens), self.blocks * self.slots, self.layers)
         allowed_TJM, bias_TJM = torch.ones(shape, dtype=torch.bool), torch.zeros(shape)
+        opened_TJ = torch.zeros(shape[:2], dtype=torch.bool)
+        own_J = torch.tensor(self.own_layers or (0,)).repeat(self.blocks)
         if step is not None:
-            allowed_TJM &= self._transferred(branch, step)
+            taken_TJM = self._transferred(branch, step)
+            allowed_TJM &= taken_TJM
+            opened_TJ |= ~taken_TJM.all(dim=2)
         for rule in active:
             named_TJM = self._named(branch, rule, shape)
+            # A ban of layers that are not read leaves the gate as it is: they are not read then either.
+            opens_TJM = named_TJM[:, torch.arange(shape[1]), own_J, None] if rule.operator == "!=" else named_TJM
+            if rule.operator != "+=" or rule.amount:
+                opened_TJ |= opens_TJM.any(dim=2)
             if rule.operator == "+=":
                 bias_TJM += rule.amount * named_TJM
             elif rule.operator == "!=":
@@ -112,15 +125,34 @@ class Steerer:
                 f"the route rules leave {text!r} no layer to read: drop one of {', '.join(map(str, active))}"
             )
         biased = any(rule.operator == "+=" for rule in active)
-        return Steering(allowed_TJM[None].to(self.device), bias_TJM[None].to(self.device) if biased else None)
+        return Steering(
+            allowed_TJM[None].to(self.device),
+            bias_TJM[None].to(self.device) if biased else None,
+            opened_BTJ=opened_TJ[None].to(self.device) if self.own_layers else None,
+        )
 
     def _named(self, branch: str, rule: Rule, shape: tuple[int, ...]) -> Tensor:
         """The tokens, blocks and layers of a rule as a mask, [T, J, M]."""
         named_TJM = torch.zeros(shape, dtype=torch.bool)
         blocks = range(self.blocks) if rule.blocks is None else rule.blocks
         tokens = self._tokens[branch][rule]
-        named_TJM[np.ix_(tokens, tuple(blocks), rule.layers)] = True
+        for slot, layers in self._slots(rule).items():
+            columns = [block * self.slots + slot for block in blocks]
+            named_TJM[np.ix_(tokens, columns, layers)] = True
         return named_TJM
+
+    def _slots(self, rule: Rule) -> dict[int, list[int]]:
+        """The layers that a rule names in each slot."""
+        named: dict[int, list[int]] = {}
+        for layer in rule.layers:
+            slots = range(self.slots) if rule.operator == "!=" else [self._nearest(layer)]
+            for slot in rule.slots or slots:
+                named.setdefault(slot, []).append(layer)
+        return named
+
+    def _nearest(self, layer: int) -> int:
+        """The slot whose own layer is nearest to a layer; the first of two."""
+        return min(range(len(self.own_layers)), key=lambda slot: abs(self.own_layers[slot] - layer), default=0)
 
     def _transferred(self, branch: str, step: int) -> Tensor:
         """The layers that the other run kept at a step, [T, J, M]; all layers for tokens that it did not have."""
@@ -128,14 +160,20 @@ class Steerer:
         tokens_T = torch.tensor(source.tokens_T)
         ids_JTK = torch.from_numpy(source.ids_SJTK[source.steps[step]].astype(np.int64))
         ids_TJK = ids_JTK.transpose(0, 1)[tokens_T.clamp_min(0)]
-        kept_TJM = torch.zeros(*ids_TJK.shape[:2], self.layers, dtype=torch.bool).scatter(2, ids_TJK, True)
+        if source.slots_SJTK is not None:
+            slots_JTK = torch.from_numpy(source.slots_SJTK[source.steps[step]].astype(np.int64))
+            ids_TJK = slots_JTK.transpose(0, 1)[tokens_T.clamp_min(0)] * self.layers + ids_TJK
+        kept_TJM = torch.zeros(*ids_TJK.shape[:2], self.slots * self.layers, dtype=torch.bool).scatter(2, ids_TJK, True)
+        kept_TJM = kept_TJM.unflatten(2, (self.slots, self.layers)).flatten(1, 2)
         return kept_TJM | (tokens_T < 0)[:, None, None]
 
     def _baseline(self, branch: str, rule: BaselineRule) -> Steering | Route:
         if rule.name == "shuffle":
             random = torch.Generator().manual_seed(rule.seed)
-            order = torch.stack([torch.randperm(self.layers, generator=random) for _ in range(self.blocks)])
-            allowed = torch.ones(len(self.encodings[branch].tokens), self.blocks, self.layers, dtype=torch.bool)
-            return Steering(allowed[None].to(self.device), order_JM=order.to(self.device))
+            columns = self.blocks * self.slots
+            order = torch.stack([torch.randperm(self.layers, generator=random) for _ in range(columns)])
+            allowed = torch.ones(len(self.encodings[branch].tokens), columns, self.layers, dtype=torch.bool)
+            opened = allowed.any(dim=2)[None].to(self.device) if self.own_layers else None
+            return Steering(allowed[None].to(self.device), order_JM=order.to(self.device), opened_BTJ=opened)
         kept = {"last": (self.layers - 1,), "uniform": tuple(range(self.layers)), "fixed": rule.layers}[rule.name]
-        return uniform_route([kept] * self.blocks, self.device)
+        return uniform_route([kept] * (self.blocks * self.slots), self.device)

@@ -51,6 +51,8 @@ class Routes:
     weights_SJTK: np.ndarray
     probabilities_SJTM: np.ndarray | None = None
     regions_JTN: np.ndarray | None = None
+    slots_SJTK: np.ndarray | None = None
+    """In models whose blocks read several layers side by side: the slot of each kept layer."""
 
 
 class TraceToken(Frozen):
@@ -115,12 +117,24 @@ class TraceArrays(Frozen):
     sha256: str
 
 
+class AdapterTrace(Frozen):
+    """What a base model with an adapter reads: its own layers, one for each slot of a block, and what a router adds.
+
+    The weights of a trace are what was read: the own layers with one minus the gate, the routed ones with the rest.
+    `trained` is false without a router: only rules open gates then.
+    """
+
+    own_layers: tuple[NonNegativeInt, ...] = Field(min_length=1)
+    trained: bool
+
+
 class Trace(Frozen):
     """The readable head of a trace. `arrays` is missing in a summary.
 
-    `picture` is the sha256 of the pixels in the file that it belongs to (see `pixels_hash`); it is missing in traces of
-    mos 0.1.0, which have the schema mos-trace/1. `probabilities` and `regions` are set where the arrays contain
-    them.
+    `picture` is the sha256 of the pixels in the file that it belongs to (see `pixels_hash`); it is missing in traces
+    of mos 0.1.0, which have the schema mos-trace/1. `probabilities` and `regions` are set where the arrays contain
+    them. `adapter` is set for base models: the arrays then have the slot of every layer, and only the tokens of the
+    prompt are listed.
     """
 
     schema_id: Literal["mos-trace/1", "mos-trace/2"] = Field(alias="schema")
@@ -134,6 +148,7 @@ class Trace(Frozen):
     branches: dict[str, TraceBranch]
     probabilities: Literal[True] | None = None
     regions: RegionGrid | None = None
+    adapter: AdapterTrace | None = None
     arrays: TraceArrays | None = None
 
     @model_validator(mode="after")
@@ -236,7 +251,7 @@ def load_routes(trace: Trace, path: Path) -> dict[str, Routes]:
     if hashlib.sha256(data).hexdigest() != trace.arrays.sha256 or not fits:
         raise InputError(f"{arrays_path} does not belong to {path.name}")
     routes = {name: Routes(**{a.field: value for a, value in arrays.items()}) for name, arrays in found.items()}
-    if not all(_valid(branch, len(trace.layers)) for branch in routes.values()):
+    if not all(_valid(branch, len(trace.layers)) and _slots_exist(trace, branch) for branch in routes.values()):
         raise InputError(f"{arrays_path} is damaged: it holds layers or weights that cannot be")
     return routes
 
@@ -246,6 +261,13 @@ def _valid(routes: Routes, layers: int) -> bool:
     shares = (routes.weights_SJTK, routes.probabilities_SJTM, routes.regions_JTN)
     sound = all(np.isfinite(array).all() and (array >= 0).all() for array in shares if array is not None)
     return bool(sound and routes.ids_SJTK.max(initial=0) < layers and (routes.weights_SJTK[..., 0] > 0).all())
+
+
+def _slots_exist(trace: Trace, routes: Routes) -> bool:
+    """Whether all slots of the routes are those of the base model."""
+    if trace.adapter is None or routes.slots_SJTK is None:
+        return True
+    return bool(routes.slots_SJTK.max(initial=0) < len(trace.adapter.own_layers))
 
 
 @dataclass(frozen=True)
@@ -313,6 +335,8 @@ def _arrays(trace: Trace, name: str) -> list[_Array]:
         _Array("ids", "ids_SJTK", (*decisions, trace.top_k), np.dtype(np.uint8)),
         _Array("weights", "weights_SJTK", (*decisions, trace.top_k), f16),
     ]
+    if trace.adapter is not None:
+        arrays.append(_Array("slots", "slots_SJTK", (*decisions, trace.top_k), np.dtype(np.uint8)))
     if trace.probabilities:
         arrays.append(_Array("probabilities", "probabilities_SJTM", (*decisions, len(trace.layers)), f16))
     if trace.regions is not None:

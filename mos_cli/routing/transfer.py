@@ -22,12 +22,13 @@ class SourceRoutes:
     """The layers that another run kept in one branch, [S, J, T, K], and the match of its steps and tokens.
 
     `steps` maps the steps of this run that take routes over to an index of S. `tokens_T` has the number of each token
-    of this run in the other, or -1.
+    of this run in the other, or -1. `slots_SJTK` are the slots of the layers, in models that have them.
     """
 
     ids_SJTK: np.ndarray
     steps: Mapping[int, int]
     tokens_T: tuple[int, ...]
+    slots_SJTK: np.ndarray | None = None
 
 
 def choices_hash(recording: Recording) -> str:
@@ -76,7 +77,7 @@ def transfer_routes(
         steps = {step: int(np.abs(source_times - t).argmin()) for step, t in enumerate(followed)}
         matched = partners(encoding, branch)
         words += sum(not is_special(encoding.tokens[n]) for n, number in enumerate(matched) if number >= 0)
-        transferred[name] = SourceRoutes(routes[name].ids_SJTK, steps, matched)
+        transferred[name] = SourceRoutes(routes[name].ids_SJTK, steps, matched, routes[name].slots_SJTK)
     if not words:
         raise InputError(f"the prompts of {recording.path} have no word in common with this one")
     return transferred

@@ -99,16 +99,17 @@ def survey(model: nn.Module, quantisation: Quantisation, dtype: torch.dtype = CO
     return QuantizationReport(tuple(quantised), kept, before, before - saved)
 
 
-def quantise(model: nn.Module, quantisation: Quantisation) -> QuantizationReport:
-    """Quantises a network in place, on the device where it is.
+def quantise(model: nn.Module, quantisation: Quantisation, device: torch.device | None = None) -> QuantizationReport:
+    """Quantises a network in place, layer by layer on `device`, by default where it is; the layers stay there.
 
     Raises ModelError if none of its layers can be quantised.
     """
     report = _nonempty_survey(model, quantisation)
     for name in report.quantised:
         layer = _linear(model, name)
-        parts = quantised_parts(layer.weight.detach(), quantisation.method)
-        model.set_submodule(name, assembled(layer, quantisation.method, parts, layer.weight.device))
+        on = device or layer.weight.device
+        parts = quantised_parts(layer.weight.detach(), quantisation.method, on)
+        model.set_submodule(name, assembled(layer, quantisation.method, parts, on))
     return report
 
 

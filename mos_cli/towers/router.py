@@ -32,12 +32,14 @@ from mos_cli.towers.layers import (
 class Route:
     """The routes of one step: kept layers (best first) and their mixing weights, both [B, T, J, K].
 
-    With route rules, `changed_BTJ` marks the decisions that keep other layers than the router's own choice.
+    With route rules, `changed_BTJ` marks the decisions that keep other layers than the router's own choice. Where a
+    block reads several layers side by side, each in a slot of its own, `slots_BTJK` has the slot of each kept layer.
     """
 
     ids_BTJK: Tensor
     weights_BTJK: Tensor
     changed_BTJ: Tensor | None = None
+    slots_BTJK: Tensor | None = None
 
     def shared_by(self, batch: int, tokens: int) -> "Route":
         """The route expanded to B rows and T tokens, where it has one for all of them."""
@@ -60,11 +62,13 @@ class Steering:
         allowed_BTJM: the layers that may be kept, at least one for every token and block; weights stay the router's.
         bias_BTJM: added to the logits.
         order_JM: per block, the layer whose logit each layer takes.
+        opened_BTJ: the decisions whose gate the rules open, in models with gates; J are blocks times slots there.
     """
 
     allowed_BTJM: Tensor
     bias_BTJM: Tensor | None = None
     order_JM: Tensor | None = None
+    opened_BTJ: Tensor | None = None
 
     def logits(self, logits_BTJM: Tensor) -> Tensor:
         """The logits with order and bias applied."""

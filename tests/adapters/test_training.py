@@ -1,0 +1,204 @@
+"""Training a router: a planted route is found, a useless router is not kept, and nothing else is trained."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import Result
+
+from mos_cli.adapters.pipeline import AdapterPipeline
+from mos_cli.adapters.recipe import RouterRecipe, load_router_recipe
+from mos_cli.adapters.training import RouterTrainer, StaticAdapter
+from mos_cli.bundles.adapters import RouterShape, read_adapter
+from mos_cli.datasets.captioned import load_captioned
+from mos_cli.planning.memory import Setting
+from mos_cli.utils.folders import presets_folder
+from tests.helpers.adapted import PROMPT, random_picture, trained_adapter
+
+Mos = Callable[..., Result]
+WORDS = ("fox", "dog", "chessboard", "morning", "light")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Ten small pictures with captions."""
+    made = tmp_path / "pictures"
+    made.mkdir()
+    for number in range(10):
+        random_picture(number).image.save(made / f"{number}.png")
+        caption = f"a red {WORDS[number % 5]} and a blue {WORDS[(number + 2) % 5]}"
+        (made / f"{number}.txt").write_text(caption)
+    return made
+
+
+def recipe_of(**changes: Any) -> RouterRecipe:
+    fields = {
+        "name": "router-tiny",
+        "base": "tiny",
+        "objective": "few-steps",
+        "steps": 4,
+        "held_out": 3,
+        "canvas": 64,
+        "lr": 3e-3,
+        "gate_lr": 3e-2,
+        "shape": {"width": 32, "depth": 1, "heads": 2},
+    }
+    return RouterRecipe(**fields | changes)  # type: ignore[arg-type]
+
+
+def load(base_folders: Callable[[str], Path], name: str, quant: Any = "none") -> AdapterPipeline:
+    """A pipeline of the test's own, whose transformer is put into training."""
+    precision = "fp32" if quant == "none" else "bf16"
+    bundle = read_adapter(base_folders(name))
+    setting = Setting("none", quant)
+    return AdapterPipeline(bundle, device=torch.device("cpu"), precision=precision, setting=setting)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["klein", "z-image", "prx"])
+def test_a_planted_route_is_found(base_folders: Callable[[str], Path], folder: Path, name: str) -> None:
+    """The router learns to draw as under rules that tell two words apart, which no static weight can.
+
+    What is scored is the prediction, not the name of the layer: two layers may be read alike.
+    """
+    pipeline = load(base_folders, name)
+    routes = ("red=2", "blue=4", "a=1") if name != "klein" else ("red=2", "blue=25", "a=13")
+    steps = {"klein": 16, "z-image": 40, "prx": 60}[name]
+    recipe = recipe_of(objective="routes", routes=routes, steps=steps, gate_lr=0.08, epsilon=0.0)
+    adapter, result = RouterTrainer(pipeline, recipe, load_captioned(folder)).train()
+    assert result.better, result
+    assert result.router < 0.8 * result.baselines["gates 0"]
+    assert 0 <= adapter.gates_JZ.min() <= adapter.gates_JZ.max() <= 1
+    assert not any(p.requires_grad or p.grad is not None for p in pipeline.pipe.transformer.parameters())
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("name", ["klein", "z-image", "prx"])
+def test_gradients_reach_router_and_gates(
+    base_folders: Callable[[str], Path], folder: Path, name: str, quant: str
+) -> None:
+    """Through quantised layers and through checkpoints, which give the same gradients as without them."""
+    pipeline = load(base_folders, name, quant)
+    trainer = RouterTrainer(pipeline, recipe_of(epsilon=0.0), load_captioned(folder))
+    adapter = trained_adapter(pipeline, 0.4).train().requires_grad_(True)
+    found = []
+    for checkpointed in (True, False):
+        pipeline.pipe.transformer.gradient_checkpointing = checkpointed
+        adapter.zero_grad()
+        generator = torch.Generator().manual_seed(0)
+        with trainer.error(trainer.samples[0], 0.6, generator, adapter) as error:
+            error.backward()
+        gradients = [parameter.grad.clone() for parameter in adapter.parameters() if parameter.grad is not None]
+        assert len(gradients) == len(list(adapter.parameters()))
+        found.append(gradients)
+    assert adapter.gates_JZ.grad is not None
+    assert adapter.gates_JZ.grad.abs().min() > 0
+    assert adapter.router.head.weight.grad is not None
+    assert adapter.router.head.weight.grad.abs().max() > 0
+    for first, second in zip(*found, strict=True):
+        # bf16 rounds what is computed again in another order.
+        torch.testing.assert_close(first, second, rtol=1e-3 if quant == "none" else 0.2, atol=1e-6)
+
+
+def test_closed_gates_are_the_base_model_and_the_mean_is_not(base_folders: Callable[[str], Path], folder: Path) -> None:
+    pipeline = load(base_folders, "prx")
+    trainer = RouterTrainer(pipeline, recipe_of(objective="flow"), load_captioned(folder))
+    closed = trainer.loss(None)
+    assert closed == trainer.loss(None)
+    assert closed == pytest.approx(trainer.loss(trained_adapter(pipeline, 0.0)), abs=0)
+    static = StaticAdapter(pipeline.layers, pipeline.blocks, len(pipeline.own_layers))
+    static.gates_JZ.data.fill_(1.0)
+    assert closed != trainer.loss(static)
+
+
+def test_a_router_that_is_not_better_is_not_kept(
+    mos: Mos, base_folders: Callable[[str], Path], folder: Path, tmp_path: Path
+) -> None:
+    """One step with random pictures teaches nothing."""
+    recipe = write_recipe(tmp_path, base_folders("prx"), lr="1.0", gate_lr="1.0", steps="2")
+    trained = mos("train", recipe, "--data", folder, "--run", tmp_path / "run")
+    assert trained.exit_code == 1
+    assert "not kept" in trained.output
+    for name in ("gates 0", "mean of all layers", "one static weight per block"):
+        assert name in trained.output
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.mark.slow
+def test_a_trained_router_draws_and_is_bound_to_its_base_model(
+    mos: Mos,
+    base_folders: Callable[[str], Path],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MOS_PRECISION", "fp32")
+    planted = {"objective": '"routes"', "routes": '["red=2", "blue=4", "a=1"]', "steps": "40"}
+    recipe = write_recipe(tmp_path, base_folders("prx"), **planted)
+    trained = mos("train", recipe, "--data", folder, "--run", tmp_path / "run")
+    assert trained.exit_code == 0, trained.output
+    made = tmp_path / "run" / "adapter"
+    options = ("--size", "64", "--steps", "2", "-s", "1", "-q")
+    assert mos("generate", PROMPT, "-m", made, *options, "-o", tmp_path / "a.png").exit_code == 0
+    assert mos("generate", PROMPT, "-m", base_folders("prx"), *options, "-o", tmp_path / "b.png").exit_code == 0
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+    assert mos("replay", tmp_path / "a.png", "--verify").output.strip().endswith("exact")
+    shown = " ".join(mos("inspect-routing", tmp_path / "a.png").output.split())
+    assert "what its router adds" in shown
+    assert mos("routing", "diff", tmp_path / "a.png", tmp_path / "b.png").exit_code == 0
+    weights = made / "router.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    refused = mos("generate", PROMPT, "-m", made, *options, "-o", tmp_path / "c.png")
+    assert refused.exit_code == 4
+    assert "does not match its sha256" in refused.output
+
+
+def write_recipe(tmp_path: Path, base_model: Path, **fields: str) -> Path:
+    table = {
+        "name": '"router-tiny"',
+        "base": f'"{base_model}"',
+        "objective": '"few-steps"',
+        "steps": "2",
+        "held_out": "3",
+        "canvas": "64",
+        "lr": "3e-3",
+        "gate_lr": "3e-2",
+        "epsilon": "0.0",
+        "shape": "{ width = 32, depth = 1, heads = 2 }",
+    }
+    path = tmp_path / "recipe.toml"
+    path.write_text("[router]\n" + "".join(f"{name} = {value}\n" for name, value in (table | fields).items()))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"objective": '"routes"'}, "routes are given"),
+        ({"steps": "0"}, "steps"),
+        ({"base": '"emoji"'}, "not a base model"),
+        ({"held_out": "10"}, "too few"),
+        ({"canvas": "100"}, "canvas"),
+    ],
+)
+def test_a_wrong_recipe_is_one_line(
+    mos: Mos, base_folders: Callable[[str], Path], folder: Path, tmp_path: Path, fields: dict[str, str], told: str
+) -> None:
+    recipe = write_recipe(tmp_path, base_folders("prx"), **fields)
+    refused = mos("train", recipe, "--data", folder, "--run", tmp_path / "run")
+    assert refused.exit_code in (2, 3, 4)
+    assert told in refused.output
+    assert len(refused.output.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["klein", "z-image", "prx"])
+def test_the_shipped_recipes_are_valid(mos: Mos, name: str) -> None:
+    recipe = load_router_recipe(presets_folder() / f"train-router-{name}.toml", {})
+    assert (recipe.base, recipe.shape) == (name, RouterShape(width=512, depth=2, heads=8))
+    missing = mos("train", f"train-router-{name}")
+    assert missing.exit_code == 3
+    assert "--data" in missing.output
