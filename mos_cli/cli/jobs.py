@@ -148,7 +148,7 @@ def print_jobs(jobs: list[Job], bundle: "Bundle", settings: "RunSettings", repor
 
     problems = check_prompts([job.recipe for job in jobs], bundle)
     if problems is None:
-        note = "the prompts are not checked: the language model is fetched when something is drawn"
+        note = "the prompts are not checked: they are read when something is drawn"
         report.note("note", note, note=note)
         problems = [None] * len(jobs)
     if len(jobs) == 1 and problems[0] is not None:

@@ -223,12 +223,12 @@ def check_prompts(recipes: Sequence[Recipe], bundle: Bundle) -> list[MosError | 
     Pictures of an edit are not counted as tokens.
 
     Returns:
-        An error or None for each recipe; None if the understanding tower is not in the cache.
+        An error or None for each recipe; None if the understanding tower is not in the cache, and for base models,
+        whose pipelines encode prompts in ways of their own.
     """
     from mos_cli.utils.quiet import quieten
 
-    folder = tower_folder(bundle.index.understanding)
-    if not folder.is_dir():
+    if isinstance(bundle, AdapterBundle) or not (folder := tower_folder(bundle.index.understanding)).is_dir():
         return None
     quieten()
     from mos_cli.towers.understanding import PromptTokenizer, Token

@@ -193,3 +193,9 @@ def test_the_python_interface_draws_and_edits(base_folders: Folders) -> None:
     drawing = model.generate(PROMPT, seed=5, steps=1, size=(64, 64), routes=["fox=10"])
     edited = model.edit(drawing, "make it snow", references=[random_picture(1).image], steps=1, max_pixels=64 * 64)
     assert edited.record.earlier[0].sha256 == drawing.record.sha256
+
+
+def test_a_dry_run_says_that_prompts_are_not_checked(mos: Mos, base_folders: Folders) -> None:
+    result = mos("generate", PROMPT, "-m", base_folders("prx"), "--size", "64", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "the prompts are not checked" in result.stderr
