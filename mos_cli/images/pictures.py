@@ -43,7 +43,7 @@ def over(image: Image.Image, colour: str) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, colour), image).convert("RGB")
 
 
-def read_picture(path: Path) -> Picture:
+def read_picture(path: Path | BytesIO) -> Picture:
     """Reads a PNG, JPEG or WebP of any mode: palette, grey, 16 bits, CMYK, transparent; turned as its EXIF says.
 
     Of an animated picture the first frame is read.

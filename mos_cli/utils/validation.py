@@ -59,6 +59,8 @@ def _one_rule(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
+Loras = Annotated[tuple[str, ...], BeforeValidator(_one_rule), Field(min_length=1)]
+"""LoRA files as text, FILE or FILE:SCALE; a single string is one."""
 RouteRules = Annotated[tuple[str, ...], BeforeValidator(_one_rule), Field(min_length=1)]
 """Route rules as text; a single string is one rule."""
 
