@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mos_cli.bundles.bundle import Bundle, find_bundle
-from mos_cli.bundles.shapes import read_config
+from mos_cli.bundles.shapes import GenerationShape, read_config
 from mos_cli.bundles.specs import Canvas, Defaults, EditDefaults
 from mos_cli.datasets.tables import Data, edit_share, with_words
 from mos_cli.errors import InputError, UsageError
@@ -38,9 +38,9 @@ class StageTable(Frozen):
     """A part of a run with a canvas of its own, in pixels; omitted fields are as in [train] and [data]."""
 
     name: PlainName
-    steps: int = Field(ge=1)
-    canvas: int = Field(ge=1)
-    batch: int | None = Field(default=None, ge=1)
+    steps: int = Field(ge=1, strict=True)
+    canvas: int = Field(ge=1, strict=True)
+    batch: int | None = Field(default=None, ge=1, strict=True)
     muon_lr: float | None = Field(default=None, gt=0)
     adamw_lr: float | None = Field(default=None, gt=0)
     time_mean: float | None = None
@@ -63,6 +63,8 @@ class LoraTable(Frozen):
 
 class TrainTable(Frozen):
     """The optimisation. Steps after `1 - decay` of the run lower the learning rates linearly to 0."""
+
+    model_config = ConfigDict(strict=True)
 
     seed: int
     steps: int | None = Field(default=None, ge=1)
@@ -89,7 +91,7 @@ class TrainTable(Frozen):
     """Steps between two logs; each log synchronises with the GPU."""
     save_every: int = Field(ge=1)
     sample_every: int = Field(ge=1)
-    sample_prompts: tuple[str, ...] = ()
+    sample_prompts: tuple[str, ...] = Field(default=(), strict=False)
     """What samples show; by default captions of the captioned pictures."""
 
 
@@ -114,8 +116,23 @@ class TrainRecipe(Migrated):
     train: TrainTable
     stages: tuple[StageTable, ...] = ()
 
+    @field_validator("generation")
+    @classmethod
+    def _can_be_built(cls, generation: dict[str, Any]) -> dict[str, Any]:
+        from mos_cli.towers.generation import empty_tower
+
+        try:
+            GenerationShape.model_validate(generation, strict=False)
+            empty_tower(generation)
+        except ValidationError as error:
+            raise ValueError(first_problem(error, GenerationShape)) from None
+        return generation
+
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
+        steps = sum(stage.steps for stage in self.stages) or self.train.steps
+        if steps is not None and self.train.warmup >= steps > 1:
+            raise ValueError(f"[train] warmup = {self.train.warmup} is no less than the {steps} steps of the run")
         datas = [data for data in (self.data, *(stage.data for stage in self.stages)) if data]
         edits = any(edit_share(data) for data in datas)
         if self.understanding is None and self.start_from is None:

@@ -7,6 +7,7 @@ import copy
 import csv
 import io
 import json
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 
 from mos_cli.bundles.bundle import Bundle, find_bundle, write_index
 from mos_cli.bundles.loras import LoraFile
+from mos_cli.bundles.shapes import GenerationShape
 from mos_cli.config.recipe import make_recipe
+from mos_cli.config.settings import available_memory
 from mos_cli.datasets.art.file import load_art
 from mos_cli.datasets.captioned import Captioned, load_captioned, to_device
 from mos_cli.datasets.scenes.compositor import Compositor
@@ -30,8 +33,9 @@ from mos_cli.datasets.scenes.writer import SceneWriter
 from mos_cli.datasets.tables import CaptionedTable, DataTable
 from mos_cli.errors import InputError, ModelError, UsageError
 from mos_cli.inference.pipeline import MoSPipeline
+from mos_cli.planning.training import check_memory
 from mos_cli.towers.autoencoder import Autoencoder, Pixels
-from mos_cli.towers.generation import GenerationTower
+from mos_cli.towers.generation import GenerationTower, empty_tower
 from mos_cli.towers.image_encoder import ImageEncoder
 from mos_cli.towers.lora import save_lora
 from mos_cli.towers.understanding import UnderstandingTower
@@ -120,6 +124,7 @@ def prepare(
     with accelerator.local_main_process_first():
         parts = find_parts(recipe, device, dtype)
     _check_parts(recipe, parts, plan.stages)
+    learned = _check_memory(recipe, parts, plan.stages, device, accelerator.num_processes)
     share = Share(accelerator.process_index, accelerator.num_processes)
     found: dict[str, tuple[Source, ...]] = {}
     sources: dict[Kind, Source] = {}
@@ -139,6 +144,8 @@ def prepare(
             made = write_bundle(recipe, start_tower(recipe), parts, Path(temporary) / "bundle")
             check_drawing(made, parts, recipe, device)
     accelerator.wait_for_everyone()
+    origin = "random weights" if recipe.start_from is None else recipe.start_from
+    reports.say(f"{learned:,} parameters learn, from {origin}; {plan.steps} steps of {plan.stages[0].batch} pictures")
     return Trainer(recipe, batches, folder, accelerator, extend=extend, say=reports.say)
 
 
@@ -175,8 +182,7 @@ def _check_parts(recipe: TrainRecipe, parts: Parts, stages: tuple[Stage, ...]) -
         raise UsageError(f"[generation] image_state_widths must be {list(widths)}, the widths of the image encoder")
     if network.get("has_vision") and not isinstance(understanding, VisionLanguageTower):
         raise UsageError(f"[generation] has_vision = true needs an understanding tower with vision: {name} has none")
-    with torch.device("meta"):
-        tower = _empty_tower(recipe)
+    tower = empty_tower(network)
     shape = (understanding.layers, understanding.width)
     if tower.states_shape != shape:
         raise UsageError(
@@ -192,15 +198,29 @@ def _check_parts(recipe: TrainRecipe, parts: Parts, stages: tuple[Stage, ...]) -
     for what, pixels in sides.items():
         if pixels % side:
             raise UsageError(f"{what} is {pixels}, no multiple of {side} pixels, the side of a patch in the picture")
-    if recipe.train.context_tokens > understanding.max_tokens:
-        raise UsageError(f"[train] context_tokens is more than the {understanding.max_tokens} that {name} takes")
 
 
-def _empty_tower(recipe: TrainRecipe) -> GenerationTower:
-    try:
-        return GenerationTower(**recipe.generation)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"the recipe's [generation] is wrong: {error}") from None
+def _check_memory(
+    recipe: TrainRecipe, parts: Parts, stages: tuple[Stage, ...], device: torch.device, processes: int
+) -> int:
+    """The number of parameters that learn; raises MemoryLimitError if the run does not fit the device."""
+    shape = GenerationShape.model_validate(recipe.generation)
+    learned, sharded = shape.parameters, processes if os.environ.get("ACCELERATE_USE_FSDP") == "true" else 1
+    if recipe.lora is not None:
+        learned = recipe.lora.rank * sum(inputs + outputs for inputs, outputs in shape.linears)
+    # The processes of a machine share its memory, and have a GPU each.
+    available = available_memory(device) / (1 if device.type == "cuda" else _local_processes())
+    for stage in stages:
+        patches = (stage.canvas // (shape.patch * parts.autoencoder.factor)) ** 2
+        batch, edits = max(1, stage.batch // processes), stage.edits > 0
+        # With sharding, each process has its part of the state.
+        check_memory(shape, learned // sharded, batch, patches, recipe.train.context_tokens, available, edits=edits)
+    return learned
+
+
+def _local_processes() -> int:
+    """The number of processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True)
