@@ -51,6 +51,7 @@ class Bench:
 
 def one_run(recipe: TrainRecipe, bench: Bench, target: Path, *, router_rate: float = 1.0) -> dict[str, Any]:
     """Trains, measures and judges one variant with one seed; the averaged weights and the pictures stay in `target`."""
+    assert recipe.understanding is not None
     started, fusion = time.perf_counter(), recipe.generation.get("fusion", "routed")
     library = bench.libraries[recipe.understanding].handed(fusion, recipe.generation["depth"])
     tower, seconds = _trained(recipe, library, bench, router_rate)

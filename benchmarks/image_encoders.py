@@ -64,7 +64,9 @@ def train(
     torch.manual_seed(0)
     world, started = make_world(art or data_folder()), time.perf_counter()
     pictures, captions = world.lesson(scenes)
-    tower = UnderstandingTower(find_understanding(load_recipe(RECIPE).understanding)[1], dtype=torch.bfloat16)
+    reader = load_recipe(RECIPE).understanding
+    assert reader is not None
+    tower = UnderstandingTower(find_understanding(reader)[1], dtype=torch.bfloat16)
     sentences, ids = read(captions, tower)
     drawn = time.perf_counter()
     print(f"drew and read {scenes} scenes in {drawn - started:.0f} s", flush=True)

@@ -37,6 +37,12 @@ class DeviceError(MosError):
     exit_code = 6
 
 
+class DivergenceError(MosError):
+    """A training run's loss or weights are no longer numbers, or far above where they began."""
+
+    exit_code = 8
+
+
 PARTLY_FAILED = 7
 INTERRUPTED = 130
 OUTPUT_CLOSED = 141

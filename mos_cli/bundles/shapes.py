@@ -22,26 +22,26 @@ IMAGE_GRID = 4
 class GenerationShape(Migrated):
     """The config of a generation tower; the fields and defaults are those of `towers.generation.GenerationTower`."""
 
-    channels: int = 3
-    patch: int = 8
-    width: int = 256
-    depth: int = 8
-    heads: int = 4
-    hidden: int = 704
-    states_layers: int = 7
-    states_width: int = 384
+    channels: int = Field(default=3, gt=0)
+    patch: int = Field(default=8, gt=0)
+    width: int = Field(default=256, gt=0)
+    depth: int = Field(default=8, gt=0)
+    heads: int = Field(default=4, gt=0)
+    hidden: int = Field(default=704, gt=0)
+    states_layers: int = Field(default=7, gt=0)
+    states_width: int = Field(default=384, gt=0)
     image_state_widths: tuple[int, ...] = ()
     has_vision: bool = False
     fusion: Literal["routed", "last", "aligned", "mean"] = "routed"
     context: Literal["kv", "tokens", "joint", "cross"] = "kv"
     router_inputs: tuple[str, ...] = ("tokens", "latent", "time")
     routing: Literal["token", "sample"] = "token"
-    router_width: int = 128
-    router_depth: int = 2
-    router_heads: int = 2
-    top_k: int = 2
+    router_width: int = Field(default=128, gt=0)
+    router_depth: int = Field(default=2, gt=0)
+    router_heads: int = Field(default=2, gt=0)
+    top_k: int = Field(default=2, gt=0)
     renormalise: bool = True
-    rope_theta: float = 100.0
+    rope_theta: float = Field(default=100.0, gt=0)
 
     @property
     def in_sequence(self) -> bool:

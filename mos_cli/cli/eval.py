@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mos_cli.cli.loading import load_with_progress
-from mos_cli.cli.options import ArtFile, Device, Model, Solver
+from mos_cli.cli.options import ArtFile, Device, Lora, Model, Solver
 from mos_cli.cli.output import Report, print_table, stdout
 from mos_cli.cli.progress import fetch_with_progress, stage_bars
 from mos_cli.errors import UsageError
@@ -53,6 +53,7 @@ def evaluate(
         float | None,
         typer.Option("--image-cfg", min=0, help="Guidance towards the picture, editing.", show_default="the model's"),
     ] = None,
+    lora: Lora = None,
     size: Annotated[
         int | None, typer.Option("--size", help="Side of the pictures.", show_default="the model's")
     ] = None,
@@ -74,7 +75,8 @@ def evaluate(
 
     # The user's config file is not read: a table must not depend on whose machine it was made on.
     side = None if size is None else str(size)
-    flags = make_settings(model=model, steps=steps, solver=solver, cfg=cfg, size=side, device=device)
+    values = {"model": model, "steps": steps, "solver": solver, "cfg": cfg, "size": side, "device": device}
+    flags = make_settings(**values, loras=lora or None)
     settings = RunSettings(**flags.model_dump(exclude_none=True))
     bundle = find_bundle(settings.model)
     editing = edit_defaults(bundle) if suite is Suite.edit else None

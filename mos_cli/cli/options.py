@@ -190,6 +190,24 @@ RouteUntil = Annotated[
         show_default="100%",
     ),
 ]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="FILE[:SCALE]",
+        callback=as_text,
+        help="Change the model by a LoRA, a file of `mos train finetune-lora`; repeatable.",
+    ),
+]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="FILE",
+        callback=as_text,
+        help="Where a LoRA it was drawn with is, if it is not found by its hash; repeatable.",
+    ),
+]
 Regions = Annotated[
     bool, typer.Option("--regions", help="Also record which parts of the picture attended to which word.")
 ]
@@ -282,6 +300,7 @@ class DrawOptions:
     routes: Routes = None
     route_from: RouteFrom = None
     route_until: RouteUntil = None
+    lora: Lora = None
     regions: Regions = False
     preview_steps: PreviewSteps = False
     device: Device = None
@@ -315,7 +334,7 @@ class DrawOptions:
 
         values = {option.name: getattr(self, option.name) for option in fields(self)}
         values = {name: value for name, value in values.items() if name in Settings.model_fields}
-        return make_settings(**values | {"routes": self.routes or None} | more)
+        return make_settings(**values | {"routes": self.routes or None, "loras": self.lora or None} | more)
 
 
 def with_draw_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -19,10 +19,14 @@ if TYPE_CHECKING:
 def stop_between_steps() -> Iterator[Callable[[], None]]:
     """Defers the first Ctrl-C to the end of the current step; a second one stops at once.
 
-    The yielded function is called between steps and raises KeyboardInterrupt if Ctrl-C was pressed.
+    So are SIGTERM, by which clusters end what has run too long, and SIGHUP, which a closed terminal sends, unless they
+    are ignored as `nohup` sets it. The yielded function is called between steps, and raises KeyboardInterrupt if one
+    came.
     """
     pressed = False
-    before = signal.getsignal(signal.SIGINT)
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in names)}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
         nonlocal pressed
@@ -30,17 +34,22 @@ def stop_between_steps() -> Iterator[Callable[[], None]]:
         # It may interrupt a write to stderr, which cannot be written to then.
         with suppress(RuntimeError, OSError):
             stderr.print("finishing this step; Ctrl-C again to stop at once")
-        signal.signal(signal.SIGINT, before)
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def check() -> None:
         if pressed:
             raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, on_signal)
+    for number in before:
+        signal.signal(number, on_signal)
     try:
         yield check
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
 
 
 def sampling_bars(report: Report) -> Progress:

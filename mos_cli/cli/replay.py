@@ -13,6 +13,7 @@ from mos_cli.cli.options import (
     Compile,
     Device,
     Json,
+    Loras,
     MaxVram,
     Models,
     Offload,
@@ -60,6 +61,7 @@ def replay(
         list[Path] | None, typer.Option("--mask", metavar="FILE", help="A mask that an edit was made with; repeatable.")
     ] = None,
     models: Models = None,
+    lora: Loras = None,
     route_from: Annotated[
         Path | None,
         typer.Option("--route-from", metavar="TRACE", help="The run that the picture took its routes from."),
@@ -89,7 +91,7 @@ def replay(
     from mos_cli.images.inputs import Finder
     from mos_cli.images.naming import naming
     from mos_cli.images.outputs import as_stored, drawn_hash, read_drawing
-    from mos_cli.inference.requests import check_recipe
+    from mos_cli.inference.requests import check_recipe, with_loras
     from mos_cli.utils.threads import cpu_threads
 
     report = Report(json=json, quiet=quiet, verbose=verbose)
@@ -127,6 +129,7 @@ def replay(
         output=output, trace=trace, device=device, attention=attention, max_vram=max_vram, offload=offload
     )
     settings = resolve(flags, None)
+    with_loras(settings, recipe, lora or [])
     check_size(*recipe.working_size, bundle.index.canvas)
     record_options = make_record_options(settings.trace, regions=regions, previews=preview_steps)
     check_recipe(recipe, bundle, compiled=compiles(record.made), regions=regions, options=record_options)
@@ -138,7 +141,10 @@ def replay(
     loaded: dict[tuple[Any, ...], MoSPipeline] = {}
 
     def pipeline_of(bundle: "Bundle", recipe: "Recipe", made: "Provenance") -> "MoSPipeline":
-        key = (bundle.hash, recipe.precision, recipe.quant, made.tiled, made.batched_guidance, compiles(made))
+        key = (
+            *(bundle.hash, recipe.precision, recipe.quant, recipe.loras),
+            *(made.tiled, made.batched_guidance, compiles(made)),
+        )
         if key not in loaded:
             # One at a time: together two models might not fit.
             loaded.clear()
@@ -153,7 +159,7 @@ def replay(
                 "batched_guidance": placed.batched_guidance and made.batched_guidance,
             }
             how["compile"] = compiles(made)
-            placed = placed.model_copy(update=how)
+            placed = with_loras(placed.model_copy(update=how), recipe, lora or [])
             loaded[key] = load_with_progress(bundle, placed, report, precision=recipe.precision, quant=recipe.quant)
         return loaded[key]
 

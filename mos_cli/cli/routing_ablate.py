@@ -11,7 +11,7 @@ import typer
 
 from mos_cli.cli.jobs import shortened
 from mos_cli.cli.loading import load_route_source, load_with_progress
-from mos_cli.cli.options import Attention, Device, Json, Models, Overwrite, Quiet, Verbose, as_text
+from mos_cli.cli.options import Attention, Device, Json, Loras, Models, Overwrite, Quiet, Verbose, as_text
 from mos_cli.cli.output import Report
 from mos_cli.cli.progress import sampling_bars, stop_between_steps
 from mos_cli.errors import InputError, UsageError
@@ -49,6 +49,7 @@ def ablate(
         Path | None, typer.Option("--mask", metavar="FILE", help="The mask that an edit was made with.")
     ] = None,
     models: Models = None,
+    lora: Loras = None,
     route_from: Annotated[
         Path | None,
         typer.Option("--route-from", metavar="TRACE", help="The run that the picture took its routes from."),
@@ -74,6 +75,7 @@ def ablate(
     from mos_cli.config.settings import check_size, make_settings, resolve
     from mos_cli.images.inputs import Finder
     from mos_cli.images.outputs import drawn_hash, read_drawing
+    from mos_cli.inference.requests import with_loras
     from mos_cli.routing.rules import BaselineRule, parse_rules
     from mos_cli.utils.threads import cpu_threads
 
@@ -91,7 +93,7 @@ def ablate(
     elif source_files or mask:
         raise UsageError(f"{picture} is no edit: drop --input and --mask")
     routes = load_route_source(picture, recipe, route_from)
-    settings = resolve(make_settings(device=device, attention=attention), None)
+    settings = with_loras(resolve(make_settings(device=device, attention=attention), None), recipe, lora or [])
     # A name that was not given is a free one in any case.
     overwrite = overwrite and output is not None
     strips = _strip_paths(picture, word, output, overwrite)

@@ -1,4 +1,4 @@
-"""`mos train`: from a recipe and an art file to a bundle."""
+"""`mos train`: from a recipe and pictures to a bundle or a LoRA file."""
 
 import os
 from pathlib import Path
@@ -8,29 +8,48 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mos_cli.cli.completion import model_names, recipe_names
-from mos_cli.cli.options import ArtFile
+from mos_cli.cli.options import ArtFile, as_text
 from mos_cli.cli.output import stderr, stdout
 from mos_cli.cli.progress import stop_between_steps
-from mos_cli.errors import UsageError
+from mos_cli.errors import InputError, UsageError
+
+SHOWN = 20
+"""Files that are shown of those that are not used; all are in the run's folder."""
 
 
 def train(
     recipe: Annotated[
         str,
-        typer.Argument(autocompletion=recipe_names, help="A TOML file, or the name of a shipped recipe (train-...)."),
+        typer.Argument(
+            autocompletion=recipe_names,
+            help="A TOML file, or the name of a shipped recipe: finetune, finetune-lora, emoji, ...",
+        ),
     ],
     start_from: Annotated[
         str | None,
         typer.Option(
             "--from",
             autocompletion=model_names,
-            help="The base model that a router is trained for: name or folder.",
+            help="The model to continue, or the base model that a router is trained for: name, path or hub id.",
             show_default="the recipe's",
         ),
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option("--data", help="Folder of captioned pictures, for a router.", show_default="the recipe's"),
+        typer.Option("--data", help="Folder of captioned pictures, see docs/finetune.md.", show_default="the recipe's"),
+    ] = None,
+    caption: Annotated[
+        str | None,
+        typer.Option(
+            "--caption",
+            metavar="TEXT",
+            callback=as_text,
+            help='That of pictures without one: "a photo of {folder}", from the name of its folder.',
+        ),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse a folder with files that cannot be used.")] = False,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of the new model.", show_default="the recipe's")
     ] = None,
     art: ArtFile = None,
     run: Annotated[
@@ -39,11 +58,19 @@ def train(
     ] = None,
     export: Annotated[
         Path | None,
-        typer.Option("--export", help="Where the bundle goes when the run is done.", show_default="RUN/bundle"),
+        typer.Option(
+            "--export",
+            help="Where the bundle, or the LoRA file, goes when the run is done.",
+            show_default="RUN/bundle or RUN/NAME.safetensors",
+        ),
     ] = None,
     steps: Annotated[
         int | None, typer.Option("--steps", min=1, help="Training steps, instead of the recipe's.")
     ] = None,
+    extend: Annotated[
+        bool,
+        typer.Option("--extend", help="Go on from before the learning rates fell, for a run with more --steps."),
+    ] = False,
     ema: Annotated[
         str | None,
         typer.Option(
@@ -71,52 +98,92 @@ def train(
     from mos_cli.adapters.recipe import is_router_recipe
 
     if is_router_recipe(path := recipe_path(recipe)):
+        if caption is not None or name is not None or strict:
+            raise UsageError(f"--caption, --name and --strict do not go with {recipe}, the recipe of a router")
         from mos_cli.cli.train_router import train_router
 
         quieten()
         train_router(path, data=data, base=start_from, run=run, export=export, steps=steps)
         return
-    if start_from is not None or data is not None:
-        raise UsageError(f"--from and --data are for the recipe of a router, and {recipe} trains a whole model")
     require("training", "train", "inflect", "matplotlib", "tensorboard")
     overrides = {"steps": steps, "ema": ema}
-    loaded = load_recipe(recipe, {name: value for name, value in overrides.items() if value is not None})
+    loaded = load_recipe(
+        recipe,
+        {name: value for name, value in overrides.items() if value is not None},
+        start_from=start_from,
+        data=None if data is None else str(data),
+        caption=caption,
+        name=name,
+    )
     folder = run or Path("runs") / loaded.bundle.name
-    for place in (folder, export or folder):
-        check_writable(place.expanduser())
+    if loaded.lora is not None:
+        require("a LoRA", "train", "peft")
+        target = export or folder / f"{loaded.bundle.name}.safetensors"
+        if target.suffix != ".safetensors":
+            raise InputError(f"--export {target}: a LoRA is one file, choose a name that ends in .safetensors")
+    else:
+        target = export or folder / "bundle"
+    for place in (folder, target):
+        check_writable(place.expanduser() if loaded.lora is None else place.expanduser().parent)
     quieten()
     from mos_cli.bundles.bundle import INDEX
     from mos_cli.datasets.art.file import data_folder
     from mos_cli.training.loop import RECIPE
+    from mos_cli.training.run import Reports
     from mos_cli.training.run import export as export_bundle
     from mos_cli.training.run import train as run_training
     from mos_cli.training.stages import curriculum
-    from mos_cli.utils.files import check_folder
+    from mos_cli.utils.files import LOCK, check_folder, sole_user
 
     columns = [
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:.0f} images/s"),
+        TextColumn("{task.fields[shown]}"),
         TimeRemainingColumn(),
     ]
     main_process = os.environ.get("RANK", "0") == "0"
     if main_process:
-        check_folder(folder, RECIPE)
-        if export is not None:
+        check_folder(folder, RECIPE, LOCK)
+        if export is not None and loaded.lora is None:
             check_folder(export, INDEX, "card.md")
     with (
+        sole_user(folder, "another training", needed=main_process),
         Progress(*columns, console=stderr, disable=not main_process) as bars,
         stop_between_steps() as check_interrupt,
     ):
-        task = bars.add_task("training", total=curriculum(loaded).steps, loss=float("nan"), speed=0.0)
+        tasks: dict[str, Any] = {}
 
-        def log(metrics: Any) -> None:
-            bars.update(task, completed=metrics.step, loss=metrics.loss, speed=metrics.images_per_second)
+        def advance(what: str, done: int, total: int, shown: str = "") -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total, shown="")
+            bars.update(tasks[what], completed=done, shown=shown)
             check_interrupt()
 
-        trainer = run_training(loaded, art or data_folder(), folder, log)
-    bundle = export_bundle(trainer, export or folder / "bundle")
+        def log(metrics: Any) -> None:
+            shown = f"loss {metrics.loss:.4f}  {metrics.images_per_second:.2g} images/s"
+            advance("training", metrics.step, curriculum(loaded).steps, shown)
+
+        reports = Reports(
+            say=lambda line: stderr.print(line, markup=False, highlight=False, soft_wrap=True),
+            progress=lambda done, total: advance("checking the pictures", done, total),
+            unused=_print_unused,
+        )
+        trainer = run_training(loaded, art or data_folder(), folder, log, extend=extend, strict=strict, reports=reports)
+        made = export_bundle(trainer, target)
     trainer.accelerator.end_training()
-    if bundle is not None:
-        stdout.print(f"{bundle.folder}", soft_wrap=True)
+    if made is not None:
+        stdout.print(f"{made}", soft_wrap=True)
+
+
+def _print_unused(files: list[tuple[str, str]]) -> None:
+    from rich.table import Table
+
+    if not files:
+        return
+    table = Table("not used", "why")
+    for name, reason in files[:SHOWN]:
+        table.add_row(name, reason)
+    if len(files) > SHOWN:
+        table.add_row(f"and {len(files) - SHOWN} more", "")
+    stderr.print(table)

@@ -13,7 +13,7 @@ from mos_cli.errors import InputError, MosError, UsageError
 from mos_cli.planning.memory import Offload
 from mos_cli.utils.files import expand
 from mos_cli.utils.folders import presets_folder
-from mos_cli.utils.validation import DEFAULT_SOLVER, Interval, RouteRules, Solver, first_problem, read_toml
+from mos_cli.utils.validation import DEFAULT_SOLVER, Interval, Loras, RouteRules, Solver, first_problem, read_toml
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +71,7 @@ class Settings(BaseModel):
     trace: TraceLevel | None = None
     metadata: Metadata | None = None
     routes: RouteRules | None = None
+    loras: Loras | None = None
     output: str | None = None
     format: PictureSuffix | None = None
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from PIL import ImageColor
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from mos_cli.utils.folders import presets_folder
 from mos_cli.utils.validation import Frozen, read_toml
@@ -28,6 +29,16 @@ class DataTable(Frozen):
         return self
 
 
+class MixedScenes(DataTable):
+    """The scenes that a model was trained on, mixed in so that it does not forget them.
+
+    In a recipe that continues a model, the words and styles may be left out: they are those of the model's recipe.
+    """
+
+    share: float = Field(gt=0, lt=1)
+    """Share of the pictures that are scenes, in steps that do not train edits."""
+
+
 class CaptionedTable(Frozen):
     """Pictures with captions in files: a folder of both, or of webdataset shards; see `datasets.captioned`."""
 
@@ -35,6 +46,22 @@ class CaptionedTable(Frozen):
     path: str
     edits: float = Field(default=0.0, ge=0, le=1)
     """Share of the steps that train its edits."""
+    caption: str | None = Field(default=None, min_length=1)
+    """That of pictures without one; {folder} and {name} stand for the names of its folder and its file."""
+    background: str = "white"
+    """The colour behind transparent parts."""
+    flip: bool = False
+    """Mirror half of the pictures."""
+    scenes: MixedScenes | None = None
+
+    @field_validator("background")
+    @classmethod
+    def _is_colour(cls, background: str) -> str:
+        try:
+            ImageColor.getrgb(background)
+        except ValueError:
+            raise ValueError(f"{background!r} is no colour: write a name, such as white, or #rrggbb") from None
+        return background
 
 
 def _kind(data: Any) -> str:
@@ -47,12 +74,20 @@ Data = Annotated[
 ]
 
 
+def edit_share(data: DataTable | CaptionedTable) -> float:
+    """Share of the steps that train edits, those of mixed scenes included."""
+    mixed = data.scenes.edits if isinstance(data, CaptionedTable) and data.scenes is not None else 0.0
+    return min(1.0, data.edits + mixed)
+
+
 def with_words(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A `[data]` table with its words read from the file that it names, in `folder` or among the presets.
 
     Raises:
         InputError: the file does not exist, or it is not TOML.
     """
+    if isinstance(data.get("scenes"), dict):
+        data = data | {"scenes": with_words(data["scenes"], folder)}
     if not isinstance(data.get("words"), str):
         return data
     own = folder / data["words"]

@@ -15,6 +15,7 @@ from mos_cli.towers.attention import AttentionBackend, choose_attention
 from mos_cli.towers.autoencoder import Autoencoder, Latents, Pixels, load_autoencoder
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.image_encoder import ImageEncoder
+from mos_cli.towers.lora import LoraSet
 from mos_cli.towers.quantized import load_generation
 from mos_cli.towers.understanding import UnderstandingTower
 from mos_cli.towers.vision_language import load_understanding
@@ -43,6 +44,7 @@ def load_parts(
     precision: str,
     attention: AttentionBackend,
     setting: Setting,
+    loras: LoraSet = LoraSet(),
 ) -> Parts:
     """Loads all parts of a verified bundle; with offloading each leaves the device before the next is loaded.
 
@@ -69,6 +71,7 @@ def load_parts(
             device=offloader.loading,
             quantised_on=device,
             dtype=dtype,
+            loras=loras,
         )
         with offloader.briefly_onloaded(tower):
             backend = choose_attention(tower, attention)

@@ -13,6 +13,7 @@ from typing import Any
 from PIL.Image import Image
 
 from mos_cli.bundles.bundle import Bundle, edit_defaults, find_bundle, record_location
+from mos_cli.bundles.loras import parse_lora, record_lora
 from mos_cli.bundles.sources import fetch_tower
 from mos_cli.config.recipe import make_recipe
 from mos_cli.config.settings import RunSettings, make_settings, parse_size
@@ -36,7 +37,7 @@ from mos_cli.planning.candidates import parse_quant
 from mos_cli.planning.memory import Setting
 from mos_cli.routing.trace import RecordOptions
 from mos_cli.utils.devices import choose_device
-from mos_cli.utils.files import expand
+from mos_cli.utils.files import expand, sha256_of
 
 ImageSource = str | Path | Image | Drawing
 """A file (PNG, JPEG, WebP, AVIF, GIF, TIFF or BMP), an image, or a result of `Model.generate` or `Model.edit`."""
@@ -58,6 +59,7 @@ def load_pipeline(
     device = choose_device(settings.device)
     if isinstance(settings.max_vram, float) and device.type == "cuda":
         limit_memory(device, settings.max_vram)
+    loras = [parse_lora(text) for text in settings.loras or ()]
     pipeline = MoSPipeline(
         bundle,
         understanding,
@@ -66,7 +68,10 @@ def load_pipeline(
         attention=settings.attention,
         setting=Setting(*parse_quant(quant or "none"), settings.offload, settings.tiled, settings.batched_guidance),
         compiled=settings.compile,
+        loras=loras,
     )
+    for lora in loras:
+        record_lora(lora.path, sha256_of(lora.path))
     record_location(bundle)
     return pipeline
 
@@ -81,6 +86,7 @@ def load(
     offload: str | None = None,
     attention: str = "auto",
     compile: bool = False,
+    loras: Sequence[str] = (),
 ) -> "Model":
     """Loads a model. The understanding tower is downloaded first if it is not in the cache.
 
@@ -94,6 +100,7 @@ def load(
         offload: what waits in main memory until the GPU needs it: "none" (the default), "understanding" or "blocks".
         attention: "auto", "xformers" or "sdpa".
         compile: compile the generation tower when it is first used.
+        loras: LoRA files that change the model: "FILE" or "FILE:SCALE", as `--lora` takes them.
 
     Raises:
         UsageError: a setting is not understood, or does not go with the device.
@@ -110,6 +117,7 @@ def load(
         offload=offload,
         attention=attention,
         compile=compile,
+        loras=tuple(loras) or None,
     )
     settings = RunSettings(**flags.model_dump(exclude_none=True))
     bundle = find_bundle(settings.model)

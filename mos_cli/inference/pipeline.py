@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mos_cli.bundles.blueprints import network_of
 from mos_cli.bundles.bundle import Bundle, verify_bundle
+from mos_cli.bundles.loras import LoraFile
 from mos_cli.config.recipe import PictureRecord, Recipe, check_blocks, pixels_hash, provenance
 from mos_cli.config.settings import Metadata, TraceLevel, smaller
 from mos_cli.errors import DeviceError, MemoryLimitError, ModelError, UsageError
@@ -39,6 +40,7 @@ from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, WITHOUT_IMAGE, Guidanc
 from mos_cli.sampling.sampler import Observer, make_sigmas, sample
 from mos_cli.towers.attention import AttentionBackend
 from mos_cli.towers.autoencoder import Autoencoder, to_image
+from mos_cli.towers.lora import LoraSet
 from mos_cli.towers.router import Router
 from mos_cli.utils.devices import device_name
 from mos_cli.utils.files import expand, write_all
@@ -156,9 +158,11 @@ class MoSPipeline:
         attention: the attention backend; see `choose_attention`.
         setting: quantisation, offload and tiling; a tower is quantised while it is loaded.
         compiled: compile the generation tower's blocks at their first use, which takes up to a minute.
+        loras: LoRA files that change the generation tower, with their scales.
 
     Raises:
-        ModelError: the bundle is damaged, or its parts do not fit together.
+        ModelError: the bundle is damaged, or its parts or a LoRA do not fit together.
+        InputError: a LoRA cannot be read.
         MemoryLimitError: the device has too little memory for them.
         DeviceError: the device does not support the attention backend, or the blocks cannot be compiled.
     """
@@ -173,6 +177,7 @@ class MoSPipeline:
         attention: AttentionBackend = "auto",
         setting: Setting = Setting(),
         compiled: bool = False,
+        loras: Sequence[LoraFile] = (),
     ) -> None:
         verify_bundle(bundle)
         self.bundle, self.bundle_hash, self.device = bundle, bundle.hash, device
@@ -180,7 +185,13 @@ class MoSPipeline:
         self.offloader = Offloader(device, setting.offload)
         try:
             parts = load_parts(
-                bundle, understanding, self.offloader, precision=precision, attention=attention, setting=setting
+                bundle,
+                understanding,
+                self.offloader,
+                precision=precision,
+                attention=attention,
+                setting=setting,
+                loras=LoraSet.of(loras),
             )
         except (torch.OutOfMemoryError, MemoryError):
             raise self._out_of_memory(bundle.index.canvas.native, "take a smaller model") from None

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from mos_cli.bundles.adapters import AdapterBundle
 from mos_cli.bundles.blueprints import network_of
 from mos_cli.bundles.bundle import Bundle, edit_defaults
+from mos_cli.bundles.loras import LoraFile, find_lora, parse_lora
 from mos_cli.bundles.shapes import read_generation
 from mos_cli.bundles.sources import tower_folder
 from mos_cli.bundles.specs import Canvas, Defaults
-from mos_cli.config.recipe import MaskRecipe, Recipe, RouteSource, check_blocks, check_guidance, pixels_hash
+from mos_cli.config.recipe import LoraRecipe, MaskRecipe, Recipe, RouteSource, check_blocks, check_guidance, pixels_hash
 from mos_cli.config.settings import RunSettings, available_memory, fitted, parse_size
 from mos_cli.errors import MosError, UsageError
 from mos_cli.images.inputs import Inputs, describe_edit
@@ -28,6 +29,7 @@ from mos_cli.routing.rules import Rule, check_numbers, no_such_word, parse_rules
 from mos_cli.routing.trace import Recording, RecordOptions, load_recording
 from mos_cli.routing.transfer import check_model, choices_hash
 from mos_cli.utils.devices import choose_device, choose_precision
+from mos_cli.utils.files import sha256_of
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +64,7 @@ def recipe_fields(settings: RunSettings, bundle: Bundle, defaults: Defaults) -> 
         "quant": None if settings.quant == "none" else ",".join(parse_quant(settings.quant)),
         "feature_cache": settings.feature_cache,
         "routes": tuple(map(str, parse_rules(settings.routes))) if settings.routes else None,
+        "loras": lora_recipes(settings),
     }
 
 
@@ -83,6 +86,31 @@ def _check_base_model(settings: RunSettings, bundle: AdapterBundle) -> None:
         raise UsageError(f"--cfg {cfg:g}: {name} takes 1, which turns guidance off, or more")
     if cfg is not None and cfg != 1 and bundle.index.distilled and bundle.index.pipeline == "Flux2KleinPipeline":
         raise UsageError(f"{name} is distilled, and guidance has no effect on it: leave --cfg at 1")
+
+
+def lora_recipes(settings: RunSettings) -> tuple[LoraRecipe, ...] | None:
+    """What a recipe says of the LoRAs of a run.
+
+    Raises:
+        UsageError: the scale of one is no number.
+        InputError: there is no such file.
+    """
+    files = [parse_lora(text) for text in settings.loras or ()]
+    return tuple(LoraRecipe(name=f.path.name, sha256=sha256_of(f.path), scale=f.scale) for f in files) or None
+
+
+def with_loras(settings: RunSettings, recipe: Recipe, given: Sequence[str]) -> RunSettings:
+    """The settings with the LoRAs that a recipe was drawn with, found by their hashes.
+
+    Args:
+        given: files named by the user, where they are not found otherwise.
+
+    Raises:
+        InputError: one is not found.
+    """
+    files = [parse_lora(text) for text in given]
+    found = [LoraFile(find_lora(lora.name, lora.sha256, files), lora.scale) for lora in recipe.loras or ()]
+    return settings.model_copy(update={"loras": tuple(map(str, found)) or None})
 
 
 def generation_fields(

@@ -282,6 +282,12 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
         return route.shared_by(*bank.bank_BTMD.shape[:2])
 
 
+def empty_tower(arguments: dict[str, Any]) -> GenerationTower:
+    """A generation tower on the meta device, without weights; raises ValueError as `GenerationTower` does."""
+    with torch.device("meta"):
+        return GenerationTower(**arguments)
+
+
 def _check(config: Any) -> None:
     """Checks the arguments of a generation tower; raises ValueError."""
     choices = [("fusion", config.fusion, Fusion), ("context", config.context, Context)]

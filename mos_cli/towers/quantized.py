@@ -29,6 +29,7 @@ from mos_cli.quantization.layers import (
 )
 from mos_cli.quantization.method import Method, Quantisation
 from mos_cli.towers.generation import GenerationTower
+from mos_cli.towers.lora import LoraSet
 from mos_cli.utils.migration import current_fields
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ def load(
     device: torch.device,
     quantised_on: torch.device | None = None,
     dtype: torch.dtype = COMPUTE,
+    loras: LoraSet = LoraSet(),
 ) -> _Model:
     """Fills a network that is on the meta device from a checkpoint, moving each tensor to the device as it is read.
 
@@ -133,9 +135,11 @@ def load(
         quantised_on: the device on which layers are quantised, by default `device`. A GPU is faster than a CPU; the
             results may differ in single bits.
         dtype: the type of the tensors that are not quantised.
+        loras: what is added to the weights before they are rounded or quantised.
 
     Raises:
-        ModelError: the checkpoint is damaged, of another network, or quantised already while a method is given.
+        ModelError: the checkpoint is damaged, of another network, or quantised already while a method or LoRAs are
+            given; or a LoRA does not fit.
     """
     checkpoint = Checkpoint(folder)
     stored = checkpoint.quantisation
@@ -143,6 +147,11 @@ def load(
         raise ModelError(
             f"{folder} is quantised already ({stored.method}): use it as it is, or the model it was made from"
         )
+    if stored is not None and loras.loras:
+        raise ModelError(
+            f"{folder} is quantised already: use a LoRA with the model it was made from, and --quant {stored.method}"
+        )
+    loras.check(model, f"the model in {folder.parent}")
     quantisation = stored if method is None else Quantisation(method=method, kept=kept)
     quantised = () if quantisation is None else _nonempty_survey(model, quantisation).quantised
     unread = set(checkpoint.names)
@@ -153,7 +162,9 @@ def load(
         fits = tensor.is_floating_point() if kind is None else tensor.dtype == kind
         if not fits or (size is not None and tensor.shape != tuple(size)):
             raise ModelError(f"{name} in {folder} does not fit: it is {tensor.dtype} of {tuple(tensor.shape)}")
-        return tensor
+        if kind is None and not tensor.isfinite().all():
+            raise ModelError(f"the weights in {folder} cannot be used: {name} has values that are not finite")
+        return tensor if kind is not None else loras.merged(name, tensor)
 
     weights = {f"{name}.weight" for name in quantised}
     for name, empty in list(model.state_dict().items()):
@@ -188,13 +199,23 @@ def load_generation(
     device: torch.device,
     quantised_on: torch.device | None = None,
     dtype: torch.dtype = COMPUTE,
+    loras: LoraSet = LoraSet(),
 ) -> GenerationTower:
     """The generation tower in `folder`, quantised while it is loaded where a method is given; see `load`.
 
     Raises ModelError as `load` does, and diffusers' own errors where the config is missing or damaged.
     """
     tower = empty_generation(folder)
-    return load(tower, folder, method, kept=GENERATION_KEPT, device=device, quantised_on=quantised_on, dtype=dtype)
+    return load(
+        tower,
+        folder,
+        method,
+        kept=GENERATION_KEPT,
+        device=device,
+        quantised_on=quantised_on,
+        dtype=dtype,
+        loras=loras,
+    )
 
 
 def save_quantised(tower: GenerationTower, quantisation: Quantisation, folder: Path) -> None:

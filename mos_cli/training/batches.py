@@ -9,7 +9,9 @@ image token, C channels, H x W the latent's size.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from operator import attrgetter
 from random import Random
 from typing import Any
 
@@ -64,6 +66,56 @@ class Source:
     pick: Pick
     draw: Draw
     draw_before: Draw | None = None
+    name: Callable[[Random], str] | None = None
+    """The name of the file that `pick` would choose."""
+    captions: tuple[str, ...] = ()
+    """All captions, of a source that has them in files."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Two sources in one: each picture is of the second with the probability `share`."""
+
+    first: Source
+    second: Source
+    share: float
+
+    def source(self) -> Source:
+        """The mixture as a source."""
+        edits = self.first.draw_before is not None
+        return replace(
+            self.first,
+            pick=self._pick,
+            draw=partial(self._drawn, attrgetter("draw")),
+            draw_before=partial(self._drawn, attrgetter("draw_before")) if edits else None,
+            name=self._name,
+        )
+
+    def _of(self, random: Random) -> int:
+        return int(random.random() < self.share)
+
+    def _pick(self, random: Random, canvas: int) -> tuple[Any, str]:
+        which = self._of(random)
+        picture, caption = (self.first, self.second)[which].pick(random, canvas)
+        return (which, picture), caption
+
+    def _name(self, random: Random) -> str:
+        which = self._of(random)
+        source = (self.first, self.second)[which]
+        return "a scene" if source.name is None else source.name(random)
+
+    def _drawn(self, draw_of: Callable[[Source], Draw], picked: list[Any], canvas: int) -> Tensor:
+        """The pictures of both sources, in the order in which they were picked."""
+        places: tuple[list[int], list[int]] = ([], [])
+        for place, (which, _) in enumerate(picked):
+            places[which].append(place)
+        parts = [
+            draw_of(source)([picked[place][1] for place in own], canvas)
+            for source, own in zip((self.first, self.second), places, strict=True)
+            if own
+        ]
+        order = torch.tensor([*places[0], *places[1]], device=parts[0].device).argsort()
+        return torch.cat(parts)[order]
 
 
 @dataclass(frozen=True)
@@ -158,6 +210,21 @@ class Batches:
             UsageError: a caption does not fit into `context_tokens`.
         """
         return self._finish(self.picks[step])
+
+    def names(self, step: int) -> list[str]:
+        """The names of the files of a step's pictures, or where they have none the captions."""
+        stage = self.curriculum.stage_at(step)
+        source = self.sources[kind_of(self.curriculum, self.train.seed, step)]
+        randoms = [Random(f"{self.train.seed}/{step}/{index}") for index in range(stage.batch)]
+        if source.name is None:
+            return [source.pick(random, stage.canvas)[1] for random in randoms]
+        return [source.name(random) for random in randoms]
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """The captions of all captioned pictures that are no edits."""
+        sources = [source for (_, edits), source in self.sources.items() if not edits]
+        return tuple(dict.fromkeys(caption for source in sources for caption in source.captions))
 
     def stream(self, first: int) -> Iterator[Batch]:
         """The batches from step `first` to the end of the run; raises as `make` does.

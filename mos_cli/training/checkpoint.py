@@ -1,8 +1,10 @@
-"""Checkpoints of a run: one folder each, written atomically, readable by any number of processes.
+"""Checkpoints of a run: one folder each, switched by rename, checked on reading, readable by any number of processes.
 
 They are PyTorch's distributed checkpoints: each process writes its part, and another number of processes can read them.
+`checkpoint.json` in each has the sha256 of its files and the plan under which it was trained.
 """
 
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -10,40 +12,86 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from pydantic import ValidationError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as read
 from torch.distributed.checkpoint.state_dict_saver import save as write
 
 from mos_cli.errors import InputError
+from mos_cli.utils.files import sha256_of
 from mos_cli.utils.migration import current_weight, earlier_weight
+from mos_cli.utils.validation import Frozen, Sha256
 
 CHECKPOINTS = "checkpoints"
+DESCRIPTION = "checkpoint.json"
+KEPT = 2
+"""Checkpoints that are kept, beside the last one from before the learning rates fall."""
 # PyTorch warns even where a single process is intended.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
+class Plan(Frozen):
+    """The steps of a run, and the number of steps after which its learning rates fall."""
+
+    steps: int
+    decay_from: int
+
+
+class Description(Frozen):
+    """What `checkpoint.json` says."""
+
+    plan: Plan
+    files: dict[str, Sha256]
+
+
+def found(folder: Path) -> list[Path]:
+    """The checkpoints of a run's folder, the newest first; the name of each is the number of steps done."""
+    paths = [path for path in (folder / CHECKPOINTS).glob("*") if path.name.isdigit()]
+    return sorted(paths, key=step_of, reverse=True)
+
+
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint of a run's folder; its name is the number of steps done."""
-    return max(_all(folder), default=None)
+    """The newest checkpoint of a run's folder."""
+    return next(iter(found(folder)), None)
 
 
-def save(folder: Path, step: int, state: dict[str, Any], accelerator: Accelerator) -> None:
-    """Writes a checkpoint, then removes the older ones, so that there always is one. All processes call it."""
+def step_of(path: Path) -> int:
+    """The number of steps done in a checkpoint."""
+    return int(path.name)
+
+
+def plan_of(path: Path) -> Plan | None:
+    """The plan under which a checkpoint was trained; None where it does not say."""
+    description = _description(path)
+    return None if description is None else description.plan
+
+
+def save(folder: Path, step: int, state: dict[str, Any], plan: Plan, accelerator: Accelerator) -> None:
+    """Writes a checkpoint, then removes the older ones but `KEPT` and the last from before the learning rates fall.
+
+    All processes call it. Raises InputError if it cannot be written; those before it are as they were.
+    """
     target = folder / CHECKPOINTS / f"{step:08d}"
     unfinished = target.with_name(f"{target.name}.unfinished")
     if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        _remove(unfinished)
         unfinished.parent.mkdir(exist_ok=True)
     accelerator.wait_for_everyone()
-    write(state, checkpoint_id=unfinished, no_dist=accelerator.num_processes == 1)
-    accelerator.wait_for_everyone()
+    try:
+        write(state, checkpoint_id=unfinished, no_dist=accelerator.num_processes == 1)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            _describe(unfinished, plan)
+            _switch(unfinished, target)
+    except (CheckpointException, OSError, RuntimeError) as error:
+        _remove(unfinished)
+        raise InputError(
+            f"cannot save the checkpoint {target}: {_reason(error)}; those before it are whole: "
+            "make room, and the same command goes on from the last one"
+        ) from None
     if accelerator.is_main_process:
-        if not target.exists():
-            unfinished.rename(target)
-        for other in (folder / CHECKPOINTS).iterdir():
-            if other != target:
-                shutil.rmtree(other)
+        _remove_old(folder, step)
     accelerator.wait_for_everyone()
 
 
@@ -53,12 +101,12 @@ def load(path: Path, state: dict[str, Any], accelerator: Accelerator) -> dict[st
     Weights may have the names of earlier versions. Raises InputError if the checkpoint is damaged.
     """
     try:
+        _verify(path)
         if any(current_weight(name) != name for name in FileSystemReader(path).read_metadata().state_dict_metadata):
             state = renamed(state, earlier_weight)
         read(state, checkpoint_id=path, no_dist=accelerator.num_processes == 1)
     except (CheckpointException, Exception) as error:  # damage shows as anything; the first is no Exception
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"the checkpoint {path} is damaged ({reason[-1][:120]}): delete it to start anew") from None
+        raise InputError(f"the checkpoint {path} is damaged ({_reason(error)}): delete it to start anew") from None
     return renamed(state, current_weight)
 
 
@@ -71,5 +119,62 @@ def renamed(state: Any, rename: Callable[[str], str]) -> Any:
     return rename(state) if isinstance(state, str) else state
 
 
-def _all(folder: Path) -> list[Path]:
-    return [path for path in (folder / CHECKPOINTS).glob("*") if path.name.isdigit()]
+def _describe(folder: Path, plan: Plan) -> None:
+    """Brings the files of a checkpoint to the disk and writes their hashes beside them."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    description = Description(plan=plan, files={path.name: sha256_of(path) for path in files})
+    (folder / DESCRIPTION).write_text(description.model_dump_json(indent=1), encoding="utf-8")
+
+
+def _description(path: Path) -> Description | None:
+    """None for a checkpoint of an earlier version, which has none; raises ValueError if it is damaged."""
+    file = path / DESCRIPTION
+    return Description.model_validate_json(file.read_bytes()) if file.is_file() else None
+
+
+def _verify(path: Path) -> None:
+    try:
+        description = _description(path)
+    except ValidationError:
+        raise ValueError(f"{DESCRIPTION} is damaged") from None
+    for name, sha256 in {} if description is None else description.files.items():
+        if sha256_of(path / name) != sha256:
+            raise ValueError(f"{name} has changed")
+
+
+def _switch(unfinished: Path, target: Path) -> None:
+    """Gives a complete checkpoint its name; one of the same step, which was damaged or left behind, makes way."""
+    if target.exists():
+        _remove(target)
+    unfinished.rename(target)
+
+
+def _remove_old(folder: Path, step: int) -> None:
+    """Removes what is not kept: older checkpoints, those of a future that was given up, and unfinished ones."""
+    past = [path for path in found(folder) if step_of(path) <= step]
+    before_decay = [path for path in past if (plan := plan_of(path)) is not None and step_of(path) <= plan.decay_from]
+    kept = {*past[:KEPT], *before_decay[:1]}
+    for other in (folder / CHECKPOINTS).iterdir():
+        if other not in kept:
+            _remove(other)
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong in a line; of what processes report together, the first."""
+    failures = list(getattr(error, "failures", {}).values())
+    if failures and isinstance(first := failures[0][0], BaseException):
+        error = first
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if "enforce fail" in str(error) or "PytorchStreamWriter" in str(error):
+        # PyTorch's writer does not pass on the system's error.
+        return "the file could not be written, which a full disk causes"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1][:120]

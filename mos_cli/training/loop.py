@@ -4,7 +4,9 @@ Shapes: M understanding layers, J generation blocks.
 """
 
 import json
+import math
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -13,12 +15,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from mos_cli.errors import InputError
+from mos_cli.bundles.bundle import find_bundle
+from mos_cli.errors import DivergenceError, InputError, UsageError
 from mos_cli.towers.generation import GenerationTower
+from mos_cli.towers.lora import add_lora, merge_lora
 from mos_cli.training import checkpoint
 from mos_cli.training.batches import Batch, Batches
 from mos_cli.training.ema import PowerEMA
@@ -33,8 +37,13 @@ from mos_cli.utils.migration import current_recipe
 from mos_cli.utils.threads import device_threads
 
 RECIPE = "recipe.json"
-MAY_CHANGE = {"steps", "compile", "ema", "log_every", "save_every", "sample_every", "sample_prompts"}
+MAY_CHANGE: dict[str, Any] = {
+    "train": {"steps", "compile", "ema", "log_every", "save_every", "sample_every", "sample_prompts"},
+    "bundle": {"name", "description", "license", "defaults", "edits"},
+}
 """Settings that may differ when a run is resumed; so may the steps of its last stage."""
+WINDOW, FAR_ABOVE = 10, 10.0
+"""A run has diverged when the mean loss of so many steps is so many times that of the first ones."""
 
 
 class Trainer:
@@ -42,18 +51,33 @@ class Trainer:
 
     Args:
         folder: the run's folder, shared by all processes; a run with a checkpoint in it is resumed.
+        extend: go on from the last state before the learning rates fell, so that a run with more steps is the same as
+            if it had been planned so.
+        say: takes lines for the user.
 
     Raises:
-        InputError: the folder holds a run of another recipe, or a damaged checkpoint.
-        UsageError: the recipe's network cannot be built.
+        InputError: the folder holds a run of another recipe, its checkpoints are damaged, or there is none to extend.
+        UsageError: the recipe's network cannot be built, or the run has done more steps than the recipe says.
     """
 
-    def __init__(self, recipe: TrainRecipe, batches: Batches, folder: Path, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        recipe: TrainRecipe,
+        batches: Batches,
+        folder: Path,
+        accelerator: Accelerator,
+        *,
+        extend: bool = False,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.recipe, self.batches, self.folder, self.accelerator = recipe, batches, folder, accelerator
+        self.say = say if accelerator.is_main_process else lambda _: None
         self.curriculum, self.device = curriculum(recipe), accelerator.device
         self._keep_recipe()
         torch.manual_seed(recipe.train.seed)
         self.tower = start_tower(recipe)
+        if recipe.lora is not None:
+            add_lora(self.tower, recipe.lora.rank, recipe.lora.scaling)
         objective, optimisers = Objective(self.tower, recipe.train.epsilon), build_optimisers(self.tower)
         if recipe.train.compile:
             # Shapes of stages and numbers of threads are compiled apart; past the limit nothing is.
@@ -66,9 +90,11 @@ class Trainer:
                 register_fsdp_forward_method(block, "cache_reference")
         self.ema = PowerEMA(self._parameters())
         self.step = 0
-        if found := checkpoint.newest(folder):
-            self._load(found)
+        self._resume(extend)
         self.journal = Journal(folder, self.step, accelerator)
+        losses = self.journal.losses()
+        self._first_losses = losses[:WINDOW]
+        self._last_losses: deque[float] = deque(losses[-WINDOW:], maxlen=WINDOW)
 
     def run(
         self,
@@ -83,6 +109,11 @@ class Trainer:
                 is saved and ends.
             sample: called every `sample_every` steps and after the last.
             set_threads: called at the start and after every report; it may set the number of CPU threads.
+
+        Raises:
+            DivergenceError: the loss or the weights are no longer finite, or the loss is far above its start. The last
+                checkpoint is from before.
+            InputError: a checkpoint cannot be written. Those before it are whole.
         """
         set_threads()
         train, steps, pending = self.recipe.train, self.curriculum.steps, []
@@ -95,6 +126,7 @@ class Trainer:
             batch = next(batches, None)
             last = self.step == steps
             saves, samples = (last or self.step % every == 0 for every in (train.save_every, train.sample_every))
+            saves = saves or self.step == self.curriculum.decay_from
             if saves or samples or self.step % train.log_every == 0:
                 interrupted = self._report(pending, time.perf_counter() - started, log)
                 pending = []
@@ -129,45 +161,134 @@ class Trainer:
         All processes call it, and each gets the complete network.
         """
         tower = GenerationTower(**self.recipe.generation)
-        average = self.ema.averages[self.recipe.train.ema]
-        tower.load_state_dict({name: _full(weights) for name, weights in average.items()})
+        weights = self.averaged_weights()
+        if (lora := self.recipe.lora) is not None:
+            frozen = {name: _full(weight) for name, weight in self.tower.state_dict().items()}
+            weights = merge_lora(frozen | weights, lora.rank, lora.scaling)
+        tower.load_state_dict(weights)
         tower.patch_spacing = self.tower.patch_spacing
         return tower.eval().to(self.device)  # type: ignore[arg-type, return-value]
 
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """The moving average of the weights that learn, by their names; all processes call it."""
+        return {name: _full(weights) for name, weights in self.ema.averages[self.recipe.train.ema].items()}
+
     def save(self) -> None:
-        """Writes a checkpoint; the previous one is kept until the new one is complete. All processes call it."""
-        checkpoint.save(self.folder, self.step, self._state(), self.accelerator)
+        """Writes a checkpoint beside those that are kept. All processes call it; raises as `run` does."""
+        self._check_weights()
+        plan = checkpoint.Plan(steps=self.curriculum.steps, decay_from=self.curriculum.decay_from)
+        checkpoint.save(self.folder, self.step, self._state(), plan, self.accelerator)
         self.journal.plot()
+
+    def _resume(self, extend: bool) -> None:
+        """Loads the newest checkpoint that is whole, or to `extend` the last before the learning rates fell."""
+        paths = checkpoint.found(self.folder)
+        if extend:
+            plans = {path: checkpoint.plan_of(path) for path in paths}
+            paths = [path for path, plan in plans.items() if plan and checkpoint.step_of(path) <= plan.decay_from]
+            if not paths:
+                raise InputError(
+                    f"{self.folder} has no state from before its learning rates fell: leave out --extend, "
+                    "or begin anew with --run"
+                )
+        for path, older in zip(paths, [*paths[1:], None], strict=False):
+            try:
+                self._load(path)
+                break
+            except InputError as error:
+                if older is None:
+                    raise
+                self.say(f"{error}".split(": delete")[0] + f": going on from step {checkpoint.step_of(older)}")
+        else:
+            return
+        steps = self.curriculum.steps
+        if self.step > steps:
+            raise UsageError(
+                f"the run in {self.folder} is at step {self.step}, and {steps} steps are asked for: "
+                "ask for more, or begin anew with --run"
+            )
+        plan = checkpoint.plan_of(path)
+        if plan is not None and plan.steps != steps and self.step > min(plan.decay_from, self.curriculum.decay_from):
+            self.say(
+                f"planned for {plan.steps} steps, this run lowered its learning rates from step {plan.decay_from} on: "
+                f"it will differ from one planned for {steps} (to have that one, pass --extend)"
+            )
+
+    def _check_weights(self) -> None:
+        weights = [_local(weight) for weight in self._parameters().values()]
+        finite = torch.stack([weight.isfinite().all() for weight in weights]).all()
+        if not self.accelerator.gather(finite[None].to(self.device)).all():  # type: ignore[union-attr]
+            raise self._diverged(f"the weights are no longer finite after step {self.step}", self.step)
+
+    def _check_losses(self, lines: list[Metrics]) -> None:
+        for line in lines:
+            if not math.isfinite(line.loss) or not math.isfinite(line.gradient_norm):
+                what = "loss" if not math.isfinite(line.loss) else "gradient"
+                raise self._diverged(f"the {what} of step {line.step} is not finite", line.step)
+            if len(self._first_losses) < WINDOW:
+                self._first_losses.append(line.loss)
+            self._last_losses.append(line.loss)
+            first, last = (sum(losses) / len(losses) for losses in (self._first_losses, self._last_losses))
+            if last > FAR_ABOVE * first:
+                raise self._diverged(
+                    f"at step {line.step} the loss of the last {WINDOW} steps is {last:.3g} on average, "
+                    f"that of the first was {first:.3g}",
+                    line.step,
+                )
+
+    def _diverged(self, what: str, step: int) -> DivergenceError:
+        states = checkpoint.found(self.folder)
+        kept = f"the state of step {checkpoint.step_of(states[0])} is kept" if states else "no state was saved before"
+        pictures = "; ".join(self.batches.names(step - 1))
+        return DivergenceError(f"{what}: {kept}. Lower muon_lr and adamw_lr. The pictures of that step: {pictures}")
 
     def _load(self, path: Path) -> None:
         state = checkpoint.load(path, self._state(), self.accelerator)
         set_state_dict(
-            self.tower, self._bare_optimisers(), model_state_dict=state["tower"], optim_state_dict=state["optimisers"]
+            self.tower,
+            self._bare_optimisers(),
+            model_state_dict=state["tower"],
+            optim_state_dict=state["optimisers"],
+            options=self._state_options(),
         )
-        self.step = int(path.name)
+        self.step = checkpoint.step_of(path)
 
     def _state(self) -> dict[str, Any]:
         """The content of a checkpoint. Loading fills its tensors in place, those of the averages included."""
-        tower, optimisers = get_state_dict(self.tower, self._bare_optimisers())
+        tower, optimisers = get_state_dict(self.tower, self._bare_optimisers(), options=self._state_options())
         return {"tower": tower, "optimisers": optimisers, "ema": self.ema.averages}
+
+    def _state_options(self) -> StateDictOptions:
+        """With a LoRA the weights of the model are not a part of the state."""
+        alone = self.recipe.lora is not None
+        return StateDictOptions(ignore_frozen_params=alone, strict=not alone)
 
     def _bare_optimisers(self) -> list[torch.optim.Optimizer]:
         return [optimiser.optimizer for optimiser in self.optimisers]
 
     def _parameters(self) -> dict[str, Tensor]:
-        return dict(self.tower.named_parameters())
+        """The weights that learn."""
+        return {name: weight for name, weight in self.tower.named_parameters() if weight.requires_grad}
 
     def _keep_recipe(self) -> None:
         """Writes the recipe into the run's folder, or compares it with the one there, apart from `MAY_CHANGE`."""
-        path, kept = self.folder / RECIPE, self.recipe.model_dump(mode="json", exclude={"train": MAY_CHANGE})
-        for stage in kept["stages"][-1:]:
-            del stage["steps"]
+        path, kept = self.folder / RECIPE, _fixed(self.recipe.model_dump(mode="json"))
+        if self.recipe.lora is not None and self.recipe.start_from is not None:
+            # The weights that the state does not have.
+            kept["start_hash"] = find_bundle(self.recipe.start_from).hash
         if self.accelerator.is_main_process and not path.exists():
             make_folder(self.folder)
             atomic_write(path, json.dumps(kept, indent=2).encode())
         self.accelerator.wait_for_everyone()
-        if current_recipe(json.loads(path.read_bytes())) != kept:
-            raise InputError(f"{self.folder} holds a run of another recipe: choose another folder with --run")
+        try:
+            there = _fixed(current_recipe(json.loads(path.read_bytes())))
+        except (ValueError, TypeError, AttributeError):
+            raise InputError(f"{path} is damaged: restore it, or choose another folder with --run") from None
+        if differences := _differences(there, kept):
+            raise InputError(
+                f"{self.folder} holds a run of another recipe: choose another folder with --run, or change back "
+                f"{', '.join(differences[:5])}"
+            )
 
     def _report(self, pending: list[Tensor], seconds: float, log: Callable[[Metrics], None]) -> bool:
         """Passes the numbers of several steps to the journal and to `log`; whether a process was interrupted."""
@@ -192,6 +313,7 @@ class Trainer:
                 )
             )
         self.journal.write(lines)
+        self._check_losses(lines)
         try:
             for line in lines:
                 log(line)
@@ -200,6 +322,35 @@ class Trainer:
         # All processes end together: otherwise the others would wait for the interrupted one.
         flags = self.accelerator.gather(torch.tensor([interrupted], device=self.device))
         return bool(flags.any())  # type: ignore[union-attr]
+
+
+def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The part of a recipe that stays the same when a run is resumed."""
+    fixed = {
+        name: {key: one for key, one in value.items() if key not in MAY_CHANGE.get(name, ())}
+        if isinstance(value, dict)
+        else value
+        for name, value in recipe.items()
+    }
+    stages = fixed.get("stages") or []
+    return fixed | {"stages": [*stages[:-1], *({**stage, "steps": None} for stage in stages[-1:])]}
+
+
+def _differences(there: Any, wanted: Any, name: str = "") -> list[str]:
+    """What differs between two recipes, by name; a setting that an earlier version did not have is None there."""
+    if isinstance(there, dict) and isinstance(wanted, dict):
+        names = [*wanted, *(key for key in there if key not in wanted)]
+        parts = (_differences(there.get(key), wanted.get(key), f"{name}.{key}" if name else key) for key in names)
+        return [difference for part in parts for difference in part]
+    if there == wanted:
+        return []
+    shown = [text if len(text := json.dumps(value)) <= 40 else "..." for value in (wanted, there)]
+    return [f"{name} = {shown[0]} (it was {shown[1]})"]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _full(tensor: Tensor) -> Tensor:

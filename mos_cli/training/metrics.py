@@ -53,7 +53,7 @@ class Journal:
         path = self.folder / METRICS
         new = not path.exists()
         with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
+            writer = csv.writer(file, lineterminator="\n")
             if new:
                 layers = [f"layer_{index}" for index in range(len(lines[0].layer_use))]
                 writer.writerow(
@@ -68,6 +68,14 @@ class Journal:
             scalars |= {f"block_entropy/{block}": nats for block, nats in enumerate(line.block_entropy)}
             scalars["images_per_second"] = line.images_per_second
             self.accelerator.log(scalars, step=line.step)
+
+    def losses(self) -> list[float]:
+        """The losses of all steps so far."""
+        path = self.folder / METRICS
+        if not path.exists():
+            return []
+        with path.open(encoding="utf-8") as file:
+            return [float(row["loss"]) for row in csv.DictReader(file)]
 
     def plot(self) -> None:
         """Draws the losses so far, and their running mean, on a logarithmic scale."""
@@ -93,6 +101,8 @@ class Journal:
 
 def _drop_after(path: Path, step: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if not line[0].isdigit() or int(line.split(",")[0]) <= step]
+    # The last line of a run that was killed, or had no more room, may be cut.
+    whole = [line for line in lines if line.endswith("\n")]
+    kept = [line for line in whole if not line[0].isdigit() or int(line.split(",")[0]) <= step]
     if kept != lines:
         atomic_write(path, "".join(kept).encode(), overwrite=True)

@@ -1,4 +1,4 @@
-"""Muon for the matrices inside the blocks, AdamW for everything else."""
+"""Muon for the matrices inside the blocks, AdamW for everything else, and for the weights of a LoRA."""
 
 import torch
 from torch import nn
@@ -10,13 +10,14 @@ def build_optimisers(tower: nn.Module) -> list[torch.optim.Optimizer]:
     """The optimisers, with every parameter in exactly one of them; `set_rates` sets their learning rates."""
     muon, adamw = [], []
     for name, parameter in tower.named_parameters():
-        in_block = name.startswith(("blocks.", "router.blocks.")) and name.endswith(".weight")
-        (muon if in_block and parameter.ndim == 2 else adamw).append(parameter)
-    assert len(muon) + len(adamw) == len(list(tower.parameters()))
-    return [
-        torch.optim.Muon(muon, lr=0.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(adamw, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+        if parameter.requires_grad:
+            in_block = name.startswith(("blocks.", "router.blocks.")) and name.endswith(".weight")
+            matrix = in_block and parameter.ndim == 2 and ".lora_" not in name
+            (muon if matrix else adamw).append(parameter)
+    optimisers: list[torch.optim.Optimizer] = []
+    if muon:
+        optimisers.append(torch.optim.Muon(muon, lr=0.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    return [*optimisers, torch.optim.AdamW(adamw, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def start_states(optimisers: list[torch.optim.Optimizer]) -> None:
@@ -33,6 +34,8 @@ def start_states(optimisers: list[torch.optim.Optimizer]) -> None:
 def set_rates(optimisers: list[torch.optim.Optimizer], curriculum: Curriculum, step: int) -> None:
     """Sets the learning rates of a step in the optimisers of `build_optimisers`."""
     stage, rate = curriculum.stage_at(step), curriculum.rate(step)
-    for optimiser, full in zip(optimisers, (stage.muon_lr, stage.adamw_lr), strict=True):
+    # A LoRA has AdamW alone.
+    rates = (stage.muon_lr, stage.adamw_lr)[-len(optimisers) :]
+    for optimiser, full in zip(optimisers, rates, strict=True):
         for group in optimiser.param_groups:
             group["lr"] = rate * full

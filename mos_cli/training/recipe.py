@@ -1,12 +1,15 @@
 """A training recipe: everything that determines a run, read from one TOML file."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from mos_cli.bundles.bundle import Bundle, find_bundle
+from mos_cli.bundles.shapes import GenerationShape, read_config
 from mos_cli.bundles.specs import Canvas, Defaults, EditDefaults
-from mos_cli.datasets.tables import Data, with_words
+from mos_cli.datasets.tables import Data, edit_share, with_words
 from mos_cli.errors import InputError, UsageError
 from mos_cli.utils.files import expand
 from mos_cli.utils.folders import presets_folder
@@ -35,9 +38,9 @@ class StageTable(Frozen):
     """A part of a run with a canvas of its own, in pixels; omitted fields are as in [train] and [data]."""
 
     name: PlainName
-    steps: int = Field(ge=1)
-    canvas: int = Field(ge=1)
-    batch: int | None = Field(default=None, ge=1)
+    steps: int = Field(ge=1, strict=True)
+    canvas: int = Field(ge=1, strict=True)
+    batch: int | None = Field(default=None, ge=1, strict=True)
     muon_lr: float | None = Field(default=None, gt=0)
     adamw_lr: float | None = Field(default=None, gt=0)
     time_mean: float | None = None
@@ -46,8 +49,22 @@ class StageTable(Frozen):
     data: Data | None = None
 
 
+class LoraTable(Frozen):
+    """A LoRA is trained in place of the network: changes of rank `rank` to the linear layers of its blocks."""
+
+    rank: int = Field(ge=1, le=1024)
+    alpha: float | None = Field(default=None, gt=0)
+    """The changes are multiplied by alpha / rank; by default alpha is the rank."""
+
+    @property
+    def scaling(self) -> float:
+        return float(self.rank if self.alpha is None else self.alpha)
+
+
 class TrainTable(Frozen):
     """The optimisation. Steps after `1 - decay` of the run lower the learning rates linearly to 0."""
+
+    model_config = ConfigDict(strict=True)
 
     seed: int
     steps: int | None = Field(default=None, ge=1)
@@ -67,19 +84,24 @@ class TrainTable(Frozen):
     clip: float = Field(gt=0)
     ema: Literal["0.05", "0.10"] = "0.05"
     """The moving average that is used for samples and export, by its width as a share of the run."""
-    precision: Literal["bf16", "fp32"]
+    precision: Literal["auto", "bf16", "fp32"]
+    """auto: what is faster on the device."""
     compile: bool
     log_every: int = Field(default=1, ge=1)
     """Steps between two logs; each log synchronises with the GPU."""
     save_every: int = Field(ge=1)
     sample_every: int = Field(ge=1)
-    sample_prompts: tuple[str, ...] = Field(min_length=1)
+    sample_prompts: tuple[str, ...] = Field(default=(), strict=False)
+    """What samples show; by default captions of the captioned pictures."""
 
 
 class TrainRecipe(Migrated):
-    """A whole recipe: towers, bundle, data, network (arguments of GenerationTower), optimisation and its stages."""
+    """A whole recipe: towers, bundle, data, network (arguments of GenerationTower), optimisation and its stages.
 
-    understanding: str
+    With `start_from`, what is left out of the towers, `generation` and `bundle` is that of the model it names.
+    """
+
+    understanding: str | None = None
     """A tower's name, its .json file, or a hub id: `owner/name`."""
     autoencoder: str | None = None
     """One of the package, or any of diffusers', as a folder or hub id; without one the latents are pixels."""
@@ -87,21 +109,47 @@ class TrainRecipe(Migrated):
     """What makes image tokens of the pictures to edit, if the understanding tower has no vision part."""
     start_from: str | None = None
     """The bundle whose weights the run starts with; see `training.start`."""
+    lora: LoraTable | None = None
     bundle: BundleTable
     data: Data
     generation: GenerationConfig
     train: TrainTable
     stages: tuple[StageTable, ...] = ()
 
+    @field_validator("generation")
+    @classmethod
+    def _can_be_built(cls, generation: dict[str, Any]) -> dict[str, Any]:
+        from mos_cli.towers.generation import empty_tower
+
+        try:
+            GenerationShape.model_validate(generation, strict=False)
+            empty_tower(generation)
+        except ValidationError as error:
+            raise ValueError(first_problem(error, GenerationShape)) from None
+        return generation
+
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
-        edits = [data for data in (self.data, *(stage.data for stage in self.stages)) if data and data.edits]
-        if edits and self.image_encoder is None and not self.generation.get("has_vision"):
+        steps = sum(stage.steps for stage in self.stages) or self.train.steps
+        if steps is not None and self.train.warmup >= steps > 1:
+            raise ValueError(f"[train] warmup = {self.train.warmup} is no less than the {steps} steps of the run")
+        datas = [data for data in (self.data, *(stage.data for stage in self.stages)) if data]
+        edits = any(edit_share(data) for data in datas)
+        if self.understanding is None and self.start_from is None:
+            raise ValueError("understanding is missing: the language model that reads the captions")
+        if self.lora is not None and self.start_from is None:
+            raise ValueError("[lora] changes a model: name it with start_from")
+        sees = self.image_encoder or self.generation.get("has_vision")
+        if self.start_from is not None:
+            sees = sees or self.generation.get("image_state_widths")
+            if edits and self.bundle.edits is None:
+                raise ValueError(f"{self.start_from} only draws: leave out the steps that edit, or give [bundle] edits")
+        if edits and not sees:
             raise ValueError(
                 'steps that edit need image_encoder = "efficientnet-lite0", or an understanding tower with vision: '
                 "has_vision = true in [generation]"
             )
-        if bool(edits) != (self.bundle.edits is not None):
+        if edits != (self.bundle.edits is not None) and self.start_from is None:
             raise ValueError("[bundle] edits, the settings to edit with, go with [data] edits, the steps that edit")
         if bool(self.stages) == (self.train.steps is not None):
             raise ValueError("give the number of steps either in [train] steps or in [[stages]]")
@@ -112,29 +160,51 @@ class TrainRecipe(Migrated):
 
 
 def recipe_path(name_or_path: str) -> Path:
-    """The file of a recipe: a path, or the name of one of the presets (`train-NAME`); raises InputError."""
+    """The file of a recipe: a path, or the name of one of the presets, with `train-` or without; raises InputError."""
     path = expand(name_or_path)
     if not path.is_file():
-        path = presets_folder() / f"{name_or_path}.toml"
+        path = presets_folder() / f"train-{name_or_path.removeprefix('train-')}.toml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in presets_folder().glob("train-*.toml")))
         raise InputError(f"no recipe '{name_or_path}': give a TOML file or one of {known}")
     return path
 
 
-def load_recipe(name_or_path: str, overrides: dict[str, Any] | None = None) -> TrainRecipe:
-    """Reads a recipe by path, or by name from the presets (`train-NAME.toml`).
+def load_recipe(
+    name_or_path: str,
+    overrides: dict[str, Any] | None = None,
+    *,
+    start_from: str | None = None,
+    data: str | None = None,
+    caption: str | None = None,
+    name: str | None = None,
+) -> TrainRecipe:
+    """Reads a recipe by path, or by name from the presets.
 
     Args:
         overrides: values for the [train] table that replace the file's. With [[stages]], `steps` lengthens or
             shortens the last one.
+        start_from, name: the model to continue and the new bundle's name, instead of the file's.
+        data, caption: the folder of captioned pictures and the caption of those without one, instead of the file's.
 
     Raises:
         InputError: there is no such recipe, or it is not TOML.
+        ModelError: the model that it continues is not found.
         UsageError: a value is missing, unknown or out of range.
     """
     path = recipe_path(name_or_path)
     table = read_toml(path)
+    if start_from is not None:
+        table["start_from"] = start_from
+    given = {"path": None if data is None else str(expand(data)), "caption": caption}
+    if given := {key: value for key, value in given.items() if value is not None}:
+        if not isinstance(table.get("data"), dict) or table["data"].get("kind") != "captioned":
+            raise UsageError(f"{path}: --data and --caption are for recipes with captioned pictures, such as finetune")
+        table["data"] |= given
+    if name is not None:
+        table["bundle"] = {**table.get("bundle", {}), "name": name}
+    if isinstance(table.get("start_from"), str):
+        table = continued(table, find_bundle(table["start_from"]))
     stages = table.get("stages")
     for part in (table, *(stages if isinstance(stages, list) else ())):
         if isinstance(part, dict) and isinstance(part.get("data"), dict):
@@ -148,6 +218,37 @@ def load_recipe(name_or_path: str, overrides: dict[str, Any] | None = None) -> T
     if isinstance(train := table.get("train", {}), dict):
         table["train"] = train | overrides
     return _validated(table, path)
+
+
+def continued(table: dict[str, Any], bundle: Bundle) -> dict[str, Any]:
+    """A recipe's table with what it leaves out taken from the model that it continues.
+
+    The words and styles of mixed scenes are those that the model was trained on; without any, no scenes are mixed in.
+    """
+    index, config = bundle.index, read_config(bundle.folder / "generation")
+    shape = {name: value for name, value in config.items() if not name.startswith("_")}
+    whole = index.model_dump(mode="json", include={"license", "canvas", "defaults", "edits"}, exclude_none=True)
+    table = {"generation": shape, **table, "bundle": {**whole, **table.get("bundle", {})}}
+    data = table.get("data")
+    if isinstance(data, dict) and isinstance(data.get("scenes"), dict) and "words" not in data["scenes"]:
+        scenes = _scenes_of(bundle)
+        mixed = None if scenes is None else {**scenes, **data["scenes"]}
+        if mixed is not None and "edits" not in whole:
+            mixed["edits"] = 0.0
+        table["data"] = {name: value for name, value in data.items() if name != "scenes"}
+        if mixed is not None:
+            table["data"]["scenes"] = mixed
+    return table
+
+
+def _scenes_of(bundle: Bundle) -> dict[str, Any] | None:
+    """The words and styles of the scenes that a model was trained on, as its recipe says."""
+    try:
+        data = json.loads((bundle.folder / "recipe.json").read_bytes())["data"]
+        scenes = data if data.get("kind", "scenes") == "scenes" else data["scenes"]
+        return {"words": scenes["words"], "styles": scenes["styles"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _validated(table: dict[str, Any], path: Path) -> TrainRecipe:

@@ -3,8 +3,13 @@
 Shapes: B batch, C channels, H x W a picture's size.
 """
 
+import copy
+import csv
+import io
 import json
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -13,30 +18,58 @@ import numpy as np
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-from mos_cli.bundles.bundle import Bundle, write_index
+from mos_cli.bundles.bundle import Bundle, find_bundle, write_index
+from mos_cli.bundles.loras import LoraFile
+from mos_cli.bundles.shapes import GenerationShape
+from mos_cli.config.recipe import make_recipe
+from mos_cli.config.settings import available_memory
 from mos_cli.datasets.art.file import load_art
-from mos_cli.datasets.captioned import load_captioned, to_device
+from mos_cli.datasets.captioned import Captioned, load_captioned, to_device
 from mos_cli.datasets.scenes.compositor import Compositor
 from mos_cli.datasets.scenes.edits import Edit, EditWriter
 from mos_cli.datasets.scenes.layout import Scene
 from mos_cli.datasets.scenes.vocabulary import Vocabulary, load_vocabulary
 from mos_cli.datasets.scenes.writer import SceneWriter
 from mos_cli.datasets.tables import CaptionedTable, DataTable
-from mos_cli.errors import InputError, UsageError
-from mos_cli.towers.autoencoder import Pixels
-from mos_cli.towers.vision_language import VisionLanguageTower, load_understanding
-from mos_cli.training.batches import Batches, Draw, Kind, Share, Source
+from mos_cli.errors import InputError, ModelError, UsageError
+from mos_cli.inference.pipeline import MoSPipeline
+from mos_cli.planning.training import check_memory
+from mos_cli.towers.autoencoder import Autoencoder, Pixels
+from mos_cli.towers.generation import GenerationTower, empty_tower
+from mos_cli.towers.image_encoder import ImageEncoder
+from mos_cli.towers.lora import save_lora
+from mos_cli.towers.understanding import UnderstandingTower
+from mos_cli.towers.vision_language import VisionLanguageTower
+from mos_cli.training.batches import Batches, Draw, Kind, Mixture, Share, Source
 from mos_cli.training.launch import start_accelerator
 from mos_cli.training.loop import Metrics, Trainer
 from mos_cli.training.recipe import TrainRecipe
-from mos_cli.training.references import find_autoencoder, find_image_encoder, find_understanding
+from mos_cli.training.references import Parts, find_parts, understanding_of
 from mos_cli.training.samples import draw_samples
-from mos_cli.training.stages import curriculum
-from mos_cli.utils.files import expand
+from mos_cli.training.stages import Stage, curriculum
+from mos_cli.training.start import start_tower
+from mos_cli.utils.devices import choose_device, choose_precision
+from mos_cli.utils.files import atomic_write, expand, link_or_copy, make_folder
 from mos_cli.utils.threads import AdaptiveThreads
 
 THREADS_INTERVAL = 60.0
 """Seconds between two changes of the number of CPU threads: for each number the network is compiled anew."""
+DATA = "data.csv"
+"""The file in a run's folder that lists every file of the data, and why it is not used."""
+CARD = "card.md"
+
+
+@dataclass(frozen=True)
+class Reports:
+    """What a run says before its first step.
+
+    `say` takes lines for the user, `progress` the number of pictures that are checked, and of all, `unused` the files
+    that are not used, with their reasons.
+    """
+
+    say: Callable[[str], None] = lambda _: None
+    progress: Callable[[int, int], None] = lambda done, total: None
+    unused: Callable[[list[tuple[str, str]]], None] = lambda _: None
 
 
 @dataclass(frozen=True)
@@ -60,76 +93,248 @@ class EditPicker:
         return edit, edit.instruction
 
 
-def prepare(recipe: TrainRecipe, art: Path, folder: Path) -> Trainer:
+def prepare(
+    recipe: TrainRecipe,
+    art: Path,
+    folder: Path,
+    *,
+    extend: bool = False,
+    strict: bool = False,
+    reports: Reports = Reports(),
+) -> Trainer:
     """Prepares a run in `folder`, from its checkpoint if there is one.
+
+    Everything is checked before the first step: the data is read, and a bundle is written and drawn with.
+
+    Args:
+        extend: see `Trainer`.
+        strict: refuse data with files that cannot be used.
 
     Raises:
         InputError: the data or the checkpoint is missing, damaged, or does not fit the recipe.
-        ModelError: the understanding tower or the autoencoder cannot be fetched or loaded.
+        ModelError: the understanding tower or the autoencoder cannot be fetched or loaded, or the result could not be
+            drawn with.
         UsageError: the recipe does not fit the models, or cannot be run here.
     """
+    recipe = _with_precision(_with_scenes_that_are_here(recipe, art, reports))
     plan = curriculum(recipe)
     accelerator = start_accelerator(recipe.train, folder, unused_parts=recipe.bundle.edits is not None)
     device = accelerator.device
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     with accelerator.local_main_process_first():
-        _, tower = find_understanding(recipe.understanding)
-        autoencoder = find_autoencoder(recipe.autoencoder, device)
-        understanding = load_understanding(tower, dtype=dtype, device=str(device))
-        image_encoder = (
-            None if recipe.image_encoder is None else find_image_encoder(understanding.layers, device, dtype)
-        )
-    widths = () if image_encoder is None else image_encoder.widths
-    if tuple(recipe.generation.get("image_state_widths", ())) != widths:
-        raise UsageError(f"[generation] image_state_widths must be {list(widths)}, the widths of the image encoder")
-    if recipe.generation.get("has_vision") and not isinstance(understanding, VisionLanguageTower):
-        raise UsageError(
-            f"[generation] has_vision = true needs an understanding tower with vision: {recipe.understanding} has none"
-        )
+        parts = find_parts(recipe, device, dtype)
+    _check_parts(recipe, parts, plan.stages)
+    learned = _check_memory(recipe, parts, plan.stages, device, accelerator.num_processes)
     share = Share(accelerator.process_index, accelerator.num_processes)
     found: dict[str, tuple[Source, ...]] = {}
     sources: dict[Kind, Source] = {}
     for stage in plan.stages:
         key = stage.data.model_dump_json()
         if key not in found:
-            found[key] = find_sources(stage.data, art, device)
+            with accelerator.main_process_first():
+                loader = _DataLoader(recipe, parts.understanding, folder, device, reports, strict)
+                found[key] = loader.sources(stage, art)
         sources |= {(stage.name, index == 1): source for index, source in enumerate(found[key])}
-    batches = Batches(plan, recipe.train, sources, understanding, autoencoder, device, share, image_encoder)
-    return Trainer(recipe, batches, folder, accelerator)
+    batches = Batches(
+        plan, recipe.train, sources, parts.understanding, parts.autoencoder, device, share, parts.image_encoder
+    )
+    if accelerator.is_main_process:
+        make_folder(folder)
+        with tempfile.TemporaryDirectory(prefix=".check-", dir=folder) as temporary:
+            made = write_bundle(recipe, start_tower(recipe), parts, Path(temporary) / "bundle")
+            check_drawing(made, parts, recipe, device)
+    accelerator.wait_for_everyone()
+    origin = "random weights" if recipe.start_from is None else recipe.start_from
+    reports.say(f"{learned:,} parameters learn, from {origin}; {plan.steps} steps of {plan.stages[0].batch} pictures")
+    return Trainer(recipe, batches, folder, accelerator, extend=extend, say=reports.say)
 
 
-def find_sources(data: DataTable | CaptionedTable, art: Path, device: torch.device) -> tuple[Source, ...]:
-    """The sources of pictures and of edits for a `[data]` table; raises InputError if data is missing or invalid."""
-    if isinstance(data, CaptionedTable):
-        return _captioned_sources(data, device)
+def _with_precision(recipe: TrainRecipe) -> TrainRecipe:
+    """The recipe with the precision that "auto" means on this device."""
+    if recipe.train.precision != "auto":
+        return recipe
+    precision = choose_precision(choose_device("auto"))
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
+
+
+def _with_scenes_that_are_here(recipe: TrainRecipe, art: Path, reports: Reports) -> TrainRecipe:
+    """The recipe without the scenes that it mixes in where there is no art file to draw them from; that is said."""
+
+    def kept(data: DataTable | CaptionedTable | None) -> DataTable | CaptionedTable | None:
+        if not isinstance(data, CaptionedTable) or data.scenes is None:
+            return data
+        try:
+            load_vocabulary(load_art(art), data.scenes)
+        except InputError as error:
+            reports.say(f"no scenes of the model's training are mixed in, it may forget what it knew: {error}")
+            return data.model_copy(update={"scenes": None})
+        return data
+
+    stages = tuple(stage.model_copy(update={"data": kept(stage.data)}) for stage in recipe.stages)
+    return recipe.model_copy(update={"data": kept(recipe.data), "stages": stages})
+
+
+def _check_parts(recipe: TrainRecipe, parts: Parts, stages: tuple[Stage, ...]) -> None:
+    """Raises UsageError if the recipe's network does not fit the other parts."""
+    network, understanding, name = recipe.generation, parts.understanding, parts.spec.name
+    widths = () if parts.image_encoder is None else parts.image_encoder.widths
+    if tuple(network.get("image_state_widths", ())) != widths:
+        raise UsageError(f"[generation] image_state_widths must be {list(widths)}, the widths of the image encoder")
+    if network.get("has_vision") and not isinstance(understanding, VisionLanguageTower):
+        raise UsageError(f"[generation] has_vision = true needs an understanding tower with vision: {name} has none")
+    tower = empty_tower(network)
+    shape = (understanding.layers, understanding.width)
+    if tower.states_shape != shape:
+        raise UsageError(
+            f"[generation] states_layers = {tower.states_shape[0]}, states_width = {tower.states_shape[1]}: "
+            f"{name} has {shape[0]} and {shape[1]}"
+        )
+    autoencoder = parts.autoencoder
+    if network.get("channels", 3) != autoencoder.channels:
+        raise UsageError(f"[generation] channels must be {autoencoder.channels}, as the autoencoder has")
+    side = tower.patch * autoencoder.factor
+    sides = {"canvas.multiple": recipe.bundle.canvas.multiple}
+    sides |= {f"the canvas of stage {stage.name}": stage.canvas for stage in stages}
+    for what, pixels in sides.items():
+        if pixels % side:
+            raise UsageError(f"{what} is {pixels}, no multiple of {side} pixels, the side of a patch in the picture")
+
+
+def _check_memory(
+    recipe: TrainRecipe, parts: Parts, stages: tuple[Stage, ...], device: torch.device, processes: int
+) -> int:
+    """The number of parameters that learn; raises MemoryLimitError if the run does not fit the device."""
+    shape = GenerationShape.model_validate(recipe.generation)
+    learned, sharded = shape.parameters, processes if os.environ.get("ACCELERATE_USE_FSDP") == "true" else 1
+    if recipe.lora is not None:
+        learned = recipe.lora.rank * sum(inputs + outputs for inputs, outputs in shape.linears)
+    # The processes of a machine share its memory, and have a GPU each.
+    available = available_memory(device) / (1 if device.type == "cuda" else _local_processes())
+    for stage in stages:
+        patches = (stage.canvas // (shape.patch * parts.autoencoder.factor)) ** 2
+        batch, edits = max(1, stage.batch // processes), stage.edits > 0
+        # With sharding, each process has its part of the state.
+        check_memory(shape, learned // sharded, batch, patches, recipe.train.context_tokens, available, edits=edits)
+    return learned
+
+
+def _local_processes() -> int:
+    """The number of processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+@dataclass(frozen=True)
+class _DataLoader:
+    """Makes the sources of stages, and reports on the data in files."""
+
+    recipe: TrainRecipe
+    understanding: UnderstandingTower
+    folder: Path
+    device: torch.device
+    reports: Reports
+    strict: bool
+
+    def sources(self, stage: Stage, art: Path) -> tuple[Source, ...]:
+        """The sources of pictures and of edits of a stage; raises InputError if data is missing or invalid."""
+        data = stage.data
+        if isinstance(data, DataTable):
+            return find_sources(data, art, self.device)
+        own = self._captioned(data, stage)
+        if data.scenes is None:
+            return own
+        scenes = find_sources(data.scenes, art, self.device)
+        pictures = Mixture(own[0], scenes[0], data.scenes.share).source() if data.edits < 1 else scenes[0]
+        if not data.edits:
+            return pictures, scenes[1]
+        share = data.scenes.edits / (data.edits + data.scenes.edits)
+        return pictures, Mixture(own[1], scenes[1], share).source()
+
+    def _captioned(self, data: CaptionedTable, stage: Stage) -> tuple[Source, ...]:
+        captioned = load_captioned(
+            expand(data.path),
+            caption=data.caption,
+            background=data.background,
+            flip=data.flip,
+            smallest=stage.canvas // 4,
+            problem_of=self._problem_of,
+            progress=self.reports.progress,
+        )
+        self._report(captioned, data)
+        for examples, what, needed in (
+            (captioned.pictures, "pictures that are no edits", data.edits < 1),
+            (captioned.edits, "edits, pictures with a .before beside them", data.edits > 0),
+        ):
+            if needed and not examples.examples:
+                raise InputError(f"{data.path} has no {what}: change [data] edits, now {data.edits:g}")
+
+        def draw(picked: list[np.ndarray], _canvas: int) -> torch.Tensor:
+            return to_device(picked, self.device)
+
+        def draw_before(picked: list[np.ndarray], _canvas: int) -> torch.Tensor:
+            return to_device(picked, self.device, which=1)
+
+        return (
+            Source(captioned.pictures.pick, draw, name=_names(captioned.pictures), captions=_captions(captioned)),
+            Source(captioned.edits.pick, draw, draw_before, name=_names(captioned.edits)),
+        )
+
+    def _problem_of(self, caption: str) -> str | None:
+        """Why a caption cannot be read whole."""
+        tokens = len(self.understanding.tokenizer(caption, verbose=False)["input_ids"])  # type: ignore[arg-type]
+        limit = min(self.recipe.train.context_tokens, self.understanding.max_tokens)
+        if tokens <= limit:
+            return None
+        return f"its caption has {tokens} tokens, {limit} are read: shorten it, or raise context_tokens in the recipe"
+
+    def _report(self, captioned: Captioned, data: CaptionedTable) -> None:
+        """Writes the list of all files into the run's folder, and says how it differs from that of an earlier start."""
+        path, before = self.folder / DATA, {}
+        if path.is_file():
+            with path.open(encoding="utf-8", newline="") as file:
+                before = {row["file"]: row["bytes"] for row in csv.DictReader(file) if row.get("used") == "yes"}
+        sizes = {one.picture.name: one.picture.path.stat().st_size for one in captioned.examples}
+        rows = [(name, "yes", "", size) for name, size in sizes.items()]
+        rows += [(unused.name, "no", unused.reason, "") for unused in captioned.unused]
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows([("file", "used", "reason", "bytes"), *rows])
+        if self.strict and captioned.unused:
+            first = captioned.unused[0]
+            count = len(captioned.unused)
+            raise InputError(f"{count} files of {data.path} cannot be used; the first is {first.name}: {first.reason}")
+        make_folder(self.folder)
+        atomic_write(path, text.getvalue().encode(), overwrite=True)
+        self.reports.unused([(unused.name, unused.reason) for unused in captioned.unused])
+        other = f", {len(captioned.unused)} files are not used (see {path})" if captioned.unused else ""
+        captions = len({example.caption for example in captioned.examples})
+        edits = len(captioned.edits.examples)
+        self.reports.say(
+            f"{data.path}: {len(sizes) - edits} pictures"
+            + (f" and {edits} edits" if edits else "")
+            + f" with {captions} different captions{other}"
+        )
+        changed = {name for name, size in sizes.items() if before.get(name, str(size)) != str(size)}
+        added, gone = sizes.keys() - before.keys(), before.keys() - sizes.keys()
+        if before and (changed or added or gone):
+            self.reports.say(
+                f"the data is not what it was when the run began: {len(added)} files are new, {len(gone)} are gone, "
+                f"{len(changed)} have changed; the run goes on with those that are there"
+            )
+
+
+def _names(captioned: Captioned) -> Callable[[Random], str]:
+    return lambda random: captioned.choose(random).picture.name
+
+
+def _captions(captioned: Captioned) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(str(example.caption) for example in captioned.pictures.examples))
+
+
+def find_sources(data: DataTable, art: Path, device: torch.device) -> tuple[Source, ...]:
+    """The sources of scenes and of their edits; raises InputError if the art is missing or invalid."""
     vocabulary = load_vocabulary(load_art(art), data)
     draw = Compositor(vocabulary.sprites_VHW4.to(device)).draw
     return Source(ScenePicker(SceneWriter(vocabulary)), draw), edit_source(vocabulary, draw)
-
-
-def _remove_path(config: Path) -> None:
-    """Removes the path that diffusers stores in a config: a bundle contains no paths of a machine."""
-    fields = json.loads(config.read_text(encoding="utf-8"))
-    fields.pop("_name_or_path", None)
-    config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-
-
-def _captioned_sources(data: CaptionedTable, device: torch.device) -> tuple[Source, ...]:
-    captioned = load_captioned(expand(data.path))
-    for examples, what, needed in (
-        (captioned.pictures, "pictures that are no edits", data.edits < 1),
-        (captioned.edits, "edits, pictures with a .before beside them", data.edits > 0),
-    ):
-        if needed and not examples.examples:
-            raise InputError(f"{data.path} has no {what}: change [data] edits, now {data.edits:g}")
-
-    def draw(picked: list[np.ndarray], _canvas: int) -> torch.Tensor:
-        return to_device(picked, device)
-
-    def draw_before(picked: list[np.ndarray], _canvas: int) -> torch.Tensor:
-        return to_device(picked, device, which=1)
-
-    return Source(captioned.pictures.pick, draw), Source(captioned.edits.pick, draw, draw_before)
 
 
 def edit_source(vocabulary: Vocabulary, draw: Draw) -> Source:
@@ -141,10 +346,19 @@ def edit_source(vocabulary: Vocabulary, draw: Draw) -> Source:
     )
 
 
-def train(recipe: TrainRecipe, art: Path, folder: Path, log: Callable[[Metrics], None]) -> Trainer:
-    """Runs a recipe in `folder`; samples go to `folder`/samples. Raises as `prepare` does."""
+def train(
+    recipe: TrainRecipe,
+    art: Path,
+    folder: Path,
+    log: Callable[[Metrics], None],
+    *,
+    extend: bool = False,
+    strict: bool = False,
+    reports: Reports = Reports(),
+) -> Trainer:
+    """Runs a recipe in `folder`; samples go to `folder`/samples. Raises as `prepare` and `Trainer.run` do."""
     adapt_threads = AdaptiveThreads(THREADS_INTERVAL)
-    trainer = prepare(recipe, art, folder)
+    trainer = prepare(recipe, art, folder, extend=extend, strict=strict, reports=reports)
     if trainer.device.type == "cpu":
         trainer.run(log, draw_samples, adapt_threads)
     else:
@@ -152,21 +366,95 @@ def train(recipe: TrainRecipe, art: Path, folder: Path, log: Callable[[Metrics],
     return trainer
 
 
-def export(trainer: Trainer, folder: Path) -> Bundle | None:
-    """Writes the averaged weights as a bundle, in bfloat16; a card.md already in `folder` is kept and listed.
+def export(trainer: Trainer, folder: Path) -> Path | None:
+    """Writes the averaged weights as a bundle in bfloat16, or as a LoRA file, and draws a picture with it.
 
-    All processes call it; the main one writes the bundle and returns it.
+    A bundle that is there is replaced when the new one is whole; its card.md is kept and listed. All processes call it;
+    the main one writes and returns the path.
+
+    Raises:
+        InputError: it cannot be written; an earlier one is as it was.
+        ModelError: what was written cannot be drawn with.
     """
-    recipe, tower = trainer.recipe, trainer.averaged_tower()
+    recipe = trainer.recipe
+    weights = trainer.averaged_weights() if recipe.lora is not None else {}
+    tower = trainer.averaged_tower() if recipe.lora is None else None
     if not trainer.accelerator.is_main_process:
         return None
-    tower.bfloat16().save_pretrained(folder / "generation")
-    FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
-    if not isinstance(trainer.batches.autoencoder, Pixels):
-        trainer.batches.autoencoder.save_pretrained(folder / "autoencoder")
+    parts = _parts_of(trainer)
+    if tower is None:
+        assert recipe.lora is not None
+        assert parts.start is not None
+        origin = {"model": parts.start.ref, "bundle_hash": parts.start.hash}
+        save_lora(folder, weights, recipe.lora.rank, recipe.lora.scaling, **origin)
+        check_drawing(parts.start, parts, recipe, trainer.device, [LoraFile(folder)])
+        return folder
+    make_folder(folder.parent)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        made = Path(temporary) / "bundle"
+        made.mkdir()
+        if (folder / CARD).is_file():
+            link_or_copy(folder / CARD, made / CARD)
+        check_drawing(write_bundle(recipe, tower, parts, made), parts, recipe, trainer.device)
+        replaced = Path(temporary) / "replaced"
+        if folder.exists():
+            folder.rename(replaced)
+        made.rename(folder)
+    return folder
+
+
+def write_bundle(recipe: TrainRecipe, tower: GenerationTower, parts: Parts, folder: Path) -> Bundle:
+    """Writes a network and the other parts of a run as a bundle, in bfloat16.
+
+    Raises:
+        InputError: the folder cannot be written.
+        ModelError: a weight is not finite.
+    """
+    for name, weight in tower.state_dict().items():
+        if not weight.isfinite().all():
+            raise ModelError(f"the bundle is not written: {name} has values that are not finite")
+    try:
+        tower.bfloat16().save_pretrained(folder / "generation")
+        FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+        _save_frozen(parts.autoencoder, parts.image_encoder, folder)
+        text = json.dumps(recipe.model_dump(), indent=2) + "\n"
+        (folder / "recipe.json").write_text(text, encoding="utf-8")
+    except Exception as error:
+        # safetensors has errors of its own for a full disk.
+        raise InputError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from None
+    return write_index(folder, understanding=parts.spec, **recipe.bundle.model_dump())
+
+
+def _save_frozen(autoencoder: Autoencoder, image_encoder: ImageEncoder | None, folder: Path) -> None:
+    if not isinstance(autoencoder, Pixels):
+        autoencoder.save_pretrained(folder / "autoencoder")
         _remove_path(folder / "autoencoder" / "config.json")
-    if trainer.batches.image_encoder is not None:
-        trainer.batches.image_encoder.bfloat16().save_pretrained(folder / "image_encoder")
-    (folder / "recipe.json").write_text(json.dumps(recipe.model_dump(), indent=2) + "\n", encoding="utf-8")
-    spec, _ = find_understanding(recipe.understanding)
-    return write_index(folder, understanding=spec, **recipe.bundle.model_dump())
+    if image_encoder is not None:
+        copy.deepcopy(image_encoder).bfloat16().save_pretrained(folder / "image_encoder")
+        _remove_path(folder / "image_encoder" / "config.json")
+
+
+def _remove_path(config: Path) -> None:
+    """Removes the path that diffusers stores in a config: a bundle contains no paths of a machine."""
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    fields.pop("_name_or_path", None)
+    config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def _parts_of(trainer: Trainer) -> Parts:
+    """The parts that a run has loaded."""
+    recipe, batches = trainer.recipe, trainer.batches
+    start = None if recipe.start_from is None else find_bundle(recipe.start_from)
+    spec, folder = understanding_of(recipe, start)
+    return Parts(spec, folder, batches.understanding, batches.autoencoder, batches.image_encoder, start)
+
+
+def check_drawing(
+    bundle: Bundle, parts: Parts, recipe: TrainRecipe, device: torch.device, loras: Sequence[LoraFile] = ()
+) -> None:
+    """Loads a bundle and draws one picture of one step with it; raises ModelError if that is not possible."""
+    precision = recipe.train.precision
+    pipeline = MoSPipeline(bundle, parts.folder, device=device, precision=precision, loras=loras)
+    width, height = bundle.index.canvas.native
+    settings = {"steps": 1, "cfg": 1.0, "cfg_interval": (0.0, 1.0), "precision": precision}
+    pipeline.draw(make_recipe(prompt="a picture", model=bundle.ref, seed=0, width=width, height=height, **settings))

@@ -23,6 +23,8 @@ from mos_cli.training.loop import Trainer
 from mos_cli.utils.files import atomic_write
 from mos_cli.utils.validation import DEFAULT_SOLVER
 
+CAPTIONS = 8
+"""The number of captions on a sheet, where the recipe has no prompts."""
 EDITS = 8
 """The number of edits on a sheet, in stages with edits."""
 
@@ -47,15 +49,25 @@ def draw_samples(trainer: Trainer) -> None:
 
 def _prompts(trainer: Trainer, tower: GenerationTower) -> list[tuple[Image.Image, str]]:
     return [
-        (_draw(trainer, tower, prompt, None, index), prompt)
-        for index, prompt in enumerate(trainer.recipe.train.sample_prompts)
+        (_draw(trainer, tower, prompt, None, index), prompt) for index, prompt in enumerate(_sample_prompts(trainer))
     ]
+
+
+def _sample_prompts(trainer: Trainer) -> tuple[str, ...]:
+    """Those of the recipe, or captions from all over the data."""
+    captions = trainer.batches.captions
+    if not captions:
+        stage = trainer.curriculum.stage_at(trainer.step - 1)
+        source = trainer.batches.sources[stage.name, False]
+        captions = tuple(source.pick(Random(f"sample/{index}"), stage.canvas)[1] for index in range(CAPTIONS))
+    return trainer.recipe.train.sample_prompts or captions[:: max(1, len(captions) // CAPTIONS)][:CAPTIONS]
 
 
 def _pick_edits(trainer: Trainer) -> list[tuple[Tensor, str]]:
     """Pictures to edit and instructions, the same at every step."""
     stage, picked = trainer.curriculum.stage_at(trainer.step - 1), []
-    for index in range(EDITS if stage.edits else 0):
+    # Scenes that are mixed in are no one's own edits.
+    for index in range(EDITS if stage.data.edits else 0):
         source = trainer.batches.sources[stage.name, True]
         assert source.draw_before is not None
         edit, instruction = source.pick(Random(f"sample/{index}"), stage.canvas)

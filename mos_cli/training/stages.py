@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mos_cli.datasets.tables import CaptionedTable, DataTable
+from mos_cli.datasets.tables import CaptionedTable, DataTable, edit_share
 from mos_cli.training.recipe import TrainRecipe
 
 
@@ -24,7 +24,7 @@ class Stage:
     @property
     def edits(self) -> float:
         """The share of its steps that train edits."""
-        return self.data.edits
+        return edit_share(self.data)
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ class Curriculum:
     @property
     def steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
+
+    @property
+    def decay_from(self) -> int:
+        """The number of steps whose learning rates do not depend on the number of steps of the run."""
+        return int((1 - self.decay) * self.steps) + 1
 
     def stage_at(self, step: int) -> Stage:
         """The stage of a step; the last stage for the end of the run."""

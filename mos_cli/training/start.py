@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mos_cli.bundles.bundle import find_bundle, verify_bundle
+from mos_cli.bundles.shapes import GenerationShape, read_generation
 from mos_cli.errors import UsageError
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.quantized import load_generation
@@ -30,6 +31,7 @@ def start_tower(recipe: TrainRecipe) -> GenerationTower:
     if recipe.start_from is not None:
         bundle = find_bundle(recipe.start_from)
         verify_bundle(bundle)
+        _check_shape(recipe, read_generation(bundle.folder / "generation"))
         start = load_generation(bundle.folder / "generation", device=torch.device("cpu"), dtype=torch.float32)
         weights = enlarged_weights(start, tower.patch)
         if not start.image_state_widths:
@@ -39,8 +41,24 @@ def start_tower(recipe: TrainRecipe) -> GenerationTower:
         try:
             tower.load_state_dict(weights)
         except (RuntimeError, ValueError) as error:
-            raise UsageError(f"the network cannot start from {recipe.start_from}: {error}") from None
+            reason = str(error).strip().splitlines()[-1].strip()[:200]
+            raise UsageError(f"the network cannot start from {recipe.start_from}: {reason}") from None
     return tower
+
+
+def _check_shape(recipe: TrainRecipe, start: GenerationShape) -> None:
+    """Raises UsageError if the recipe's network is another than that of the bundle, apart from what may differ."""
+    own = GenerationShape.model_validate(recipe.generation)
+    may_differ = {"patch", "top_k", "renormalise", "rope_theta"}
+    if not start.image_state_widths and not start.has_vision:
+        may_differ |= {"image_state_widths", "has_vision"}
+    for name in GenerationShape.model_fields:
+        wanted, there = getattr(own, name), getattr(start, name)
+        if name not in may_differ and wanted != there:
+            raise UsageError(
+                f"the network cannot start from {recipe.start_from}: [generation] says {name} = {wanted}, and that of "
+                f"the model is {there}: leave [generation] out, and the network is the model's"
+            )
 
 
 def enlarged_weights(start: GenerationTower, patch: int) -> dict[str, Tensor]:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from mos_cli.errors import InputError
 
+LOCK = ".lock"
+"""The file by which a process keeps others out of a folder."""
+
 
 class NameTakenError(InputError):
     """A file cannot be written under its name without replacing one that has to stay."""
@@ -131,6 +134,34 @@ def check_folder(folder: Path, *marks: str) -> None:
     check_writable(folder)
     if folder.is_dir() and any(folder.iterdir()) and not any((folder / mark).is_file() for mark in marks):
         raise InputError(f"{folder} has files of something else, which stay: choose a new folder")
+
+
+@contextlib.contextmanager
+def sole_user(folder: Path, what: str, *, needed: bool = True) -> Iterator[None]:
+    """Makes sure that no other process works in a folder in the meantime; a process that dies leaves nothing behind.
+
+    Args:
+        what: what works there, for the error.
+
+    Raises:
+        InputError: another process does, or the folder cannot be written.
+    """
+    if not needed:
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    make_folder(folder)
+    # The lock is one of the operating system on the open file, which ends with the process.
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(f"{what} is running in {folder}: wait for it, stop it, or choose another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def make_folder(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Validation of data from files: the base of all pydantic models, and types that several of them use."""
 
+import difflib
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -59,6 +60,8 @@ def _one_rule(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
+Loras = Annotated[tuple[str, ...], BeforeValidator(_one_rule), Field(min_length=1)]
+"""LoRA files as text, FILE or FILE:SCALE; a single string is one."""
 RouteRules = Annotated[tuple[str, ...], BeforeValidator(_one_rule), Field(min_length=1)]
 """Route rules as text; a single string is one rule."""
 
@@ -96,12 +99,16 @@ def first_problem(error: ValidationError, model: type[BaseModel] | None = None) 
     Args:
         model: what was validated: the fields that it has are listed where one is unknown.
     """
-    first = error.errors()[0]
+    # A misspelt field is often also a missing one: the stray name says more.
+    problems = error.errors()
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
     where = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         known = [] if model is None else _fields_beside(model, first["loc"])
-        message = "unknown setting" + (f", not one of {', '.join(known)}" if known else "")
+        nearest = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        guess = f": did you mean {nearest[0]}?" if nearest else ""
+        message = "unknown setting" + (f", not one of {', '.join(known)}{guess}" if known else "")
     return f"{where}: {message}" if where else message
 
 
