@@ -105,7 +105,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_state_before(understanding, tmp_
 
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "write", full)
-        with pytest.raises(InputError, match="No space left on device.*the same command goes on"):
+        with pytest.raises(InputError, match=r"No space left on device.*the same command goes on"):
             tiny.run(tiny.trainer(tiny.recipe(), understanding, tmp_path))
     assert states(tmp_path)[0] == 4
     assert len(tiny.run(tiny.trainer(tiny.recipe(), understanding, tmp_path))) == 4
