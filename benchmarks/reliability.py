@@ -5,6 +5,8 @@ python benchmarks/reliability.py full [COUNT]        a tmpfs of random size fill
 python benchmarks/reliability.py read-only [COUNT]   a tmpfs goes read-only at a random moment (needs leave to mount)
 python benchmarks/reliability.py pipes [COUNT]       the reader of the paths closes the pipe after a random number
 python benchmarks/reliability.py two [COUNT]         two runs at once in one folder, with the same names
+python benchmarks/reliability.py train-kills [COUNT] SIGKILL at random moments of a training, which goes on each time
+python benchmarks/reliability.py train-full [COUNT]  a tmpfs of random size fills up during a training, and grows
 
 A tiny model with random weights draws batches of pictures. After every run all files in the folder are read: every
 picture must be whole and be that of its trace, and the user's files be as they were. It is no test of the suite: the
@@ -257,12 +259,69 @@ def two(count: int, folder: Path) -> Counts:
     return found
 
 
+def train_recipe(folder: Path, **settings: Any) -> Path:
+    """A recipe of a tiny network on discs."""
+    from tests.helpers.tiny_training import write_recipe
+
+    return write_recipe(folder, folder / "encoder", sample_every=10**6, **settings)
+
+
+def examine_run(folder: Path, log: Path) -> int:
+    """Reads all states of a training; the step of the newest, 0 without one. AssertionError if one is damaged."""
+    from mos_cli.training.checkpoint import found, step_of, verify
+
+    assert "Traceback" not in log.read_text(encoding="utf-8", errors="replace"), log.read_text()
+    for path in found(folder):
+        verify(path)
+    return max(map(step_of, found(folder)), default=0)
+
+
+def train_kills(count: int, folder: Path) -> Counts:
+    """SIGKILL at a random moment of a training that saves at every second step; the next run goes on with it."""
+    counts: Counts = Counter()
+    log, run = folder / "log", folder / "run"
+    command = ["train", str(train_recipe(folder, steps=10**6, save_every=2)), "--run", str(run)]
+    step = 0
+    for _ in range(count):
+        process = start(*command, log=log)
+        time.sleep(random.uniform(2, 12))
+        os.kill(process, signal.SIGKILL)
+        assert finish(process) < 0, log.read_text()
+        now = examine_run(run, log)
+        assert now >= step, f"the state of step {step} is lost, the newest is {now}"
+        counts += Counter({"killed": 1, "went on since the last": int(now > step), "steps": now - step})
+        step = now
+    return counts
+
+
+def train_full(count: int, folder: Path) -> Counts:
+    """A disk that is full during a training, grows, and the run goes on from its last state to the end."""
+    counts: Counts = Counter()
+    log = folder / "log"
+    recipe = str(train_recipe(folder, steps=12, save_every=2))
+    for _ in range(count):
+        with tmpfs(folder / "disk", random.randrange(200, 4000, 4)) as disk:
+            command = ["train", recipe, "--run", str(disk / "run")]
+            code = finish(start(*command, log=log))
+            text = log.read_text(encoding="utf-8", errors="replace")
+            step = examine_run(disk / "run", log)
+            assert code in (0, 3), (code, text)
+            assert sum(line.startswith("error: ") for line in text.splitlines()) == (code == 3), text
+            subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+            assert finish(start(*command, log=log)) == 0, log.read_text()
+            assert examine_run(disk / "run", log) == 12
+            counts += Counter({f"exit code {code}": 1, "with a state to go on from": int(step > 0)})
+    return counts
+
+
 KINDS = {
     "kills": (kills, 200),
     "full": (full, 50),
     "read-only": (read_only, 50),
     "pipes": (pipes, 10),
     "two": (two, 50),
+    "train-kills": (train_kills, 100),
+    "train-full": (train_full, 20),
 }
 
 

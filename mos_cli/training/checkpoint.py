@@ -101,7 +101,7 @@ def load(path: Path, state: dict[str, Any], accelerator: Accelerator) -> dict[st
     Weights may have the names of earlier versions. Raises InputError if the checkpoint is damaged.
     """
     try:
-        _verify(path)
+        verify(path)
         if any(current_weight(name) != name for name in FileSystemReader(path).read_metadata().state_dict_metadata):
             state = renamed(state, earlier_weight)
         read(state, checkpoint_id=path, no_dist=accelerator.num_processes == 1)
@@ -135,7 +135,8 @@ def _description(path: Path) -> Description | None:
     return Description.model_validate_json(file.read_bytes()) if file.is_file() else None
 
 
-def _verify(path: Path) -> None:
+def verify(path: Path) -> None:
+    """Compares the files of a checkpoint with their hashes; raises ValueError or OSError if one differs."""
     try:
         description = _description(path)
     except ValidationError:
