@@ -3,10 +3,11 @@
     python benchmarks/base_models_gpu.py klein z-image prx --cap 8 --folder FOLDER
     python benchmarks/base_models_gpu.py klein --tiny          rehearses it in a minute, on a CPU too
 
-It writes a diffusers folder of random bf16 weights (16, 21 and 9 GB) and draws from it with the settings that `mos plan`
-chooses for `--cap` GiB. One line per measurement: the peak of memory against the plan, seconds of a step plain, with
-closed and with open gates, whether closed gates give diffusers' pixels, and the gradients of router and gates through the
-quantised transformer. The language model leaves the GPU before the transformer comes, where the plan says so.
+It writes a diffusers folder of random bf16 weights (16, 21 and 9 GB) and draws from it with the settings that
+`mos plan` chooses for `--cap` GiB. One line per measurement: the peak of memory against the plan, seconds of a step
+plain, with closed and with open gates, whether closed gates give diffusers' pixels, and the gradients of router and
+gates through the quantised transformer. The language model leaves the GPU before the transformer comes, where the plan
+says so.
 
 It has been rehearsed with --tiny on a CPU, and never been run on a GPU.
 """
