@@ -138,11 +138,13 @@ class AdapterPipeline:
                 while len(self._encoded) >= _PROMPTS:
                     self._encoded.pop(next(iter(self._encoded)))
             self._encoded[key] = encoded
-        return self._encoded[key]
+        return self._encoded[key].to(self.device)
 
     def _read(self, prompt: str) -> EncodedText:
         with torch.no_grad():
-            return encode_text(self.base, self.pipe, prompt, self.own_layers, self.template)
+            encoded = encode_text(self.base, self.pipe, prompt, self.own_layers, self.template)
+        # Of a run of many prompts all are read at once, and wait in main memory.
+        return encoded if self.setting.offload == "none" else encoded.to(torch.device("cpu"))
 
     def bank(self, encoded: EncodedText) -> TextBank:
         """The bank of a prompt."""
