@@ -83,6 +83,8 @@ def load_base_model(
     config, device = diffusers_config(folder), offloader.device
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True, trust_remote_code=False)
+        if not tokenizer.is_fast:
+            raise ModelError(f"the tokenizer in {folder} cannot say which characters a token stands for")
         reader = _text_encoder(classes, folder / "text_encoder", dtype, text_encoder, device)
         offloader.add_understanding(reader)  # type: ignore[arg-type]
         with torch.device("meta"):

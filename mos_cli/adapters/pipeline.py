@@ -17,7 +17,7 @@ from mos_cli.adapters.routing import TextRouting
 from mos_cli.adapters.text import EncodedText, encode_text, read_template
 from mos_cli.bundles.adapters import AdapterBundle, verify_adapter
 from mos_cli.config.recipe import PictureRecord, Recipe, pixels_hash, provenance
-from mos_cli.errors import InputError, MemoryLimitError, UsageError
+from mos_cli.errors import InputError, MemoryLimitError, MosError, UsageError
 from mos_cli.images.companions import TRACE_SCHEMA
 from mos_cli.images.inputs import Inputs
 from mos_cli.images.pictures import Fit
@@ -118,9 +118,10 @@ class AdapterPipeline:
             for prompt in prompts:
                 try:
                     self._encoded[prompt, torch.get_num_threads()] = self._read(prompt)
-                except Exception as error:
-                    if isinstance(error, torch.OutOfMemoryError):
-                        raise self._out_of_memory(recipes[0].working_size) from None
+                except MosError:
+                    continue
+                except (torch.OutOfMemoryError, MemoryError):
+                    raise self._out_of_memory(recipes[0].working_size) from None
 
     def clear_cache(self) -> None:
         """Forgets the prompts that were read."""
@@ -137,11 +138,13 @@ class AdapterPipeline:
                 while len(self._encoded) >= _PROMPTS:
                     self._encoded.pop(next(iter(self._encoded)))
             self._encoded[key] = encoded
-        return self._encoded[key]
+        return self._encoded[key].to(self.device)
 
     def _read(self, prompt: str) -> EncodedText:
         with torch.no_grad():
-            return encode_text(self.base, self.pipe, prompt, self.own_layers, self.template)
+            encoded = encode_text(self.base, self.pipe, prompt, self.own_layers, self.template)
+        # Of a run of many prompts all are read at once, and wait in main memory.
+        return encoded if self.setting.offload == "none" else encoded.to(torch.device("cpu"))
 
     def bank(self, encoded: EncodedText) -> TextBank:
         """The bank of a prompt."""

@@ -6,7 +6,7 @@ layers, S width of a state, E width of an embedding (one state for each slot).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,11 @@ class EncodedText:
     mask_T: Tensor | None
     layers_QME: Tensor
     states_QS: Tensor
+
+    def to(self, device: torch.device) -> "EncodedText":
+        """The same on a device."""
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,14 @@ def read_bundle(folder: Path) -> Bundle:
 
 
 def verify_bundle(bundle: Bundle) -> None:
-    """Compares every file with the index; raises ModelError naming one missing, changed or not listed."""
+    """Compares every file with the index; raises ModelError naming one missing, changed or not listed.
+
+    A base model with its adapter is refused: it is none of mos' own networks, see `adapters.verify_adapter`.
+    """
+    from mos_cli.bundles.adapters import AdapterBundle
+
+    if isinstance(bundle, AdapterBundle):
+        raise ModelError(f"{bundle.ref} is a base model: it draws and edits, and a router can be trained for it")
     _refuse_pickles(bundle.folder)
     if problem := bad_file(bundle.folder, bundle.index.files):
         raise ModelError(f"{problem} in {bundle.folder}")

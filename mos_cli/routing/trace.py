@@ -127,6 +127,15 @@ class AdapterTrace(Frozen):
     own_layers: tuple[NonNegativeInt, ...] = Field(min_length=1)
     trained: bool
 
+    @property
+    def line(self) -> str:
+        """What the base model reads, in one line."""
+        own = ", ".join(map(str, self.own_layers))
+        reads = f"reads its own layer {own}" if len(self.own_layers) == 1 else f"reads its own layers {own} at once"
+        if not self.trained:
+            return f"{reads}; its adapter is untrained, and changes nothing but where a rule says so"
+        return f"{reads}, and what its router adds to them"
+
 
 class Trace(Frozen):
     """The readable head of a trace. `arrays` is missing in a summary.

@@ -146,6 +146,7 @@ def test_layers_are_ablated_and_routes_compared(mos: Mos, base_folders: Folders,
     assert compared.exit_code == 0, compared.output
     report = mos("inspect-routing", tmp_path / "b.png", "--html", tmp_path / "r.html")
     assert report.exit_code == 0, report.output
+    assert "its adapter is untrained" in (tmp_path / "r.html").read_text()
 
 
 def test_routes_of_another_run_are_taken_over(mos: Mos, base_folders: Folders, tmp_path: Path) -> None:

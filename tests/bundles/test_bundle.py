@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
+from mos_cli.bundles.adapters import AdapterBundle
 from mos_cli.bundles.bundle import (
     INDEX,
     Bundle,
@@ -264,6 +265,9 @@ def test_what_comes_with_mos_is_sound(monkeypatch):
         assert load_tower_spec(path.stem) == load_tower_spec(str(path))
     for found in list_bundles().values():
         assert isinstance(found, Bundle)
+        if isinstance(found, AdapterBundle):
+            assert found.index.name == found.folder.name
+            continue
         verify_bundle(found)
 
 

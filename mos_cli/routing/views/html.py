@@ -94,6 +94,7 @@ def _trace(
         "edit": trace.recipe.edit is not None,
         "rules": trace.recipe.routes or (),
         "feature_cache": trace.recipe.feature_cache,
+        "adapter": None if trace.adapter is None else trace.adapter.line,
         "layers": trace.layers,
         "blocks": trace.blocks,
         "times": trace.times,

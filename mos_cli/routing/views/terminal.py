@@ -14,7 +14,6 @@ from rich.text import Text
 from mos_cli.routing.analysis import Word, dead_layers, strongest_layers, word_layers
 from mos_cli.routing.regions import PatchSource
 from mos_cli.routing.section import Section, layer_use, readers
-from mos_cli.routing.trace import AdapterTrace
 from mos_cli.routing.views.tables import (
     CELL,
     WORD_WIDTH,
@@ -81,7 +80,7 @@ class RoutesView:
             "never used": ", ".join(map(str, dead_layers(use_JM))) or "none",
         }
         if trace.adapter is not None:
-            facts["base model"] = adapter_line(trace.adapter)
+            facts["base model"] = trace.adapter.line
         if (every := trace.recipe.feature_cache) is not None:
             others = "choices of the others were made, not read"
             facts["feature cache"] = f"{every}: the blocks were computed at some of the steps only; {others}"
@@ -191,15 +190,6 @@ class PatchView:
         yield table
         if len(shown) > MOST_WORDS:
             yield Text(f"and {len(shown) - MOST_WORDS} more: --word shows one, --json all of them", style="dim")
-
-
-def adapter_line(adapter: AdapterTrace) -> str:
-    """What a base model reads, in one line."""
-    own = ", ".join(map(str, adapter.own_layers))
-    reads = f"reads its own layer {own}" if len(adapter.own_layers) == 1 else f"reads its own layers {own} at once"
-    if not adapter.trained:
-        return f"{reads}; its adapter is untrained, and changes nothing but where a rule says so"
-    return f"{reads}, and what its router adds to them"
 
 
 def _steps_table(section: Section, width: int) -> tuple[Table, list[int]]:

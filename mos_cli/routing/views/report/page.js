@@ -51,9 +51,10 @@ function setUp() {
 
 /** What was drawn and how, in a line; of a second picture only what is other. */
 function facts() {
-  const [first, second] = traces.map(({ recipe: r, edit, layers, blocks }) => [
+  const [first, second] = traces.map(({ recipe: r, edit, layers, blocks, adapter }) => [
     `${edit ? "edited" : "drawn"} by ${r.model}`, `seed ${r.seed}`, `${r.steps} steps`, `cfg ${r.cfg}`,
     `${r.width} × ${r.height}`, r.precision, `${layers.length} layers into ${blocks} blocks`,
+    ...(adapter ? [adapter] : []),
   ]);
   const other = second?.filter((fact) => !first.includes(fact)) ?? [];
   return first.join(" · ") + (other.length ? ` — second: ${other.join(" · ")}` : "");
