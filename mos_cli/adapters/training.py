@@ -27,7 +27,7 @@ from mos_cli.adapters.text import EncodedText
 from mos_cli.bundles.adapters import ROUTER, AdapterBundle, base_hash, base_name
 from mos_cli.bundles.bundle import ADAPTER
 from mos_cli.config.recipe import make_recipe
-from mos_cli.datasets.captioned import Captioned, to_device
+from mos_cli.datasets.captioned import Captioned, collate, to_device
 from mos_cli.errors import InputError, UsageError
 from mos_cli.routing.rules import parse_rules
 from mos_cli.routing.steering import Steerer
@@ -172,7 +172,7 @@ class RouterTrainer:
             raise InputError(f"{one.examples[0].picture.name} has an empty caption")
         text = self.pipeline.encode(caption)
         with torch.no_grad():
-            picture_13HW = to_device([picture], self.device).to(pipe.vae.dtype)
+            picture_13HW = to_device(collate([picture]), self.device).to(pipe.vae.dtype)
             return Sample(self.base.latents(pipe, picture_13HW), text, self.pipeline.bank(text))
 
     def _time(self, generator: torch.Generator, number: int | None) -> float:

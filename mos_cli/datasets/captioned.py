@@ -198,9 +198,14 @@ def caption_of(example: Example) -> str:
     return " ".join((_text(text) if isinstance(text, Blob) else text).split())
 
 
-def to_device(picked: list[np.ndarray], device: torch.device, which: int = 0) -> Tensor:
-    """The picked pictures, or with `which` 1 those before, as [B, 3, H, W] in -1..1."""
-    batch_BHW3 = torch.from_numpy(np.stack([example[which] for example in picked])).to(device)
+def collate(picked: list[np.ndarray]) -> Tensor:
+    """A batch of picked pictures, uint8 [B, 1 or 2, H, W, 3]."""
+    return torch.from_numpy(np.stack(picked))
+
+
+def to_device(pictures_BNHW3: Tensor, device: torch.device, which: int = 0) -> Tensor:
+    """The pictures, or with `which` 1 those before, as [B, 3, H, W] in -1..1."""
+    batch_BHW3 = pictures_BNHW3[:, which].to(device, non_blocking=True)
     return batch_BHW3.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

@@ -151,8 +151,8 @@ class UnderstandingTower:
                 "device_map": {"": device},
             }
         )
-        self._tokenized = PromptTokenizer(folder)
-        self.tokenizer = self._tokenized.tokenizer
+        self.prompt_tokenizer = PromptTokenizer(folder)
+        self.tokenizer = self.prompt_tokenizer.tokenizer
         try:
             self.model = self._load(dtype)
             self._layers = _layers(self.model)
@@ -178,7 +178,7 @@ class UnderstandingTower:
 
     @property
     def max_tokens(self) -> int:
-        return self._tokenized.max_tokens
+        return self.prompt_tokenizer.max_tokens
 
     @torch.no_grad()
     def encode(self, prompts: list[str], pictures: Sequence[Sequence[ImageInput]] = ()) -> HiddenStates:
@@ -192,11 +192,16 @@ class UnderstandingTower:
         """
         if any(pictures):
             raise InputError("the understanding tower has no vision: it takes no pictures")
-        batch = self._tokenized([""] * len(prompts), prompts)
+        batch = self.prompt_tokenizer([""] * len(prompts), prompts)
         ids_BT, mask_BT = (batch[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
-        states_BTMS = self._states(lambda: self.model(input_ids=ids_BT, attention_mask=mask_BT))
+        states_BTMS = self.states(ids_BT, mask_BT)
         none = tuple(() for _ in prompts)
         return HiddenStates(states_BTMS, mask_BT.bool(), tuple(prompts), batch.encodings, (0,) * len(prompts), none)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def states(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """The hidden states [B, T, M, S] of the tokens of `prompt_tokenizer`, on the device of the model."""
+        return self._states(lambda: self.model(input_ids=ids_BT, attention_mask=mask_BT))
 
     def _states(self, run: Callable[[], object]) -> Tensor:
         """The input of each layer while `run` runs the model, and the output of the last: [B, T, M, S]."""

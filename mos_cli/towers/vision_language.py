@@ -103,7 +103,7 @@ class VisionLanguageTower(UnderstandingTower):
         remaining = iter(grids)
         grids_of = [[next(remaining) for _ in of_prompt] for of_prompt in pictures]
         prefixes = [self._prefix(grids) for grids in grids_of]
-        batch = self._tokenized(prefixes, prompts)
+        batch = self.prompt_tokenizer(prefixes, prompts)
         ids_BT, mask_BT = (batch[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
         is_image_BT = ids_BT == self.config.image_token_id
         image_spans = tuple(self._image_spans(*row) for row in zip(is_image_BT, grids_of, strict=True))

@@ -26,7 +26,8 @@ from mos_cli.sampling.flow import logit_normal, noised
 from mos_cli.towers.autoencoder import Autoencoder
 from mos_cli.towers.bank import Grid
 from mos_cli.towers.image_encoder import ImageEncoder
-from mos_cli.towers.understanding import HiddenStates, ImageInput, UnderstandingTower
+from mos_cli.towers.understanding import HiddenStates, ImageInput, PromptTokenizer, UnderstandingTower
+from mos_cli.towers.vision_language import VisionLanguageTower
 from mos_cli.training.recipe import TrainTable
 from mos_cli.training.stages import Curriculum
 
@@ -52,18 +53,21 @@ class Batch:
 Kind = tuple[str, bool]
 """The kind of a step: the name of its stage, and whether it trains edits."""
 Pick = Callable[[Random, int], tuple[Any, str]]
-Draw = Callable[[list[Any], int], Tensor]
+Collate = Callable[[list[Any]], Any]
+Draw = Callable[[Any, int], Tensor]
 
 
 @dataclass(frozen=True)
 class Source:
     """A source of pictures and captions, or of edits and instructions.
 
-    `pick` chooses one for a canvas, without a device: it may run in another process. `draw` turns a batch of them into
-    pictures [B, 3, H, W] in -1..1 on the device, H = W = canvas; `draw_before` into the pictures before the edit.
+    `pick` chooses one for a canvas, and `collate` turns a batch of them into tensors. Both need no device and may run
+    in another process. `draw` makes the pictures of the tensors, [B, 3, H, W] in -1..1 on the device, H = W = canvas;
+    `draw_before` makes the pictures before the edit. Neither works through the pictures one by one.
     """
 
     pick: Pick
+    collate: Collate
     draw: Draw
     draw_before: Draw | None = None
     name: Callable[[Random], str] | None = None
@@ -86,6 +90,7 @@ class Mixture:
         return replace(
             self.first,
             pick=self._pick,
+            collate=self._collate,
             draw=partial(self._drawn, attrgetter("draw")),
             draw_before=partial(self._drawn, attrgetter("draw_before")) if edits else None,
             name=self._name,
@@ -104,18 +109,19 @@ class Mixture:
         source = (self.first, self.second)[which]
         return "a scene" if source.name is None else source.name(random)
 
-    def _drawn(self, draw_of: Callable[[Source], Draw], picked: list[Any], canvas: int) -> Tensor:
+    def _collate(self, picked: list[tuple[int, Any]]) -> tuple[list[Any], Tensor]:
+        """The tensors of either source, None if nothing was picked of it, and the place of every picture in them."""
+        own = [[picture for which, picture in picked if which == number] for number in (0, 1)]
+        sources = zip((self.first, self.second), own, strict=True)
+        parts = [source.collate(pictures) if pictures else None for source, pictures in sources]
+        return parts, torch.tensor([which for which, _ in picked]).argsort(stable=True).argsort()
+
+    def _drawn(self, draw_of: Callable[[Source], Draw], collated: tuple[list[Any], Tensor], canvas: int) -> Tensor:
         """The pictures of both sources, in the order in which they were picked."""
-        places: tuple[list[int], list[int]] = ([], [])
-        for place, (which, _) in enumerate(picked):
-            places[which].append(place)
-        parts = [
-            draw_of(source)([picked[place][1] for place in own], canvas)
-            for source, own in zip((self.first, self.second), places, strict=True)
-            if own
-        ]
-        order = torch.tensor([*places[0], *places[1]], device=parts[0].device).argsort()
-        return torch.cat(parts)[order]
+        parts, places = collated
+        sources = zip((self.first, self.second), parts, strict=True)
+        drawn = torch.cat([draw_of(source)(part, canvas) for source, part in sources if part is not None])
+        return drawn[places.to(drawn.device, non_blocking=True)]
 
 
 @dataclass(frozen=True)
@@ -132,20 +138,33 @@ class Share:
 
 @dataclass(frozen=True)
 class Picked:
-    """The pictures of a step for this process, before they are drawn, and their captions."""
+    """The pictures of a step for this process, before they are drawn, and their captions.
+
+    `tokens` are the token numbers of the captions and their mask, [B, T] each; None if a tower with vision reads them.
+    """
 
     step: int
-    pictures: list[Any]
+    pictures: Any
     captions: list[str]
+    tokens: tuple[Tensor, Tensor] | None
+
+    def pin_memory(self) -> "Picked":
+        """With tensors in memory that a GPU reads by itself; called by the DataLoader."""
+        return replace(self, pictures=_pinned(self.pictures), tokens=_pinned(self.tokens))
 
 
 @dataclass(frozen=True)
 class Picks:
-    """The part of making batches that needs no device, with a `Pick` for every kind of step."""
+    """The part of making batches that needs no device, with a source for every kind of step.
+
+    Args:
+        tokenizer: of the understanding tower, if it has no vision.
+    """
 
     curriculum: Curriculum
     train: TrainTable
-    picks: dict[Kind, Pick]
+    sources: dict[Kind, Source]
+    tokenizer: PromptTokenizer | None
     share: Share = Share()
 
     def __len__(self) -> int:
@@ -154,17 +173,27 @@ class Picks:
     def __getitem__(self, step: int) -> "Picked | MosError":
         """Errors are returned, not raised, because a worker process would add its own traceback."""
         stage = self.curriculum.stage_at(step)
-        pick = self.picks[kind_of(self.curriculum, self.train.seed, step)]
+        source = self.sources[kind_of(self.curriculum, self.train.seed, step)]
         part, pictures, captions = self.share.of(stage.batch), [], []
         try:
             for index in range(part.start, part.stop):
                 random = Random(f"{self.train.seed}/{step}/{index}")
-                picture, caption = pick(random, stage.canvas)
+                picture, caption = source.pick(random, stage.canvas)
                 pictures.append(picture)
                 captions.append("" if random.random() < self.train.drop_caption else caption)
+            tokens = None if self.tokenizer is None else self._tokens(self.tokenizer, captions)
         except MosError as error:
             return error
-        return Picked(step, pictures, captions)
+        return Picked(step, source.collate(pictures), captions, tokens)
+
+    def _tokens(self, tokenizer: PromptTokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
+        try:
+            batch = tokenizer([""] * len(captions), captions)
+        except InputError:
+            batch = None
+        if batch is None or batch["input_ids"].shape[1] > self.train.context_tokens:
+            raise too_long(captions, tokenizer, self.train.context_tokens)
+        return batch["input_ids"], batch["attention_mask"]
 
 
 class Batches:
@@ -200,7 +229,8 @@ class Batches:
             image_encoder,
             device,
         )
-        self.picks = Picks(curriculum, train, {kind: source.pick for kind, source in sources.items()}, share)
+        tokenizer = None if isinstance(understanding, VisionLanguageTower) else understanding.prompt_tokenizer
+        self.picks = Picks(curriculum, train, sources, tokenizer, share)
 
     def make(self, step: int) -> Batch:
         """The batch of one step, from the step's own random seed, so that resuming needs no state.
@@ -240,6 +270,7 @@ class Batches:
             num_workers=workers,
             collate_fn=_unchanged,
             prefetch_factor=4 if workers else None,
+            pin_memory=self.device.type == "cuda",
         )
         if self.device.type != "cuda":
             yield from map(self._finish, picked)
@@ -272,13 +303,11 @@ class Batches:
         z1 = torch.randn(stage.batch, *z0.shape[1:], generator=noise, device=self.device)[part]
         noisy = noised(z0, z1, t)
         if source.draw_before is None:
-            return Batch(z0, noisy, t, *self._read(picked.captions))
+            return Batch(z0, noisy, t, *self._read(picked))
         before = source.draw_before(picked.pictures, stage.canvas)
         references = self.autoencoder.encode(before)
         if self.image_encoder is not None:
-            return Batch(
-                z0, noisy, t, *self._read(picked.captions), references, self.image_encoder.encode_images(before)
-            )
+            return Batch(z0, noisy, t, *self._read(picked), references, self.image_encoder.encode_images(before))
         states, mask, grid = self._read_with_images(picked.captions, before)
         return Batch(z0, noisy, t, states, mask, references, grid=grid)
 
@@ -297,10 +326,13 @@ class Batches:
 
         return words_first(states.states_BTMS), words_first(states.mask_BT), (span.rows, span.columns)
 
-    def _read(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+    def _read(self, picked: Picked) -> tuple[Tensor, Tensor]:
         """States and mask of captions, padded."""
-        states = self._checked(captions)
-        return self._padded(states.states_BTMS), self._padded(states.mask_BT)
+        if picked.tokens is None:
+            states = self._checked(picked.captions)
+            return self._padded(states.states_BTMS), self._padded(states.mask_BT)
+        ids_BT, mask_BT = (each.to(self.device, non_blocking=True) for each in picked.tokens)
+        return self._padded(self.understanding.states(ids_BT, mask_BT)), self._padded(mask_BT.bool())
 
     def _padded(self, words: Tensor) -> Tensor:
         """Words [B, T, ...] padded to `context_tokens`."""
@@ -316,12 +348,17 @@ class Batches:
             image_tokens = sum(span.rows * span.columns for span in states.image_spans[0])
             if states.mask_BT.shape[1] - image_tokens <= self.train.context_tokens:
                 return states
-        tokens = [len(ids) for ids in self.understanding.tokenizer(captions, verbose=False)["input_ids"]]  # type: ignore[index]
-        longest = captions[tokens.index(max(tokens))]
-        raise UsageError(
-            f"the caption '{longest[:80]}' has {max(tokens)} tokens: shorten it, or raise context_tokens in the recipe "
-            f"(now {self.train.context_tokens}; the understanding tower takes {self.understanding.max_tokens})"
-        )
+        raise too_long(captions, self.understanding.prompt_tokenizer, self.train.context_tokens)
+
+
+def too_long(captions: list[str], tokenizer: PromptTokenizer, context_tokens: int) -> UsageError:
+    """The error that names the longest of captions."""
+    tokens = [len(ids) for ids in tokenizer.tokenizer(captions, verbose=False)["input_ids"]]  # type: ignore[index]
+    longest = captions[tokens.index(max(tokens))]
+    return UsageError(
+        f"the caption '{longest[:80]}' has {max(tokens)} tokens: shorten it, or raise context_tokens in the recipe "
+        f"(now {context_tokens}; the understanding tower takes {tokenizer.max_tokens})"
+    )
 
 
 def kind_of(curriculum: Curriculum, seed: int, step: int) -> Kind:
@@ -340,3 +377,10 @@ def _workers(device: torch.device) -> int:
 
 def _unchanged(picked: Any) -> Any:
     return picked
+
+
+def _pinned(value: Any) -> Any:
+    """Tensors, also in lists and tuples, in pinned memory."""
+    if isinstance(value, Tensor):
+        return value.pin_memory()
+    return type(value)(map(_pinned, value)) if isinstance(value, list | tuple) else value

@@ -11,10 +11,10 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 
-import numpy as np
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
@@ -24,10 +24,12 @@ from mos_cli.bundles.shapes import GenerationShape
 from mos_cli.config.recipe import make_recipe
 from mos_cli.config.settings import available_memory
 from mos_cli.datasets.art.file import load_art
-from mos_cli.datasets.captioned import Captioned, load_captioned, to_device
+from mos_cli.datasets.captioned import Captioned, collate, load_captioned, to_device
 from mos_cli.datasets.scenes.compositor import Compositor
+from mos_cli.datasets.scenes.description import MOST_OBJECTS
 from mos_cli.datasets.scenes.edits import Edit, EditWriter
 from mos_cli.datasets.scenes.layout import Scene
+from mos_cli.datasets.scenes.packed import pack_scenes
 from mos_cli.datasets.scenes.vocabulary import Vocabulary, load_vocabulary
 from mos_cli.datasets.scenes.writer import SceneWriter
 from mos_cli.datasets.tables import CaptionedTable, DataTable
@@ -40,7 +42,7 @@ from mos_cli.towers.image_encoder import ImageEncoder
 from mos_cli.towers.lora import save_lora
 from mos_cli.towers.understanding import UnderstandingTower
 from mos_cli.towers.vision_language import VisionLanguageTower
-from mos_cli.training.batches import Batches, Draw, Kind, Mixture, Share, Source
+from mos_cli.training.batches import Batches, Kind, Mixture, Share, Source
 from mos_cli.training.launch import start_accelerator
 from mos_cli.training.loop import Metrics, Trainer
 from mos_cli.training.recipe import TrainRecipe
@@ -267,15 +269,16 @@ class _DataLoader:
             if needed and not examples.examples:
                 raise InputError(f"{data.path} has no {what}: change [data] edits, now {data.edits:g}")
 
-        def draw(picked: list[np.ndarray], _canvas: int) -> torch.Tensor:
-            return to_device(picked, self.device)
+        def draw(pictures_BNHW3: torch.Tensor, _canvas: int) -> torch.Tensor:
+            return to_device(pictures_BNHW3, self.device)
 
-        def draw_before(picked: list[np.ndarray], _canvas: int) -> torch.Tensor:
-            return to_device(picked, self.device, which=1)
+        def draw_before(pictures_BNHW3: torch.Tensor, _canvas: int) -> torch.Tensor:
+            return to_device(pictures_BNHW3, self.device, which=1)
 
+        pictures, edits = captioned.pictures, captioned.edits
         return (
-            Source(captioned.pictures.pick, draw, name=_names(captioned.pictures), captions=_captions(captioned)),
-            Source(captioned.edits.pick, draw, draw_before, name=_names(captioned.edits)),
+            Source(pictures.pick, collate, draw, name=_names(pictures), captions=_captions(captioned)),
+            Source(edits.pick, collate, draw, draw_before, name=_names(edits)),
         )
 
     def _problem_of(self, caption: str) -> str | None:
@@ -333,17 +336,32 @@ def _captions(captioned: Captioned) -> tuple[str, ...]:
 def find_sources(data: DataTable, art: Path, device: torch.device) -> tuple[Source, ...]:
     """The sources of scenes and of their edits; raises InputError if the art is missing or invalid."""
     vocabulary = load_vocabulary(load_art(art), data)
-    draw = Compositor(vocabulary.sprites_VHW4.to(device)).draw
-    return Source(ScenePicker(SceneWriter(vocabulary)), draw), edit_source(vocabulary, draw)
+    compositor = Compositor(vocabulary.sprites_VHW4.to(device))
+    return scene_source(ScenePicker(SceneWriter(vocabulary)), compositor), edit_source(vocabulary, compositor)
 
 
-def edit_source(vocabulary: Vocabulary, draw: Draw) -> Source:
-    """The source of edits of scenes with the words of a vocabulary."""
-    return Source(
-        EditPicker(EditWriter(vocabulary)),
-        draw=lambda edits, canvas: draw([edit.after for edit in edits], canvas),
-        draw_before=lambda edits, canvas: draw([edit.before for edit in edits], canvas),
-    )
+def scene_source(pick: Callable[[Random, int], tuple[Scene, str]], compositor: Compositor) -> Source:
+    """The source of scenes, drawn by a compositor."""
+
+    def draw(packed_BN: torch.Tensor, canvas: int) -> torch.Tensor:
+        return compositor.draw_packed(packed_BN.to(compositor.device, non_blocking=True), canvas)
+
+    return Source(pick, partial(pack_scenes, objects=MOST_OBJECTS), draw)
+
+
+def edit_source(vocabulary: Vocabulary, compositor: Compositor) -> Source:
+    """The source of edits of scenes with the words of a vocabulary, drawn by a compositor."""
+
+    def draw(packed_B2N: torch.Tensor, canvas: int, which: int = 0) -> torch.Tensor:
+        return compositor.draw_packed(packed_B2N[:, which].to(compositor.device, non_blocking=True), canvas)
+
+    return Source(EditPicker(EditWriter(vocabulary)), _pack_edits, draw, partial(draw, which=1))
+
+
+def _pack_edits(edits: list[Edit]) -> torch.Tensor:
+    """The scenes after and before the edits, [B, 2, N]."""
+    sides = ([edit.after for edit in edits], [edit.before for edit in edits])
+    return torch.stack([pack_scenes(scenes, objects=MOST_OBJECTS) for scenes in sides], dim=1)
 
 
 def train(

@@ -71,7 +71,7 @@ def _pick_edits(trainer: Trainer) -> list[tuple[Tensor, str]]:
         source = trainer.batches.sources[stage.name, True]
         assert source.draw_before is not None
         edit, instruction = source.pick(Random(f"sample/{index}"), stage.canvas)
-        picked.append((source.draw_before([edit], stage.canvas), instruction))
+        picked.append((source.draw_before(source.collate([edit]), stage.canvas), instruction))
     return picked
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from mos_cli.datasets import captioned as captioned_module
-from mos_cli.datasets.captioned import load_captioned, to_device
+from mos_cli.datasets.captioned import collate, load_captioned, to_device
 from mos_cli.datasets.tables import CaptionedTable
 from mos_cli.errors import InputError
 from mos_cli.training.recipe import load_recipe
@@ -72,7 +72,7 @@ def test_edits_are_told_from_pictures_in_every_layout(discs: Path, tmp_path: Pat
         assert caption == "a red apple"
         assert pair.shape == (2, 16, 16, 3)
         assert not pair[1].any()
-        before = to_device([pair], torch.device("cpu"), which=1)
+        before = to_device(collate([pair]), torch.device("cpu"), which=1)
         assert torch.equal(before, torch.full((1, 3, 16, 16), -1.0))
         assert edit.before is not None
 
@@ -99,7 +99,7 @@ def test_pictures_fill_the_canvas_undistorted(tmp_path: Path) -> None:
     (tmp_path / "wide.txt").write_text("a square")
     picture, _ = load_captioned(tmp_path).pick(Random(0), 40)
     assert np.array_equal(picture, pixels[None, :, 30:70])
-    batch = to_device([picture, picture], torch.device("cpu"))
+    batch = to_device(collate([picture, picture]), torch.device("cpu"))
     assert batch.shape == (2, 3, 40, 40)
     assert batch[0, :, 20, 20].tolist() == [1, -1, -1]
 

@@ -22,7 +22,7 @@ from mos_cli.training.batches import Batches, Share, Source
 from mos_cli.training.launch import start_accelerator
 from mos_cli.training.loop import Trainer
 from mos_cli.training.recipe import TrainRecipe
-from mos_cli.training.run import ScenePicker
+from mos_cli.training.run import ScenePicker, scene_source
 from mos_cli.training.stages import curriculum
 from tests.helpers.tiny_bundle import tower_spec
 
@@ -80,7 +80,7 @@ def scenes() -> Source:
         scene, caption = picker(random, canvas)
         return scene, " ".join(caption.split()[:12])
 
-    return Source(pick, Compositor(picker.writer.vocabulary.sprites_VHW4).draw)
+    return scene_source(pick, Compositor(picker.writer.vocabulary.sprites_VHW4))
 
 
 def batches(tiny: TrainRecipe, understanding: UnderstandingTower, share: Share = Share()) -> Batches:

@@ -7,7 +7,7 @@ import torch
 
 from mos_cli.errors import InputError, UsageError
 from mos_cli.training import batches as training_batches
-from mos_cli.training.batches import Share
+from mos_cli.training.batches import Picked, Share
 from tests.helpers import tiny_training as tiny
 
 
@@ -32,10 +32,22 @@ def test_other_processes_pick_the_same(understanding, monkeypatch) -> None:
     def unreadable(random, canvas):
         raise InputError("cannot read the picture red.png")
 
-    broken = replace(batches.picks, picks=dict.fromkeys(batches.picks.picks, unreadable))
-    batches.picks = broken
+    sources = {kind: replace(source, pick=unreadable) for kind, source in batches.sources.items()}
+    batches.picks = replace(batches.picks, sources=sources)
     with pytest.raises(InputError, match=r"^cannot read the picture red\.png$"):
         next(batches.stream(0))
+
+
+def test_what_other_processes_pick_are_tensors(understanding) -> None:
+    """The process that has the device does nothing for each picture."""
+    picked = tiny.batches(tiny.recipe(), understanding).picks[0]
+    assert isinstance(picked, Picked)
+    assert (picked.pictures.dtype, len(picked.pictures)) == (torch.float32, 8)
+    assert picked.tokens is not None
+    ids_BT, mask_BT = picked.tokens
+    states = understanding.encode(picked.captions)
+    assert torch.equal(understanding.states(ids_BT, mask_BT), states.states_BTMS)
+    assert torch.equal(mask_BT.bool(), states.mask_BT)
 
 
 def test_shares_make_up_the_whole_batch(understanding) -> None:
@@ -53,4 +65,4 @@ def test_shares_make_up_the_whole_batch(understanding) -> None:
 def test_a_caption_that_is_too_long_is_named(understanding, room: int) -> None:
     batches = tiny.batches(tiny.recipe(context_tokens=room), understanding)
     with pytest.raises(UsageError, match=r"'a (dog ){15,}.* has 42 tokens.*context_tokens"):
-        batches._read(["a cat", "a " + "dog " * 39])
+        batches.picks._tokens(understanding.prompt_tokenizer, ["a cat", "a " + "dog " * 39])

@@ -34,10 +34,14 @@ class Compositor:
         self.sprites_V4hw = sprites_VHW4.permute(0, 3, 1, 2).contiguous()
         self.lightness_V = torch.cat([_lightness(part) for part in self.sprites_V4hw.split(256)])
 
+    @property
+    def device(self) -> torch.device:
+        return self.sprites_V4hw.device
+
     def draw(self, scenes: Sequence[Scene], canvas: int) -> Tensor:
         """Pictures [B, 3, H, W] in -1..1, H = W = `canvas`; every scene's objects in order, later ones in front."""
         packed = pack_scenes(scenes, max(len(scene.objects) for scene in scenes))
-        return self.draw_packed(packed.to(self.sprites_V4hw.device), canvas)
+        return self.draw_packed(packed.to(self.device), canvas)
 
     def draw_packed(self, packed_BN: Tensor, canvas: int) -> Tensor:
         """As `draw`, from the numbers of `pack_scenes` on the device of the sprites."""
@@ -80,7 +84,7 @@ class Compositor:
 
 def _rows(chosen_B: Tensor) -> Tensor | slice:
     """The rows that are not 0; on a GPU all rows, whose number is known without waiting for it."""
-    return slice(None) if chosen_B.is_cuda else chosen_B.nonzero().squeeze(1)
+    return chosen_B.nonzero().squeeze(1) if chosen_B.device.type == "cpu" else slice(None)
 
 
 def _backgrounds(backgrounds: PackedBackgrounds, canvas: int) -> Tensor:
