@@ -128,8 +128,7 @@ class Captioned:
                 if example.picture.name not in self._skipped:
                     self._skipped.add(example.picture.name)
                     _log.warning("skipped, it has changed since the data was checked: %s", error)
-                last = error
-        raise last
+        raise InputError(f"the pictures can no longer be read: {ATTEMPTS} in a row, such as {min(self._skipped)}")
 
     def load(self, example: Example, canvas: int, *, mirrored: bool = False) -> tuple[np.ndarray, str]:
         """An example as `pick` returns it; raises InputError if it cannot be read."""
