@@ -58,7 +58,7 @@ NEW_SCENES = (
 
 
 def character(art: Art) -> Image.Image:
-    """The character, RGBA, on a transparent ground."""
+    """The character, RGBA, on a transparent background."""
     rows = {(picture.name, picture.style): picture.index for picture in art.manifest.pictures}
     sprites = art.pixels[[rows[name, "fluent-3d"] for name, _, _ in PARTS]]
     compositor, layers = Compositor(sprites), []
@@ -86,8 +86,8 @@ def write_pictures(folder: Path) -> None:
         placed = Placed(number, x, y, side, mirrored=number >= len(POSES))
         scenes.append(Scene((placed,), named_background(name)))
         size, place = (words, "") if words in ("small", "big") else ("", words)
-        ground = "" if name == "white" else PHRASES.get(name, f"on a {name} background")
-        captions.append(" ".join(f"a {size} {NAME} {place} {ground}".split()))
+        where = "" if name == "white" else PHRASES.get(name, f"on a {name} background")
+        captions.append(" ".join(f"a {size} {NAME} {place} {where}".split()))
     drawn = Compositor(torch.from_numpy(np.stack(sprites))).draw(scenes, CANVAS)
     for number, caption in enumerate(captions, start=1):
         to_image(drawn[number - 1 : number]).save(folder / f"{number:02d}.png")

@@ -53,6 +53,7 @@ def one_run(recipe: TrainRecipe, bench: Bench, target: Path, *, router_rate: flo
     """Trains, measures and judges one variant with one seed; the averaged weights and the pictures stay in `target`."""
     assert recipe.understanding is not None
     started, fusion = time.perf_counter(), recipe.generation.get("fusion", "routed")
+    assert recipe.understanding is not None
     library = bench.libraries[recipe.understanding].handed(fusion, recipe.generation["depth"])
     tower, seconds = _trained(recipe, library, bench, router_rate)
     with torch.autocast(bench.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):

@@ -33,7 +33,7 @@ from mos_cli.datasets.tables import DataTable
 from mos_cli.towers.image_encoder import ImageEncoder
 from mos_cli.towers.understanding import UnderstandingTower
 from mos_cli.training.recipe import load_recipe
-from mos_cli.training.references import find_understanding
+from mos_cli.training.references import understanding_of
 from mos_cli.utils.files import atomic_write
 from mos_cli.utils.migration import part_folder
 from mos_cli.utils.threads import cpu_threads
@@ -64,9 +64,7 @@ def train(
     torch.manual_seed(0)
     world, started = make_world(art or data_folder()), time.perf_counter()
     pictures, captions = world.lesson(scenes)
-    reader = load_recipe(RECIPE).understanding
-    assert reader is not None
-    tower = UnderstandingTower(find_understanding(reader)[1], dtype=torch.bfloat16)
+    tower = UnderstandingTower(understanding_of(load_recipe(RECIPE), None)[1], dtype=torch.bfloat16)
     sentences, ids = read(captions, tower)
     drawn = time.perf_counter()
     print(f"drew and read {scenes} scenes in {drawn - started:.0f} s", flush=True)

@@ -127,11 +127,12 @@ class Captioned:
             try:
                 return self.load(example, canvas, mirrored=self.flip and random.random() < 0.5)
             except InputError as error:
-                if attempts == ATTEMPTS:
-                    raise
                 if example.picture.name not in self._skipped:
                     self._skipped.add(example.picture.name)
                     _log.warning("skipped, it has changed since the data was checked: %s", error)
+                if attempts == ATTEMPTS:
+                    such = f"{ATTEMPTS} in a row, such as {min(self._skipped)}"
+                    raise InputError(f"the pictures can no longer be read: {such}") from None
 
     def load(self, example: Example, canvas: int, *, mirrored: bool = False) -> tuple[np.ndarray, str]:
         """An example as `pick` returns it; raises InputError if it cannot be read."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mos_cli.bundles.loras import LORA_METADATA, LoraFile, read_metadata
 from mos_cli.errors import InputError, ModelError
-from mos_cli.utils.files import atomic_file
+from mos_cli.utils.files import atomic_write
 
 PREFIX = "transformer."
 """What diffusers puts before the names of a transformer's layers."""
@@ -110,7 +110,7 @@ def save_lora(path: Path, weights: Mapping[str, Tensor], rank: int, alpha: float
     Raises:
         InputError: it cannot be written, or a value is not finite.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {PREFIX + plain_name(name): weight.bfloat16().cpu().contiguous() for name, weight in weights.items()}
     for name, tensor in tensors.items():
@@ -118,8 +118,8 @@ def save_lora(path: Path, weights: Mapping[str, Tensor], rank: int, alpha: float
             raise InputError(f"the LoRA is not written: {name} has values that are not finite")
     settings = {"r": rank, "lora_alpha": alpha, "target_modules": sorted({_layer(name) for name in tensors})}
     described = json.dumps({PREFIX + name: value for name, value in settings.items()})
-    with atomic_file(path, overwrite=True) as temporary:
-        save_file(tensors, temporary, {"format": "pt", LORA_METADATA: described, **metadata})
+    data = save(tensors, {"format": "pt", LORA_METADATA: described, **metadata})
+    atomic_write(path, data, overwrite=True)
 
 
 def merge_lora(weights: Mapping[str, Tensor], rank: int, alpha: float) -> dict[str, Tensor]:

@@ -139,12 +139,12 @@ class TrainRecipe(Migrated):
             raise ValueError("understanding is missing: the language model that reads the captions")
         if self.lora is not None and self.start_from is None:
             raise ValueError("[lora] changes a model: name it with start_from")
-        sees = self.image_encoder or self.generation.get("has_vision")
+        has_images = self.image_encoder or self.generation.get("has_vision")
         if self.start_from is not None:
-            sees = sees or self.generation.get("image_state_widths")
+            has_images = has_images or self.generation.get("image_state_widths")
             if edits and self.bundle.edits is None:
                 raise ValueError(f"{self.start_from} only draws: leave out the steps that edit, or give [bundle] edits")
-        if edits and not sees:
+        if edits and not has_images:
             raise ValueError(
                 'steps that edit need image_encoder = "efficientnet-lite0", or an understanding tower with vision: '
                 "has_vision = true in [generation]"
