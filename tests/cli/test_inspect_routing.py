@@ -93,6 +93,7 @@ def test_json_says_what_the_trace_says(trace_path):
         "layers": list(trace.layers),
         "blocks": BLOCKS,
         "top_k": 2,
+        "adapter": None,
     }
     assert facts["steps"] == list(range(STEPS))
     assert facts["times"] == list(trace.times)
