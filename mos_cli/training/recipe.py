@@ -201,9 +201,9 @@ def load_recipe(
         if not isinstance(table.get("data"), dict) or table["data"].get("kind") != "captioned":
             raise UsageError(f"{path}: --data and --caption are for recipes with captioned pictures, such as finetune")
         table["data"] |= given
-    if name is not None:
+    if name is not None and isinstance(table.get("bundle", {}), dict):
         table["bundle"] = {**table.get("bundle", {}), "name": name}
-    if isinstance(table.get("start_from"), str):
+    if isinstance(table.get("start_from"), str) and isinstance(table.get("bundle", {}), dict):
         table = continued(table, find_bundle(table["start_from"]))
     stages = table.get("stages")
     for part in (table, *(stages if isinstance(stages, list) else ())):

@@ -60,7 +60,7 @@ def test_arguments_that_are_no_text_are_refused_in_one_line(bundle) -> None:
 def test_a_file_of_prompts_may_begin_with_a_byte_order_mark(mos, bundle, tmp_path) -> None:
     (tmp_path / "prompts.txt").write_text("a dog\n", encoding="utf-8-sig")
     result = mos("generate", f"@{tmp_path / 'prompts.txt'}", "--dry-run", "--json")
-    assert json.loads(result.stdout)["recipe"]["prompt"] == "a dog"
+    assert json.loads(result.stdout.splitlines()[-1])["recipe"]["prompt"] == "a dog"
 
 
 def test_a_pipe_that_is_closed_ends_quietly(bundle, tmp_path) -> None:

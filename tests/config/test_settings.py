@@ -28,7 +28,7 @@ def test_every_preset_can_be_used(cache: Path) -> None:
 def test_settings_rank_flag_environment_preset_config(mos, bundle, tmp_path, monkeypatch) -> None:
     def steps(*options: object) -> int:
         result = mos("generate", PROMPT, "--dry-run", "--json", *options)
-        return json.loads(result.stdout)["recipe"]["steps"]
+        return json.loads(result.stdout.splitlines()[-1])["recipe"]["steps"]
 
     assert steps() == 3
     (tmp_path / "config.toml").write_text("[generate]\nsteps = 5\n")
@@ -88,17 +88,17 @@ def test_what_has_a_variable_can_stand_in_the_config_file() -> None:
 def test_seed_preset_and_image_guidance_of_a_config_file(mos, editor, tmp_path) -> None:
     (tmp_path / "config.toml").write_text('[generate]\nseed = 5\npreset = "fast"\nimage_cfg = 2.5\n')
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
-    recipe = json.loads(mos("edit", tmp_path / "a.png", "red", "--dry-run", "--json").stdout)["recipe"]
+    recipe = json.loads(mos("edit", tmp_path / "a.png", "red", "--dry-run", "--json").stdout.splitlines()[-1])["recipe"]
     assert (recipe["seed"], recipe["steps"], recipe["edit"]["image_cfg"]) == (5, 6, 2.5)
     given = ("--seed", 6, "-p", "quality", "--image-cfg", 1.5)
-    recipe = json.loads(mos("edit", tmp_path / "a.png", "red", "--dry-run", "--json", *given).stdout)["recipe"]
+    recipe = json.loads(mos("edit", tmp_path / "a.png", "red", "--dry-run", "--json", *given).stdout.splitlines()[-1])["recipe"]
     assert (recipe["seed"], recipe["steps"], recipe["edit"]["image_cfg"]) == (6, 24, 1.5)
 
 
 def test_a_preset_of_the_users_own(mos, bundle, tmp_path) -> None:
     (tmp_path / "mine.toml").write_text('description = "mine"\n[generate]\nsteps = 9\n', encoding="utf-8-sig")
     result = mos("generate", PROMPT, "--dry-run", "--json", "-p", tmp_path / "mine.toml")
-    assert json.loads(result.stdout)["recipe"]["steps"] == 9
+    assert json.loads(result.stdout.splitlines()[-1])["recipe"]["steps"] == 9
     assert mos("presets", "show", tmp_path / "mine.toml").stdout.splitlines() == ["mine", "  steps = 9"]
 
 

@@ -200,7 +200,8 @@ def test_a_checkpoint_with_earlier_names_is_read(tmp_path: Path) -> None:
     trainer.advance(trainer.batches.make(0))
     state = renamed(trainer._state(), earlier_weight)
     assert earlier_weight("router.image_states_in.weight") in state["tower"].keys() - trainer.tower.state_dict().keys()
-    checkpoint.save(tmp_path / "run", trainer.step, state, trainer.accelerator)
+    plan = checkpoint.Plan(steps=trainer.curriculum.steps, decay_from=trainer.curriculum.decay_from)
+    checkpoint.save(tmp_path / "run", trainer.step, state, plan, trainer.accelerator)
     resumed = trained()
     assert resumed.step == 1
     assert digest(dict(resumed.tower.named_parameters())) == digest(dict(trainer.tower.named_parameters()))

@@ -28,7 +28,6 @@ def test_an_exported_bundle_does_not_say_where_its_autoencoder_lay(tmp_path, enc
     monkeypatch.setattr(references, "load_tower_spec", lambda _: tower_spec(encoder_folder))
     trainer = tiny_training.trainer(tiny_training.recipe(), UnderstandingTower(encoder_folder), tmp_path / "run")
     trainer.batches.autoencoder = references.find_autoencoder("enlarger", torch.device("cpu"))
-    bundle = export(trainer, tmp_path / "bundle")
-    assert bundle is not None
-    assert isinstance(load_autoencoder(bundle.folder / "autoencoder", dtype=torch.float32), Enlarger)
-    assert not [path for path in bundle.folder.rglob("*.json") if "_name_or_path" in path.read_text()]
+    folder = export(trainer, tmp_path / "bundle")
+    assert isinstance(load_autoencoder(folder / "autoencoder", dtype=torch.float32), Enlarger)
+    assert not [path for path in folder.rglob("*.json") if "_name_or_path" in path.read_text()]

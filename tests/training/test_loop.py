@@ -153,7 +153,7 @@ def test_what_was_trained_is_a_bundle_that_draws(mos, bundle, understanding, tmp
 
 
 def test_recipes_that_are_wrong_say_where(tmp_path: Path) -> None:
-    assert load_recipe("train-emoji-nano", {"steps": 7}).train.steps == 7
+    assert load_recipe("train-emoji-nano", {"steps": 700}).train.steps == 700
     (tmp_path / "bad.toml").write_text("understanding = 3")
     with pytest.raises(UsageError, match="understanding"):
         load_recipe(str(tmp_path / "bad.toml"))
