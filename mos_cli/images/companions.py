@@ -37,7 +37,12 @@ def companions(path: Path) -> Companions:
 
     Their suffixes replace that of a PNG, and follow that of another format: `a.json` beside `a.png`, `a.jpg.json`
     beside `a.jpg`.
+
+    Raises:
+        InputError: the path has no name, as "." and "/".
     """
+    if not path.name:
+        raise InputError(f"'{path}' is a folder: name a picture or the .json beside it")
     if SUFFIXES.get(path.suffix.lower(), "PNG") != "PNG":
         path = path.with_name(f"{path.name}.png")
     return Companions(*(path.with_suffix(suffix) for suffix in (".json", ARRAYS_SUFFIX, PREVIEWS_SUFFIX)))

@@ -48,6 +48,8 @@ MISTAKES = {
     "home of nobody": (["generate", PROMPT, "-m", "~nobody-at-all/x"], 4, "~nobody-at-all"),
     "another format": (["generate", PROMPT, "-o", "a.tiff"], 2, ".png, .jpg, .jpeg or .webp"),
     "folder that is a file": (["generate", PROMPT, "-o", "{tmp}/file/a.png"], 3, "cannot"),
+    "routes from no file": (["generate", PROMPT, "--route-from", ""], 3, "is a folder"),
+    "routes from a folder": (["generate", PROMPT, "--route-from", "."], 3, "is a folder"),
     "no prompts file": (["generate", "@nowhere.txt"], 3, "nowhere.txt"),
     "too long": (["generate", "apple " * 40], 3, "shorten it"),
     "no GPU": (["generate", PROMPT, "--device", "cuda:7"], 6, "--device cpu"),

@@ -43,6 +43,7 @@ def edit_batch(understanding: VisionLanguageTower, before_B3HW: Tensor) -> Batch
     stage = Stage("edit", 0, 1, size, len(before_B3HW), 1e-2, 1e-2, 0.4, SimpleNamespace(edits=1.0))  # type: ignore[arg-type]
     source = Source(
         pick=lambda random, canvas: (None, INSTRUCTION),
+        collate=lambda picked: None,
         draw=lambda picked, canvas: before_B3HW.flip(3),
         draw_before=lambda picked, canvas: before_B3HW,
     )
