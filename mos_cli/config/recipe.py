@@ -66,13 +66,20 @@ class RouteSource(Frozen):
     until: float = Field(default=1.0, gt=0, le=1)
 
 
+class PromptTemplate(Frozen):
+    """The text with alternatives that a prompt came from, and what was chosen, in order; a replay chooses nothing."""
+
+    text: str
+    choices: tuple[str, ...]
+
+
 class Recipe(Frozen):
     """Everything that determines a picture. Sizes are in pixels; `model` is the bundle's name, or its hub id.
 
     `solver` is "euler" where it is missing, as in pictures of version 0.1.0. `quant` is the quantisation of the towers
     on load: "nf4" for both or, for each of them, "nf4,none". `feature_cache` is the distance of the steps at which the
     blocks are computed; None computes them at every step. `routes` are the route rules as text, `route_from` is the
-    run that routes are taken from.
+    run that routes are taken from. `template` is what the prompt was chosen from, if it was.
     """
 
     prompt: str = Field(min_length=1)
@@ -90,6 +97,7 @@ class Recipe(Frozen):
     feature_cache: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     routes: RouteRules | None = None
     route_from: RouteSource | None = None
+    template: PromptTemplate | None = None
     edit: EditRecipe | None = None
 
     @property
