@@ -173,7 +173,7 @@ def draw_requests(
         if options.dry_run:
             print_jobs(jobs, bundle, settings, report)
             return
-        manifest.begin(seed)
+        manifest.begin(seed if settings.seed is None else settings.seed)
         pictures: dict[int, Image] = {}
 
         def drawn(job: Job, image: "Image") -> None:
