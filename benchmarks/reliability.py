@@ -5,6 +5,7 @@ python benchmarks/reliability.py full [COUNT]        a tmpfs of random size fill
 python benchmarks/reliability.py read-only [COUNT]   a tmpfs goes read-only at a random moment (needs leave to mount)
 python benchmarks/reliability.py pipes [COUNT]       the reader of the paths closes the pipe after a random number
 python benchmarks/reliability.py two [COUNT]         two runs at once in one folder, with the same names
+python benchmarks/reliability.py resumed [COUNT]     a run with a manifest, killed COUNT times and resumed to its end
 
 A tiny model with random weights draws batches of pictures. After every run all files in the folder are read: every
 picture must be whole and be that of its trace, and the user's files be as they were. It is no test of the suite: the
@@ -257,12 +258,41 @@ def two(count: int, folder: Path) -> Counts:
     return found
 
 
+def resumed(count: int, folder: Path) -> Counts:
+    """Runs with a manifest that are killed at random moments and resumed: nothing is missing or there twice."""
+    found: Counts = Counter()
+    log, number = folder / "log", 0
+    while found["killed"] < count:
+        place, number = folder / f"resumed{number}", number + 1
+        place.mkdir()
+        # A random seed: only the manifest has it.
+        batch = ["generate", PROMPT, "-n", str(4 * PICTURES), "-q", "--preview-steps", "-o", f"{place}/"]
+        batch += ["--manifest", str(folder / f"{place.name}.jsonl"), "--resume"]
+        code = -1
+        while code < 0:
+            process = start(*batch, log=log)
+            if found["killed"] < count:
+                time.sleep(random.uniform(0.2, 1.5))
+                os.kill(process, signal.SIGKILL)
+            code = finish(process)
+            found["killed"] += code < 0
+        assert code == 0, log.read_text()
+        pictures = [path for path in place.glob("*.png") if not path.name.startswith(".")]
+        seeds = {path.stem.rpartition("_s")[2] for path in pictures}
+        assert len(pictures) == len(seeds) == 4 * PICTURES, (len(pictures), len(seeds))
+        add_users_files(place)
+        found += examine(place, log) + Counter({"runs": 1})
+        del found["paths printed"]
+    return found
+
+
 KINDS = {
     "kills": (kills, 200),
     "full": (full, 50),
     "read-only": (read_only, 50),
     "pipes": (pipes, 10),
     "two": (two, 50),
+    "resumed": (resumed, 50),
 }
 
 

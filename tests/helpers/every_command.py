@@ -54,7 +54,7 @@ REFUSED = {
     "data show nowhere": "mos data build",
     "run nowhere.jsonl": "nowhere.jsonl",
 }
-"""What cannot be done here for another reason, and what its one line says: a large model, art that is not built, jobs that are not there."""
+"""What cannot be done here for another reason, and what its one line says: a large model, files that are not there."""
 
 
 def commands(command: Any, *path: str) -> Iterator[str]:
