@@ -7,6 +7,7 @@ python benchmarks/reliability.py pipes [COUNT]       the reader of the paths clo
 python benchmarks/reliability.py two [COUNT]         two runs at once in one folder, with the same names
 python benchmarks/reliability.py train-kills [COUNT] SIGKILL at random moments of a training, which goes on each time
 python benchmarks/reliability.py train-full [COUNT]  a tmpfs of random size fills up during a training, and grows
+python benchmarks/reliability.py resumed [COUNT]     a run with a manifest, killed COUNT times and resumed to its end
 
 A tiny model with random weights draws batches of pictures. After every run all files in the folder are read: every
 picture must be whole and be that of its trace, and the user's files be as they were. It is no test of the suite: the
@@ -314,6 +315,34 @@ def train_full(count: int, folder: Path) -> Counts:
     return counts
 
 
+def resumed(count: int, folder: Path) -> Counts:
+    """Runs with a manifest that are killed at random moments and resumed: nothing is missing or there twice."""
+    found: Counts = Counter()
+    log, number = folder / "log", 0
+    while found["killed"] < count:
+        place, number = folder / f"resumed{number}", number + 1
+        place.mkdir()
+        # A random seed: only the manifest has it.
+        batch = ["generate", PROMPT, "-n", str(4 * PICTURES), "-q", "--preview-steps", "-o", f"{place}/"]
+        batch += ["--manifest", str(folder / f"{place.name}.jsonl"), "--resume"]
+        code = -1
+        while code < 0:
+            process = start(*batch, log=log)
+            if found["killed"] < count:
+                time.sleep(random.uniform(0.2, 1.5))
+                os.kill(process, signal.SIGKILL)
+            code = finish(process)
+            found["killed"] += code < 0
+        assert code == 0, log.read_text()
+        pictures = [path for path in place.glob("*.png") if not path.name.startswith(".")]
+        seeds = {path.stem.rpartition("_s")[2] for path in pictures}
+        assert len(pictures) == len(seeds) == 4 * PICTURES, (len(pictures), len(seeds))
+        add_users_files(place)
+        found += examine(place, log) + Counter({"runs": 1})
+        del found["paths printed"]
+    return found
+
+
 KINDS = {
     "kills": (kills, 200),
     "full": (full, 50),
@@ -322,6 +351,7 @@ KINDS = {
     "two": (two, 50),
     "train-kills": (train_kills, 100),
     "train-full": (train_full, 20),
+    "resumed": (resumed, 50),
 }
 
 

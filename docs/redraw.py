@@ -79,10 +79,21 @@ def transcripts(page: Path, folder: Path) -> None:
 
     def again(block: re.Match[str]) -> str:
         typed = re.findall(r"^\$ (.*)$", block[1], re.MULTILINE)
-        return "```console\n" + "".join(f"$ {line}\n{run(line, folder)}\n" for line in typed) + "```"
+        printed = [f"$ {line}\n{run(line, folder)}".rstrip() for line in typed]
+        return "```console\n" + "".join(f"{text}\n" for text in printed) + "```"
 
     text = page.read_text(encoding="utf-8")
     page.write_text(re.sub(r"```console\n(.*?)```", again, text, flags=re.DOTALL), encoding="utf-8")
+
+
+def batches(folder: Path) -> None:
+    """The transcripts of the page on batches, with its jobs file, and the picture of its matrix."""
+    page = DOCS / "batches.md"
+    jobs = re.search(r"```json\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert jobs
+    (folder / "jobs.jsonl").write_text(jobs[1], encoding="utf-8")
+    transcripts(page, folder)
+    save(Image.open(folder / "grid.png"), "batches-grid.png")
 
 
 def routing_pictures(folder: Path) -> None:
@@ -188,6 +199,8 @@ def main() -> None:
         edited_pictures(folder)
         transcripts(DOCS / "routing.md", folder)
         routing_pictures(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        batches(Path(temporary))
 
 
 if __name__ == "__main__":

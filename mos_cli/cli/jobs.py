@@ -1,16 +1,18 @@
-"""What `generate`, `edit` and `replay` share: prompts become recipes, and recipes become files."""
+"""From recipes to files: what `generate`, `edit`, `run` and `replay` share."""
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
 from mos_cli.cli.output import Report, print_bytes, print_error, print_warning
 from mos_cli.cli.progress import sampling_bars, stop_between_steps
+from mos_cli.cli.standard_files import picture_file
 from mos_cli.errors import PARTLY_FAILED, InputError, MosError, UsageError
 from mos_cli.utils.files import expand
 
@@ -21,19 +23,51 @@ if TYPE_CHECKING:
     from mos_cli.config.recipe import Recipe
     from mos_cli.config.settings import Metadata, RunSettings, TraceLevel
     from mos_cli.images.inputs import Inputs
+    from mos_cli.images.manifest import Manifest
     from mos_cli.images.naming import Naming
+    from mos_cli.images.pictures import PictureFile
     from mos_cli.inference.pipeline import Drawing, MoSPipeline
     from mos_cli.routing.trace import Recording, RecordOptions
     from mos_cli.sampling.sampler import Observer, Step
 
 
+READ_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".tif", ".tiff", ".bmp"}
+"""The names of pictures in a folder."""
+
+
 @dataclass(frozen=True)
 class Job:
-    """A picture to draw and the path it is written to."""
+    """A picture to draw and the path it is written to.
+
+    Attributes:
+        names: gives it another name if its own was taken while it was drawn.
+        inputs: reads the pictures of an edit; they are not held while they wait.
+        source: the file that is edited, for the name.
+        key: what identifies it in the manifest.
+        cell: its row and column in a sheet with axes.
+        done: it is there already, and is not drawn.
+    """
 
     recipe: "Recipe"
     path: Path
-    inputs: "Inputs | None" = None
+    names: "Naming"
+    inputs: "Callable[[], Inputs] | None" = None
+    source: Path | None = None
+    key: str = ""
+    cell: tuple[str, str] = ("", "")
+    done: bool = False
+
+
+@dataclass(frozen=True)
+class RefusedJob:
+    """A job that cannot be drawn, as it turned out before the first is.
+
+    Attributes:
+        subject: what messages call it: its prompt, its picture, or its line.
+    """
+
+    subject: str
+    error: MosError
 
 
 def read_prompts(argument: str, advice: str) -> list[str]:
@@ -58,11 +92,44 @@ def read_prompts(argument: str, advice: str) -> list[str]:
     return prompts
 
 
+def read_pictures(arguments: Sequence[Path]) -> "list[tuple[PictureFile, str]]":
+    """The pictures that arguments name, and what messages call each: files, - for stdin, folders, lists (@FILE).
+
+    A folder stands for the pictures in it, by name, without hidden files and previews of steps.
+
+    Raises:
+        InputError: a folder or list has none, or cannot be read.
+    """
+    from mos_cli.images.companions import PREVIEWS_SUFFIX
+
+    found: list[tuple[PictureFile, str]] = []
+    for argument in arguments:
+        if str(argument).startswith("@"):
+            list_file = expand(str(argument)[1:])
+            lines = [line.strip() for line in _lines(list_file.read_bytes(), str(list_file))]
+            files = [expand(line) for line in lines if line]
+        elif argument.is_dir():
+            files = [
+                path
+                for path in sorted(argument.iterdir())
+                if path.suffix.lower() in READ_SUFFIXES and not path.name.startswith(".")
+                if not path.name.endswith(PREVIEWS_SUFFIX)
+            ]
+        else:
+            if not argument.suffix and str(argument) != "-" and len(arguments) > 1 and not argument.exists():
+                raise InputError(f"{argument} is not there: put a text of several words in quotes")
+            files = [argument]
+        if not files:
+            raise InputError(f"{argument} has no pictures: name a folder or a list that has some")
+        found += [(picture_file(file), str(file)) for file in files]
+    return found
+
+
 def _lines(data: bytes, source: str) -> list[str]:
     try:
         lines = data.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
-        raise InputError(f"the prompts from {source} are not UTF-8 text") from None
+        raise InputError(f"the lines of {source} are not UTF-8 text") from None
     return [line for line in lines if not line.lstrip().startswith("#")]
 
 
@@ -89,56 +156,32 @@ def parse_percent(text: str | None) -> float | None:
     return float(percent[1]) / 100
 
 
-def make_jobs(
-    prompts: list[str],
-    names: "Naming",
-    fields: dict[str, Any],
-    *,
-    seed: int | None,
-    count: int,
-    metadata: "Metadata",
-    inputs: "Inputs | None" = None,
-) -> list[Job]:
-    """A job for every prompt and seed; without a seed the first is random.
-
-    Raises:
-        UsageError, InputError: a picture cannot be written under its name or in its format.
-    """
-    from mos_cli.config.recipe import make_recipe
-    from mos_cli.inference.requests import random_seed
-
-    first = random_seed() if seed is None else seed
-    jobs = []
-    for prompt in prompts:
-        for index in range(count):
-            recipe = make_recipe(prompt=prompt, seed=first + index, **fields)
-            jobs.append(Job(recipe, names.path(recipe), inputs))
-            check_format(jobs[-1], metadata)
-    return jobs
-
-
-def check_format(job: Job, metadata: "Metadata") -> None:
-    """Raises UsageError if the format of a job's file cannot hold its picture; called before it is drawn."""
+def check_format(path: Path, recipe: "Recipe", inputs: "Inputs | None", metadata: "Metadata") -> None:
+    """Raises UsageError if the format of a file cannot hold its picture; called before it is drawn."""
     from mos_cli.images.naming import STDOUT
     from mos_cli.images.outputs import check_recipe_fits
 
-    if job.path != STDOUT:
-        check_recipe_fits(job.path, job.recipe, job.inputs, with_earlier=metadata == "full")
+    if path != STDOUT:
+        check_recipe_fits(path, recipe, inputs, with_earlier=metadata == "full")
 
 
-def check_sheet(option: str, sheet: Path, names: "Naming", overwrite: bool) -> None:
-    """Raises UsageError or InputError if a sheet cannot be written under its name; called before pictures are drawn."""
+def check_sheet(option: str, sheet: Path, taken: set[Path], overwrite: bool) -> None:
+    """Raises UsageError or InputError if a sheet cannot be written under its name; called before pictures are drawn.
+
+    Args:
+        taken: the paths of the pictures and of other sheets; this one is added.
+    """
     from mos_cli.utils.files import check_writable, refuse_existing
 
-    if sheet.suffix.lower() != ".png" or sheet.absolute() in names.returned:
+    if sheet.suffix.lower() != ".png" or sheet.absolute() in taken:
         raise UsageError(f"{option} {sheet}: name a .png of its own")
     check_writable(sheet.parent)
     refuse_existing(sheet, overwrite)
-    names.returned.add(sheet.absolute())
+    taken.add(sheet.absolute())
 
 
-def print_jobs(jobs: list[Job], bundle: "Bundle", settings: "RunSettings", report: Report) -> None:
-    """Prints what would be drawn, for --dry-run: the settings of all pictures as a table, then each picture.
+def print_jobs(jobs: Sequence[Job | RefusedJob], bundle: "Bundle", settings: "RunSettings", report: Report) -> None:
+    """Prints what would be drawn, for --dry-run: the settings that all share, then each picture, and how many.
 
     Raises:
         MosError: the only prompt cannot be drawn.
@@ -146,42 +189,68 @@ def print_jobs(jobs: list[Job], bundle: "Bundle", settings: "RunSettings", repor
     """
     from mos_cli.inference.requests import check_prompts
 
-    problems = check_prompts([job.recipe for job in jobs], bundle)
-    if problems is None:
+    missing = [job for job in jobs if isinstance(job, Job) and not job.done]
+    found = check_prompts([job.recipe for job in missing], bundle)
+    if found is None:
         note = "the prompts are not checked: they are read when something is drawn"
         report.note("note", note, note=note)
-        problems = [None] * len(jobs)
-    if len(jobs) == 1 and problems[0] is not None:
-        raise problems[0]
-    if not report.json:
-        for name, value in _shared_settings(jobs[0].recipe, settings).items():
+        found = [None] * len(missing)
+    problems = iter(found)
+    if len(jobs) == 1 and found and found[0] is not None:
+        raise found[0]
+    if not report.json and missing:
+        tables = [_settings_text(job.recipe, settings) for job in missing]
+        for name, value in tables[0].items():
+            if any(table.get(name) != value for table in tables):
+                continue
             report.event("setting", f"{name:<14} {value}")
-    for number, (job, problem) in enumerate(zip(jobs, problems, strict=True), start=1):
-        if problem is not None:
-            report_failed(job, number, problem, report)
+    failed = there = 0
+    for number, job in enumerate(jobs, start=1):
+        if isinstance(job, Job) and job.done:
+            there += 1
+            report.event("there", f"{job.path}  is there", index=number, path=str(job.path))
             continue
-        line = f"{job.path}  (seed {job.recipe.seed}: {shortened(job.recipe.prompt)})"
-        report.event("would draw", line, path=str(job.path), recipe=job.recipe.model_dump())
+        problem = job.error if isinstance(job, RefusedJob) else next(problems)
+        if problem is not None:
+            failed += 1
+            report_failed(job, number, problem, report)
+        elif isinstance(job, Job):
+            line = f"{job.path}  (seed {job.recipe.seed}: {shortened(job.recipe.prompt)})"
+            report.event("would draw", line, path=str(job.path), recipe=job.recipe.model_dump())
+    if len(jobs) > 1:
+        number = len(jobs) - failed - there
+        line = f"{number} picture{'' if number == 1 else 's'} would be drawn" + (
+            f", {there} are there" if there else ""
+        )
+        report.event("total", line, pictures=number, there=there, failed=failed)
     report.times()
-    exit_if_failed(sum(problem is not None for problem in problems), jobs)
+    exit_if_failed(failed, jobs)
 
 
-def report_failed(job: Job, number: int, error: MosError, report: Report) -> None:
+def report_failed(job: Job | RefusedJob, number: int, error: MosError, report: Report) -> None:
     """Reports a job of several that cannot be drawn."""
-    print_error(f"{shortened(job.recipe.prompt)!r}: {error}")
-    report.event("failed", index=number, prompt=job.recipe.prompt, error=str(error))
+    subject = job.subject if isinstance(job, RefusedJob) else repr(shortened(job.recipe.prompt))
+    print_error(f"{subject}: {error}")
+    report.event(
+        "failed",
+        index=number,
+        prompt=job.subject if isinstance(job, RefusedJob) else job.recipe.prompt,
+        error=str(error),
+    )
 
 
-def exit_if_failed(failed: int, jobs: list[Job]) -> None:
+def exit_if_failed(failed: int, jobs: Sequence[Job | RefusedJob]) -> None:
     """Ends the run with exit code 7 if some of its jobs failed."""
     if failed:
         print_error(f"{failed} of {len(jobs)} pictures failed")
         raise typer.Exit(PARTLY_FAILED)
 
 
-def _shared_settings(recipe: "Recipe", settings: "RunSettings") -> dict[str, str]:
-    """What all pictures of a run have in common, as text by name."""
-    values = recipe.model_dump(exclude_none=True, exclude={"prompt", "seed", "width", "height", "route_from"})
+def _settings_text(recipe: "Recipe", settings: "RunSettings") -> dict[str, str]:
+    """The settings of a picture, as text by name, without those that tell the pictures of a run apart."""
+    values = recipe.model_dump(
+        exclude_none=True, exclude={"prompt", "seed", "width", "height", "route_from", "template"}
+    )
     values = {name: value for name, value in values.items() if value != ""}
     if recipe.edit is not None:
         values |= recipe.edit.model_dump(include={"canvas", "image_cfg", "strength", "composite"})
@@ -203,46 +272,54 @@ def shortened(text: str) -> str:
 
 def draw_jobs(
     pipeline: "MoSPipeline",
-    jobs: list[Job],
-    names: "Naming",
+    jobs: Sequence[Job | RefusedJob],
+    manifest: "Manifest",
     *,
     trace: "TraceLevel",
     metadata: "Metadata",
-    overwrite: bool,
     report: Report,
     record_options: "RecordOptions",
     observers: Sequence["Observer"] = (),
     route_from: "Recording | None" = None,
-    sheet: Path | None = None,
-    strip: Path | None = None,
-) -> None:
-    """Draws and writes every job, and a contact sheet of them; one that fails does not stop the others.
+    drawn: "Callable[[Job, Image], None]" = lambda job, image: None,
+) -> int:
+    """Draws and writes every job that is not done; one that fails does not stop the others.
 
     The first Ctrl-C stops after the current step, the second at once; pictures that are written stay.
 
     Args:
-        names: gives a picture another name if its own was taken while it was drawn.
+        manifest: where it is recorded what becomes of each job.
         trace: how much of the trace is written, a `TraceLevel`.
         metadata: what the pictures say of themselves.
-        overwrite: sheets may replace files.
         observers: called after every step of every picture.
-        strip: where the first job's picture is shown before and after its edit.
+        drawn: called with every job and its picture, when it is written.
+
+    Returns:
+        How many jobs failed.
 
     Raises:
         MosError: the only job failed.
-        typer.Exit: some of several jobs failed (exit code 7).
     """
-    if metadata == "none":
-        kept = "" if trace == "off" or jobs[0].path == Path("-") else "; the trace beside it still holds the prompt"
+    missing = [job for job in jobs if isinstance(job, Job) and not job.done]
+    if metadata == "none" and missing:
+        kept = "" if trace == "off" or missing[0].path == Path("-") else "; the trace beside it still holds the prompt"
         note = f"without metadata, mos replay cannot draw the picture again{kept}"
         report.note("note", note, note=note)
-    failed, drawn = 0, []
+    failed = 0
     with report.stage("reading"):
-        pipeline.encode_ahead([job.recipe for job in jobs])
+        pipeline.encode_ahead([job.recipe for job in missing])
     with sampling_bars(report) as bars, stop_between_steps() as check_interrupt:
         for number, job in enumerate(jobs, start=1):
+            if isinstance(job, RefusedJob):
+                failed += 1
+                report_failed(job, number, job.error, report)
+                manifest.record("failed", f"refused-{number}", number, job.subject, error=str(job.error))
+                continue
+            if job.done:
+                continue
             name = f"picture {number} of {len(jobs)}" if len(jobs) > 1 else "drawing"
             task = bars.add_task(name, total=job.recipe.steps, unit="steps")
+            started = perf_counter()
 
             def observe(step: "Step", task: Any = task, number: int = number) -> None:
                 bars.update(task, completed=step.index + 1)
@@ -250,18 +327,24 @@ def draw_jobs(
                     report.event("step", index=number, step=step.index + 1, steps=step.total, t=round(step.t, 4))
                 check_interrupt()
 
+            def record(
+                status: Literal["writing", "done", "failed"], job: Job = job, number: int = number, **more: Any
+            ) -> None:
+                manifest.record(status, job.key, number, job.recipe.prompt, seed=job.recipe.seed, **more)
+
             try:
                 with report.stage("sampling"):
                     drawing = pipeline.draw(
                         job.recipe,
                         [observe, *observers],
-                        job.inputs,
+                        None if job.inputs is None else job.inputs(),
                         record_options=record_options,
                         route_from=route_from,
                     )
                 with report.stage("writing"):
-                    files = _save(drawing, job, names, trace, metadata)
+                    files = _save(drawing, job, trace, metadata, record)
             except MosError as error:
+                record("failed", error=str(error), seconds=perf_counter() - started)
                 if len(jobs) == 1:
                     raise
                 failed += 1
@@ -269,42 +352,32 @@ def draw_jobs(
                 continue
             finally:
                 bars.remove_task(task)
-            if sheet is not None or strip is not None:
-                drawn.append((drawing.image, job.recipe.prompt))
-            report.picture(files, index=number, prompt=job.recipe.prompt, seed=job.recipe.seed)
-    if drawn and sheet is not None:
-        from mos_cli.images.sheets import contact_sheet
-
-        _write_sheet("sheet", sheet, contact_sheet(drawn), overwrite, report)
-    if drawn and strip is not None and (inputs := jobs[0].inputs) is not None:
-        from mos_cli.images.pictures import Fit
-        from mos_cli.images.sheets import strip as before_and_after
-
-        after, instruction = drawn[0]
-        before = inputs.pictures[0].rgb
-        before = before if before.size == after.size else Fit(before.size, after.size).forward(before)
-        _write_sheet("strip", strip, before_and_after(before, after.convert("RGB"), instruction), overwrite, report)
-    report.times()
-    exit_if_failed(failed, jobs)
+            record("done", files=files, seconds=perf_counter() - started)
+            drawn(job, drawing.image)
+            report.picture(list(files), index=number, prompt=job.recipe.prompt, seed=job.recipe.seed)
+    return failed
 
 
-def _save(drawing: "Drawing", job: Job, names: "Naming", trace: Any, metadata: Any) -> list[Path]:
+def _save(drawing: "Drawing", job: Job, trace: Any, metadata: Any, record: Callable[..., None]) -> dict[Path, bytes]:
     """Writes a picture; if its name was taken while it was drawn, under the next one that is free.
 
     Returns:
         The files written, the picture first; none for a picture that went to stdout.
     """
+    from mos_cli.images.companions import write_picture
     from mos_cli.images.naming import STDOUT
     from mos_cli.utils.files import NameTakenError
 
     if job.path == STDOUT:
         print_bytes(drawing.encode(Path("stdout.png"), metadata).data)
-        return []
-    path, further = job.path, names.paths_after(job.path, job.recipe)
+        return {}
+    names, path = job.names, job.path
+    further = names.paths_after(path, job.recipe, job.source)
     while True:
+        files = drawing.files(path, trace=trace, metadata=metadata)
+        record("writing", files=files)
         try:
-            overwrite = names.overwrite and path == job.path
-            files = drawing.save(path, trace=trace, metadata=metadata, overwrite=overwrite)
+            write_picture(files, names.overwrite and path == job.path)
         except NameTakenError:
             path = next(further)
             continue
@@ -313,7 +386,19 @@ def _save(drawing: "Drawing", job: Job, names: "Naming", trace: Any, metadata: A
         return files
 
 
-def _write_sheet(kind: str, path: Path, image: "Image", overwrite: bool, report: Report) -> None:
+def write_strip(
+    path: Path, inputs: "Inputs", after: "Image", instruction: str, overwrite: bool, report: Report
+) -> None:
+    """Writes an edit before and after side by side."""
+    from mos_cli.images.pictures import Fit
+    from mos_cli.images.sheets import strip
+
+    before = inputs.pictures[0].rgb
+    before = before if before.size == after.size else Fit(before.size, after.size).forward(before)
+    write_sheet("strip", path, strip(before, after.convert("RGB"), instruction), overwrite, report)
+
+
+def write_sheet(kind: str, path: Path, image: "Image", overwrite: bool, report: Report) -> None:
     from mos_cli.images.outputs import png
     from mos_cli.utils.files import atomic_write
 

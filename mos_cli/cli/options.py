@@ -65,7 +65,8 @@ Output = Annotated[
         "-o",
         envvar="MOS_OUTPUT",
         metavar="PATH",
-        help="File (.png, .jpg or .webp), folder, or template with {date} {number} {prompt} {seed} {model}; no suffix: "
+        help="File (.png, .jpg or .webp), folder, or template with {date} {number} {prompt} {seed} {model}, "
+        "in edits {source}; no suffix: "
         "a folder. - writes one PNG, and nothing beside it, to standard output.",
         show_default="outputs/{date}/{number}_{prompt}_s{seed}.png",
     ),
@@ -275,6 +276,25 @@ Compile = Annotated[
 Sheet = Annotated[
     Path | None, typer.Option("--sheet", metavar="PNG", help="Also write one sheet of all pictures with their prompts.")
 ]
+Vary = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--vary",
+        metavar="NAME=A,B",
+        help="Draw every picture with each value of a setting (seed, steps, cfg, solver, feature_cache, size, "
+        "image_cfg, strength); repeatable: all combinations, which --sheet shows with axes.",
+    ),
+]
+ManifestFile = Annotated[
+    Path | None,
+    typer.Option("--manifest", metavar="FILE", help="Record what becomes of every picture in FILE (JSON lines)."),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Draw what the manifest does not record as done, with the same seeds.")
+]
+SkipExisting = Annotated[
+    bool, typer.Option("--skip-existing", help="Draw no picture whose name is there already; without {number} in it.")
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be drawn and where; load no weights, write nothing.")
 ]
@@ -312,6 +332,10 @@ class DrawOptions:
     attention: Attention = None
     compile: Compile = None
     sheet: Sheet = None
+    vary: Vary = None
+    manifest: ManifestFile = None
+    resume: Resume = False
+    skip_existing: SkipExisting = False
     dry_run: DryRun = False
     json: Json = False
     quiet: Quiet = False

@@ -89,6 +89,7 @@ def replay(
     from mos_cli.config.recipe import check_guidance, make_recipe, pixels_hash
     from mos_cli.config.settings import check_size, make_settings, resolve
     from mos_cli.images.inputs import Finder
+    from mos_cli.images.manifest import Manifest
     from mos_cli.images.naming import naming
     from mos_cli.images.outputs import as_stored, drawn_hash, read_drawing
     from mos_cli.inference.requests import check_recipe, with_loras
@@ -116,6 +117,8 @@ def replay(
         fields["edit"] |= {key: changed.pop(key) for key in ("image_cfg", "strength") if key in changed}
     elif source_files or mask:
         raise UsageError(f"{picture} is no edit: drop --input and --mask")
+    if "prompt" in changed:
+        fields["template"] = None
     recipe = make_recipe(**fields | changed)
     if recipe.edit is not None:
         image_cfg = recipe.edit.image_cfg
@@ -181,9 +184,9 @@ def replay(
     finder = Finder(pictures, masks, redraw)
     inputs = finder.inputs_of(recipe, record.earlier)
     finder.check_all_used()
-    job = None if path is None else Job(recipe, path, inputs)
+    job = None if path is None else Job(recipe, path, names, None if inputs is None else lambda: inputs)
     if job is not None:
-        check_format(job, settings.metadata)
+        check_format(job.path, recipe, inputs, settings.metadata)
     for note in () if inputs is None else inputs.notes:
         report.note("note", note, note=note)
     pipeline = pipeline_of(bundle, recipe, record.made)
@@ -193,15 +196,15 @@ def replay(
             draw_jobs(
                 pipeline,
                 [job],
-                names,
+                Manifest(None, resume=False, write=False),
                 trace=settings.trace,
                 metadata=settings.metadata,
-                overwrite=overwrite,
                 report=report,
                 record_options=record_options,
                 observers=(follow,),
                 route_from=routes,
             )
+            report.times()
             return
         with report.stage("sampling"):
             drawn = pipeline.draw(recipe, [follow], inputs, route_from=routes).image

@@ -74,6 +74,13 @@ class LoraRecipe(Frozen):
     scale: float = 1.0
 
 
+class PromptTemplate(Frozen):
+    """The text with alternatives that a prompt came from, and what was chosen, in order; a replay chooses nothing."""
+
+    text: str
+    choices: tuple[str, ...]
+
+
 class Recipe(Frozen):
     """Everything that determines a picture. Sizes are in pixels; `model` is the bundle's name, or its hub id.
 
@@ -81,6 +88,7 @@ class Recipe(Frozen):
     on load: "nf4" for both or, for each of them, "nf4,none". `feature_cache` is the distance of the steps at which the
     blocks are computed; None computes them at every step. `routes` are the route rules as text, `route_from` is the
     run that routes are taken from. `loras` are the LoRAs that changed the model, in the order of their changes.
+    run that routes are taken from. `template` is what the prompt was chosen from, if it was.
     """
 
     prompt: str = Field(min_length=1)
@@ -99,6 +107,7 @@ class Recipe(Frozen):
     routes: RouteRules | None = None
     route_from: RouteSource | None = None
     loras: tuple[LoraRecipe, ...] | None = Field(default=None, min_length=1)
+    template: PromptTemplate | None = None
     edit: EditRecipe | None = None
 
     @property

@@ -3,14 +3,14 @@
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mos_cli.config.recipe import PictureRecord, pixels_hash
 from mos_cli.errors import InputError
 from mos_cli.images.outputs import SUFFIXES, read_stored
-from mos_cli.utils.files import NameTakenError, refuse_existing, sha256_of
+from mos_cli.utils.files import NameTakenError, refuse_existing, sha256_of, write_all
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -99,6 +99,24 @@ def own_companions(path: Path) -> tuple[Path, ...]:
     if _described_picture(beside.previews) == sha256:
         found.append(beside.previews)
     return tuple(found)
+
+
+def write_picture(files: Mapping[Path, bytes], overwrite: bool) -> list[Path]:
+    """Writes a picture, the first of `files`, and its companions: all of them or none.
+
+    Returns:
+        The files written, the picture first.
+
+    Raises:
+        NameTakenError: as `check_name`.
+        InputError: the folder cannot be written.
+    """
+    path = next(iter(files))
+    check_name(path, overwrite)
+    # What a replaced picture had beside it would describe the new one wrongly.
+    outdated = [other for other in own_companions(path) if other not in files] if overwrite else []
+    write_all(files, overwrite, remove=outdated)
+    return list(files)
 
 
 def belongs(head: dict[str, Any], sha256: str, record: PictureRecord | None) -> bool | None:

@@ -15,7 +15,7 @@ from mos_cli.images.companions import check_name
 from mos_cli.images.outputs import SUFFIX_NAMES, SUFFIXES
 from mos_cli.utils.files import NameTakenError, check_writable, expand
 
-FIELDS = ("date", "number", "prompt", "seed", "model")
+FIELDS = ("date", "number", "prompt", "seed", "model", "source")
 IN_FOLDER = "{number}_{prompt}_s{seed}"
 STDOUT = Path("-")
 """Stands for standard output, which takes one picture."""
@@ -24,7 +24,8 @@ STDOUT = Path("-")
 class Naming:
     """Turns a template into unused paths, each returned once.
 
-    Fields: {date} of today, {number} the next free one in the folder, {prompt} a slug, {seed}, {model}.
+    Fields: {date} of today, {number} the next free one in the folder, {prompt} a slug, {seed}, {model},
+    {source} the name of the edited picture's file without its suffix.
 
     Attributes:
         numbered: the template has {number}.
@@ -54,14 +55,24 @@ class Naming:
         self.numbered = "{number}" in template
         self.overwrite = overwrite and not self.numbered
 
-    def path(self, recipe: Recipe) -> Path:
+    def existing(self, recipe: Recipe, source: Path | None) -> Path | None:
+        """The file that is there under the name of a picture, if the name has no {number}; None if there is none."""
+        if self.numbered or not (path := self._filled(recipe, source)).is_file():
+            return None
+        self.returned.add(path.absolute())
+        return path
+
+    def path(self, recipe: Recipe, source: Path | None = None) -> Path:
         """The path for a picture.
+
+        Args:
+            source: the file that is edited, for {source}.
 
         Raises:
             InputError: the path exists and may not be overwritten.
             UsageError: the path was returned before.
         """
-        path = self._filled(recipe)
+        path = self._filled(recipe, source)
         if path.absolute() in self.returned:
             if path == STDOUT:
                 raise UsageError("-o - writes one picture to standard output: name a folder for several")
@@ -78,13 +89,13 @@ class Naming:
         self.returned.add(path.absolute())
         return path
 
-    def paths_after(self, path: Path, recipe: Recipe) -> Iterator[Path]:
+    def paths_after(self, path: Path, recipe: Recipe, source: Path | None = None) -> Iterator[Path]:
         """Further paths for a picture, after that of `path` was taken while it was drawn.
 
         With {number} in the template these are the next numbers, else the name with _2, _3 and so on.
         """
         for number in count(2):
-            other = self._filled(recipe) if self.numbered else path.with_stem(f"{path.stem}_{number}")
+            other = self._filled(recipe, source) if self.numbered else path.with_stem(f"{path.stem}_{number}")
             try:
                 check_name(other, overwrite=False)
             except NameTakenError:
@@ -93,12 +104,15 @@ class Naming:
                 self.returned.add(other.absolute())
                 yield other
 
-    def _filled(self, recipe: Recipe) -> Path:
+    def _filled(self, recipe: Recipe, source: Path | None) -> Path:
+        if "{source}" in self.template and source is None:
+            raise UsageError(f"output '{self.template}': {{source}} is the file that is edited, and there is none")
         fields = {
             "date": date.today().isoformat(),
             "prompt": slug(recipe.prompt),
             "seed": recipe.seed,
             "model": slug(recipe.model),
+            "source": "" if source is None else source.stem,
         }
         path = Path(self.template.format(number="{number}", **fields))
         if "{number}" in path.name:

@@ -85,6 +85,8 @@ def opened_picture(file: PictureFile) -> Iterator[tuple[Image.Image, list[str]]]
         InputError: as `read_picture`, also for errors of Pillow in the block.
     """
     name, notes = name_of(file), []
+    if not isinstance(file, Path):
+        file.seek(0)
     try:
         with warnings.catch_warnings():
             # Pillow warns of too many pixels before it decodes any; its other warnings are of no use to a user.

@@ -1,4 +1,4 @@
-"""Contact sheets: pictures with their prompts; strips: an edit before and after."""
+"""Contact sheets: pictures with their prompts; grids: pictures by row and column; strips: before and after an edit."""
 
 import textwrap
 from typing import TYPE_CHECKING
@@ -26,6 +26,21 @@ def contact_sheet(pictures: list[tuple["Image", str]]) -> "Image":
         x, y = GAP + index % columns * across, GAP + index // columns * down
         _paste(sheet, picture, x, y, CELL)
         _write(draw, caption, x, y + CELL, CHARACTERS)
+    return sheet
+
+
+def grid(pictures: "dict[tuple[str, str], Image]") -> "Image":
+    """Lays out pictures by the labels of their row and column, which stand beside and above; a missing one is white."""
+    rows, columns = (list(dict.fromkeys(cell[axis] for cell in pictures)) for axis in (0, 1))
+    side = CELL + GAP
+    left, top = (GAP if rows == [""] else side), (GAP if columns == [""] else LINE * LINES + GAP)
+    sheet, draw = _blank(left + len(columns) * side, top + len(rows) * side)
+    for index, label in enumerate(columns):
+        _write(draw, label, left + index * side, GAP // 2, CHARACTERS)
+    for index, label in enumerate(rows):
+        _write(draw, label, GAP, top + index * side, CHARACTERS - 2)
+    for (row, column), picture in pictures.items():
+        _paste(sheet, picture, left + columns.index(column) * side, top + rows.index(row) * side, CELL)
     return sheet
 
 

@@ -22,7 +22,7 @@ from mos_cli.bundles.loras import LoraFile
 from mos_cli.config.recipe import PictureRecord, Recipe, check_blocks, pixels_hash, provenance
 from mos_cli.config.settings import Metadata, TraceLevel, smaller
 from mos_cli.errors import DeviceError, MemoryLimitError, ModelError, UsageError
-from mos_cli.images.companions import TRACE_SCHEMA, animation, check_name, companions, own_companions
+from mos_cli.images.companions import TRACE_SCHEMA, animation, check_name, companions, write_picture
 from mos_cli.images.inputs import Inputs
 from mos_cli.images.outputs import Encoded, check_fits, encode, metadata_length, picture_format
 from mos_cli.inference.edit_canvas import EditConditioning, prepare_edit, restore_size
@@ -43,7 +43,7 @@ from mos_cli.towers.autoencoder import Autoencoder, to_image
 from mos_cli.towers.lora import LoraSet
 from mos_cli.towers.router import Router
 from mos_cli.utils.devices import device_name
-from mos_cli.utils.files import expand, write_all
+from mos_cli.utils.files import expand
 from mos_cli.utils.threads import ThreadRecorder
 
 
@@ -80,18 +80,19 @@ class Drawing:
             InputError: the folder cannot be written.
         """
         path = expand(path)
-        data, sha256 = self.encode(path, metadata)
         check_name(path, overwrite)
+        return write_picture(self.files(path, trace=trace, metadata=metadata), overwrite)
+
+    def files(self, path: Path, *, trace: TraceLevel, metadata: Metadata) -> dict[Path, bytes]:
+        """The files that `save` writes, by their paths, the picture first; raises UsageError as it does."""
+        data, sha256 = self.encode(path, metadata)
         files = {path: data}
         if trace != "off":
             head = self.trace.model_copy(update={"picture": sha256})
             files |= trace_files(head, None if trace == "summary" else self.routes, path)
         if self.previews:
             files[companions(path).previews] = animation(self.previews, sha256)
-        # What a replaced picture had beside it would describe the new one wrongly.
-        outdated = [other for other in own_companions(path) if other not in files] if overwrite else []
-        write_all(files, overwrite, remove=outdated)
-        return list(files)
+        return files
 
     def encode(self, name: Path, metadata: Metadata = "full") -> Encoded:
         """The picture as a file of the format of a name; raises UsageError if that cannot hold it."""

@@ -91,7 +91,9 @@ def test_seed_preset_and_image_guidance_of_a_config_file(mos, editor, tmp_path) 
     recipe = json.loads(mos("edit", tmp_path / "a.png", "red", "--dry-run", "--json").stdout.splitlines()[-1])["recipe"]
     assert (recipe["seed"], recipe["steps"], recipe["edit"]["image_cfg"]) == (5, 6, 2.5)
     given = ("--seed", 6, "-p", "quality", "--image-cfg", 1.5)
-    recipe = json.loads(mos("edit", tmp_path / "a.png", "red", "--dry-run", "--json", *given).stdout.splitlines()[-1])["recipe"]
+    recipe = json.loads(mos("edit", tmp_path / "a.png", "red", "--dry-run", "--json", *given).stdout.splitlines()[-1])[
+        "recipe"
+    ]
     assert (recipe["seed"], recipe["steps"], recipe["edit"]["image_cfg"]) == (6, 24, 1.5)
 
 

@@ -52,8 +52,9 @@ REFUSED = {
     "models init mos-s --out NO/fresh": "not a folder",
     "models rm nothing --yes": "nothing",
     "data show nowhere": "mos data build",
+    "run nowhere.jsonl": "nowhere.jsonl",
 }
-"""What cannot be done here for another reason, and what its one line says: a large model, art that is not built."""
+"""What cannot be done here for another reason, and what its one line says: a large model, files that are not there."""
 
 
 def commands(command: Any, *path: str) -> Iterator[str]:

@@ -1,0 +1,472 @@
+"""Many pictures in one run: what is asked for becomes checked jobs, which are listed or drawn.
+
+`generate`, `edit` and `run` each make a list of `Request`s and call `draw_requests`.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mos_cli.cli.jobs import (
+    Job,
+    RefusedJob,
+    check_format,
+    check_sheet,
+    draw_jobs,
+    exit_if_failed,
+    make_record_options,
+    parse_percent,
+    print_jobs,
+    shortened,
+    write_sheet,
+    write_strip,
+)
+from mos_cli.cli.loading import fit_to_memory, load_with_progress
+from mos_cli.cli.options import DrawOptions
+from mos_cli.cli.output import Report
+from mos_cli.errors import InputError, MosError, UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from mos_cli.bundles.bundle import Bundle
+    from mos_cli.config.recipe import Recipe
+    from mos_cli.config.settings import RunSettings, Settings
+    from mos_cli.images.inputs import Inputs
+    from mos_cli.images.manifest import Manifest
+    from mos_cli.images.naming import Naming
+    from mos_cli.images.pictures import PictureFile
+    from mos_cli.inference.requests import EditRequest
+    from mos_cli.routing.trace import RecordOptions
+
+VARIED = ("seed", "steps", "cfg", "solver", "feature_cache", "size", "image_cfg", "strength")
+"""What --vary takes: settings of a picture, not of the loaded model."""
+Variation = tuple[tuple[str, str], ...]
+"""Settings of one cell of a matrix, by name, in the order of the options."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, or an instruction for pictures, with its settings; `count` pictures are drawn.
+
+    Attributes:
+        subject: what messages call it.
+        flags: its settings, over those of the preset.
+        sources: the pictures that are edited; none to draw from the prompt alone.
+        edit: what else an edit needs, but for its guidance towards the picture, which is a setting.
+        output: where its pictures go, instead of where those of the run do.
+        own: its settings are its own, a line of a jobs file: if they are wrong, the others are drawn.
+        variation: its place in a matrix.
+    """
+
+    prompt: str
+    subject: str
+    flags: "Settings"
+    count: int = 1
+    sources: "tuple[PictureFile, ...]" = ()
+    edit: "EditRequest | None" = None
+    output: str | None = None
+    own: bool = False
+    variation: Variation = ()
+
+
+def vary(requests: Sequence[Request | RefusedJob], options: Sequence[str]) -> list[Request | RefusedJob]:
+    """Every request with every combination of the values of --vary, such as "cfg=2,4" and "steps=12,24".
+
+    Raises:
+        UsageError: an option is not understood, or a value is out of range.
+    """
+    axes: dict[str, list[tuple[str, str]]] = {}
+    for option in options:
+        name, equals, values = option.partition("=")
+        name = name.strip().replace("-", "_")
+        listed = [value.strip() for value in values.split(",")]
+        if name not in VARIED or not equals or not all(listed):
+            raise UsageError(f"--vary {option}: write NAME=VALUE,VALUE with one of {', '.join(VARIED)}")
+        if name in axes or len(set(listed)) < len(listed):
+            raise UsageError(f"--vary {option}: name each setting once, and each of its values")
+        axes[name] = [(name, value) for value in listed]
+    varied = []
+    for request in requests:
+        if isinstance(request, RefusedJob):
+            varied.append(request)
+            continue
+        for variation in product(*axes.values()):
+            varied.append(_with(request, variation))
+    return varied
+
+
+def _with(request: Request, variation: Variation) -> Request:
+    from mos_cli.config.settings import make_settings
+
+    values, edit = dict(variation), request.edit
+    if edit is None and (wrong := values.keys() & {"strength", "image_cfg"}):
+        raise UsageError(f"--vary {wrong.pop()}: this is for edits of pictures")
+    if edit is not None:
+        if "strength" in values:
+            try:
+                edit = replace(edit, strength=float(values.pop("strength")))
+            except ValueError:
+                raise UsageError(f"--vary strength: {dict(variation)['strength']} is no number") from None
+        if "size" in values:
+            edit = replace(edit, size=values.pop("size"))
+    flags = make_settings(**request.flags.model_dump(exclude_none=True) | values)
+    return replace(request, flags=flags, edit=edit, variation=variation)
+
+
+def draw_requests(
+    requests: Sequence[Request | RefusedJob],
+    flags: "Settings",
+    options: DrawOptions,
+    report: Report,
+    *,
+    strip: Path | None = None,
+) -> None:
+    """Draws everything that is requested, or with --dry-run lists it.
+
+    Args:
+        flags: the settings of the run.
+        strip: where the only picture is shown before and after its edit.
+
+    Raises:
+        MosError: a setting of the run is wrong, or the only picture cannot be drawn.
+        typer.Exit: some of several pictures failed (exit code 7).
+    """
+    from mos_cli.bundles.bundle import edit_defaults, find_bundle
+    from mos_cli.config.settings import resolve
+    from mos_cli.images.manifest import Manifest
+    from mos_cli.images.naming import naming
+    from mos_cli.inference.requests import check_device, random_seed, route_source
+    from mos_cli.utils.threads import AdaptiveThreads
+
+    if options.resume and options.manifest is None:
+        raise UsageError("--resume goes on with the run of a manifest: name it with --manifest FILE")
+    requests = vary(requests, options.vary or ())
+    several = len(requests) > 1 or options.count > 1
+    if strip is not None and several:
+        raise UsageError("--strip shows one edit: leave it out, or draw one picture")
+    settings = resolve(flags, options.preset)
+    record_options = make_record_options(settings.trace, regions=options.regions, previews=options.preview_steps)
+    options.check_output(settings.output)
+    names = naming(settings.output, suffix=settings.format, overwrite=options.overwrite)
+    bundle = find_bundle(settings.model)
+    if all(isinstance(request, Request) and request.edit for request in requests):
+        edit_defaults(bundle)
+    plan = _Plan(requests, bundle, options, record_options, names, report)
+    settings = plan.fit(settings)
+    recording, route_from = route_source(options.route_from, parse_percent(options.route_until), bundle)
+    with Manifest(options.manifest, resume=options.resume, write=not options.dry_run) as manifest:
+        seed = random_seed() if manifest.seed is None else manifest.seed
+        jobs = plan.jobs(settings, manifest, seed, {"route_from": route_from})
+        for job in jobs:
+            if isinstance(job, RefusedJob) and len(jobs) == 1:
+                raise job.error
+        drawable = [job for job in jobs if isinstance(job, Job)]
+        if drawable:
+            check_device(settings, drawable[0].recipe, bundle)
+        for option, sheet in {"--strip": strip, "--sheet": options.sheet}.items():
+            if sheet is not None:
+                check_sheet(option, sheet, names.returned, options.overwrite)
+        if options.dry_run:
+            print_jobs(jobs, bundle, settings, report)
+            return
+        manifest.begin(seed if settings.seed is None else settings.seed)
+        pictures: dict[int, Image] = {}
+
+        def drawn(job: Job, image: "Image") -> None:
+            if options.sheet is not None:
+                pictures[id(job)] = image
+            if strip is not None and job.inputs is not None:
+                write_strip(strip, job.inputs(), image, job.recipe.prompt, options.overwrite, report)
+
+        failed = sum(isinstance(job, RefusedJob) for job in jobs)
+        if any(not job.done for job in drawable):
+            adapt_threads = AdaptiveThreads()
+            recipe = drawable[0].recipe
+            pipeline = load_with_progress(bundle, settings, report, precision=recipe.precision, quant=recipe.quant)
+            adapt_threads()
+            failed = draw_jobs(
+                pipeline,
+                jobs,
+                manifest,
+                trace=settings.trace,
+                metadata=settings.metadata,
+                report=report,
+                record_options=record_options,
+                # Blocks are compiled for a number of threads.
+                observers=() if pipeline.compiled else (adapt_threads,),
+                route_from=recording,
+                drawn=drawn,
+            )
+        else:
+            for number, job in enumerate(jobs, start=1):
+                if isinstance(job, RefusedJob):
+                    plan.refuse(job, number, manifest)
+        if there := sum(job.done for job in drawable):
+            note = f"{there} of {len(jobs)} pictures were there already"
+            report.note("there", note, pictures=there)
+        if options.sheet is not None:
+            _write_pictures(drawable, pictures, options.sheet, bool(options.vary), options.overwrite, report)
+    report.times()
+    exit_if_failed(failed, jobs)
+
+
+def _write_pictures(
+    jobs: Sequence[Job], pictures: "dict[int, Image]", sheet: Path, in_grid: bool, overwrite: bool, report: Report
+) -> None:
+    """Writes the sheet of a run: a grid with axes, or all pictures with their prompts."""
+    from mos_cli.images.outputs import read_stored
+    from mos_cli.images.sheets import contact_sheet, grid
+
+    shown = {}
+    for job in jobs:
+        if (image := pictures.get(id(job))) is None and job.done:
+            image = read_stored(job.path)[0]
+        if image is not None:
+            shown[id(job)] = (job, image)
+    if shown:
+        listed = list(shown.values())
+        laid_out = (
+            grid({job.cell: image for job, image in listed})
+            if in_grid
+            else contact_sheet([(image, _caption(job, jobs)) for job, image in listed])
+        )
+        write_sheet("sheet", sheet, laid_out, overwrite, report)
+
+
+def _caption(job: Job, jobs: Sequence[Job]) -> str:
+    """The prompt on a sheet, after the seed where the prompt has several pictures."""
+    several = sum(other.recipe.prompt == job.recipe.prompt for other in jobs) > 1
+    return f"{job.recipe.seed}: {job.recipe.prompt}" if several else job.recipe.prompt
+
+
+class _Plan:
+    """Turns requests into jobs."""
+
+    def __init__(
+        self,
+        requests: Sequence[Request | RefusedJob],
+        bundle: "Bundle",
+        options: DrawOptions,
+        record_options: "RecordOptions",
+        names: "Naming",
+        report: Report,
+    ) -> None:
+        self.requests, self.bundle, self.options, self.record_options = requests, bundle, options, record_options
+        self.names, self.report = names, report
+        self._read = lru_cache(maxsize=1)(_read)
+        self._noted: set[str] = set()
+        self._naming = lru_cache(maxsize=None)(self._names_of)
+        self._settings_of: dict[str, RunSettings] = {}
+        asked = [request for request in requests if isinstance(request, Request)]
+        self._prompts = len({request.prompt for request in asked}) > 1
+        self._sources = len({request.sources for request in asked}) > 1
+
+    def fit(self, settings: "RunSettings") -> "RunSettings":
+        """The settings of the run, fitted to the memory for the largest picture."""
+        if settings.max_vram is None and settings.offload == "none":
+            return settings
+        sizes, references = [self.bundle.index.canvas.native], 0
+        for request in self.requests:
+            if isinstance(request, Request):
+                try:
+                    inputs = self._inputs(request)
+                    sizes.append(self._canvas(request, self._settings(request, settings), inputs))
+                except MosError:
+                    # It is told when the jobs are made.
+                    continue
+                references = max(references, 0 if inputs is None else len(inputs.pictures))
+        size = max(sizes[1:] or sizes, key=lambda size: size[0] * size[1])
+        fetch = not self.options.dry_run
+        return fit_to_memory(self.bundle, settings, size, self.report, fetch=fetch, references=references)
+
+    def jobs(
+        self, settings: "RunSettings", manifest: "Manifest", seed: int, shared: dict[str, Any]
+    ) -> list[Job | RefusedJob]:
+        """The jobs of all requests, in order.
+
+        Args:
+            settings: those of the run, fitted.
+            seed: of the first picture of a request that has none.
+            shared: further fields of all recipes.
+
+        Raises:
+            MosError: a setting of the run is wrong, or pictures cannot be written.
+        """
+        jobs: list[Job | RefusedJob] = []
+        for request in self.requests:
+            if isinstance(request, RefusedJob):
+                jobs.append(request)
+                continue
+            try:
+                self._add(jobs, request, settings, manifest, seed, shared)
+            except _UnreadableError as unreadable:
+                jobs.append(RefusedJob(request.subject, unreadable.error))
+            except MosError as error:
+                if not request.own:
+                    raise
+                jobs.append(RefusedJob(request.subject, error))
+        return jobs
+
+    def refuse(self, job: RefusedJob, number: int, manifest: "Manifest") -> None:
+        """Reports a job where none is drawn."""
+        from mos_cli.cli.jobs import report_failed
+
+        report_failed(job, number, job.error, self.report)
+        manifest.record("failed", f"refused-{number}", number, job.subject, error=str(job.error))
+
+    def _add(
+        self,
+        jobs: list[Job | RefusedJob],
+        request: Request,
+        run: "RunSettings",
+        manifest: "Manifest",
+        seed: int,
+        shared: dict[str, Any],
+    ) -> None:
+        from mos_cli.bundles.bundle import edit_defaults
+        from mos_cli.config.recipe import make_recipe
+        from mos_cli.inference.requests import check_recipe, edit_fields, generation_fields
+        from mos_cli.inference.wildcards import expand_prompt
+
+        settings = self._settings(request, run)
+        if request.edit is not None:
+            edit_defaults(self.bundle)
+        with _unreadable():
+            inputs = self._inputs(request)
+        interval = request.flags.cfg_interval
+        canvas = self._canvas(request, settings, inputs)
+        with self.report.stage("libraries"):
+            if request.edit is None or inputs is None:
+                fields = generation_fields(settings, self.bundle, canvas, cfg_interval=interval)
+            else:
+                edit = replace(request.edit, image_cfg=settings.image_cfg)
+                fields = edit_fields(settings, self.bundle, edit, inputs, cfg_interval=interval)
+                lost = edit.lost(inputs, (fields["width"], fields["height"]))
+                self._note(*inputs.notes, *([] if lost is None else [lost]))
+        names = self.names if request.output is None else self._naming(request.output)
+        source = next((file for file in request.sources if isinstance(file, Path)), None)
+        first = seed if settings.seed is None else settings.seed
+        for number in range(first, first + request.count):
+            try:
+                prompt, template = expand_prompt(request.prompt, number)
+            except MosError as error:
+                jobs.append(RefusedJob(request.subject, error))
+                continue
+            recipe = make_recipe(prompt=prompt, template=template, seed=number, **fields, **shared)
+            check_recipe(
+                recipe,
+                self.bundle,
+                compiled=settings.compile,
+                regions=self.options.regions,
+                options=self.record_options,
+            )
+            key = manifest.key(recipe)
+            path = manifest.finished(key)
+            if path is None and self.options.skip_existing:
+                if names.numbered:
+                    raise UsageError("--skip-existing looks for names, and {number} always makes a new one: drop it")
+                path = names.existing(recipe, source)
+            done = path is not None
+            if path is None:
+                path = names.path(recipe, source)
+                check_format(path, recipe, inputs, settings.metadata)
+            again = None if inputs is None else partial(self._unchanged, request, recipe)
+            jobs.append(Job(recipe, path, names, again, source, key, self._cell(request, number), done))
+
+    def _settings(self, request: Request, run: "RunSettings") -> "RunSettings":
+        """The settings of a request, with what concerns the loaded model from the run."""
+        settings = self._resolved(request.flags)
+        loaded = {
+            "quant",
+            "offload",
+            "max_vram",
+            "tiled",
+            "batched_guidance",
+            "precision",
+            "device",
+            "compile",
+            "loras",
+        }
+        return settings.model_copy(update={name: getattr(run, name) for name in loaded})
+
+    def _resolved(self, flags: "Settings") -> "RunSettings":
+        """The settings of flags; the preset and the config file are read once for equal ones."""
+        from mos_cli.config.settings import resolve
+
+        key = flags.model_dump_json()
+        if key not in self._settings_of:
+            self._settings_of[key] = resolve(flags, self.options.preset)
+        return self._settings_of[key]
+
+    def _canvas(self, request: Request, settings: "RunSettings", inputs: "Inputs | None") -> tuple[int, int]:
+        from mos_cli.config.settings import parse_size
+
+        canvas = self.bundle.index.canvas
+        if request.edit is None or inputs is None:
+            return parse_size(settings.size, canvas)
+        return request.edit.working_size(inputs, canvas)
+
+    def _inputs(self, request: Request) -> "Inputs | None":
+        return None if request.edit is None else self._read(request.sources, request.edit)
+
+    def _unchanged(self, request: Request, recipe: "Recipe") -> "Inputs":
+        """The pictures of an edit, when it is drawn; raises InputError if they are not those of the recipe any more."""
+        from mos_cli.config.recipe import pixels_hash
+        from mos_cli.images.pictures import name_of
+
+        assert request.edit is not None
+        assert recipe.edit is not None
+        inputs = self._read(request.sources, request.edit)
+        for picture, source, file in zip(inputs.pictures, recipe.edit.sources, request.sources, strict=True):
+            if pixels_hash(picture.image) != source.sha256:
+                raise InputError(f"{name_of(file)} was changed after the run began: run it again")
+        return inputs
+
+    def _names_of(self, output: str) -> "Naming":
+        from mos_cli.images.naming import naming
+
+        names = naming(output, suffix=self._resolved(self.options.settings()).format)
+        if names.template == "-":
+            raise UsageError('output "-" is for one picture, without a jobs file: name a file or folder')
+        names.returned, names.overwrite = self.names.returned, self.options.overwrite and not names.numbered
+        return names
+
+    def _cell(self, request: Request, seed: int) -> tuple[str, str]:
+        values = [f"{name} {value}" for name, value in request.variation]
+        row = (
+            [request.subject if self._sources else shortened(request.prompt)] if self._prompts or self._sources else []
+        )
+        row += values[1:] + ([f"seed {seed}"] if request.count > 1 else [])
+        return ", ".join(row), values[0] if values else ""
+
+    def _note(self, *notes: str) -> None:
+        for note in notes:
+            if note not in self._noted:
+                self._noted.add(note)
+                self.report.note("note", note, note=note)
+
+
+class _UnreadableError(Exception):
+    """A picture or a prompt of one request is wrong, and not a setting of the run."""
+
+    def __init__(self, error: MosError) -> None:
+        self.error = error
+
+
+@contextmanager
+def _unreadable() -> Iterator[None]:
+    try:
+        yield
+    except MosError as error:
+        raise _UnreadableError(error) from None
+
+
+def _read(sources: "tuple[PictureFile, ...]", edit: "EditRequest") -> "Inputs":
+    from mos_cli.images.inputs import read_inputs
+
+    return edit.with_mask(read_inputs(sources))
