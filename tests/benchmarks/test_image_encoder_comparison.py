@@ -110,7 +110,7 @@ def test_trains_and_probes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(image_encoders, "make_world", lambda _art: world)
-    monkeypatch.setattr(image_encoders, "find_understanding", lambda _name: (None, encoder_folder))
+    monkeypatch.setattr(image_encoders, "understanding_of", lambda *_: (None, encoder_folder))
     monkeypatch.setattr(image_encoders, "find_bundle", lambda _name: editor)
     image_encoders.train(tmp_path, tmp_path, steps=4, scenes=16)
     kept = json.loads((tmp_path / "training.json").read_text())
