@@ -54,13 +54,14 @@ def _prompts(trainer: Trainer, tower: GenerationTower) -> list[tuple[Image.Image
 
 
 def _sample_prompts(trainer: Trainer) -> tuple[str, ...]:
-    """Those of the recipe, or captions from all over the data."""
-    captions = trainer.batches.captions
-    if not captions:
-        stage = trainer.curriculum.stage_at(trainer.step - 1)
+    """Those of the recipe, or captions from all over the data; none of a stage that only trains edits."""
+    if trainer.recipe.train.sample_prompts:
+        return trainer.recipe.train.sample_prompts
+    captions, stage = trainer.batches.captions, trainer.curriculum.stage_at(trainer.step - 1)
+    if not captions and stage.edits < 1:
         source = trainer.batches.sources[stage.name, False]
         captions = tuple(source.pick(Random(f"sample/{index}"), stage.canvas)[1] for index in range(CAPTIONS))
-    return trainer.recipe.train.sample_prompts or captions[:: max(1, len(captions) // CAPTIONS)][:CAPTIONS]
+    return captions[:: max(1, len(captions) // CAPTIONS)][:CAPTIONS]
 
 
 def _pick_edits(trainer: Trainer) -> list[tuple[Tensor, str]]:

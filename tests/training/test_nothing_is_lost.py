@@ -189,7 +189,7 @@ def test_signals_save_and_a_second_run_in_the_folder_is_refused(tmp_path: Path, 
         if number == signal.SIGTERM:
             other = tiny.start_mos("train", recipe, folder=tmp_path)
             output = other.communicate(timeout=120)[0]
-            assert other.returncode == 3
+            assert other.returncode == 3, output
             assert "another training is running in" in output
         process.send_signal(number)
         output = process.communicate(timeout=60)[0]
