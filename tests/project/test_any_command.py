@@ -121,7 +121,13 @@ def test_any_command(cases: int, own_files: Path, tmp_path: Path, monkeypatch: p
     place = tmp_path / "around" / "here"
     monkeypatch.setenv("HOME", str(place))
 
-    @settings(max_examples=cases, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=cases,
+        derandomize=cases < 1_000,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(typed(), st.sampled_from([b"", b"a dog\n", before[Path("photo.png")]]))
     def run(line: list[str], standard_input: bytes) -> None:
         shutil.copytree(own_files, place)

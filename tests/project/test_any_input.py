@@ -37,7 +37,13 @@ TYPED = st.text(st.sampled_from("red cat*#=!+-@,.:0123456789\"'[] \t") | st.char
 def check(cases: int, strategy: st.SearchStrategy[Any], accepts: Callable[[Any], object]) -> None:
     """Passes generated values to a function, which may return or raise a MosError."""
 
-    @settings(max_examples=cases, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=cases,
+        derandomize=cases < 1_000,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(strategy)
     def run(value: Any) -> None:
         with contextlib.suppress(MosError):
