@@ -162,7 +162,8 @@ def load(
         fits = tensor.is_floating_point() if kind is None else tensor.dtype == kind
         if not fits or (size is not None and tensor.shape != tuple(size)):
             raise ModelError(f"{name} in {folder} does not fit: it is {tensor.dtype} of {tuple(tensor.shape)}")
-        if kind is None and not tensor.isfinite().all():
+        # The extremes are found without a copy of the tensor, and NaN is one.
+        if kind is None and not torch.stack(tensor.aminmax()).isfinite().all():
             raise ModelError(f"the weights in {folder} cannot be used: {name} has values that are not finite")
         return tensor if kind is not None else loras.merged(name, tensor)
 
