@@ -25,6 +25,7 @@ from mos_cli.cli.presets import presets_app
 from mos_cli.cli.replay import replay
 from mos_cli.cli.routing import routing_app
 from mos_cli.cli.run import run as run_file
+from mos_cli.cli.show import show
 from mos_cli.cli.train import train
 from mos_cli.cli.train_enlarger import train_enlarger
 from mos_cli.cli.train_judge import train_judge
@@ -73,17 +74,21 @@ def _errors_as_lines(typed: Sequence[str]) -> Iterator[None]:
             "set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
         )
         raise typer.Exit(InputError.exit_code) from None
-    except (KeyboardInterrupt, typer.Abort):
-        print_error("interrupted")
+    except (KeyboardInterrupt, typer.Abort) as interrupt:
+        print_error(": ".join(["interrupted", *map(str, interrupt.args)]))
         raise typer.Exit(INTERRUPTED) from None
 
 
 def _parse_error(message: str, error: Any, typed: Sequence[str]) -> str:
     """What is wrong with the command line, and what to do."""
     message = message.replace("Value error, ", "").rstrip(".")
+    if variable := re.search(r" \(env var: '(\w+)'\)", message):
+        message = message.replace(variable[0], f" ({variable[1]})" if variable[1] in os.environ else "")
     if any(argument.startswith("-") and " " in argument for argument in typed) or re.search(r": -\d", message):
         return f"{message}: write -- before a text that begins with a dash"
     if "extra argument" in message:
+        if "--" in typed and any(argument.startswith("-") for argument in typed[typed.index("--") + 1 :]):
+            return f"{message}: write the options before --"
         return f"{message}: put a text of several words in quotes"
     return message if error.ctx is None else f"{message}: see {error.ctx.command_path} --help"
 
@@ -118,6 +123,7 @@ app.command()(edit)
 app.command("run")(run_file)
 app.command("inspect-routing")(inspect_routing)
 app.add_typer(routing_app)
+app.command()(show)
 app.command()(replay)
 app.command()(plan)
 app.command()(bench)

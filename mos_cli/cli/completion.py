@@ -1,6 +1,6 @@
-"""What a shell completes: names of models, presets and recipes, and paths of traces. Nothing here imports torch."""
+"""What a shell completes: names and paths. Nothing here imports torch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -57,6 +57,20 @@ def trace_paths(incomplete: str) -> list[str]:
     return list(_paths(incomplete, ".json"))
 
 
+def picture_paths(incomplete: str) -> list[str]:
+    """Pictures that this tool writes, and folders."""
+    return list(_paths(incomplete, ".png", ".jpg", ".jpeg", ".webp"))
+
+
+def choices(*names: str) -> Callable[[str], list[str]]:
+    """Completes one of these names."""
+
+    def complete(incomplete: str) -> list[str]:
+        return _beginning(incomplete, list(names))
+
+    return complete
+
+
 def _presets() -> list[str]:
     from mos_cli.utils.folders import presets_folder
 
@@ -67,8 +81,8 @@ def _beginning(incomplete: str, names: "dict[str, Path] | list[str]") -> list[st
     return sorted(name for name in names if name.startswith(incomplete))
 
 
-def _paths(incomplete: str, suffix: str) -> Iterator[str]:
-    """The files with a suffix, and the folders, that begin as what was typed."""
+def _paths(incomplete: str, *suffixes: str) -> Iterator[str]:
+    """The files with one of the suffixes, and the folders, that begin as what was typed."""
     folder, slash, begun = incomplete.rpartition("/")
     shown = folder + slash
     try:
@@ -79,7 +93,7 @@ def _paths(incomplete: str, suffix: str) -> Iterator[str]:
         if path.name.startswith(begun) and (begun or not path.name.startswith(".")):
             if path.is_dir():
                 yield f"{shown}{path.name}/"
-            elif path.suffix == suffix and (suffix != ".json" or _is_trace(path)):
+            elif path.suffix in suffixes and (path.suffix != ".json" or _is_trace(path)):
                 yield f"{shown}{path.name}"
 
 

@@ -48,7 +48,9 @@ def edit(
     ] = False,
     strength: Annotated[
         float,
-        typer.Option("--strength", help="How far to go back to noise: 1 redraws everything, 0.5 keeps the layout."),
+        typer.Option(
+            "--strength", min=0, max=1, help="How far to go back to noise: 1 redraws everything, 0.5 keeps the layout."
+        ),
     ] = 1.0,
     image_cfg: Annotated[
         float | None,
@@ -61,7 +63,7 @@ def edit(
         typer.Option(
             "--size",
             metavar="SIZE",
-            help="Size of the result, the picture in its middle: 64, 96x64 or 3:2.",
+            help="Size of the result, the picture in its middle: 256, 384x256 or 3:2.",
             show_default="the picture's own",
         ),
     ] = None,

@@ -22,7 +22,9 @@ def generate(
     ],
     size: Annotated[
         str | None,
-        typer.Option("--size", envvar="MOS_SIZE", metavar="SIZE", help="64, 96x64 or 3:2.", show_default="the model's"),
+        typer.Option(
+            "--size", envvar="MOS_SIZE", metavar="SIZE", help="256, 384x256 or 3:2.", show_default="the model's"
+        ),
     ] = None,
     *,
     options: DrawOptions,

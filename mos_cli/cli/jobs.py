@@ -199,7 +199,8 @@ def print_jobs(jobs: Sequence[Job | RefusedJob], bundle: "Bundle", settings: "Ru
     if len(jobs) == 1 and found and found[0] is not None:
         raise found[0]
     if not report.json and missing:
-        tables = [_settings_text(job.recipe, settings) for job in missing]
+        run = settings.model_dump(include={"device", "attention", "offload", "compile", "trace"})
+        tables = [recipe_text(job.recipe) | as_texts(run) for job in missing]
         for name, value in tables[0].items():
             if any(table.get(name) != value for table in tables):
                 continue
@@ -246,22 +247,32 @@ def exit_if_failed(failed: int, jobs: Sequence[Job | RefusedJob]) -> None:
         raise typer.Exit(PARTLY_FAILED)
 
 
-def _settings_text(recipe: "Recipe", settings: "RunSettings") -> dict[str, str]:
-    """The settings of a picture, as text by name, without those that tell the pictures of a run apart."""
+def recipe_text(recipe: "Recipe") -> dict[str, str]:
+    """A recipe as text by name, without what tells the pictures of a run apart."""
     values = recipe.model_dump(
         exclude_none=True, exclude={"prompt", "seed", "width", "height", "route_from", "template"}
     )
     values = {name: value for name, value in values.items() if value != ""}
+    values["cfg_interval"] = "{:g},{:g}".format(*recipe.cfg_interval)
     if recipe.edit is not None:
-        values |= recipe.edit.model_dump(include={"canvas", "image_cfg", "strength", "composite"})
+        values |= recipe.edit.model_dump(include={"image_cfg", "strength", "composite"})
+        values["canvas"] = "{}x{}".format(*recipe.edit.canvas)
         values["edit"] = ", ".join(f"{source.width}x{source.height}" for source in recipe.edit.sources)
+    if recipe.loras is not None:
+        values["loras"] = [f"{lora.name}:{lora.scale:g}" for lora in recipe.loras]
     values["size"] = f"{recipe.width}x{recipe.height}"
-    values |= settings.model_dump(include={"device", "attention", "offload", "compile", "trace"})
-    shown = {True: "yes", False: "no"}
-    return {
-        name: ", ".join(map(str, value)) if isinstance(value, list | tuple) else shown.get(value, str(value))
-        for name, value in values.items()
-    }
+    return as_texts(values)
+
+
+def as_texts(values: dict[str, Any]) -> dict[str, str]:
+    """Settings as they are printed."""
+    texts = {}
+    for name, value in values.items():
+        if isinstance(value, bool):
+            texts[name] = "yes" if value else "no"
+        else:
+            texts[name] = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return texts
 
 
 def shortened(text: str) -> str:
@@ -305,7 +316,7 @@ def draw_jobs(
         kept = "" if trace == "off" or missing[0].path == Path("-") else "; the trace beside it still holds the prompt"
         note = f"without metadata, mos replay cannot draw the picture again{kept}"
         report.note("note", note, note=note)
-    failed = 0
+    failed = written = 0
     with report.stage("reading"):
         pipeline.encode_ahead([job.recipe for job in missing])
     with sampling_bars(report) as bars, stop_between_steps() as check_interrupt:
@@ -350,8 +361,11 @@ def draw_jobs(
                 failed += 1
                 report_failed(job, number, error, report)
                 continue
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f"{written} of {len(missing)} pictures are written") from None
             finally:
                 bars.remove_task(task)
+            written += 1
             record("done", files=files, seconds=perf_counter() - started)
             drawn(job, drawing.image)
             report.picture(list(files), index=number, prompt=job.recipe.prompt, seed=job.recipe.seed)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mos_cli.cli.completion import model_names, preset_names, trace_paths
+from mos_cli.cli.completion import choices, model_names, preset_names, trace_paths
 
 if TYPE_CHECKING:
     from mos_cli.config.settings import Settings
@@ -46,13 +46,21 @@ Json = Annotated[bool, typer.Option("--json", help="Print newline-delimited JSON
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the files that are named.")]
 Device = Annotated[
     str | None,
-    typer.Option("--device", envvar="MOS_DEVICE", help="auto, cpu or cuda.", show_default="auto", metavar="DEVICE"),
+    typer.Option(
+        "--device",
+        envvar="MOS_DEVICE",
+        autocompletion=choices("auto", "cpu", "cuda"),
+        help="auto, cpu or cuda.",
+        show_default="auto",
+        metavar="DEVICE",
+    ),
 ]
 Attention = Annotated[
     str | None,
     typer.Option(
         "--attention",
         envvar="MOS_ATTENTION",
+        autocompletion=choices("auto", "sdpa", "xformers"),
         metavar="NAME",
         help="What computes attention: xformers, sdpa (PyTorch's), or auto: xformers where it can.",
         show_default="auto",
@@ -76,6 +84,7 @@ Trace = Annotated[
     typer.Option(
         "--trace",
         envvar="MOS_TRACE",
+        autocompletion=choices("off", "summary", "topk", "full"),
         metavar="LEVEL",
         help="Routing trace beside the picture: off, summary, topk (every decision), or full (and all probabilities).",
         show_default="topk",
@@ -86,6 +95,7 @@ Metadata = Annotated[
     typer.Option(
         "--metadata",
         envvar="MOS_METADATA",
+        autocompletion=choices("full", "recipe", "none"),
         metavar="WHAT",
         help="What the picture holds: full, recipe (without what it was edited from, and the text for other tools), or "
         "none (it cannot be replayed).",
@@ -138,6 +148,7 @@ Solver = Annotated[
     typer.Option(
         "--solver",
         envvar="MOS_SOLVER",
+        autocompletion=choices("ab2", "euler"),
         metavar="NAME",
         help="What integrates the steps: ab2 (Adams-Bashforth, second order) or euler.",
         show_default="ab2",
@@ -218,7 +229,12 @@ PreviewSteps = Annotated[
 Precision = Annotated[
     str | None,
     typer.Option(
-        "--precision", envvar="MOS_PRECISION", help="auto, bf16 or fp32.", show_default="auto", metavar="PRECISION"
+        "--precision",
+        envvar="MOS_PRECISION",
+        autocompletion=choices("auto", "bf16", "fp32"),
+        help="auto, bf16 or fp32.",
+        show_default="auto",
+        metavar="PRECISION",
     ),
 ]
 Quant = Annotated[
@@ -226,6 +242,7 @@ Quant = Annotated[
     typer.Option(
         "--quant",
         envvar="MOS_QUANT",
+        autocompletion=choices("none", "int8", "nf4"),
         metavar="KIND",
         help="Quantise on load: int8 or nf4; nf4,none for the understanding and the generation tower apart.",
         show_default="none",
@@ -258,6 +275,7 @@ Offload = Annotated[
     typer.Option(
         "--offload",
         envvar="MOS_OFFLOAD",
+        autocompletion=choices("none", "understanding", "blocks"),
         metavar="WHAT",
         help="What waits in main memory until the GPU needs it: none, understanding (the understanding tower), or "
         "blocks (also the blocks of the generation tower, fetched one by one).",

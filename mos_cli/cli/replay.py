@@ -182,6 +182,7 @@ def replay(
 
     pictures, masks = ([picture_file(path) for path in paths or []] for paths in (source_files, mask))
     finder = Finder(pictures, masks, redraw)
+    finder.check_given(recipe, record.earlier)
     inputs = finder.inputs_of(recipe, record.earlier)
     finder.check_all_used()
     job = None if path is None else Job(recipe, path, names, None if inputs is None else lambda: inputs)

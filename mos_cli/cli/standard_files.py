@@ -25,8 +25,10 @@ def picture_file(path: Path) -> "PictureFile":
     """The path of a picture or a mask, or for `-` what standard input holds.
 
     Raises:
-        InputError: standard input is closed, a terminal, or too large.
+        InputError: it is a trace; or standard input is closed, a terminal, or too large.
     """
+    if path.suffix.lower() == ".json":
+        raise InputError(f"{path} is no picture: name the one that it stands beside")
     if path != DASH:
         return path
     if sys.stdin is None or sys.stdin.isatty():

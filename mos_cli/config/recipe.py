@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
+MAX_GUIDANCE = 100
 MAX_THREADS = 1024
 """The limit for a record's threads: libraries end the process if they cannot start as many as requested."""
 Threads = Annotated[int, Field(ge=1, le=MAX_THREADS)]
@@ -52,7 +53,7 @@ class EditRecipe(Frozen):
 
     sources: tuple[SourcePicture, ...] = Field(min_length=1)
     canvas: tuple[int, int]
-    image_cfg: float = Field(ge=0, le=100)
+    image_cfg: float = Field(ge=0, le=MAX_GUIDANCE)
     strength: float = Field(gt=0, le=1)
     mask: MaskRecipe | None = None
     composite: bool = False
@@ -88,7 +89,7 @@ class Recipe(Frozen):
     on load: "nf4" for both or, for each of them, "nf4,none". `feature_cache` is the distance of the steps at which the
     blocks are computed; None computes them at every step. `routes` are the route rules as text, `route_from` is the
     run that routes are taken from. `loras` are the LoRAs that changed the model, in the order of their changes.
-    run that routes are taken from. `template` is what the prompt was chosen from, if it was.
+    `template` is what the prompt was chosen from, if it was.
     """
 
     prompt: str = Field(min_length=1)
@@ -97,7 +98,7 @@ class Recipe(Frozen):
     seed: int = Field(ge=0, le=MAX_SEED)
     steps: int = Field(ge=1, le=MAX_STEPS)
     solver: Solver = "euler"
-    cfg: float = Field(ge=0, le=100)
+    cfg: float = Field(ge=0, le=MAX_GUIDANCE)
     cfg_interval: Interval
     width: int = Field(ge=1)
     height: int = Field(ge=1)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from mos_cli.bundles.specs import Canvas
+from mos_cli.config.recipe import MAX_GUIDANCE, MAX_SEED, MAX_STEPS
 from mos_cli.errors import InputError, MosError, UsageError
 from mos_cli.planning.memory import Offload
 from mos_cli.utils.files import expand
@@ -52,11 +53,11 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str | None = None
-    seed: int | None = Field(default=None, ge=0)
-    steps: int | None = Field(default=None, ge=1)
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     solver: Solver | None = None
-    cfg: float | None = Field(default=None, ge=0)
-    image_cfg: float | None = Field(default=None, ge=0)
+    cfg: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE)
+    image_cfg: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE)
     cfg_interval: Interval | None = None
     negative: str | None = None
     size: str | None = None
@@ -290,7 +291,7 @@ def parse_size(text: str | None, canvas: Canvas) -> tuple[int, int]:
         side = (canvas.native[0] * canvas.native[1] / (across * down)) ** 0.5
         width, height = (max(1, round(part * side / canvas.multiple)) * canvas.multiple for part in (across, down))
     else:
-        raise UsageError(f"size '{text}' is not understood: write 64, 96x64 or 3:2")
+        raise UsageError(f"size '{text}' is not understood: write 256, 384x256 or 3:2")
     check_size(width, height, canvas)
     return width, height
 

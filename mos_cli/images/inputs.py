@@ -94,6 +94,29 @@ class Finder:
         self.used: set[PictureFile] = set()
         self._redrawn: dict[str, Picture] = {}
 
+    def check_given(self, recipe: Recipe, earlier: tuple[EarlierPicture, ...]) -> None:
+        """Checks, before anything is drawn, that no picture is missing that cannot be drawn again, and no mask.
+
+        Whether a mask is the right one is only known with the picture that it belongs to.
+
+        Raises:
+            InputError: one is missing.
+        """
+        # Each picture once: a chain may use one many times.
+        known = {pixels_hash(picture.image) for picture in self.files.values()}
+        drawable, waiting = {one.sha256: one.recipe for one in earlier}, [recipe]
+        while waiting:
+            if (edit := waiting.pop().edit) is None:
+                continue
+            if edit.mask is not None and not self.masks:
+                raise _missing("a mask that this was made with", "--mask")
+            for source in edit.sources:
+                if source.sha256 not in known:
+                    if source.sha256 not in drawable:
+                        raise _missing_picture(source)
+                    known.add(source.sha256)
+                    waiting.append(drawable[source.sha256])
+
     def inputs_of(self, recipe: Recipe, earlier: tuple[EarlierPicture, ...]) -> Inputs | None:
         """The inputs of a recipe that was made from `earlier` pictures; None if it is not an edit.
 
@@ -127,8 +150,7 @@ class Finder:
                     same = pixels_hash(redrawn) == source.sha256
                     self._redrawn[source.sha256] = Picture(redrawn, () if same else (note,))
                 return self._redrawn[source.sha256]
-        size = f"{source.width}x{source.height}"
-        raise InputError(f"a picture ({size}) that this was made from is not in the file: give it with --input FILE")
+        raise _missing_picture(source)
 
     def _mask(self, mask: MaskRecipe, size: tuple[int, int]) -> Image.Image:
         for file, picture in self.masks.items():
@@ -140,4 +162,12 @@ class Finder:
             if pixels_hash(read) == mask.sha256:
                 self.used.add(file)
                 return read
-        raise InputError("a mask that this was made with is not in the file: give it with --mask FILE")
+        raise _missing("a mask that this was made with", "--mask")
+
+
+def _missing_picture(source: SourcePicture) -> InputError:
+    return _missing(f"a picture ({source.width}x{source.height}) that this was made from", "--input")
+
+
+def _missing(what: str, option: str) -> InputError:
+    return InputError(f"{what} is not in the file: give it with {option} FILE")

@@ -137,6 +137,8 @@ def naming(output: str, *, suffix: str = "png", overwrite: bool = False) -> Nami
     Args:
         suffix: that of the names made in a folder, without the dot.
     """
+    if not output.strip():
+        raise UsageError("the output's name is empty: name a file, a folder, or - for standard output")
     path = expand(output)
     if path == STDOUT:
         return Naming(output)

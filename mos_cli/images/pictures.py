@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -92,18 +92,19 @@ def opened_picture(file: PictureFile) -> Iterator[tuple[Image.Image, list[str]]]
             # Pillow warns of too many pixels before it decodes any; its other warnings are of no use to a user.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as opened:
-                # Further pictures in a phone's JPEG (MPO) are previews and depth maps, not frames.
-                if opened.format in FORMATS and getattr(opened, "is_animated", False):
-                    notes.append(
-                        f"{name} has several pages: only its first is read"
-                        if opened.format == "TIFF"
-                        else f"{name} is animated: only its first frame is read"
-                    )
-                # Pillow decodes colours to 8 bits by itself.
-                if opened.mode not in _DEEP_MODES and any(";16" in str(tile[3]) for tile in opened.tile):
-                    notes.append(_reduced(name))
-                with _quiet_libtiff() if opened.format == "TIFF" else nullcontext():
+            with ExitStack() as stack:
+                with _quiet_decoders():
+                    opened = stack.enter_context(Image.open(file, formats=FORMATS))
+                    # Further pictures in a phone's JPEG (MPO) are previews and depth maps, not frames.
+                    if opened.format in FORMATS and getattr(opened, "is_animated", False):
+                        notes.append(
+                            f"{name} has several pages: only its first is read"
+                            if opened.format == "TIFF"
+                            else f"{name} is animated: only its first frame is read"
+                        )
+                    # Pillow decodes colours to 8 bits by itself.
+                    if opened.mode not in _DEEP_MODES and any(";16" in str(tile[3]) for tile in opened.tile):
+                        notes.append(_reduced(name))
                     opened.load()
                 yield opened, notes
     except (MosError, MemoryError):
@@ -122,8 +123,8 @@ def opened_picture(file: PictureFile) -> Iterator[tuple[Image.Image, list[str]]]
 
 
 @contextmanager
-def _quiet_libtiff() -> Iterator[None]:
-    """Keeps libtiff from printing its errors to stderr, which it does by itself; Pillow raises them too."""
+def _quiet_decoders() -> Iterator[None]:
+    """Keeps libtiff and libavif from printing their errors to stderr themselves; Pillow raises them too."""
     try:
         kept = os.dup(2)
     except OSError:

@@ -220,10 +220,12 @@ def load_trace(path: Path) -> Trace:
     Raises:
         InputError: there is no such trace, or it is damaged or of another version.
     """
-    path = companions(path).head
+    named, path = path, companions(path).head
     try:
         data = json.loads(path.read_bytes())
     except OSError as error:
+        if named != path and named.is_file() and isinstance(error, FileNotFoundError):
+            raise InputError(f"{named} has no trace beside it: {path} is not there") from None
         raise InputError(f"cannot read the trace {path}: {error.strerror}") from None
     except (ValueError, RecursionError):
         raise InputError(f"{path} is not JSON: the trace is damaged or something else") from None

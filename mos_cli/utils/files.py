@@ -4,6 +4,7 @@ import contextlib
 import os
 import secrets
 import stat
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
@@ -115,11 +116,13 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises InputError if nothing could be written in a folder, or the folder not be made; writes nothing itself."""
+    """Raises InputError if nothing could be written in a folder, or the folder not be made; leaves nothing behind."""
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    effective = os.access in os.supports_effective_ids
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK, effective_ids=effective):
-        raise InputError(f"cannot write to {folder}: {existing} is not a folder you may write in")
+    try:
+        # Permissions do not tell of everything: a virtual file system may have files of its own only.
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError:
+        raise InputError(f"cannot write to {folder}: {existing} is not a folder you may write in") from None
 
 
 def check_folder(folder: Path, *marks: str) -> None:

@@ -29,6 +29,7 @@ def completed(typed: str, shell: str, folder) -> str:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_names_of_models_presets_recipes_and_traces(bundle, tmp_path, shell: str) -> None:
+    (tmp_path / "pic.jpg").write_text("")
     (tmp_path / "mine.toml").write_text("")
     (tmp_path / "other.json").write_text("{}")
     (tmp_path / "run.json").write_text(json.dumps({"schema": "mos-trace/1"}))
@@ -40,6 +41,9 @@ def test_names_of_models_presets_recipes_and_traces(bundle, tmp_path, shell: str
         "mos inspect-routing run": ["run.json"],
         "mos train train-s": ["train-smoke"],
         "mos plan mos": ["mos-l", "mos-s"],
+        "mos generate x --metadata ": ["full", "none", "recipe"],
+        "mos generate x --trace t": ["topk"],
+        "mos show p": ["pic.jpg"],
     }.items():
         said = completed(typed, shell, tmp_path)
         assert [name for name in names if name not in said] == [], (typed, said)

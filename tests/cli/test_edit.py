@@ -72,6 +72,17 @@ def test_outside_the_mask_nothing_changes(mos, editor, photo, left_half, tmp_pat
     assert replayed.stdout.strip() == "exact", replayed.stderr
 
 
+def test_a_missing_mask_of_a_chain_is_told_before_anything_is_drawn(mos, editor, tmp_path, monkeypatch) -> None:
+    first, second, third = (tmp_path / f"{name}.png" for name in "abc")
+    assert mos("generate", WORDS, "--size", "64", "-o", first).exit_code == 0
+    Image.new("L", (64, 64), 255).save(tmp_path / "all.png")
+    assert mos("edit", first, WORDS, "--mask", tmp_path / "all.png", "-o", second).exit_code == 0
+    assert mos("edit", second, WORDS, "-o", third).exit_code == 0
+    monkeypatch.setattr("mos_cli.cli.replay.load_with_progress", None)
+    result = mos("replay", third, "-o", tmp_path / "d.png")
+    assert (result.exit_code, result.stderr.count("give it with --mask FILE")) == (3, 1)
+
+
 def test_transparency_outlasts_a_composite_of_any_size(mos, editor, left_half, tmp_path) -> None:
     for size in ((32, 32), (61, 45)):
         picture, mask = Image.new("RGBA", size, (255, 0, 0, 90)), tmp_path / "m.png"

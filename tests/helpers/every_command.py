@@ -20,6 +20,7 @@ WORKS = [
     "generate dog -s 1 --steps 2 -o a.png --trace full --regions",
     "generate dog -s 2 --steps 2 -o b.png",
     "edit a.png dog -s 1 --steps 2 -o c.png",
+    "show a.png",
     "inspect-routing a.png",
     "inspect-routing a.png --html a.html",
     "replay a.png --verify",

@@ -43,11 +43,11 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes | None:
 
 
 def whole() -> dict[str, bytes]:
-    """Every format in every mode that Pillow writes."""
+    """Every format in every mode that Pillow writes and, in all its versions, reads again."""
     files = {}
     for kind in FORMATS:
         for mode in MODES:
-            if data := encoded(pixels(mode), kind):
+            if (kind, mode) != ("TIFF", "YCbCr") and (data := encoded(pixels(mode), kind)):
                 files[f"{kind} {mode}"] = data
     palette = pixels("RGB").quantize(7)
     for transparency in (2, bytes(range(7))):
@@ -105,7 +105,7 @@ def test_every_format_is_read_in_every_mode(tmp_path: Path) -> None:
         picture = read_picture(tmp_path / "picture.txt")
         assert picture.image.size == ((9, 13) if mode == "turned" else (13, 9)), name
         assert picture.image.mode in ("RGB", "RGBA")
-        deep = mode.startswith("I;16") and kind in ("PNG", "TIFF")
+        deep = mode.startswith("I") and kind in ("PNG", "TIFF")
         assert len(picture.notes) == (mode == "frames" or deep), (name, picture.notes)
     assert any(name.startswith("AVIF") for name in WHOLE)
 
@@ -126,7 +126,7 @@ def test_a_broken_picture_ends_in_one_line(tmp_path: Path, capfd) -> None:
             with pytest.raises(InputError, match="too large"):
                 read_picture(path)
     assert min(outcomes.values()) > 50
-    assert capfd.readouterr() == ("", ""), "libtiff prints errors of its own"
+    assert capfd.readouterr() == ("", ""), "a decoder prints errors of its own"
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
@@ -157,5 +157,5 @@ def test_huge_metadata_of_other_programs_is_no_damage(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded(source, "PNG", pnginfo=info, icc_profile=bytes(2_000_000)) or b"")
     picture = read_picture(tmp_path / "a.png")
     assert picture.image.tobytes() == source.tobytes()
-    (tmp_path / "a.jpg").write_bytes(encoded(source, "JPEG", xmp=b"x" * 60_000, comment=b"y" * 60_000) or b"")
+    (tmp_path / "a.jpg").write_bytes(encoded(source, "JPEG", xmp=b"x" * 60_000, comment=b"y" * 4_000) or b"")
     assert read_picture(tmp_path / "a.jpg").notes == ()

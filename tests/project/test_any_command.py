@@ -23,6 +23,7 @@ LEFT_OUT = {"bench", "data build", "eval", "models pull", "train", "train-enlarg
 BEGINNINGS = {
     "generate": ["a red dog", "--steps", "1"],
     "edit": ["a.png", "a red dog", "--steps", "1"],
+    "show": ["a.png"],
     "replay": ["a.png"],
     "inspect-routing": ["a.png"],
     "routing diff": ["a.png", "b.jpg"],
