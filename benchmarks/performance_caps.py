@@ -64,12 +64,12 @@ def draw_under(gib: int, plan: networks.Network, network: networks.Network, devi
     steps = network.defaults.steps
     return {
         **row,
-        "measured_gib": max(stages.bytes[name] for name in ("read", "bank", "draw", "decode")) / GIB,
+        "measured_gib": max(stages.bytes[name] for name in ("encode", "bank", "sample", "decode")) / GIB,
         "loading_gib": stages.bytes["load"] / GIB,
         "passes": True,
         "size": list(picture.shape[-2:]),
         "steps": steps,
-        "step_seconds": stages.seconds["draw"] / steps,
+        "step_seconds": stages.seconds["sample"] / steps,
         "picture_seconds": sum(stages.seconds.values()) - stages.seconds["load"],
         "stage_seconds": stages.seconds,
         "stage_gib": {name: size / GIB for name, size in stages.bytes.items()},
@@ -110,14 +110,14 @@ def _draw(network: networks.Network, setting: Setting, stages: Stages) -> Tensor
             return autoencoder.decode(z.bfloat16(), return_dict=False)[0]
 
     reader, tower, autoencoder = stages.run("load", load)
-    states = stages.run("read", read)
+    states = stages.run("encode", read)
     banks = stages.run("bank", lambda: [tower.project_states(states.pop(0)) for _ in range(2)])
     noise, branches = networks.latents(network, device), {POSITIVE: banks[0], NEGATIVE: banks[1]}
     sigmas = make_sigmas(FlowMatchEulerDiscreteScheduler(), defaults.steps)
     guidance = Guidance(defaults.cfg, defaults.cfg_interval)
     arguments: dict[str, Any] = {"sigmas": sigmas, "solver": DEFAULT_SOLVER, "guidance": guidance}
     arguments["batched_guidance"] = setting.batched_guidance
-    z = stages.run("draw", lambda: sample(tower, noise, branches, **arguments))
+    z = stages.run("sample", lambda: sample(tower, noise, branches, **arguments))
     return stages.run("decode", decode)
 
 

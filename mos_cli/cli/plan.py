@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mos_cli.bundles.blueprints import Network
     from mos_cli.planning.candidates import Candidate
 
-_STAGES = ("read", "bank", "draw", "decode")
+_STAGES = ("encode", "bank", "sample", "decode")
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def _print_memory(memory: _Memory, best: "Candidate", command: str) -> None:
     for name in names:
         table.add_row(name, *(_gib(stage.parts.get(name, 0)) for stage in best.stages))
     table.add_row("reserve", *(_gib(RESERVE) for _ in best.stages))
-    table.add_row("[bold]all, GiB[/]", *(f"[bold]{(stage.peak + RESERVE) / GIB:.2f}[/]" for stage in best.stages))
+    table.add_row("[bold]total, GiB[/]", *(f"[bold]{(stage.peak + RESERVE) / GIB:.2f}[/]" for stage in best.stages))
     stdout.print()
     print_view(table, wide=True)
     host = f"; {best.host / GIB:.1f} GiB of main memory" if best.host else ""

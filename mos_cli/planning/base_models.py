@@ -49,12 +49,12 @@ def stages(network: BaseNetwork, setting: Setting, size: tuple[int, int]) -> tup
     beside = near if stays else {}
     kept = text if stays else {}
     return (
-        MemoryStage("read", {**text, **beside, "hidden states": states + embeddings, "activations": reading}),
+        MemoryStage("encode", {**text, **beside, "hidden states": states + embeddings, "activations": reading}),
         MemoryStage(
             "bank", {**kept, **near, "hidden states": embeddings, "bank": bank, "activations": _refining(network)}
         ),
         MemoryStage(
-            "draw",
+            "sample",
             {
                 **kept,
                 **near,

@@ -131,7 +131,7 @@ def stages(network: Network, setting: Setting, size: tuple[int, int]) -> tuple[M
     joined = _bank_of(network, rows * tokens) if rows > 1 else 0
     return (
         MemoryStage(
-            "read",
+            "encode",
             {**tower, **beside, "hidden states": states, "activations": _encoding(network, setting, tokens)},
         ),
         MemoryStage(
@@ -146,7 +146,7 @@ def stages(network: Network, setting: Setting, size: tuple[int, int]) -> tuple[M
             },
         ),
         MemoryStage(
-            "draw",
+            "sample",
             {
                 **kept,
                 "generation tower": drawing,

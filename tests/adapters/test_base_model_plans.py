@@ -162,7 +162,7 @@ def test_plans_on_the_command_line(mos: Callable[..., Result], base_folders: Cal
     assert planned.exit_code == 0, planned.output
     assert "mos generate PROMPT -m klein --max-vram 8" in planned.output
     (line,) = mos("plan", "z-image", "--max-vram", "8", "--json").output.splitlines()
-    assert set(json.loads(line)["stages"]) == {"read", "bank", "draw", "decode"}
+    assert set(json.loads(line)["stages"]) == {"encode", "bank", "sample", "decode"}
     assert mos("plan", base_folders("prx"), "--max-vram", "8").exit_code == 0
     assert mos("plan", "prx", "--references", "1").exit_code == 2
     assert mos("plan", "klein", "--understanding", "x").exit_code == 2

@@ -34,7 +34,7 @@ def test_the_table_names_the_command_for_every_card(mos, monkeypatch: pytest.Mon
     assert result.exit_code == 0, result.output
     for card in GPU_SIZES:
         assert f"mos generate PROMPT -m DIR --max-vram {card} --quant " in result.output
-    for stage in ("read", "bank", "draw", "decode"):
+    for stage in ("encode", "bank", "sample", "decode"):
         assert stage in result.output
     assert "estimate" in result.output
     others = ("mos ", "No weights", "Time is", "about ")

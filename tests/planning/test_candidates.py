@@ -121,12 +121,12 @@ def test_what_is_spared_is_spared() -> None:
     blocks = peaks(Setting("none", "none", "blocks", False))
     tiled = peaks(Setting("none", "none", "none", True))
     tower = weights(numbers, Setting("none", "none", "none", False)).understanding
-    assert plain["draw"] - evicted["draw"] == tower
-    assert blocks["draw"] < evicted["draw"] / 4
+    assert plain["sample"] - evicted["sample"] == tower
+    assert blocks["sample"] < evicted["sample"] / 4
     assert tiled["decode"] < plain["decode"]
-    assert tiled["draw"] == plain["draw"]
+    assert tiled["sample"] == plain["sample"]
     for quant in ("int8", "nf4"):
-        assert peaks(Setting(quant, quant, "none", False))["read"] < plain["read"]  # type: ignore[arg-type]
+        assert peaks(Setting(quant, quant, "none", False))["encode"] < plain["encode"]  # type: ignore[arg-type]
     assert memory.host_bytes(numbers, Setting("none", "none", "none", False)) == 0
     assert memory.host_bytes(numbers, Setting("none", "none", "understanding", False)) > tower
 

@@ -104,7 +104,7 @@ def test_an_edit_takes_what_is_counted() -> None:
         tokens = torch.randn(1, memory.IMAGE_TOKENS, 5, 16)
         banks = [tower.add_image_tokens(bank, tokens, references) for bank in words]
         for batched_guidance in (False, True):
-            counted = parts(numbers, Setting(batched_guidance=batched_guidance), size)["draw"]
+            counted = parts(numbers, Setting(batched_guidance=batched_guidance), size)["sample"]
             joined = [join(banks)] if batched_guidance else []
             assert counted["bank"] == sum(map(bank_bytes, [*words, *banks, *joined]))
             assert counted["references"] == sum(kv.nbytes for kv in references.kv) + references.reference_BND.nbytes
@@ -125,7 +125,7 @@ def test_twice_the_branches_take_twice_the_activations_and_a_bank_of_their_own()
     size = (1024, 1024)
     for numbers in (find_network("mos-l"), replace(find_network("mos-s"), references=0)):
         apart, both = (
-            parts(numbers, Setting(batched_guidance=batched_guidance), size)["draw"]
+            parts(numbers, Setting(batched_guidance=batched_guidance), size)["sample"]
             for batched_guidance in (False, True)
         )
         assert both["activations"] == 2 * apart["activations"]
@@ -136,7 +136,7 @@ def test_twice_the_branches_take_twice_the_activations_and_a_bank_of_their_own()
     # NF4 unpacks one layer, whatever passes it.
     nf4 = Setting(generation="nf4")
     one, two = (
-        parts(numbers, replace(nf4, batched_guidance=batched_guidance), size)["draw"]["activations"]
+        parts(numbers, replace(nf4, batched_guidance=batched_guidance), size)["sample"]["activations"]
         for batched_guidance in (False, True)
     )
     assert two < 2 * one
@@ -190,7 +190,7 @@ def test_reading_takes_what_is_counted(layers: int, hidden: int) -> None:
         measured = peak(read)
     reader = UnderstandingShape(layers=layers, width=256, hidden=hidden, linear=10**6, other=0, vision=0)
     numbers = network(GenerationShape(), understanding=reader)
-    counted = parts(numbers, Setting(), numbers.canvas.native)["read"]
+    counted = parts(numbers, Setting(), numbers.canvas.native)["encode"]
     # The states of one prompt, and what is there beside them.
     assert counted["hidden states"] // 2 + counted["activations"] == pytest.approx(measured, rel=0.1)
 
