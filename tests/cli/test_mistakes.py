@@ -30,7 +30,7 @@ MISTAKES = {
     "negative seed": (["generate", PROMPT, "--seed", "-1"], 2, "seed"),
     "seed too large": (["generate", PROMPT, "--seed", "1" + 19 * "0"], 2, "--seed: Input should be less"),
     "too many steps": (["generate", PROMPT, "--steps", "2000"], 2, "--steps: Input should be less"),
-    "seed with a point": (["generate", PROMPT, "-s", "1.5"], 2, "Invalid value for '--seed' / '-s': Input"),
+    "seed with a point": (["generate", PROMPT, "-s", "1.5"], 2, "Invalid value for '--seed' / '-s': "),
     "output without a name": (["generate", PROMPT, "-o", ""], 2, "the output's name is empty"),
     "folder that only looks writable": (["generate", PROMPT, "-o", "/proc/x/y.png"], 3, "cannot write to /proc/x"),
     "options after the last prompt": (["generate", "--", PROMPT, "--steps", "3"], 2, "write the options before --"),
