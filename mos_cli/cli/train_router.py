@@ -24,13 +24,14 @@ def train_router(
     from mos_cli.bundles.adapters import AdapterBundle
     from mos_cli.bundles.bundle import find_bundle
     from mos_cli.datasets.captioned import load_captioned
-    from mos_cli.utils.files import check_folder, check_writable, expand
+    from mos_cli.utils.files import check_folder, check_writable, expand, sole_user
 
     overrides = {"steps": steps, "base": base, "data": None if data is None else str(data)}
     loaded = load_router_recipe(recipe, {name: value for name, value in overrides.items() if value is not None})
     if loaded.data is None:
         raise InputError("name a folder of captioned pictures: --data FOLDER")
-    target = export or (run or Path("runs") / loaded.name) / "adapter"
+    folder = run or Path("runs") / loaded.name
+    target = export or folder / "adapter"
     check_writable(target.parent)
     check_folder(target, "adapter.json")
     bundle = find_bundle(loaded.base)
@@ -41,9 +42,9 @@ def train_router(
     pictures = load_captioned(expand(loaded.data))
 
     from mos_cli.adapters.model import load_pipeline
-    from mos_cli.adapters.training import RouterTrainer
-    from mos_cli.adapters.training import export as export_adapter
     from mos_cli.config.settings import RunSettings
+    from mos_cli.training.router import RouterTrainer
+    from mos_cli.training.router import export as export_adapter
     from mos_cli.utils.devices import choose_device, choose_precision
 
     precision = choose_precision(choose_device("auto"))
@@ -56,17 +57,20 @@ def train_router(
         TextColumn("loss {task.fields[loss]:.4f}"),
         TimeRemainingColumn(),
     ]
-    with Progress(*columns, console=stderr) as bars, stop_between_steps() as check_interrupt:
-        tasks: list[Any] = []
+    with (
+        sole_user(folder, "another training"),
+        Progress(*columns, console=stderr) as bars,
+        stop_between_steps() as check_interrupt,
+    ):
+        tasks: dict[str, Any] = {}
 
-        def log(step: int, loss: float) -> None:
-            if step == 0:
-                name = "the router" if not tasks else "its static baseline"
-                tasks.append(bars.add_task(name, total=loaded.steps, loss=loss))
-            bars.update(tasks[-1], completed=step + 1, loss=loss)
+        def log(what: str, step: int, loss: float) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=loaded.steps, loss=loss)
+            bars.update(tasks[what], completed=step, loss=loss)
             check_interrupt()
 
-        adapter, result = trainer.train(log)
+        adapter, result = trainer.train(folder, log, print_warning)
     stdout.print(f"held-out loss on {loaded.held_out} pictures", markup=False)
     for name, loss in {"router and gates": result.router, **result.baselines}.items():
         stdout.print(f"  {name:<28} {loss:.6f}", markup=False)

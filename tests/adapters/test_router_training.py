@@ -10,10 +10,10 @@ from typer.testing import Result
 
 from mos_cli.adapters.pipeline import AdapterPipeline
 from mos_cli.adapters.recipe import RouterRecipe, load_router_recipe
-from mos_cli.adapters.training import RouterTrainer, StaticAdapter
 from mos_cli.bundles.adapters import RouterShape, read_adapter
 from mos_cli.datasets.captioned import load_captioned
 from mos_cli.planning.memory import Setting
+from mos_cli.training.router import FITS, RouterTrainer, StaticAdapter
 from mos_cli.utils.folders import presets_folder
 from tests.helpers.adapted import PROMPT, random_picture, trained_adapter
 
@@ -58,7 +58,7 @@ def load(base_folders: Callable[[str], Path], name: str, quant: Any = "none") ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["klein", "z-image", "prx"])
-def test_a_planted_route_is_found(base_folders: Callable[[str], Path], folder: Path, name: str) -> None:
+def test_a_planted_route_is_found(base_folders: Callable[[str], Path], folder: Path, tmp_path: Path, name: str) -> None:
     """The router learns to draw as under rules that tell two words apart, which no static weight can.
 
     What is scored is the prediction, not the name of the layer: two layers may be read alike.
@@ -67,7 +67,7 @@ def test_a_planted_route_is_found(base_folders: Callable[[str], Path], folder: P
     routes = ("red=2", "blue=4", "a=1") if name != "klein" else ("red=2", "blue=25", "a=13")
     steps = {"klein": 16, "z-image": 40, "prx": 60}[name]
     recipe = recipe_of(objective="routes", routes=routes, steps=steps, gate_lr=0.08, epsilon=0.0)
-    adapter, result = RouterTrainer(pipeline, recipe, load_captioned(folder)).train()
+    adapter, result = RouterTrainer(pipeline, recipe, load_captioned(folder)).train(tmp_path / "run")
     assert result.better, result
     assert result.router < 0.8 * result.baselines["gates 0"]
     assert 0 <= adapter.gates_JZ.min() <= adapter.gates_JZ.max() <= 1
@@ -124,6 +124,52 @@ def test_a_router_that_is_not_better_is_not_kept(
     for name in ("gates 0", "mean of all layers", "one static weight per block"):
         assert name in trained.output
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_router(
+    base_folders: Callable[[str], Path], folder: Path, tmp_path: Path
+) -> None:
+    """In the middle of the router, in that of its baseline, and from the checkpoint before a damaged one."""
+    recipe = recipe_of(steps=3, epsilon=0.5)
+    straight, expected = RouterTrainer(load(base_folders, "prx"), recipe, load_captioned(folder)).train(tmp_path / "a")
+    trainer = RouterTrainer(load(base_folders, "prx"), recipe, load_captioned(folder))
+    seen: list[tuple[str, int]] = []
+
+    def stopping(what: str, step: int, loss: float) -> None:
+        seen.append((what, step))
+        if len(seen) in (2, 5):
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train(tmp_path / "b", stopping)
+    newest = tmp_path / "b" / "checkpoints" / "00000005"
+    next(newest.glob("*.distcp")).write_bytes(b"damaged")
+    said: list[str] = []
+    adapter, result = trainer.train(tmp_path / "b", stopping, said.append)
+    router, static = FITS
+    stopped = [(router, 1), (router, 2), (router, 3), (static, 1), (static, 2)]
+    assert seen == [*stopped, (router, 3), (static, 1), (static, 2), (static, 3)]
+    assert len(said) == 1
+    assert "damaged" in said[0]
+    assert result == expected
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(tensor, adapter.state_dict()[name]), name
+
+
+def test_a_run_of_another_recipe_is_not_taken_up(
+    mos: Mos, base_folders: Callable[[str], Path], folder: Path, tmp_path: Path
+) -> None:
+    def train(**fields: str) -> Result:
+        recipe = write_recipe(tmp_path, base_folders("prx"), **fields)
+        return mos("train", recipe, "--data", folder, "--run", tmp_path / "run")
+
+    assert train(lr="1e-30", gate_lr="1e-30", steps="1").exit_code == 1
+    other = train(lr="1e-3", gate_lr="1e-30", steps="1")
+    assert (other.exit_code, other.output.count("change back lr")) == (3, 1)
+    (folder / "9.png").unlink()
+    fewer = train(lr="1e-30", gate_lr="1e-30", steps="1")
+    assert (fewer.exit_code, fewer.output.count("change back pictures")) == (3, 1)
 
 
 @pytest.mark.slow

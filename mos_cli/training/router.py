@@ -4,8 +4,11 @@ Shapes: Q tokens of a prompt, Z slots, M layers, J blocks, N patches, P values o
 latent's size.
 """
 
+import hashlib
+import json
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +17,9 @@ from random import Random
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from mos_cli.adapters.adapter import Adapter, save_adapter
 from mos_cli.adapters.bank import TextBank
@@ -35,12 +40,18 @@ from mos_cli.sampling.flow import noised
 from mos_cli.sampling.guidance import POSITIVE, SteeringInput
 from mos_cli.towers.layers import TokenGrid
 from mos_cli.towers.router import uniform_route
+from mos_cli.training import checkpoint
 from mos_cli.utils.files import atomic_write, make_folder, sha256_of
 
 HELD_OUT_TIMES = 4
 """Times at which every held-out example is predicted."""
-Log = Callable[[int, float], None]
-"""Called after every step, with its number and its loss."""
+SAVE_EVERY = 60.0
+"""Seconds between two checkpoints."""
+RECIPE = "router.json"
+FITS = ("the router", "its static baseline")
+"""What is trained, in this order."""
+Log = Callable[[str, int, float], None]
+"""Called after every step with what is trained, the number of its steps done, and the loss."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,38 @@ class _BegunError(Exception):
     """Stops a drawing at its first pass."""
 
 
+class _Fit:
+    """The training of one module: its weights and their optimiser."""
+
+    def __init__(self, module: Any, recipe: RouterRecipe) -> None:
+        self.module, self.recipe = module, recipe
+        others = [parameter for parameter in module.parameters() if parameter is not module.gates_JZ]
+        self.rates = (recipe.lr, recipe.gate_lr)
+        groups = [{"params": others, "lr": recipe.lr}, {"params": [module.gates_JZ], "lr": recipe.gate_lr}]
+        self.optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
+        # PyTorch makes the state of an unused optimiser by a step with gradients of 0, when it is first asked for.
+        get_state_dict(module, self.optimiser)
+        for state in self.optimiser.state.values():
+            state["step"].zero_()
+
+    def update(self, step: int) -> None:
+        """Takes a step, of which the gradients are there; in the second half of the run the rates fall to 0."""
+        for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
+            group["lr"] = rate * min(1.0, 2 * (1 - step / self.recipe.steps))
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        self.module.gates_JZ.data.clamp_(0, 1)
+
+    def state(self) -> dict[str, Any]:
+        module, optimiser = get_state_dict(self.module, self.optimiser)
+        return {"module": module, "optimiser": optimiser}
+
+    def load(self, state: dict[str, Any]) -> None:
+        set_state_dict(
+            self.module, self.optimiser, model_state_dict=state["module"], optim_state_dict=state["optimiser"]
+        )
+
+
 class RouterTrainer:
     """Trains the router of a base model.
 
@@ -96,6 +139,8 @@ class RouterTrainer:
         side = recipe.canvas // PATCH
         self.grid = TokenGrid(side, side)
         examples = data.pictures.examples
+        # Another list would be divided otherwise: the router would be compared on pictures that it has seen.
+        self.pictures = hashlib.sha256("\n".join(one.picture.name for one in examples).encode()).hexdigest()
         if len(examples) <= recipe.held_out:
             raise InputError(f"{len(examples)} pictures are too few to hold {recipe.held_out} out: give more")
         shuffled = list(range(len(examples)))
@@ -110,8 +155,23 @@ class RouterTrainer:
             if type(module).__module__.startswith("bitsandbytes"):
                 module.train()
 
-    def train(self, log: Log = lambda step, loss: None) -> tuple[Adapter, Result]:
-        """Trains a router and the static baseline, and compares both with the others on the held-out examples."""
+    def train(
+        self,
+        folder: Path,
+        log: Log = lambda what, step, loss: None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> tuple[Adapter, Result]:
+        """Trains a router and the static baseline, and compares both with the others on the held-out examples.
+
+        A checkpoint is written every minute, and when `log` raises KeyboardInterrupt: the next call goes on from it.
+
+        Args:
+            folder: of the run.
+            say: called with what is not as expected.
+
+        Raises:
+            InputError: the folder has a run of another recipe, its checkpoints are damaged, or none can be written.
+        """
         sizes = (self.pipeline.layers, self.pipeline.blocks, len(self.pipeline.own_layers))
         adapter = Adapter(
             self.recipe.shape,
@@ -123,8 +183,8 @@ class RouterTrainer:
         )
         adapter.initialise(self.recipe.seed)
         static = StaticAdapter(*sizes)
-        for one in (adapter, static):
-            self._fit(one.to(self.device), log)
+        fits = {name: _Fit(one.to(self.device), self.recipe) for name, one in zip(FITS, (adapter, static), strict=True)}
+        self._fit(fits, folder, log, say)
         mean = uniform_route([list(range(sizes[0]))] * (sizes[1] * sizes[2]), self.device)
         baselines = {
             "gates 0": self.loss(None),
@@ -144,26 +204,73 @@ class RouterTrainer:
                     losses.append(error.item())
         return sum(losses) / len(losses)
 
-    def _fit(self, adapter: Any, log: Log) -> None:
-        recipe = self.recipe
-        gates = [adapter.gates_JZ]
-        others = [parameter for parameter in adapter.parameters() if parameter is not adapter.gates_JZ]
-        groups = [{"params": others, "lr": recipe.lr}, {"params": gates, "lr": recipe.gate_lr}]
-        optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1.0, 2 * (1 - step / recipe.steps)))
-        generator, random = torch.Generator().manual_seed(recipe.seed), Random(recipe.seed)
-        for step in range(recipe.steps):
-            total = 0.0
-            optimiser.zero_grad()
+    def _fit(self, fits: dict[str, _Fit], folder: Path, log: Log, say: Callable[[str], None]) -> None:
+        """Trains one module after the other, from the last checkpoint in the folder on."""
+        recipe, accelerator = self.recipe, Accelerator()
+        self._keep_recipe(folder)
+        plan = checkpoint.Plan(steps=len(fits) * recipe.steps, decay_from=0)
+        done, saved = self._resume(fits, folder, accelerator, say), time.monotonic()
+
+        def save() -> None:
+            checkpoint.save(folder, done, {name: fit.state() for name, fit in fits.items()}, plan, accelerator)
+
+        while done < plan.steps:
+            number, step = divmod(done, recipe.steps)
+            name, fit = list(fits.items())[number]
+            # Of its own for every step, so that a run that is resumed draws the same numbers.
+            seed = Random(f"{recipe.seed}/{done}").getrandbits(63)
+            generator, loss = torch.Generator().manual_seed(seed), 0.0
+            torch.manual_seed(seed)
             for _ in range(recipe.batch):
-                sample = self.samples[random.randrange(len(self.samples))]
-                with self.error(sample, self._time(generator, None), generator, adapter) as error:
+                sample = self.samples[int(torch.randint(len(self.samples), (), generator=generator))]
+                with self.error(sample, self._time(generator, None), generator, fit.module) as error:
                     (error / recipe.batch).backward()
-                total += error.item() / recipe.batch
-            optimiser.step()
-            schedule.step()
-            adapter.gates_JZ.data.clamp_(0, 1)
-            log(step, total)
+                loss += error.item() / recipe.batch
+            fit.update(step)
+            done += 1
+            try:
+                log(name, step + 1, loss)
+            except KeyboardInterrupt:
+                save()
+                raise
+            if done == plan.steps or time.monotonic() - saved > SAVE_EVERY:
+                save()
+                saved = time.monotonic()
+
+    def _resume(self, fits: dict[str, _Fit], folder: Path, accelerator: Accelerator, say: Callable[[str], None]) -> int:
+        """Loads the newest checkpoint that is whole; returns the number of steps done."""
+        paths = checkpoint.found(folder)
+        for number, path in enumerate(paths):
+            try:
+                state = checkpoint.load(path, {name: fit.state() for name, fit in fits.items()}, accelerator)
+            except InputError as error:
+                if number == len(paths) - 1:
+                    raise
+                say(f"{error}".split(": delete")[0])
+                continue
+            for name, fit in fits.items():
+                fit.load(state[name])
+            return checkpoint.step_of(path)
+        return 0
+
+    def _keep_recipe(self, folder: Path) -> None:
+        """Writes the recipe and the base model's hash into the folder; raises InputError if others are there."""
+        kept = self.recipe.model_dump(mode="json", exclude={"data"})
+        kept |= {"base_hash": base_hash(self.pipeline.bundle), "pictures": self.pictures}
+        path = folder / RECIPE
+        if not path.exists():
+            make_folder(folder)
+            atomic_write(path, json.dumps(kept, indent=1).encode())
+        try:
+            there = json.loads(path.read_bytes())
+            differences = [name for name in kept if there.get(name) != kept[name]]
+        except (ValueError, AttributeError):
+            raise InputError(f"{path} is damaged: restore it, or choose another folder with --run") from None
+        if differences:
+            raise InputError(
+                f"{folder} holds a run of another recipe: choose another folder with --run, or change back "
+                f"{', '.join(differences)}"
+            )
 
     def _sample(self, one: Captioned) -> Sample:
         picture, caption = one.pick(Random(0), self.recipe.canvas)
