@@ -240,8 +240,9 @@ def _write_pictures(
 
 def _caption(job: Job, jobs: Sequence[Job]) -> str:
     """The prompt on a sheet, after the seed where the prompt has several pictures."""
-    several = sum(other.recipe.prompt == job.recipe.prompt for other in jobs) > 1
-    return f"{job.recipe.seed}: {job.recipe.prompt}" if several else job.recipe.prompt
+    prompt = job.recipe.weighted_prompt
+    several = sum(other.recipe.weighted_prompt == prompt for other in jobs) > 1
+    return f"{job.recipe.seed}: {prompt}" if several else prompt
 
 
 class _Plan:
@@ -332,6 +333,7 @@ class _Plan:
         from mos_cli.config.recipe import make_recipe
         from mos_cli.inference.requests import check_recipe, edit_fields, generation_fields
         from mos_cli.inference.wildcards import expand_prompt
+        from mos_cli.routing.prompt_weights import parse_weights
 
         settings = self._settings(request, run)
         if request.edit is not None:
@@ -353,11 +355,12 @@ class _Plan:
         first = seed if settings.seed is None else settings.seed
         for number in range(first, first + request.count):
             try:
-                prompt, template = expand_prompt(request.prompt, number)
+                expanded, template = expand_prompt(request.prompt, number)
+                prompt, weights = parse_weights(expanded)
             except MosError as error:
                 jobs.append(RefusedJob(request.subject, error))
                 continue
-            recipe = make_recipe(prompt=prompt, template=template, seed=number, **fields, **shared)
+            recipe = make_recipe(prompt=prompt, template=template, weights=weights, seed=number, **fields, **shared)
             check_recipe(
                 recipe,
                 self.bundle,

@@ -215,7 +215,7 @@ def print_jobs(jobs: Sequence[Job | RefusedJob], bundle: "Bundle", settings: "Ru
             failed += 1
             report_failed(job, number, problem, report)
         elif isinstance(job, Job):
-            line = f"{job.path}  (seed {job.recipe.seed}: {shortened(job.recipe.prompt)})"
+            line = f"{job.path}  (seed {job.recipe.seed}: {shortened(job.recipe.weighted_prompt)})"
             report.event("would draw", line, path=str(job.path), recipe=job.recipe.model_dump())
     if len(jobs) > 1:
         number = len(jobs) - failed - there
@@ -248,9 +248,11 @@ def exit_if_failed(failed: int, jobs: Sequence[Job | RefusedJob]) -> None:
 
 def _settings_text(recipe: "Recipe", settings: "RunSettings") -> dict[str, str]:
     """The settings of a picture, as text by name, without those that tell the pictures of a run apart."""
-    values = recipe.model_dump(
-        exclude_none=True, exclude={"prompt", "seed", "width", "height", "route_from", "template"}
-    )
+    from mos_cli.config.recipe import with_weights
+
+    told_apart = {"prompt", "seed", "width", "height", "route_from", "template", "weights", "negative_weights"}
+    values = recipe.model_dump(exclude_none=True, exclude=told_apart)
+    values["negative"] = with_weights(recipe.negative, recipe.negative_weights)
     values = {name: value for name, value in values.items() if value != ""}
     if recipe.edit is not None:
         values |= recipe.edit.model_dump(include={"canvas", "image_cfg", "strength", "composite"})

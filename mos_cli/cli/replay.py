@@ -93,6 +93,7 @@ def replay(
     from mos_cli.images.naming import naming
     from mos_cli.images.outputs import as_stored, drawn_hash, read_drawing
     from mos_cli.inference.requests import check_recipe, with_loras
+    from mos_cli.routing.prompt_weights import parse_weights
     from mos_cli.utils.threads import cpu_threads
 
     report = Report(json=json, quiet=quiet, verbose=verbose)
@@ -117,6 +118,9 @@ def replay(
         fields["edit"] |= {key: changed.pop(key) for key in ("image_cfg", "strength") if key in changed}
     elif source_files or mask:
         raise UsageError(f"{picture} is no edit: drop --input and --mask")
+    for name, weights in {"prompt": "weights", "negative": "negative_weights"}.items():
+        if name in changed:
+            changed[name], fields[weights] = parse_weights(changed[name])
     if "prompt" in changed:
         fields["template"] = None
     recipe = make_recipe(**fields | changed)

@@ -28,7 +28,7 @@ from mos_cli.images.outputs import Encoded, check_fits, encode, metadata_length,
 from mos_cli.inference.edit_canvas import EditConditioning, prepare_edit, restore_size
 from mos_cli.inference.loading import load_parts
 from mos_cli.inference.offload import OffloadedTower, Offloader, memory_limit
-from mos_cli.inference.prompt_encoding import PromptEncoder, PromptEncoding
+from mos_cli.inference.prompt_encoding import PromptEncoder, PromptEncoding, weigh
 from mos_cli.planning.memory import Setting
 from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.rules import BaselineRule, parse_rules
@@ -261,6 +261,7 @@ class MoSPipeline:
             with self.offloader.others_onloaded() if inputs is not None else nullcontext():
                 conditioning = None if inputs is None else prepare_edit(inputs, recipe, self.autoencoder, self.device)
                 encodings = encode_branches(self.prompt_encoder, recipe.prompt, recipe.negative, guidance, conditioning)
+                encodings = weigh(encodings, recipe)
             sigmas = make_sigmas(self.scheduler, recipe.steps, 1.0 if recipe.edit is None else recipe.edit.strength)
             steerer = self._steerer(recipe, sigmas[:-1].tolist(), guidance, encodings, record_options, route_from)
             with recorder.attached(self.tower), caching(self.tower, recipe.feature_cache, recipe.steps) as cached:

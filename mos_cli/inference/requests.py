@@ -25,6 +25,7 @@ from mos_cli.images.inputs import Inputs, describe_edit
 from mos_cli.images.masks import read_mask
 from mos_cli.images.pictures import Picture, PictureFile, read_picture, working_size
 from mos_cli.planning.candidates import parse_quant
+from mos_cli.routing.prompt_weights import branch_weights, check_weights, parse_weights
 from mos_cli.routing.rules import Rule, check_numbers, no_such_word, parse_rules, tokens_of
 from mos_cli.routing.trace import Recording, RecordOptions, load_recording
 from mos_cli.routing.transfer import check_model, choices_hash
@@ -44,7 +45,7 @@ def recipe_fields(settings: RunSettings, bundle: Bundle, defaults: Defaults) -> 
     """The fields of a recipe that settings decide, without its size; what is not set comes from the bundle's defaults.
 
     Raises:
-        UsageError: a quantisation or a route rule is not understood.
+        UsageError: a quantisation, a route rule or a weight in the negative prompt is not understood.
         DeviceError: the device is not there.
     """
     precision, solver = settings.precision, settings.solver
@@ -53,9 +54,11 @@ def recipe_fields(settings: RunSettings, bundle: Bundle, defaults: Defaults) -> 
     if isinstance(bundle, AdapterBundle):
         _check_base_model(settings, bundle)
         solver = "euler"
+    negative, negative_weights = parse_weights(settings.negative)
     return {
         "model": bundle.ref,
-        "negative": settings.negative,
+        "negative": negative,
+        "negative_weights": negative_weights,
         "steps": settings.steps or defaults.steps,
         "solver": solver,
         "cfg": defaults.cfg if settings.cfg is None else settings.cfg,
@@ -269,6 +272,8 @@ def check_prompts(recipes: Sequence[Recipe], bundle: Bundle) -> list[MosError | 
             number = 0 if recipe.edit is None else len(recipe.edit.sources)
             pictures = tuple(Token(f"picture {n + 1}", 0, 0, (n, 0, 0)) for n in range(number))
             prompts = {prompt: tokens_of_prompt(prompt) + pictures for prompt in (recipe.prompt, recipe.negative)}
+            for branch, prompt in {"positive": recipe.prompt, "negative": recipe.negative}.items():
+                check_weights(branch_weights(recipe, branch), prompt, prompts[prompt])
             for rule in parse_rules(recipe.routes or ()):
                 if isinstance(rule, Rule) and not any(tokens_of(rule, *encoded) for encoded in prompts.items()):
                     raise no_such_word(rule, recipe.prompt, prompts[recipe.prompt])
@@ -289,6 +294,11 @@ def _check_adapter_recipe(recipe: Recipe, bundle: AdapterBundle, options: Record
     for option, wanted in unrecorded.items():
         if wanted:
             raise UsageError(f"{option} is not recorded of a base model such as {index.name}: leave it out")
+    if recipe.weights or recipe.negative_weights:
+        raise UsageError(
+            f"weights in prompts scale the routed context of a word, and {index.name} adds routes to a text that it "
+            r"reads itself: leave them out, or write \( for the character"
+        )
     numbers = {"layers": index.layers, "blocks": index.blocks, "steps": recipe.steps, "slots": len(index.own_layers)}
     check_numbers(parse_rules(recipe.routes or ()), **numbers)
     if edit is None:
