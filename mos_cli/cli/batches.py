@@ -195,6 +195,7 @@ def draw_requests(
                 manifest,
                 trace=settings.trace,
                 metadata=settings.metadata,
+                log=settings.log,
                 report=report,
                 record_options=record_options,
                 # Blocks are compiled for a number of threads.

@@ -279,6 +279,7 @@ def draw_jobs(
     *,
     trace: "TraceLevel",
     metadata: "Metadata",
+    log: bool,
     report: Report,
     record_options: "RecordOptions",
     observers: Sequence["Observer"] = (),
@@ -293,6 +294,7 @@ def draw_jobs(
         manifest: where it is recorded what becomes of each job.
         trace: how much of the trace is written, a `TraceLevel`.
         metadata: what the pictures say of themselves.
+        log: list them in the log, but for those without metadata.
         observers: called after every step of every picture.
         drawn: called with every job and its picture, when it is written.
 
@@ -355,6 +357,8 @@ def draw_jobs(
             finally:
                 bars.remove_task(task)
             record("done", files=files, seconds=perf_counter() - started)
+            if log and metadata != "none" and files:
+                log = _logged(next(iter(files)), job.recipe)
             drawn(job, drawing.image)
             report.picture(list(files), index=number, prompt=job.recipe.prompt, seed=job.recipe.seed)
     return failed
@@ -386,6 +390,18 @@ def _save(drawing: "Drawing", job: Job, trace: Any, metadata: Any, record: Calla
         if path != job.path and not names.numbered:
             print_warning(f"{job.path} was taken while this was drawn: it is saved as {path}")
         return files
+
+
+def _logged(path: Path, recipe: "Recipe") -> bool:
+    """Lists a picture in the log. Where that fails, a warning says so, and the run goes on without the log."""
+    from mos_cli.images.log import log_picture
+
+    try:
+        log_picture(path, recipe)
+    except InputError as error:
+        print_warning(f"{error}; the pictures are drawn, and not listed by mos logs: --no-log turns it off")
+        return False
+    return True
 
 
 def write_strip(

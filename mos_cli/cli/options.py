@@ -273,6 +273,12 @@ Compile = Annotated[
         show_default="no",
     ),
 ]
+Log = Annotated[
+    bool | None,
+    typer.Option(
+        "--log/--no-log", envvar="MOS_LOG", help="List the pictures in the log of `mos logs`.", show_default="yes"
+    ),
+]
 Sheet = Annotated[
     Path | None, typer.Option("--sheet", metavar="PNG", help="Also write one sheet of all pictures with their prompts.")
 ]
@@ -317,6 +323,7 @@ class DrawOptions:
     overwrite: Overwrite = False
     trace: Trace = None
     metadata: Metadata = None
+    log: Log = None
     routes: Routes = None
     route_from: RouteFrom = None
     route_until: RouteUntil = None

@@ -13,6 +13,7 @@ from mos_cli.cli.options import (
     Compile,
     Device,
     Json,
+    Log,
     Loras,
     MaxVram,
     Models,
@@ -69,6 +70,7 @@ def replay(
     output: Output = None,
     overwrite: Overwrite = False,
     trace: Trace = None,
+    log: Log = None,
     regions: Regions = False,
     preview_steps: PreviewSteps = False,
     device: Device = None,
@@ -133,7 +135,7 @@ def replay(
         return made.compiled if compiled is None else compiled
 
     flags = make_settings(
-        output=output, trace=trace, device=device, attention=attention, max_vram=max_vram, offload=offload
+        output=output, trace=trace, log=log, device=device, attention=attention, max_vram=max_vram, offload=offload
     )
     settings = resolve(flags, None)
     with_loras(settings, recipe, lora or [])
@@ -203,6 +205,7 @@ def replay(
                 Manifest(None, resume=False, write=False),
                 trace=settings.trace,
                 metadata=settings.metadata,
+                log=settings.log,
                 report=report,
                 record_options=record_options,
                 observers=(follow,),

@@ -74,6 +74,7 @@ class Settings(BaseModel):
     loras: Loras | None = None
     output: str | None = None
     format: PictureSuffix | None = None
+    log: bool | None = None
 
     def over(self, other: "Settings") -> "Settings":
         """These settings, with the gaps filled from `other`."""
@@ -108,6 +109,7 @@ class RunSettings(Settings):
     metadata: Metadata = "full"
     output: str = "outputs/{date}/"
     format: PictureSuffix = "png"
+    log: bool = True
 
 
 @dataclass(frozen=True)
