@@ -273,6 +273,17 @@ Compile = Annotated[
         show_default="no",
     ),
 ]
+BatchSize = Annotated[
+    str | None,
+    typer.Option(
+        "--batch-size",
+        envvar="MOS_BATCH_SIZE",
+        metavar="N",
+        help="Draw N pictures of one size at once, or auto, what fits a GPU: not equal in the last bits to pictures "
+        "drawn alone, see docs/batches.md; edits are drawn alone.",
+        show_default="1",
+    ),
+]
 Log = Annotated[
     bool | None,
     typer.Option(
@@ -334,6 +345,7 @@ class DrawOptions:
     precision: Precision = None
     quant: Quant = None
     feature_cache: FeatureCache = None
+    batch_size: BatchSize = None
     max_vram: MaxVram = None
     offload: Offload = None
     attention: Attention = None

@@ -125,6 +125,9 @@ def replay(
             changed[name], fields[weights] = parse_weights(changed[name])
     if "prompt" in changed:
         fields["template"] = None
+    if changed:
+        # A variation is drawn alone, as its seed is without a batch.
+        fields["batch"] = None
     recipe = make_recipe(**fields | changed)
     if recipe.edit is not None:
         image_cfg = recipe.edit.image_cfg

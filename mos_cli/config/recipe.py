@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeInt, ValidationError, field_validator, mo
 from mos_cli import __version__
 from mos_cli.errors import UsageError
 from mos_cli.utils.migration import Migrated
-from mos_cli.utils.validation import Frozen, Interval, RouteRules, Sha256, Solver, first_problem
+from mos_cli.utils.validation import MAX_BATCH, Frozen, Interval, RouteRules, Sha256, Solver, first_problem
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,6 +22,8 @@ MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
 MAX_THREADS = 1024
 """The limit for a record's threads: libraries end the process if they cannot start as many as requested."""
+MAX_TOKENS = 4096
+"""The most tokens of a prompt of a batch."""
 MAX_WEIGHT = 10.0
 """The largest weight of a word in a prompt."""
 Threads = Annotated[int, Field(ge=1, le=MAX_THREADS)]
@@ -87,6 +89,27 @@ class PromptWeight(Frozen):
 PromptWeights = Annotated[tuple[PromptWeight, ...], Field(min_length=1)]
 
 
+class BatchRecipe(Frozen):
+    """The batch that a picture was drawn in: its number of pictures, and the place of this one, from 0.
+
+    `tokens` are the tokens of the prompts of each picture, those of the branches in their order. They decide how rows
+    are padded, which affects the rounding. They are known once the prompts are encoded; until then None.
+    """
+
+    size: int = Field(ge=2, le=MAX_BATCH)
+    place: int = Field(ge=0)
+    tokens: tuple[tuple[Annotated[int, Field(ge=1, le=MAX_TOKENS)], ...], ...] | None = None
+
+    @model_validator(mode="after")
+    def _place_is_in_the_batch(self) -> Self:
+        if self.place >= self.size:
+            raise ValueError(f"place {self.place} is not in a batch of {self.size}, from 0 on")
+        tokens = self.tokens
+        if tokens is not None and (len(tokens) != self.size or {len(each) for each in tokens} not in ({1}, {2})):
+            raise ValueError("tokens are those of one or two branches of each picture of the batch")
+        return self
+
+
 class PromptTemplate(Frozen):
     """The text with alternatives that a prompt came from, and what was chosen, in order; a replay chooses nothing."""
 
@@ -102,7 +125,7 @@ class Recipe(Frozen):
     blocks are computed; None computes them at every step. `routes` are the route rules as text, `route_from` is the
     run that routes are taken from. `loras` are the LoRAs that changed the model, in the order of their changes.
     `template` is what the prompt was chosen from, if it was. `weights` are those of words of the prompt, in their
-    order, `negative_weights` those of the negative prompt.
+    order, `negative_weights` those of the negative prompt. `batch` is the batch that it was drawn in; None: alone.
     """
 
     prompt: str = Field(min_length=1)
@@ -124,6 +147,7 @@ class Recipe(Frozen):
     template: PromptTemplate | None = None
     weights: PromptWeights | None = None
     negative_weights: PromptWeights | None = None
+    batch: BatchRecipe | None = None
     edit: EditRecipe | None = None
 
     @property
@@ -156,6 +180,12 @@ class Recipe(Frozen):
                 if not end <= weight.start < weight.end <= len(prompt):
                     raise ValueError(f"{name} are of characters of the prompt, one after the other")
                 end = weight.end
+        return self
+
+    @model_validator(mode="after")
+    def _edits_are_drawn_alone(self) -> Self:
+        if self.batch is not None and self.edit is not None:
+            raise ValueError("batch: an edit is drawn alone")
         return self
 
     @model_validator(mode="after")

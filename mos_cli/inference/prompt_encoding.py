@@ -3,7 +3,7 @@
 Shapes: T context tokens, M layers, S width of a state, Z widest state of an image token, V image tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -138,6 +138,20 @@ def weigh(encodings: dict[str, PromptEncoding], recipe: Recipe) -> dict[str, Pro
             encoding = replace(encoding, bank=replace(encoding.bank, scale_BT=scale_T[None]))
         weighed[name] = encoding
     return weighed
+
+
+def filler(encodings: Mapping[str, PromptEncoding], tokens: Sequence[int]) -> dict[str, PromptEncoding]:
+    """Encodings with other numbers of tokens, in the place of those of another picture of a batch.
+
+    A row of a product does not depend on the values of the others, but may on how many there are, and how long.
+    """
+    filled = {}
+    for (name, encoding), count in zip(encodings.items(), tokens, strict=True):
+        bank = encoding.bank
+        index_T = torch.arange(count, device=bank.bank_BTMD.device) % bank.bank_BTMD.shape[1]
+        router_BTR = None if bank.router_BTR is None else bank.router_BTR[:, index_T]
+        filled[name] = PromptEncoding(encoding.prompt, StateBank(bank.bank_BTMD[:, index_T], router_BTR), ())
+    return filled
 
 
 def _words_first(tokens: tuple[Token, ...]) -> list[int]:

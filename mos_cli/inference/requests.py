@@ -25,6 +25,7 @@ from mos_cli.images.inputs import Inputs, describe_edit
 from mos_cli.images.masks import read_mask
 from mos_cli.images.pictures import Picture, PictureFile, read_picture, working_size
 from mos_cli.planning.candidates import parse_quant
+from mos_cli.planning.memory import Setting, largest_batch
 from mos_cli.routing.prompt_weights import branch_weights, check_weights, parse_weights
 from mos_cli.routing.rules import Rule, check_numbers, no_such_word, parse_rules, tokens_of
 from mos_cli.routing.trace import Recording, RecordOptions, load_recording
@@ -317,6 +318,30 @@ def _check_adapter_recipe(recipe: Recipe, bundle: AdapterBundle, options: Record
         width, height = edit.canvas
         if width * height > 1024 * 1024:
             raise UsageError(f"{index.name} edits with a mask at 1024 x 1024 pixels at most: take a smaller --size")
+
+
+def batch_size(
+    settings: RunSettings, bundle: Bundle, size: tuple[int, int], *, precision: str, quant: str | None
+) -> int:
+    """How many pictures of a size are drawn at once; on a CPU, where it is hardly faster, "auto" is 1.
+
+    Raises:
+        UsageError: several are asked for, of a base model.
+    """
+    if settings.batch_size == 1:
+        return 1
+    if isinstance(bundle, AdapterBundle):
+        if settings.batch_size == "auto":
+            return 1
+        raise UsageError(f"{bundle.index.name} is drawn by its pipeline in diffusers, one by one: drop --batch-size")
+    if settings.batch_size != "auto":
+        return settings.batch_size
+    device = choose_device(settings.device)
+    if device.type == "cpu":
+        return 1
+    gib = settings.max_vram if isinstance(settings.max_vram, float) else available_memory(device)
+    setting = Setting(*parse_quant(quant or "none"), settings.offload, settings.tiled, settings.batched_guidance)
+    return largest_batch(network_of(bundle, precision=precision), setting, size, gib)
 
 
 def check_device(settings: RunSettings, recipe: Recipe, bundle: Bundle) -> None:

@@ -144,7 +144,7 @@ def test_branches_of_one_batch_have_their_own_weights() -> None:
     }
     assert join([short, short]).scale_BT is None
     alone, joined = (
-        Branches(tower, banks, batched_guidance=batched)(tuple(banks), z, 0.6, lambda name: None)[0]
+        Branches(tower, [banks], batched_guidance=batched)(tuple(banks), z, 0.6, lambda picture, name: None)[0]
         for batched in (False, True)
     )
     for name in banks:
