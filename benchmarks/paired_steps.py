@@ -80,13 +80,20 @@ def default_step(dtype: torch.dtype) -> Callable[[], Any]:
         for name, tokens in ((POSITIVE, 5), (NEGATIVE, 2))
     }
     banks = {name: tower.project_states(each) for name, each in states.items()}
-    predict, z = Branches(tower, banks, batched_guidance=True), torch.randn(1, 3, 128, 128, generator=noise)
+    z = torch.randn(1, 3, 128, 128, generator=noise)
 
-    def step() -> Any:
-        return predict((POSITIVE, NEGATIVE), z, 0.8, lambda _: None)[0]
+    def step_of(predict: Any) -> Callable[[], Any]:
+        def step() -> Any:
+            return predict((POSITIVE, NEGATIVE), z, 0.8, lambda *_: None)[0]
 
-    step()
-    return step
+        step()
+        return step
+
+    try:
+        return step_of(Branches(tower, [banks], batched_guidance=True))
+    except TypeError:
+        # An earlier checkout, which draws one picture at a time.
+        return step_of(Branches(tower, banks, batched_guidance=True))  # type: ignore[arg-type]
 
 
 @torch.inference_mode()

@@ -71,11 +71,11 @@ class MoSL:
     def step(self, tokens: int = TOKENS, *, batched_guidance: bool = True) -> Callable[[], Tensor]:
         """What predicts both branches of a step, [2, C, H, W]."""
         banks = self.banks(tokens)
-        predict = Branches(self.tower, banks, batched_guidance=batched_guidance)
+        predict = Branches(self.tower, [banks], batched_guidance=batched_guidance)
 
         @torch.inference_mode()
         def predicted() -> Tensor:
-            x_hats, _ = predict(tuple(banks), self.z_BCHW, 0.5, lambda name: None)
+            x_hats, _ = predict(tuple(banks), self.z_BCHW, 0.5, lambda picture, name: None)
             return torch.cat([x_hats[name] for name in banks])
 
         return predicted

@@ -87,10 +87,10 @@ class Bench:
         guidance = Guidance(recipe.cfg, recipe.cfg_interval)
         texts = {POSITIVE: recipe.prompt, NEGATIVE: recipe.negative}
         banks = {name: pipeline.prompt_encoder.encode(text).bank for name, text in texts.items()}
-        branches = Branches(pipeline.tower, banks, batched_guidance=pipeline.setting.batched_guidance)
+        branches = Branches(pipeline.tower, [banks], batched_guidance=pipeline.setting.batched_guidance)
 
         def predict(z: Tensor, t: float) -> Tensor:
-            return guidance.guided(branches(guidance.branches(t), z, t, lambda branch: None)[0])
+            return guidance.guided(branches(guidance.branches(t), z, t, lambda picture, branch: None)[0])
 
         z = integrate(
             scheduler, steps, make_noise(pipeline.autoencoder, recipe.working_size, recipe.seed, self.device), predict

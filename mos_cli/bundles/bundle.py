@@ -114,7 +114,7 @@ def record_location(bundle: Bundle) -> None:
     if bundle.hub_id is not None or bundle.folder.parent == models_folder():
         return
     # Drawing does not depend on it, so a data folder that cannot be written to is no error.
-    with suppress(OSError):
+    with suppress(OSError, InputError):
         make_folder(_locations())
         atomic_write(_locations() / bundle.hash, f"{bundle.folder.resolve()}\n".encode(), overwrite=True)
 

@@ -15,8 +15,10 @@ from mos_cli.cli.data import data_app
 from mos_cli.cli.doctor import doctor
 from mos_cli.cli.edit import edit
 from mos_cli.cli.eval import evaluate
+from mos_cli.cli.gallery import gallery
 from mos_cli.cli.generate import generate
 from mos_cli.cli.inspect_routing import inspect_routing
+from mos_cli.cli.logs import logs
 from mos_cli.cli.models import models_app
 from mos_cli.cli.output import open_standard_streams, print_error, stdout
 from mos_cli.cli.paths import App
@@ -125,6 +127,8 @@ app.command("inspect-routing")(inspect_routing)
 app.add_typer(routing_app)
 app.command()(show)
 app.command()(replay)
+app.command()(logs)
+app.command()(gallery)
 app.command()(plan)
 app.command()(bench)
 app.add_typer(models_app)

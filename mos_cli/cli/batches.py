@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from mos_cli.bundles.bundle import Bundle
-    from mos_cli.config.recipe import Recipe
+    from mos_cli.config.recipe import BatchRecipe, Recipe
     from mos_cli.config.settings import RunSettings, Settings
     from mos_cli.images.inputs import Inputs
     from mos_cli.images.manifest import Manifest
@@ -195,6 +195,7 @@ def draw_requests(
                 manifest,
                 trace=settings.trace,
                 metadata=settings.metadata,
+                log=settings.log,
                 report=report,
                 record_options=record_options,
                 # Blocks are compiled for a number of threads.
@@ -240,8 +241,9 @@ def _write_pictures(
 
 def _caption(job: Job, jobs: Sequence[Job]) -> str:
     """The prompt on a sheet, after the seed where the prompt has several pictures."""
-    several = sum(other.recipe.prompt == job.recipe.prompt for other in jobs) > 1
-    return f"{job.recipe.seed}: {job.recipe.prompt}" if several else job.recipe.prompt
+    prompt = job.recipe.weighted_prompt
+    several = sum(other.recipe.weighted_prompt == prompt for other in jobs) > 1
+    return f"{job.recipe.seed}: {prompt}" if several else prompt
 
 
 class _Plan:
@@ -262,6 +264,7 @@ class _Plan:
         self._noted: set[str] = set()
         self._naming = lru_cache(maxsize=None)(self._names_of)
         self._settings_of: dict[str, RunSettings] = {}
+        self._batches: dict[tuple[int, int], tuple[int, BatchRecipe]] = {}
         asked = [request for request in requests if isinstance(request, Request)]
         self._prompts = len({request.prompt for request in asked}) > 1
         self._sources = len({request.sources for request in asked}) > 1
@@ -298,6 +301,7 @@ class _Plan:
             MosError: a setting of the run is wrong, or pictures cannot be written.
         """
         jobs: list[Job | RefusedJob] = []
+        self._batches = self._divided(settings, seed, shared)
         for request in self.requests:
             if isinstance(request, RefusedJob):
                 jobs.append(request)
@@ -329,9 +333,7 @@ class _Plan:
         shared: dict[str, Any],
     ) -> None:
         from mos_cli.bundles.bundle import edit_defaults
-        from mos_cli.config.recipe import make_recipe
         from mos_cli.inference.requests import check_recipe, edit_fields, generation_fields
-        from mos_cli.inference.wildcards import expand_prompt
 
         settings = self._settings(request, run)
         if request.edit is not None:
@@ -350,14 +352,12 @@ class _Plan:
                 self._note(*inputs.notes, *([] if lost is None else [lost]))
         names = self.names if request.output is None else self._naming(request.output)
         source = next((file for file in request.sources if isinstance(file, Path)), None)
-        first = seed if settings.seed is None else settings.seed
-        for number in range(first, first + request.count):
-            try:
-                prompt, template = expand_prompt(request.prompt, number)
-            except MosError as error:
-                jobs.append(RefusedJob(request.subject, error))
+        for number, recipe in self._recipes(request, seed if settings.seed is None else settings.seed, fields | shared):
+            if isinstance(recipe, MosError):
+                jobs.append(RefusedJob(request.subject, recipe))
                 continue
-            recipe = make_recipe(prompt=prompt, template=template, seed=number, **fields, **shared)
+            of_batch, batch = self._batches.get((id(request), number), (None, None))
+            recipe = recipe.model_copy(update={"batch": batch})
             check_recipe(
                 recipe,
                 self.bundle,
@@ -376,13 +376,83 @@ class _Plan:
                 path = names.path(recipe, source)
                 check_format(path, recipe, inputs, settings.metadata)
             again = None if inputs is None else partial(self._unchanged, request, recipe)
-            jobs.append(Job(recipe, path, names, again, source, key, self._cell(request, number), done))
+            jobs.append(Job(recipe, path, names, again, source, key, self._cell(request, number), done, of_batch))
+
+    def _recipes(
+        self, request: Request, first: int, fields: dict[str, Any]
+    ) -> "Iterator[tuple[int, Recipe | MosError]]":
+        """The recipe of every picture of a request, or what is wrong with its prompt, with its seed."""
+        from mos_cli.config.recipe import make_recipe
+        from mos_cli.inference.wildcards import expand_prompt
+        from mos_cli.routing.prompt_weights import parse_weights
+
+        for number in range(first, first + request.count):
+            try:
+                expanded, template = expand_prompt(request.prompt, number)
+                prompt, weights = parse_weights(expanded)
+            except MosError as error:
+                yield number, error
+                continue
+            yield number, make_recipe(prompt=prompt, template=template, weights=weights, seed=number, **fields)
+
+    def _divided(
+        self, run: "RunSettings", seed: int, shared: dict[str, Any]
+    ) -> "dict[tuple[int, int], tuple[int, BatchRecipe]]":
+        """The batch of every picture that is not drawn alone, with its number, by its request and its seed.
+
+        Pictures whose recipes differ in their prompts and seeds alone are divided in their order, whatever is done
+        already: a run that is resumed makes the same batches.
+        """
+        from mos_cli.bundles.adapters import AdapterBundle
+        from mos_cli.cli.progress import fetch_with_progress
+        from mos_cli.config.recipe import BatchRecipe
+        from mos_cli.inference.requests import batch_size, generation_fields
+
+        if run.batch_size == 1:
+            return {}
+        if run.batch_size == "auto" and not self.options.dry_run and not isinstance(self.bundle, AdapterBundle):
+            # What fits depends on its size.
+            with self.report.stage("fetching"):
+                fetch_with_progress(self.bundle.index.understanding, quiet=self.report.quiet)
+        if any(isinstance(request, Request) and request.edit is not None for request in self.requests):
+            self._note("edits are drawn alone, whatever --batch-size is")
+        alike: dict[Recipe, list[tuple[int, int]]] = {}
+        for request in self.requests:
+            if isinstance(request, RefusedJob) or request.edit is not None:
+                continue
+            try:
+                settings = self._settings(request, run)
+                interval = request.flags.cfg_interval
+                fields = generation_fields(
+                    settings, self.bundle, self._canvas(request, settings, None), cfg_interval=interval
+                )
+                first = seed if settings.seed is None else settings.seed
+                for number, recipe in self._recipes(request, first, fields | shared):
+                    if not isinstance(recipe, MosError):
+                        own = {"prompt": "x", "seed": 0, "negative": "", "template": None}
+                        own |= {"weights": None, "negative_weights": None}
+                        alike.setdefault(recipe.model_copy(update=own), []).append((id(request), number))
+            except MosError:
+                # It is told when the jobs are made.
+                continue
+        batches = []
+        for recipe, pictures in alike.items():
+            size = recipe.working_size
+            most = batch_size(run, self.bundle, size, precision=recipe.precision, quant=recipe.quant)
+            batches += [pictures[start : start + most] for start in range(0, len(pictures), most)]
+        return {
+            picture: (number, BatchRecipe(size=len(batch), place=place))
+            for number, batch in enumerate(batches)
+            for place, picture in enumerate(batch)
+            if len(batch) > 1
+        }
 
     def _settings(self, request: Request, run: "RunSettings") -> "RunSettings":
         """The settings of a request, with what concerns the loaded model from the run."""
         settings = self._resolved(request.flags)
         loaded = {
             "quant",
+            "batch_size",
             "offload",
             "max_vram",
             "tiled",

@@ -16,7 +16,8 @@ def generate(
         str,
         typer.Argument(
             callback=as_text,
-            help="What to draw; {red|blue} is one of both and __animals__ a line of a word file, see docs/batches.md; "
+            help="What to draw; {red|blue} is one of both and __animals__ a line of a word file, (cat:1.3) "
+            "weighs a word, see docs/batches.md; "
             "- reads prompts from stdin, @FILE from a file, a line each.",
         ),
     ],

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -46,6 +46,7 @@ class Job:
         key: what identifies it in the manifest.
         cell: its row and column in a sheet with axes.
         done: it is there already, and is not drawn.
+        batch: the number of the batch that it is drawn in; None if it is drawn alone.
     """
 
     recipe: "Recipe"
@@ -56,6 +57,7 @@ class Job:
     key: str = ""
     cell: tuple[str, str] = ("", "")
     done: bool = False
+    batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ def print_jobs(jobs: Sequence[Job | RefusedJob], bundle: "Bundle", settings: "Ru
             failed += 1
             report_failed(job, number, problem, report)
         elif isinstance(job, Job):
-            line = f"{job.path}  (seed {job.recipe.seed}: {shortened(job.recipe.prompt)})"
+            line = f"{job.path}  (seed {job.recipe.seed}: {shortened(job.recipe.weighted_prompt)})"
             report.event("would draw", line, path=str(job.path), recipe=job.recipe.model_dump())
     if len(jobs) > 1:
         number = len(jobs) - failed - there
@@ -249,9 +251,11 @@ def exit_if_failed(failed: int, jobs: Sequence[Job | RefusedJob]) -> None:
 
 def recipe_text(recipe: "Recipe") -> dict[str, str]:
     """A recipe as text by name, without what tells the pictures of a run apart."""
-    values = recipe.model_dump(
-        exclude_none=True, exclude={"prompt", "seed", "width", "height", "route_from", "template"}
-    )
+    from mos_cli.config.recipe import with_weights
+
+    told_apart = {"prompt", "seed", "width", "height", "route_from", "template", "weights", "negative_weights", "batch"}
+    values = recipe.model_dump(exclude_none=True, exclude=told_apart)
+    values["negative"] = with_weights(recipe.negative, recipe.negative_weights)
     values = {name: value for name, value in values.items() if value != ""}
     values["cfg_interval"] = "{:g},{:g}".format(*recipe.cfg_interval)
     if recipe.edit is not None:
@@ -288,6 +292,7 @@ def draw_jobs(
     *,
     trace: "TraceLevel",
     metadata: "Metadata",
+    log: bool,
     report: Report,
     record_options: "RecordOptions",
     observers: Sequence["Observer"] = (),
@@ -302,6 +307,7 @@ def draw_jobs(
         manifest: where it is recorded what becomes of each job.
         trace: how much of the trace is written, a `TraceLevel`.
         metadata: what the pictures say of themselves.
+        log: list them in the log, but for those without metadata.
         observers: called after every step of every picture.
         drawn: called with every job and its picture, when it is written.
 
@@ -320,56 +326,106 @@ def draw_jobs(
     with report.stage("reading"):
         pipeline.encode_ahead([job.recipe for job in missing])
     with sampling_bars(report) as bars, stop_between_steps() as check_interrupt:
-        for number, job in enumerate(jobs, start=1):
+        for group in _groups(jobs):
+            number, job = group[0]
             if isinstance(job, RefusedJob):
                 failed += 1
                 report_failed(job, number, job.error, report)
                 manifest.record("failed", f"refused-{number}", number, job.subject, error=str(job.error))
                 continue
-            if job.done:
+            batch = {number: job for number, job in group if isinstance(job, Job)}
+            if all(job.done for job in batch.values()):
                 continue
-            name = f"picture {number} of {len(jobs)}" if len(jobs) > 1 else "drawing"
-            task = bars.add_task(name, total=job.recipe.steps, unit="steps")
+            task = bars.add_task(_named(list(batch), len(jobs)), total=job.recipe.steps, unit="steps")
             started = perf_counter()
 
-            def observe(step: "Step", task: Any = task, number: int = number) -> None:
+            def observe(step: "Step", task: Any = task, numbers: Sequence[int] = tuple(batch)) -> None:
                 bars.update(task, completed=step.index + 1)
-                if report.json:
+                for number in numbers if report.json else ():
                     report.event("step", index=number, step=step.index + 1, steps=step.total, t=round(step.t, 4))
                 check_interrupt()
 
-            def record(
-                status: Literal["writing", "done", "failed"], job: Job = job, number: int = number, **more: Any
-            ) -> None:
-                manifest.record(status, job.key, number, job.recipe.prompt, seed=job.recipe.seed, **more)
-
+            drawings: Mapping[int, Drawing | MosError]
             try:
                 with report.stage("sampling"):
-                    drawing = pipeline.draw(
-                        job.recipe,
-                        [observe, *observers],
-                        None if job.inputs is None else job.inputs(),
-                        record_options=record_options,
-                        route_from=route_from,
-                    )
-                with report.stage("writing"):
-                    files = _save(drawing, job, trace, metadata, record)
+                    options = {"record_options": record_options, "route_from": route_from}
+                    drawings = _drawings(pipeline, batch, [observe, *observers], options)
             except MosError as error:
-                record("failed", error=str(error), seconds=perf_counter() - started)
-                if len(jobs) == 1:
-                    raise
-                failed += 1
-                report_failed(job, number, error, report)
-                continue
+                drawings = dict.fromkeys(batch, error)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"{written} of {len(missing)} pictures are written") from None
             finally:
                 bars.remove_task(task)
-            written += 1
-            record("done", files=files, seconds=perf_counter() - started)
-            drawn(job, drawing.image)
-            report.picture(list(files), index=number, prompt=job.recipe.prompt, seed=job.recipe.seed)
+            seconds = (perf_counter() - started) / len(batch)
+            for number, job in batch.items():
+                if job.done:
+                    continue
+
+                def record(
+                    status: Literal["writing", "done", "failed"], job: Job = job, number: int = number, **more: Any
+                ) -> None:
+                    manifest.record(status, job.key, number, job.recipe.prompt, seed=job.recipe.seed, **more)
+
+                try:
+                    drawing = drawings[number]
+                    if isinstance(drawing, MosError):
+                        raise drawing
+                    started = perf_counter()
+                    with report.stage("writing"):
+                        files = _save(drawing, job, trace, metadata, record)
+                except MosError as error:
+                    record("failed", error=str(error), seconds=seconds)
+                    if len(jobs) == 1:
+                        raise
+                    failed += 1
+                    report_failed(job, number, error, report)
+                    continue
+                written += 1
+                record("done", files=files, seconds=seconds + perf_counter() - started)
+                if log and metadata != "none" and files:
+                    log = _logged(next(iter(files)), drawing.record.recipe)
+                drawn(job, drawing.image)
+                report.picture(list(files), index=number, prompt=job.recipe.prompt, seed=job.recipe.seed)
     return failed
+
+
+def _groups(jobs: Sequence[Job | RefusedJob]) -> list[list[tuple[int, Job | RefusedJob]]]:
+    """The numbered jobs, those of a batch where the first of them is."""
+    groups: list[list[tuple[int, Job | RefusedJob]]] = []
+    batches: dict[int, list[tuple[int, Job | RefusedJob]]] = {}
+    for number, job in enumerate(jobs, start=1):
+        of_batch = job.batch if isinstance(job, Job) else None
+        if of_batch in batches:
+            batches[of_batch].append((number, job))
+            continue
+        groups.append([(number, job)])
+        if of_batch is not None:
+            batches[of_batch] = groups[-1]
+    return groups
+
+
+def _named(numbers: Sequence[int], total: int) -> str:
+    """What the progress bar calls the pictures that are drawn at once."""
+    if len(numbers) > 1:
+        return f"{len(numbers)} pictures from {numbers[0]} of {total}"
+    return f"picture {numbers[0]} of {total}" if total > 1 else "drawing"
+
+
+def _drawings(
+    pipeline: "MoSPipeline", batch: Mapping[int, Job], observers: "Sequence[Observer]", options: dict[str, Any]
+) -> "dict[int, Drawing | MosError]":
+    """The drawings of a batch, or of a single picture. Those that are there already are drawn with the others.
+
+    A picture depends in its last bits on the lengths of the other prompts, so a run that goes on makes the same batch.
+    """
+    number, job = next(iter(batch.items()))
+    if (of_first := job.recipe.batch) is None:
+        inputs = None if job.inputs is None else job.inputs()
+        return {number: pipeline.draw(job.recipe, observers, inputs, **options)}
+    places = {job.recipe.batch.place: number for number, job in batch.items() if job.recipe.batch is not None}
+    recipes = [batch[places[place]].recipe if place in places else None for place in range(of_first.size)]
+    drawn = pipeline.draw_batch(recipes, observers, **options)
+    return {places[place]: drawing for place, drawing in zip(sorted(places), drawn, strict=True)}
 
 
 def _save(drawing: "Drawing", job: Job, trace: Any, metadata: Any, record: Callable[..., None]) -> dict[Path, bytes]:
@@ -398,6 +454,18 @@ def _save(drawing: "Drawing", job: Job, trace: Any, metadata: Any, record: Calla
         if path != job.path and not names.numbered:
             print_warning(f"{job.path} was taken while this was drawn: it is saved as {path}")
         return files
+
+
+def _logged(path: Path, recipe: "Recipe") -> bool:
+    """Lists a picture in the log. Where that fails, a warning says so, and the run goes on without the log."""
+    from mos_cli.images.log import log_picture
+
+    try:
+        log_picture(path, recipe)
+    except InputError as error:
+        print_warning(f"{error}; the pictures are drawn, and not listed by mos logs: --no-log turns it off")
+        return False
+    return True
 
 
 def write_strip(

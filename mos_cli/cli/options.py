@@ -291,6 +291,23 @@ Compile = Annotated[
         show_default="no",
     ),
 ]
+BatchSize = Annotated[
+    str | None,
+    typer.Option(
+        "--batch-size",
+        envvar="MOS_BATCH_SIZE",
+        metavar="N",
+        help="Draw N pictures of one size at once, or auto, what fits a GPU: not equal in the last bits to pictures "
+        "drawn alone, see docs/batches.md; edits are drawn alone.",
+        show_default="1",
+    ),
+]
+Log = Annotated[
+    bool | None,
+    typer.Option(
+        "--log/--no-log", envvar="MOS_LOG", help="List the pictures in the log of `mos logs`.", show_default="yes"
+    ),
+]
 Sheet = Annotated[
     Path | None, typer.Option("--sheet", metavar="PNG", help="Also write one sheet of all pictures with their prompts.")
 ]
@@ -335,6 +352,7 @@ class DrawOptions:
     overwrite: Overwrite = False
     trace: Trace = None
     metadata: Metadata = None
+    log: Log = None
     routes: Routes = None
     route_from: RouteFrom = None
     route_until: RouteUntil = None
@@ -345,6 +363,7 @@ class DrawOptions:
     precision: Precision = None
     quant: Quant = None
     feature_cache: FeatureCache = None
+    batch_size: BatchSize = None
     max_vram: MaxVram = None
     offload: Offload = None
     attention: Attention = None

@@ -13,6 +13,7 @@ from mos_cli.cli.options import (
     Compile,
     Device,
     Json,
+    Log,
     Loras,
     MaxVram,
     Models,
@@ -69,6 +70,7 @@ def replay(
     output: Output = None,
     overwrite: Overwrite = False,
     trace: Trace = None,
+    log: Log = None,
     regions: Regions = False,
     preview_steps: PreviewSteps = False,
     device: Device = None,
@@ -93,6 +95,7 @@ def replay(
     from mos_cli.images.naming import naming
     from mos_cli.images.outputs import as_stored, drawn_hash, read_drawing
     from mos_cli.inference.requests import check_recipe, with_loras
+    from mos_cli.routing.prompt_weights import parse_weights
     from mos_cli.utils.threads import cpu_threads
 
     report = Report(json=json, quiet=quiet, verbose=verbose)
@@ -117,8 +120,14 @@ def replay(
         fields["edit"] |= {key: changed.pop(key) for key in ("image_cfg", "strength") if key in changed}
     elif source_files or mask:
         raise UsageError(f"{picture} is no edit: drop --input and --mask")
+    for name, weights in {"prompt": "weights", "negative": "negative_weights"}.items():
+        if name in changed:
+            changed[name], fields[weights] = parse_weights(changed[name])
     if "prompt" in changed:
         fields["template"] = None
+    if changed:
+        # A variation is drawn alone, as its seed is without a batch.
+        fields["batch"] = None
     recipe = make_recipe(**fields | changed)
     if recipe.edit is not None:
         image_cfg = recipe.edit.image_cfg
@@ -129,7 +138,7 @@ def replay(
         return made.compiled if compiled is None else compiled
 
     flags = make_settings(
-        output=output, trace=trace, device=device, attention=attention, max_vram=max_vram, offload=offload
+        output=output, trace=trace, log=log, device=device, attention=attention, max_vram=max_vram, offload=offload
     )
     settings = resolve(flags, None)
     with_loras(settings, recipe, lora or [])
@@ -200,6 +209,7 @@ def replay(
                 Manifest(None, resume=False, write=False),
                 trace=settings.trace,
                 metadata=settings.metadata,
+                log=settings.log,
                 report=report,
                 record_options=record_options,
                 observers=(follow,),

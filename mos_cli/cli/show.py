@@ -37,8 +37,12 @@ def show(
 
 
 def _recipe(record: "PictureRecord") -> dict[str, str]:
+    from mos_cli.config.recipe import with_weights
+
     recipe = record.recipe
-    texts = {"prompt": recipe.prompt, "seed": str(recipe.seed)} | recipe_text(recipe)
+    texts = {"prompt": with_weights(recipe.prompt, recipe.weights), "seed": str(recipe.seed)} | recipe_text(recipe)
+    if recipe.batch is not None:
+        texts["batch"] = f"{recipe.batch.place + 1} of {recipe.batch.size}"
     if recipe.template is not None:
         texts["template"] = recipe.template.text
     if recipe.route_from is not None:

@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeInt, ValidationError, field_validator, mo
 from mos_cli import __version__
 from mos_cli.errors import UsageError
 from mos_cli.utils.migration import Migrated
-from mos_cli.utils.validation import Frozen, Interval, RouteRules, Sha256, Solver, first_problem
+from mos_cli.utils.validation import MAX_BATCH, Frozen, Interval, RouteRules, Sha256, Solver, first_problem
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,6 +23,10 @@ MAX_STEPS = 1000
 MAX_GUIDANCE = 100
 MAX_THREADS = 1024
 """The limit for a record's threads: libraries end the process if they cannot start as many as requested."""
+MAX_TOKENS = 4096
+"""The most tokens of a prompt of a batch."""
+MAX_WEIGHT = 10.0
+"""The largest weight of a word in a prompt."""
 Threads = Annotated[int, Field(ge=1, le=MAX_THREADS)]
 
 
@@ -75,6 +79,38 @@ class LoraRecipe(Frozen):
     scale: float = 1.0
 
 
+class PromptWeight(Frozen):
+    """A scale of the routed context of the tokens of the characters `start` to `end` of a prompt, `end` excluded."""
+
+    start: int = Field(ge=0)
+    end: int = Field(ge=1)
+    weight: float = Field(ge=0, le=MAX_WEIGHT)
+
+
+PromptWeights = Annotated[tuple[PromptWeight, ...], Field(min_length=1)]
+
+
+class BatchRecipe(Frozen):
+    """The batch that a picture was drawn in: its number of pictures, and the place of this one, from 0.
+
+    `tokens` are the tokens of the prompts of each picture, those of the branches in their order. They decide how rows
+    are padded, which affects the rounding. They are known once the prompts are encoded; until then None.
+    """
+
+    size: int = Field(ge=2, le=MAX_BATCH)
+    place: int = Field(ge=0)
+    tokens: tuple[tuple[Annotated[int, Field(ge=1, le=MAX_TOKENS)], ...], ...] | None = None
+
+    @model_validator(mode="after")
+    def _place_is_in_the_batch(self) -> Self:
+        if self.place >= self.size:
+            raise ValueError(f"place {self.place} is not in a batch of {self.size}, from 0 on")
+        tokens = self.tokens
+        if tokens is not None and (len(tokens) != self.size or {len(each) for each in tokens} not in ({1}, {2})):
+            raise ValueError("tokens are those of one or two branches of each picture of the batch")
+        return self
+
+
 class PromptTemplate(Frozen):
     """The text with alternatives that a prompt came from, and what was chosen, in order; a replay chooses nothing."""
 
@@ -89,7 +125,8 @@ class Recipe(Frozen):
     on load: "nf4" for both or, for each of them, "nf4,none". `feature_cache` is the distance of the steps at which the
     blocks are computed; None computes them at every step. `routes` are the route rules as text, `route_from` is the
     run that routes are taken from. `loras` are the LoRAs that changed the model, in the order of their changes.
-    `template` is what the prompt was chosen from, if it was.
+    `template` is what the prompt was chosen from, if it was. `weights` are those of words of the prompt, in their
+    order, `negative_weights` those of the negative prompt. `batch` is the batch that it was drawn in; None: alone.
     """
 
     prompt: str = Field(min_length=1)
@@ -109,12 +146,20 @@ class Recipe(Frozen):
     route_from: RouteSource | None = None
     loras: tuple[LoraRecipe, ...] | None = Field(default=None, min_length=1)
     template: PromptTemplate | None = None
+    weights: PromptWeights | None = None
+    negative_weights: PromptWeights | None = None
+    batch: BatchRecipe | None = None
     edit: EditRecipe | None = None
 
     @property
     def working_size(self) -> tuple[int, int]:
         """Width and height at which the model draws."""
         return (self.width, self.height) if self.edit is None else self.edit.canvas
+
+    @property
+    def weighted_prompt(self) -> str:
+        """The prompt with its weights, as (cat:1.3)."""
+        return with_weights(self.prompt, self.weights)
 
     @field_validator("feature_cache")
     @classmethod
@@ -126,6 +171,22 @@ class Recipe(Frozen):
         every = self.feature_cache
         if every is not None and every > max(1, self.steps - 1):
             raise ValueError(f"feature_cache {every} needs more than {every} steps, and there are {self.steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_lie_in_their_prompts(self) -> Self:
+        for name, prompt in {"weights": self.prompt, "negative_weights": self.negative}.items():
+            end = 0
+            for weight in getattr(self, name) or ():
+                if not end <= weight.start < weight.end <= len(prompt):
+                    raise ValueError(f"{name} are of characters of the prompt, one after the other")
+                end = weight.end
+        return self
+
+    @model_validator(mode="after")
+    def _edits_are_drawn_alone(self) -> Self:
+        if self.batch is not None and self.edit is not None:
+            raise ValueError("batch: an edit is drawn alone")
         return self
 
     @model_validator(mode="after")
@@ -206,7 +267,8 @@ class PictureRecord(Frozen):
     def parameters(self) -> str:
         """The recipe in the text form that other image tools read from the `parameters` chunk."""
         recipe = self.recipe
-        negative = f"Negative prompt: {recipe.negative}\n" if recipe.negative else ""
+        shown = with_weights(recipe.negative, recipe.negative_weights)
+        negative = f"Negative prompt: {shown}\n" if recipe.negative else ""
         edit = {} if recipe.edit is None else {"Image CFG scale": recipe.edit.image_cfg}
         settings = {
             "Steps": recipe.steps,
@@ -219,7 +281,22 @@ class PictureRecord(Frozen):
             "Model": recipe.model,
             "Version": f"mos {self.made.mos}",
         }
-        return f"{recipe.prompt}\n{negative}" + ", ".join(f"{key}: {value}" for key, value in settings.items())
+        return f"{recipe.weighted_prompt}\n{negative}" + ", ".join(f"{key}: {value}" for key, value in settings.items())
+
+
+def with_weights(prompt: str, weights: tuple[PromptWeight, ...] | None) -> str:
+    """A prompt as it is typed, with its weights; without weights, as it is."""
+    if not weights:
+        return prompt
+
+    def typed(text: str) -> str:
+        return text.replace("(", r"\(").replace(")", r"\)")
+
+    parts, end = [], 0
+    for weight in weights:
+        parts += [typed(prompt[end : weight.start]), f"({typed(prompt[weight.start : weight.end])}:{weight.weight:g})"]
+        end = weight.end
+    return "".join((*parts, typed(prompt[end:])))
 
 
 def pixels_hash(image: "Image") -> str:

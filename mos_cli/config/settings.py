@@ -14,7 +14,16 @@ from mos_cli.errors import InputError, MosError, UsageError
 from mos_cli.planning.memory import Offload
 from mos_cli.utils.files import expand
 from mos_cli.utils.folders import presets_folder
-from mos_cli.utils.validation import DEFAULT_SOLVER, Interval, Loras, RouteRules, Solver, first_problem, read_toml
+from mos_cli.utils.validation import (
+    DEFAULT_SOLVER,
+    MAX_BATCH,
+    Interval,
+    Loras,
+    RouteRules,
+    Solver,
+    first_problem,
+    read_toml,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +56,10 @@ MaxVram = Annotated[float | Literal["auto"], BeforeValidator(_gib_or_auto)]
 """GiB that may be used of a device; "auto": all that are available."""
 
 
+BatchSize = Annotated[int, Field(ge=1, le=MAX_BATCH)] | Literal["auto"]
+"""How many pictures are drawn at once; "auto": as many as are faster and fit."""
+
+
 class Settings(BaseModel):
     """The settings of a preset; None leaves a value to the next source."""
 
@@ -64,6 +77,7 @@ class Settings(BaseModel):
     precision: PrecisionSetting | None = None
     quant: str | None = None
     feature_cache: int | None = Field(default=None, ge=1)
+    batch_size: BatchSize | None = None
     max_vram: MaxVram | None = None
     offload: Offload | None = None
     device: str | None = None
@@ -75,6 +89,7 @@ class Settings(BaseModel):
     loras: Loras | None = None
     output: str | None = None
     format: PictureSuffix | None = None
+    log: bool | None = None
 
     def over(self, other: "Settings") -> "Settings":
         """These settings, with the gaps filled from `other`."""
@@ -99,6 +114,7 @@ class RunSettings(Settings):
     negative: str = ""
     precision: PrecisionSetting = "auto"
     quant: str = "none"
+    batch_size: BatchSize = 1
     offload: Offload = "none"
     tiled: bool = False
     batched_guidance: bool = True
@@ -109,6 +125,7 @@ class RunSettings(Settings):
     metadata: Metadata = "full"
     output: str = "outputs/{date}/"
     format: PictureSuffix = "png"
+    log: bool = True
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from mos_cli.inference.requests import (
 )
 from mos_cli.planning.candidates import parse_quant
 from mos_cli.planning.memory import Setting
+from mos_cli.routing.prompt_weights import parse_weights
 from mos_cli.routing.trace import RecordOptions
 from mos_cli.utils.devices import choose_device
 from mos_cli.utils.files import expand, sha256_of
@@ -303,7 +304,8 @@ class Model:
             raise InputError("the prompt is empty")
         source = None if route_from is None else expand(route_from)
         recording, fields["route_from"] = route_source(source, route_until, self.bundle)
-        recipe = make_recipe(prompt=prompt.strip(), seed=random_seed() if seed is None else seed, **fields)
+        text, weights = parse_weights(prompt.strip())
+        recipe = make_recipe(prompt=text, weights=weights, seed=random_seed() if seed is None else seed, **fields)
         check_recipe(
             recipe,
             self.bundle,

@@ -3,12 +3,13 @@
 prompt -> understanding tower -> state bank -> (router + generation tower) x steps -> autoencoder -> picture and trace
 pictures to edit -> image encoder, autoencoder ----^
 
-Shapes: B = 1 picture, T context tokens, S steps, J generation blocks, K kept layers, M layers, C channels, H x W.
+Shapes: P pictures of a batch, B = 1 picture, T context tokens, S steps, J generation blocks, K kept layers, M layers,
+C channels, H x W.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ from mos_cli.bundles.bundle import Bundle, verify_bundle
 from mos_cli.bundles.loras import LoraFile
 from mos_cli.config.recipe import PictureRecord, Recipe, check_blocks, pixels_hash, provenance
 from mos_cli.config.settings import Metadata, TraceLevel, smaller
-from mos_cli.errors import DeviceError, MemoryLimitError, ModelError, UsageError
+from mos_cli.errors import DeviceError, InputError, MemoryLimitError, ModelError, MosError, UsageError
 from mos_cli.images.companions import TRACE_SCHEMA, animation, check_name, companions, write_picture
 from mos_cli.images.inputs import Inputs
 from mos_cli.images.outputs import Encoded, check_fits, encode, metadata_length, picture_format
 from mos_cli.inference.edit_canvas import EditConditioning, prepare_edit, restore_size
 from mos_cli.inference.loading import load_parts
 from mos_cli.inference.offload import OffloadedTower, Offloader, memory_limit
-from mos_cli.inference.prompt_encoding import PromptEncoder, PromptEncoding
+from mos_cli.inference.prompt_encoding import PromptEncoder, PromptEncoding, filler, weigh
 from mos_cli.planning.memory import Setting
 from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.rules import BaselineRule, parse_rules
@@ -37,7 +38,7 @@ from mos_cli.routing.trace import Recording, RecordOptions, Routes, Trace, make_
 from mos_cli.routing.transfer import check_model, choices_hash, transfer_routes
 from mos_cli.sampling.feature_cache import caching
 from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, WITHOUT_IMAGE, Guidance, Predictor
-from mos_cli.sampling.sampler import Observer, make_sigmas, sample
+from mos_cli.sampling.sampler import Observer, make_sigmas, sample_batch
 from mos_cli.towers.attention import AttentionBackend
 from mos_cli.towers.autoencoder import Autoencoder, to_image
 from mos_cli.towers.lora import LoraSet
@@ -132,22 +133,33 @@ def make_noise(autoencoder: Autoencoder, size: tuple[int, int], seed: int, devic
 
 def generate_latents(
     tower: Predictor,
-    encodings: Mapping[str, PromptEncoding],
+    encodings: Sequence[Mapping[str, PromptEncoding]],
     autoencoder: Autoencoder,
     device: torch.device,
     *,
     size: tuple[int, int],
-    seed: int,
+    seeds: Sequence[int],
     **sampling: Any,
 ) -> Tensor:
-    """The latent of one picture, [1, C, H, W], from its seed and the encoded prompts of its branches.
+    """The latents of one or several pictures, [P, C, H, W], from their seeds and the encoded prompts of their branches.
 
     Args:
         size: width and height in pixels.
-        sampling: the other arguments of `sample`.
+        sampling: the other arguments of `sample_batch`.
     """
-    banks = {branch: encoding.bank for branch, encoding in encodings.items()}
-    return sample(tower, make_noise(autoencoder, size, seed, device), banks, **sampling)
+    banks = [{branch: encoding.bank for branch, encoding in each.items()} for each in encodings]
+    noise_PCHW = torch.cat([make_noise(autoencoder, size, seed, device) for seed in seeds])
+    return sample_batch(tower, noise_PCHW, banks, **sampling)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A picture that is drawn: its encoded branches, its steering, and what records it."""
+
+    recipe: Recipe
+    encodings: dict[str, PromptEncoding]
+    steerer: Steerer
+    recorder: Recorder
 
 
 class MoSPipeline:
@@ -254,43 +266,126 @@ class MoSPipeline:
             DeviceError: the blocks cannot be compiled.
             UsageError: the recipe, the options and the model do not go together.
         """
-        check_blocks(recipe, compiled=self.compiled, regions=record_options.regions)
-        guidance = Guidance(recipe.cfg, recipe.cfg_interval, 1.0 if recipe.edit is None else recipe.edit.image_cfg)
-        recorder, threads, conditioning = Recorder(record_options), ThreadRecorder(self.device), None
-        try:
+        if (batch := recipe.batch) is not None:
+            recipes = [recipe if place == batch.place else None for place in range(batch.size)]
+            (drawing,) = self.draw_batch(recipes, observers, record_options=record_options, route_from=route_from)
+            if isinstance(drawing, MosError):
+                raise drawing
+            return drawing
+        with self._errors(recipe, "--size" if inputs is None else "--max-pixels", inputs):
             with self.offloader.others_onloaded() if inputs is not None else nullcontext():
                 conditioning = None if inputs is None else prepare_edit(inputs, recipe, self.autoencoder, self.device)
-                encodings = encode_branches(self.prompt_encoder, recipe.prompt, recipe.negative, guidance, conditioning)
-            sigmas = make_sigmas(self.scheduler, recipe.steps, 1.0 if recipe.edit is None else recipe.edit.strength)
-            steerer = self._steerer(recipe, sigmas[:-1].tolist(), guidance, encodings, record_options, route_from)
-            with recorder.attached(self.tower), caching(self.tower, recipe.feature_cache, recipe.steps) as cached:
-                tower, reset_cache = cached
-                z = generate_latents(
-                    tower,
-                    encodings,
-                    self.autoencoder,
-                    self.device,
-                    size=recipe.working_size,
-                    seed=recipe.seed,
-                    sigmas=sigmas,
-                    solver=recipe.solver,
-                    guidance=guidance,
-                    batched_guidance=self.setting.batched_guidance,
-                    observers=[recorder, *observers, threads],
-                    initial=None if conditioning is None else conditioning.initial,
-                    steer=steerer,
-                    reset_cache=reset_cache,
-                )
-            with self.offloader.others_onloaded():
-                image = to_image(self.autoencoder.decode(z))
-                previews = tuple(to_image(self.autoencoder.decode(x_hat)) for x_hat in recorder.x_hats)
-            if inputs is not None:
-                image = restore_size(image, inputs, recipe)
-        except (torch.OutOfMemoryError, MemoryError):
-            option, shown = ("--size", 0) if inputs is None else ("--max-pixels", len(inputs.pictures))
-            raise self._out_of_memory(recipe.working_size, f"take a smaller {option}", shown) from None
-        except RuntimeError as error:
-            raise _not_compiled(error) if self.compiled else error from None
+                row = self._row(recipe, Recorder(record_options), conditioning, route_from)
+            z_BCHW, threads = self._sample([row], [row.encodings], observers, conditioning)
+            return self._finish(row, z_BCHW, threads, inputs)
+
+    def draw_batch(
+        self,
+        recipes: Sequence[Recipe | None],
+        observers: Sequence[Observer] = (),
+        *,
+        record_options: RecordOptions = RecordOptions(),
+        route_from: Recording | None = None,
+    ) -> list[Drawing | MosError]:
+        """Draws the pictures of a batch at once. They have one size and one setting, see `BatchRecipe`.
+
+        Args:
+            recipes: those of the batch, in their places; None in the place of a picture that is not drawn.
+            observers: called once a step, for the last picture.
+            record_options, route_from: as `draw`.
+
+        Returns:
+            For each recipe its picture, or what is wrong with it; the others are drawn then.
+
+        Raises:
+            MosError: as `draw`, for what concerns all of them.
+        """
+        results: dict[int, Drawing | MosError] = {}
+        rows: dict[int, _Row] = {}
+        drawn = {place: recipe for place, recipe in enumerate(recipes) if recipe is not None}
+        first = next(iter(drawn.values()))
+        with self._errors(first, "--batch-size or --size", None):
+            for place, recipe in drawn.items():
+                recorder = Recorder(record_options, place, len(recipes))
+                try:
+                    rows[place] = self._row(recipe, recorder, None, route_from)
+                except MosError as error:
+                    results[place] = error
+            if rows:
+                encodings = _with_fillers(rows, len(recipes))
+                z_PCHW, threads = self._sample(rows.values(), encodings, observers, None, len(recipes))
+                tokens = tuple(tuple(one.bank.bank_BTMD.shape[1] for one in each.values()) for each in encodings)
+                for place, row in rows.items():
+                    assert row.recipe.batch is not None
+                    batch = row.recipe.batch.model_copy(update={"tokens": tokens})
+                    recorded = replace(row, recipe=row.recipe.model_copy(update={"batch": batch}))
+                    results[place] = self._finish(recorded, z_PCHW[place : place + 1], threads, None)
+        return [results[place] for place in drawn]
+
+    def _row(
+        self,
+        recipe: Recipe,
+        recorder: Recorder,
+        conditioning: EditConditioning | None,
+        route_from: Recording | None,
+    ) -> _Row:
+        check_blocks(recipe, compiled=self.compiled, regions=recorder.record_options.regions)
+        guidance = _guidance(recipe)
+        encodings = encode_branches(self.prompt_encoder, recipe.prompt, recipe.negative, guidance, conditioning)
+        encodings = weigh(encodings, recipe)
+        times = self._sigmas(recipe)[:-1].tolist()
+        steerer = self._steerer(recipe, times, guidance, encodings, recorder.record_options, route_from)
+        return _Row(recipe, encodings, steerer, recorder)
+
+    def _sigmas(self, recipe: Recipe) -> Tensor:
+        return make_sigmas(self.scheduler, recipe.steps, 1.0 if recipe.edit is None else recipe.edit.strength)
+
+    def _sample(
+        self,
+        rows: Collection[_Row],
+        encodings: Sequence[Mapping[str, PromptEncoding]],
+        observers: Sequence[Observer],
+        conditioning: EditConditioning | None,
+        pictures: int = 1,
+    ) -> tuple[Tensor, ThreadRecorder]:
+        """The latents of a batch of pictures, of which `rows` are drawn."""
+        by_place = {row.recorder.place: row for row in rows}
+        recipe, threads = next(iter(rows)).recipe, ThreadRecorder(self.device)
+        observing: list[list[Observer]] = [
+            [by_place[place].recorder] if place in by_place else [] for place in range(pictures)
+        ]
+        observing[-1] += [*observers, threads]
+        with ExitStack() as stack:
+            for row in rows:
+                stack.enter_context(row.recorder.attached(self.tower))
+            tower, reset_cache = stack.enter_context(caching(self.tower, recipe.feature_cache, recipe.steps))
+            z_PCHW = generate_latents(
+                tower,
+                encodings,
+                self.autoencoder,
+                self.device,
+                size=recipe.working_size,
+                # The noise of a picture that is not drawn makes no difference.
+                seeds=[by_place[place].recipe.seed if place in by_place else 0 for place in range(pictures)],
+                sigmas=self._sigmas(recipe),
+                solver=recipe.solver,
+                guidance=_guidance(recipe),
+                batched_guidance=self.setting.batched_guidance,
+                observers=observing,
+                initial=None if conditioning is None else conditioning.initial,
+                steer=[by_place[place].steerer if place in by_place else None for place in range(pictures)],
+                reset_cache=reset_cache,
+            )
+        return z_PCHW, threads
+
+    def _finish(self, row: _Row, z_BCHW: Tensor, threads: ThreadRecorder, inputs: Inputs | None) -> Drawing:
+        """Decodes a picture, and describes it."""
+        recipe, recorder = row.recipe, row.recorder
+        with self.offloader.others_onloaded():
+            image = to_image(self.autoencoder.decode(z_BCHW))
+            previews = tuple(to_image(self.autoencoder.decode(x_hat)) for x_hat in recorder.x_hats)
+        if inputs is not None:
+            image = restore_size(image, inputs, recipe)
         made = provenance(
             bundle_hash=self.bundle_hash,
             device=device_name(self.device),
@@ -309,7 +404,19 @@ class MoSPipeline:
             earlier=() if inputs is None else inputs.earlier,
         )
         routes = recorder.routes()
-        return Drawing(image, record, self._trace(record, encodings, recorder, routes, steerer), routes, previews)
+        trace = self._trace(record, row.encodings, recorder, routes, row.steerer)
+        return Drawing(image, record, trace, routes, previews)
+
+    @contextmanager
+    def _errors(self, recipe: Recipe, smaller_option: str, inputs: Inputs | None) -> Iterator[None]:
+        """Errors of torch as those of mos."""
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError):
+            shown = 0 if inputs is None else len(inputs.pictures)
+            raise self._out_of_memory(recipe.working_size, f"take a smaller {smaller_option}", shown) from None
+        except RuntimeError as error:
+            raise _not_compiled(error) if self.compiled else error from None
 
     def _out_of_memory(self, size: tuple[int, int], otherwise: str, references: int = 0) -> MemoryLimitError:
         """The error for too little memory, with a setting that should fit, if there is one, or other advice."""
@@ -389,6 +496,27 @@ class MoSPipeline:
             probabilities=recorder.record_options.probabilities or None,
             regions=recorder.grid,
         )
+
+
+def _guidance(recipe: Recipe) -> Guidance:
+    return Guidance(recipe.cfg, recipe.cfg_interval, 1.0 if recipe.edit is None else recipe.edit.image_cfg)
+
+
+def _with_fillers(rows: Mapping[int, _Row], pictures: int) -> list[dict[str, PromptEncoding]]:
+    """The encodings of all pictures of a batch, with fillers of the recorded lengths for those that are not drawn.
+
+    Raises:
+        InputError: the record of a batch does not fit the model.
+    """
+    first = next(iter(rows.values()))
+    assert first.recipe.batch is not None
+    tokens, counts = first.recipe.batch.tokens, [one.bank.bank_BTMD.shape[1] for one in first.encodings.values()]
+    if tokens is not None and len(tokens[0]) != len(counts):
+        raise InputError("the batch in this recipe has other branches of guidance than the recipe: it is damaged")
+    return [
+        rows[place].encodings if place in rows else filler(first.encodings, counts if tokens is None else tokens[place])
+        for place in range(pictures)
+    ]
 
 
 def _not_compiled(error: RuntimeError) -> Exception:

@@ -3,7 +3,7 @@
 Shapes: T context tokens, M layers, S width of a state, Z widest state of an image token, V image tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from mos_cli.bundles.shapes import IMAGE_GRID
+from mos_cli.config.recipe import Recipe
 from mos_cli.errors import ModelError
+from mos_cli.routing.prompt_weights import branch_weights, check_weights, token_weights
 from mos_cli.routing.trace import TraceToken
 from mos_cli.towers.bank import StateBank
 from mos_cli.towers.generation import GenerationTower
@@ -120,6 +122,36 @@ class PromptEncoder:
                 bank = replace(self.tower.project_states(states.states_BTMS[:, order]), references=references)
             encoded[name] = PromptEncoding(encoding.prompt, bank, tuple(_traced(tokens[n]) for n in order))
         return encoded
+
+
+def weigh(encodings: dict[str, PromptEncoding], recipe: Recipe) -> dict[str, PromptEncoding]:
+    """The encodings of the guidance branches, those of prompts with weights scaled by them.
+
+    Raises:
+        UsageError: the understanding tower reads no token of weighted words.
+    """
+    weighed = {}
+    for name, encoding in encodings.items():
+        if weights := branch_weights(recipe, name):
+            check_weights(weights, encoding.prompt, encoding.tokens)
+            scale_T = torch.tensor(token_weights(weights, encoding.tokens), device=encoding.bank.bank_BTMD.device)
+            encoding = replace(encoding, bank=replace(encoding.bank, scale_BT=scale_T[None]))
+        weighed[name] = encoding
+    return weighed
+
+
+def filler(encodings: Mapping[str, PromptEncoding], tokens: Sequence[int]) -> dict[str, PromptEncoding]:
+    """Encodings with other numbers of tokens, in the place of those of another picture of a batch.
+
+    A row of a product does not depend on the values of the others, but may on how many there are, and how long.
+    """
+    filled = {}
+    for (name, encoding), count in zip(encodings.items(), tokens, strict=True):
+        bank = encoding.bank
+        index_T = torch.arange(count, device=bank.bank_BTMD.device) % bank.bank_BTMD.shape[1]
+        router_BTR = None if bank.router_BTR is None else bank.router_BTR[:, index_T]
+        filled[name] = PromptEncoding(encoding.prompt, StateBank(bank.bank_BTMD[:, index_T], router_BTR), ())
+    return filled
 
 
 def _words_first(tokens: tuple[Token, ...]) -> list[int]:

@@ -25,6 +25,8 @@ from mos_cli.images.inputs import Inputs, describe_edit
 from mos_cli.images.masks import read_mask
 from mos_cli.images.pictures import Picture, PictureFile, read_picture, working_size
 from mos_cli.planning.candidates import parse_quant
+from mos_cli.planning.memory import Setting, largest_batch
+from mos_cli.routing.prompt_weights import branch_weights, check_weights, parse_weights
 from mos_cli.routing.rules import Rule, check_numbers, no_such_word, parse_rules, tokens_of
 from mos_cli.routing.trace import Recording, RecordOptions, load_recording
 from mos_cli.routing.transfer import check_model, choices_hash
@@ -44,7 +46,7 @@ def recipe_fields(settings: RunSettings, bundle: Bundle, defaults: Defaults) -> 
     """The fields of a recipe that settings decide, without its size; what is not set comes from the bundle's defaults.
 
     Raises:
-        UsageError: a quantisation or a route rule is not understood.
+        UsageError: a quantisation, a route rule or a weight in the negative prompt is not understood.
         DeviceError: the device is not there.
     """
     precision, solver = settings.precision, settings.solver
@@ -53,9 +55,11 @@ def recipe_fields(settings: RunSettings, bundle: Bundle, defaults: Defaults) -> 
     if isinstance(bundle, AdapterBundle):
         _check_base_model(settings, bundle)
         solver = "euler"
+    negative, negative_weights = parse_weights(settings.negative)
     return {
         "model": bundle.ref,
-        "negative": settings.negative,
+        "negative": negative,
+        "negative_weights": negative_weights,
         "steps": settings.steps or defaults.steps,
         "solver": solver,
         "cfg": defaults.cfg if settings.cfg is None else settings.cfg,
@@ -269,6 +273,8 @@ def check_prompts(recipes: Sequence[Recipe], bundle: Bundle) -> list[MosError | 
             number = 0 if recipe.edit is None else len(recipe.edit.sources)
             pictures = tuple(Token(f"picture {n + 1}", 0, 0, (n, 0, 0)) for n in range(number))
             prompts = {prompt: tokens_of_prompt(prompt) + pictures for prompt in (recipe.prompt, recipe.negative)}
+            for branch, prompt in {"positive": recipe.prompt, "negative": recipe.negative}.items():
+                check_weights(branch_weights(recipe, branch), prompt, prompts[prompt])
             for rule in parse_rules(recipe.routes or ()):
                 if isinstance(rule, Rule) and not any(tokens_of(rule, *encoded) for encoded in prompts.items()):
                     raise no_such_word(rule, recipe.prompt, prompts[recipe.prompt])
@@ -289,6 +295,11 @@ def _check_adapter_recipe(recipe: Recipe, bundle: AdapterBundle, options: Record
     for option, wanted in unrecorded.items():
         if wanted:
             raise UsageError(f"{option} is not recorded of a base model such as {index.name}: leave it out")
+    if recipe.weights or recipe.negative_weights:
+        raise UsageError(
+            f"weights in prompts scale the routed context of a word, and {index.name} adds routes to a text that it "
+            r"reads itself: leave them out, or write \( for the character"
+        )
     numbers = {"layers": index.layers, "blocks": index.blocks, "steps": recipe.steps, "slots": len(index.own_layers)}
     check_numbers(parse_rules(recipe.routes or ()), **numbers)
     if edit is None:
@@ -307,6 +318,30 @@ def _check_adapter_recipe(recipe: Recipe, bundle: AdapterBundle, options: Record
         width, height = edit.canvas
         if width * height > 1024 * 1024:
             raise UsageError(f"{index.name} edits with a mask at 1024 x 1024 pixels at most: take a smaller --size")
+
+
+def batch_size(
+    settings: RunSettings, bundle: Bundle, size: tuple[int, int], *, precision: str, quant: str | None
+) -> int:
+    """How many pictures of a size are drawn at once; on a CPU, where it is hardly faster, "auto" is 1.
+
+    Raises:
+        UsageError: several are asked for, of a base model.
+    """
+    if settings.batch_size == 1:
+        return 1
+    if isinstance(bundle, AdapterBundle):
+        if settings.batch_size == "auto":
+            return 1
+        raise UsageError(f"{bundle.index.name} is drawn by its pipeline in diffusers, one by one: drop --batch-size")
+    if settings.batch_size != "auto":
+        return settings.batch_size
+    device = choose_device(settings.device)
+    if device.type == "cpu":
+        return 1
+    gib = settings.max_vram if isinstance(settings.max_vram, float) else available_memory(device)
+    setting = Setting(*parse_quant(quant or "none"), settings.offload, settings.tiled, settings.batched_guidance)
+    return largest_batch(network_of(bundle, precision=precision), setting, size, gib)
 
 
 def check_device(settings: RunSettings, recipe: Recipe, bundle: Bundle) -> None:

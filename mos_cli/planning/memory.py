@@ -172,6 +172,18 @@ def stages(network: Network, setting: Setting, size: tuple[int, int]) -> tuple[M
     )
 
 
+def largest_batch(network: Network, setting: Setting, size: tuple[int, int], gib: float) -> int:
+    """The most pictures of a size that fit when drawn at once, of 16, 8, 4, 2 and 1.
+
+    Raises:
+        ModelError: the memory of this kind of autoencoder is not known.
+    """
+    draw = next(stage for stage in stages(network, setting, size) if stage.name == "draw")
+    weight_bytes = sum(draw.parts[name] for name in draw.parts.keys() & {"understanding tower", "generation tower"})
+    each = draw.peak - weight_bytes
+    return next((n for n in (16, 8, 4, 2) if weight_bytes + n * each + RESERVE <= gib * GIB), 1)
+
+
 def host_bytes(network: Network, setting: Setting) -> int:
     """Bytes of main memory for offloading; copies of all weights stay there."""
     made = weights(network, setting)

@@ -24,9 +24,15 @@ from mos_cli.towers.router import Route
 
 @dataclass
 class Recorder:
-    """An observer of the sampler that keeps every route, and what the options request."""
+    """An observer of the sampler that keeps every route of one picture, and what the options request.
+
+    Args:
+        place, pictures: which picture of a batch it is, of how many.
+    """
 
     record_options: RecordOptions
+    place: int = 0
+    pictures: int = 1
     times: list[float] = field(default_factory=list)
     steps: dict[str, list[int]] = field(default_factory=dict)
     x_hats: list[Tensor] = field(default_factory=list)
@@ -43,8 +49,8 @@ class Recorder:
         for name, route in step.routes.items():
             self.steps.setdefault(name, []).append(step.index)
             self._routes.setdefault(name, []).append(route)
-        # The tower computed the branches in this order. Without hooks there are no passes.
-        rows = [row for one in self._passes for row in one.rows]
+        # The tower computed the branches in this order, each of all pictures. Without hooks there are no passes.
+        rows = [row for one in self._passes for row in one.rows][self.place :: self.pictures]
         for name, row in zip(step.routes, rows, strict=True) if rows else ():
             if row.probabilities_JTM is not None:
                 self._probabilities.setdefault(name, []).append(row.probabilities_JTM)

@@ -11,6 +11,7 @@ import numpy as np
 
 from mos_cli.errors import InputError, UsageError
 from mos_cli.routing.analysis import Word, agreement, split_words, step_changes, summarise
+from mos_cli.routing.prompt_weights import branch_weights, token_weights, weight_text
 from mos_cli.routing.trace import BranchSummary, Recording, Routes, TraceBranch
 
 
@@ -58,6 +59,15 @@ class Section:
     def words(self) -> tuple[Word, ...]:
         """The words of the branch's prompt, its pictures, and its special tokens; see `split_words`."""
         return split_words(self.branch.prompt, self.branch.tokens)
+
+    def weight(self, word: Word) -> str | None:
+        """The weight of a word in the prompt, as text; None where it is 1."""
+        return weight_text(word.tokens, self.weights)
+
+    @property
+    def weights(self) -> list[float]:
+        """The weight of each token in the prompt."""
+        return token_weights(branch_weights(self.recording.trace.recipe, self.name), self.branch.tokens)
 
 
 def cut(recording: Recording, name: str, steps: str | None = None, blocks: str | None = None) -> Section:

@@ -1,10 +1,12 @@
 """Classifier-free guidance and its branches, computed as one batch or one after the other.
 
-Shapes: B branches, T context tokens, J generation blocks, M understanding layers, C channels, H x W the latent's size.
+Shapes: P pictures, B rows, one for each branch of each picture, T context tokens, J generation blocks, M understanding
+layers, C channels, H x W the latent's size.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Protocol
 
 import torch
@@ -58,68 +60,82 @@ class Predictor(Protocol):
 
 
 class Branches:
-    """Computes the branches that are needed at a step.
+    """Computes the branches of the pictures of a batch that are needed at a step.
 
     Args:
-        banks: the state bank of each branch.
+        banks: for each picture the state bank of each branch. With several pictures there are no references.
         batched_guidance: compute the branches with references as one batch and those without as another. Attention is
-            computed branch by branch, so padding has no effect.
+            computed row by row, so padding has no effect.
     """
 
-    def __init__(self, tower: Predictor, banks: Mapping[str, StateBank], *, batched_guidance: bool) -> None:
+    def __init__(self, tower: Predictor, banks: Sequence[Mapping[str, StateBank]], *, batched_guidance: bool) -> None:
         self.tower, self.banks, self.batched_guidance = tower, banks, batched_guidance
         self._joined: dict[tuple[str, ...], StateBank] = {}
         self._steerings: dict[tuple[str, ...], tuple[list[SteeringInput], SteeringInput]] = {}
 
     def __call__(
-        self, names: Sequence[str], z_BCHW: Tensor, t: float, steer: Callable[[str], SteeringInput]
-    ) -> tuple[dict[str, Tensor], dict[str, Route]]:
-        """The clean latent that each branch predicts, and its route."""
-        x_hats, routes = {}, {}
+        self, names: Sequence[str], z_PCHW: Tensor, t: float, steer: Callable[[int, str], SteeringInput]
+    ) -> tuple[dict[str, Tensor], list[dict[str, Route]]]:
+        """The clean latents [P, C, H, W] that each branch predicts, and for each picture the route of each branch.
+
+        Args:
+            steer: the steering of a branch of a picture, by its number.
+        """
+        x_hats: dict[str, Tensor] = {}
+        routes: list[dict[str, Route]] = [{} for _ in self.banks]
         for group in self._groups(names):
-            predict = self._one if len(group) == 1 else self._batch
-            for name, x_hat_BCHW, route in predict(group, z_BCHW, t, steer):
-                x_hats[name], routes[name] = x_hat_BCHW, route
+            predict = self._one if len(group) == len(self.banks) == 1 else self._batch
+            x_hat_BCHW, rows = predict(group, z_PCHW, t, steer)
+            x_hats |= zip(group, x_hat_BCHW.split(len(self.banks)), strict=True)
+            for (name, number), row in zip(self._rows(group), rows, strict=True):
+                routes[number][name] = row
         return x_hats, routes
 
     def _one(
-        self, group: Sequence[str], z_BCHW: Tensor, t: float, steer: Callable[[str], SteeringInput]
-    ) -> Iterator[tuple[str, Tensor, Route]]:
-        (name,), t_B = group, z_BCHW.new_full(z_BCHW.shape[:1], t)
-        yield name, *self.tower(z_BCHW, t_B, self.banks[name], steering=steer(name))
+        self, group: Sequence[str], z_1CHW: Tensor, t: float, steer: Callable[[int, str], SteeringInput]
+    ) -> tuple[Tensor, list[Route]]:
+        (name,), t_1 = group, z_1CHW.new_full((1,), t)
+        x_hat_1CHW, route = self.tower(z_1CHW, t_1, self.banks[0][name], steering=steer(0, name))
+        return x_hat_1CHW, [route]
 
     def _batch(
-        self, group: tuple[str, ...], z_1CHW: Tensor, t: float, steer: Callable[[str], SteeringInput]
-    ) -> Iterator[tuple[str, Tensor, Route]]:
+        self, group: tuple[str, ...], z_PCHW: Tensor, t: float, steer: Callable[[int, str], SteeringInput]
+    ) -> tuple[Tensor, list[Route]]:
+        rows = self._rows(group)
         if group not in self._joined:
-            self._joined[group] = join([self.banks[name] for name in group])
-        bank, steerings = self._joined[group], [steer(name) for name in group]
+            self._joined[group] = join([self.banks[number][name] for name, number in rows])
+        bank, steerings = self._joined[group], [steer(number, name) for name, number in rows]
         assert isinstance(bank.padding, VariableLengths)
-        z_BCHW, t_B = z_1CHW.expand(len(group), -1, -1, -1), z_1CHW.new_full((len(group),), t)
+        z_BCHW, t_B = z_PCHW.expand(len(group), *z_PCHW.shape).flatten(0, 1), z_PCHW.new_full((len(rows),), t)
         before, steering = self._steerings.get(group, ([], None))
         if not before or any(old is not new for old, new in zip(before, steerings, strict=True)):
             # Most steps have the same steering as the one before.
-            steering = _join_steerings(steerings, [self.banks[name] for name in group], bank.padding)
+            steering = _join_steerings(steerings, [self.banks[number][name] for name, number in rows], bank.padding)
             self._steerings[group] = (steerings, steering)
         x_hat_BCHW, route = self.tower(z_BCHW, t_B, bank, steering=steering)
-        for number, (name, steering_inputs) in enumerate(zip(group, steerings, strict=True)):
+        found = []
+        for number, steering_inputs in enumerate(steerings):
             row = route.row(bank.padding, number)
             # No changed decisions are counted for a branch without rules.
-            row = row if steering_inputs is not None else replace(row, changed_BTJ=None)
-            yield name, x_hat_BCHW[number : number + 1], row
+            found.append(row if steering_inputs is not None else replace(row, changed_BTJ=None))
+        return x_hat_BCHW, found
+
+    def _rows(self, group: Sequence[str]) -> list[tuple[str, int]]:
+        """The rows of a batch in their order: a branch of all pictures, then the next branch."""
+        return list(product(group, range(len(self.banks))))
 
     def _groups(self, names: Sequence[str]) -> list[tuple[str, ...]]:
         if not self.batched_guidance:
             return [(name,) for name in names]
-        with_images = tuple(name for name in names if self.banks[name].references is not None)
-        without = tuple(name for name in names if self.banks[name].references is None)
+        with_images = tuple(name for name in names if self.banks[0][name].references is not None)
+        without = tuple(name for name in names if self.banks[0][name].references is None)
         return [group for group in (with_images, without) if group]
 
 
 def _join_steerings(
     steerings: Sequence[SteeringInput], banks: Sequence[StateBank], padding: VariableLengths
 ) -> SteeringInput:
-    """The steering of several branches as one batch. A baseline and an order of layers are equal for all branches."""
+    """The steering of several rows as one batch. A baseline and an order of layers are equal for all rows."""
     first = next((steering for steering in steerings if steering is not None), None)
     if not isinstance(first, Steering):
         return first

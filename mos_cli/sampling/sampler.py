@@ -1,14 +1,15 @@
 """The denoising loop: from noise to a latent, step by step, with observers.
 
-Pictures are drawn one at a time, so that a picture does not depend on the number of pictures.
+Pictures are drawn one at a time, unless a batch is asked for: a product of matrices rounds otherwise with more rows.
 
-Shapes: B = 1 picture, C channels, H x W the latent's size.
+Shapes: P pictures, B = 1 picture, C channels, H x W the latent's size.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,39 +63,59 @@ def make_sigmas(scheduler: FlowMatchEulerDiscreteScheduler, steps: int, first: f
     return made.sigmas  # type: ignore[return-value]
 
 
-@torch.inference_mode()
 def sample(
     tower: Predictor,
     noise_BCHW: Tensor,
     banks: dict[str, StateBank],
     *,
-    sigmas: Tensor,
-    solver: Solver,
-    guidance: Guidance,
-    batched_guidance: bool = False,
     observers: Sequence[Observer] = (),
-    initial: InitialLatent | None = None,
-    steer: Steer = lambda step, branch: None,
-    reset_cache: Callable[[], None] = lambda: None,
+    steer: Steer | None = None,
+    **sampling: Any,
 ) -> Tensor:
-    """Integrates from noise to a latent.
+    """Integrates from noise to the latent of one picture.
 
     Args:
         noise_BCHW: z_1, float32.
         banks: the state banks of the branches that guidance needs.
+        observers: called after every step, in order; an exception raised by one ends the run.
+        steer: the steering of every step; without it the router decides.
+        sampling: the other arguments of `sample_batch`.
+    """
+    return sample_batch(tower, noise_BCHW, [banks], observers=[observers], steer=[steer], **sampling)
+
+
+@torch.inference_mode()
+def sample_batch(
+    tower: Predictor,
+    noise_PCHW: Tensor,
+    banks: Sequence[dict[str, StateBank]],
+    *,
+    sigmas: Tensor,
+    solver: Solver,
+    guidance: Guidance,
+    observers: Sequence[Sequence[Observer]] = (),
+    steer: Sequence[Steer | None] | None = None,
+    batched_guidance: bool = False,
+    initial: InitialLatent | None = None,
+    reset_cache: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Integrates from noise to the latents of several pictures, as one batch at every step.
+
+    Args:
+        noise_PCHW: z_1, float32.
+        banks, observers, steer: those of each picture; see `sample`.
         sigmas: the times of the run; see `make_sigmas`.
         solver: "euler", or "ab2", the two-step Adams-Bashforth method. Its first step is an Euler step; so is a step
             with other branches than the one before, since the velocity jumps there and cannot be extrapolated.
         batched_guidance: compute the branches as one batch; see `Branches`.
-        observers: called after every step, in order; an exception raised by one ends the run.
         initial: the latent to start from; without it the run starts from noise alone.
-        steer: the steering of every step; without it the router decides.
         reset_cache: called before a step with other branches than the one before it.
     """
     times = sigmas.tolist()
-    z, steps = noise_BCHW, len(times) - 1
+    z, steps = noise_PCHW, len(times) - 1
     if initial is not None:
         z = noised(initial.z0_BCHW, z, torch.full((z.shape[0],), times[0], device=z.device))
+    steer = steer or [None] * len(banks)
     predict = Branches(tower, banks, batched_guidance=batched_guidance)
     names = guidance.branches(times[0])
     v_before: Tensor | None = None
@@ -103,7 +124,7 @@ def sample(
         if names != before:
             reset_cache()
             v_before = None
-        x_hats, routes = predict(names, z, t, partial(steer, index))
+        x_hats, routes = predict(names, z, t, partial(_steering, steer, index))
         x_hat = guidance.guided(x_hats)
         if initial is not None and initial.mask_11HW is not None:
             x_hat = torch.lerp(initial.z0_BCHW, x_hat, initial.mask_11HW)
@@ -113,6 +134,12 @@ def sample(
             mean_v = extrapolated(v, v_before, times[index - 1], t, t_next)
         v_before = v
         z = torch.add(z, mean_v, alpha=t_next - t)
-        for observe in observers:
-            observe(Step(index, steps, t, x_hat, routes))
+        for number, observe_picture in enumerate(observers):
+            for observe in observe_picture:
+                observe(Step(index, steps, t, x_hat[number : number + 1], routes[number]))
     return z
+
+
+def _steering(steer: Sequence[Steer | None], step: int, number: int, branch: str) -> SteeringInput:
+    of_picture = steer[number]
+    return None if of_picture is None else of_picture(step, branch)

@@ -7,6 +7,7 @@ J generation blocks, K kept layers. In router_BTR, R is the width of the router.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from mos_cli.towers.layers import Padding, TokenGrid, VariableLengths
@@ -40,13 +41,15 @@ class StateBank:
     """The hidden states of a prompt, projected once. Mixing rows of the bank equals projecting mixed states.
 
     `bank_BTMD` holds every layer at the generation tower's width, `router_BTR` the router's input for the tokens (None
-    where there is no router). With references, the last tokens are their image tokens, grid by grid.
+    where there is no router). With references, the last tokens are their image tokens, grid by grid. `scale_BT` are
+    the weights of the tokens in the prompt, by which their contexts are multiplied; None where all are 1.
     """
 
     bank_BTMD: Tensor
     router_BTR: Tensor | None
     padding: Padding = None
     references: References | None = None
+    scale_BT: Tensor | None = None
 
     def mix(self, route: Route) -> Tensor:
         """The contexts of all blocks, [B, T, J, D]: the weighted sum of the kept layers of each token.
@@ -71,11 +74,17 @@ def join(banks: Sequence[StateBank]) -> StateBank:
     padding = VariableLengths(tuple(bank.bank_BTMD.shape[1] - image_tokens for bank in banks))
     if references is not None:
         references = replace(references, kv=tuple(kv.expand(len(banks), -1, -1) for kv in references.kv))
+    scale_BT = None
+    if any(bank.scale_BT is not None for bank in banks):
+        ones = [bank.bank_BTMD.new_ones(bank.bank_BTMD.shape[:2], dtype=torch.float32) for bank in banks]
+        scales = [one if bank.scale_BT is None else bank.scale_BT for bank, one in zip(banks, ones, strict=True)]
+        scale_BT = padding.join(scales, fill=1)
     return StateBank(
         padding.join([bank.bank_BTMD for bank in banks]),
         None if router_inputs[0] is None else padding.join(router_inputs),  # type: ignore[arg-type]
         padding,
         references,
+        scale_BT,
     )
 
 

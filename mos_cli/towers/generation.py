@@ -250,7 +250,11 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
         positions = rotary(layout, self.head_width, self.rope_theta, z_BCHW.device)
         padding = extended(bank.padding, before=patches.shape[1], after=total(references))
         contexts = bank.mix(route).unbind(2)
-        kept = route.weights_BTJK.sum(dim=-1, keepdim=True).to(x.dtype).unbind(2)
+        kept_BTJ1 = route.weights_BTJK.sum(dim=-1, keepdim=True)
+        if bank.scale_BT is not None:
+            # Here, because the norm on a block's context would remove it.
+            kept_BTJ1 = kept_BTJ1 * bank.scale_BT[:, :, None, None]
+        kept = kept_BTJ1.to(x.dtype).unbind(2)
         references_kv = (None,) * self.depth if bank.references is None else bank.references.kv
         for block, context, kept_BT1, reference_kv in zip(self.blocks, contexts, kept, references_kv, strict=True):
             x = block(x, context, kept_BT1, reference_kv, modulation, positions, padding)

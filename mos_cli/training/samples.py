@@ -99,11 +99,11 @@ def _draw(trainer: Trainer, tower: GenerationTower, prompt: str, before: Tensor 
         conditioning = EditConditioning((before,), (latent,), InitialLatent(latent))
     z = generate_latents(
         tower,
-        encode_branches(prompt_encoder, prompt, "", guidance, conditioning),
+        [encode_branches(prompt_encoder, prompt, "", guidance, conditioning)],
         autoencoder,
         trainer.device,
         size=(side, side),
-        seed=seed,
+        seeds=[seed],
         sigmas=make_sigmas(FlowMatchEulerDiscreteScheduler(), defaults.steps),
         solver=DEFAULT_SOLVER,
         guidance=guidance,

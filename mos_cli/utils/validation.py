@@ -51,6 +51,8 @@ Interval = Annotated[tuple[float, float], BeforeValidator(_two_times), AfterVali
 """Two times t, where 1 is pure noise and 0 the picture; as text "0.1,0.9"."""
 
 
+MAX_BATCH = 64
+"""The most pictures that are drawn at once."""
 Solver = Literal["euler", "ab2"]
 """The solver of the flow: Euler's method, or the two-step Adams-Bashforth method."""
 DEFAULT_SOLVER: Solver = "ab2"

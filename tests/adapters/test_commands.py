@@ -56,6 +56,13 @@ def test_a_rule_opens_the_gate_of_its_tokens_alone(mos: Mos, base_folders: Folde
     assert mos("replay", tmp_path / "ruled.png", "--verify").exit_code == 0
 
 
+def test_weights_in_prompts_are_refused(mos: Mos, base_folders: Folders, tmp_path: Path) -> None:
+    for words in (["a (fox:1.3)"], [PROMPT, "--cfg", "2", "--negative", "(fox:1.3)"]):
+        refused = mos("generate", *words, "-m", base_folders("prx"), "-o", tmp_path / "a.png")
+        assert (refused.exit_code, len(refused.stderr.splitlines())) == (2, 1), refused.stderr
+        assert "weights in prompts" in refused.stderr
+
+
 def test_a_written_slot_is_taken(mos: Mos, base_folders: Folders, tmp_path: Path) -> None:
     picture = tmp_path / "a.png"
     rule = "fox=2 blocks 1 slots 2"

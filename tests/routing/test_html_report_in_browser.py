@@ -90,6 +90,19 @@ def test_it_tells_what_was_drawn_and_what_was_read(opened: Callable[..., Any], t
 
 
 @pytest.mark.slow
+def test_weights_of_the_prompt_are_told(opened: Callable[..., Any], tmp_path: Path) -> None:
+    page = opened(record(tmp_path, weights=[{"start": 2, "end": 5, "weight": 0.5}]))
+    rules = page.locator("#rules")
+    assert rules.inner_text().split("\n") == ["Weights in the prompt", "red routed context \u00d7 0.5"]
+    page.locator("h1 .inked", has_text="red").click()
+    settle(page)
+    assert "red \u00d7 0.5" in page.locator("#inspector").inner_text()
+    page.get_by_role("button", name="negative").click()
+    settle(page)
+    assert rules.is_hidden()
+
+
+@pytest.mark.slow
 def test_the_scrubber_moves(opened: Callable[..., Any], tmp_path: Path) -> None:
     page = opened(record(tmp_path, previews=True))
 

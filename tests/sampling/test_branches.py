@@ -55,9 +55,9 @@ def step(
 ) -> tuple[Step, Recorder]:
     """One step, as the sampler takes it, and what was recorded of it."""
     z, recorder = inputs(1)[0], Recorder(record_options)
-    predict = Branches(tower, banks(tower), batched_guidance=batched_guidance)
+    predict = Branches(tower, [banks(tower)], batched_guidance=batched_guidance)
     with recorder.attached(tower):
-        x_hats, routes = predict(tuple(TOKENS), z, 0.6, steerings.get)
+        x_hats, (routes,) = predict(tuple(TOKENS), z, 0.6, lambda picture, name: steerings.get(name))
         seen = Step(0, 1, 0.6, torch.cat(list(x_hats.values())), routes)
         recorder(seen)
     return seen, recorder
@@ -114,11 +114,12 @@ def test_rules_of_one_branch_leave_the_others_alone() -> None:
 def test_rules_are_joined_anew_only_where_they_change() -> None:
     tower, said = small_tower(), []
     predict = Branches(
-        lambda *asked, steering: (said.append(steering), tower(*asked))[1], banks(tower), batched_guidance=True
+        lambda *asked, steering: (said.append(steering), tower(*asked))[1], [banks(tower)], batched_guidance=True
     )
     one, other = (Steering(torch.ones(1, TOKENS["negative"], J, M, dtype=torch.bool)) for _ in range(2))
     for steering in (one, one, other):
-        predict(("positive", "negative"), inputs(1)[0], 0.6, {"negative": steering}.get)
+        steer = {"positive": None, "negative": steering}.get
+        predict(("positive", "negative"), inputs(1)[0], 0.6, lambda picture, name, steer=steer: steer(name))
     assert said[0] is said[1]
     assert said[1] is not said[2]
 

@@ -17,6 +17,7 @@ def section_facts(section: Section, requested: Sequence[Word] = ()) -> dict[str,
     """The content of `RoutesView` as one JSON object; null where a summary lacks the data."""
     trace, summary, routes = section.recording.trace, section.summary, section.routes
     recipe, branch, mean_layer_ST = trace.recipe, section.branch, np.array(summary.mean_layer_ST)
+    weights = section.weights
     return {
         "overview": {
             "prompt": branch.prompt,
@@ -40,6 +41,7 @@ def section_facts(section: Section, requested: Sequence[Word] = ()) -> dict[str,
                 "special": word.special,
                 "tokens": list(word.tokens),
                 "mean_layer": word_layers(word, mean_layer_ST),
+                "weights": [weights[number] for number in word.tokens],
             }
             for word in requested or section.words
         ],

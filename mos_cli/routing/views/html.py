@@ -20,6 +20,7 @@ from mos_cli.errors import InputError
 from mos_cli.images.outputs import picture_format
 from mos_cli.routing.analysis import Word, split_words
 from mos_cli.routing.diff import compare
+from mos_cli.routing.prompt_weights import branch_weights, token_weights
 from mos_cli.routing.trace import Recording, Routes, Trace, TraceBranch, TraceToken
 from mos_cli.routing.views.difference import headline
 
@@ -116,6 +117,7 @@ def _branch(trace: Trace, name: str, routes: Routes, rows: list[Sequence[int] | 
         "ids": pack(ids_JTKS),
         "weights": pack(_bytes(weights_JTKS.astype(np.float32))),
         "regions": None if trace.regions is None else _regions(trace, routes, rows),
+        "scales": token_weights(branch_weights(trace.recipe, name), branch.tokens),
         "steered": [done.model_dump() for done in branch.steered or ()],
         "changed": branch.changed,
     }

@@ -48,6 +48,12 @@ class RoutesView:
         if recipe.routes or recipe.route_from:
             yield heading("rules, and the decisions that each applies to")
             yield self._rules()
+        if weighted := [(word, text) for word in section.words if (text := section.weight(word))]:
+            yield heading("weights in the prompt: what is multiplied with the routed context of a word")
+            weights = plain_table()
+            for word, text in weighted:
+                weights.add_row(Text(printable(word.text)), text)
+            yield weights
         yield heading(f"words x steps: the layer read on average, 0 to {last}")
         yield from self._words(width)
         groups = readers(section, self.requested) if section.routes is not None else ()
@@ -125,17 +131,23 @@ class RoutesView:
         for word in words[:MOST_WORDS]:
             layers_S = word_layers(word, mean_layer_ST)
             cells = [shaded(f"{layers_S[column]:.1f}", layers_S[column] / last) for column in columns]
-            table.add_row(Text(printable(word.text), style="dim" if word.special else ""), *cells)
+            table.add_row(self._name(word), *cells)
         yield table
         if len(words) > MOST_WORDS:
             yield Text(f"and {len(words) - MOST_WORDS} words more: --word shows one, --export all of them", style="dim")
+
+    def _name(self, word: Word) -> Text:
+        """A word with its weight in the prompt."""
+        weight = self.section.weight(word)
+        name = Text(printable(word.text), style="dim" if word.special else "")
+        return name if weight is None else name.append(f" x{weight}", style="dim")
 
     def _layers_by_word(self, words: Sequence[Word], width: int) -> Iterable[Table]:
         section = self.section
         assert section.routes is not None
         use = [layer_use(section.routes, word.tokens, len(section.layers)).tolist() for word in words]
         most = max(map(max, use))
-        rows = [(Text(printable(word.text)), share_cells(use_M, most)) for word, use_M in zip(words, use, strict=True)]
+        rows = [(self._name(word), share_cells(use_M, most)) for word, use_M in zip(words, use, strict=True)]
         yield from number_tables("layer", range(len(section.layers)), rows, width, WORD_WIDTH)
 
     def _entropy(self, width: int, bars: str) -> Table:

@@ -116,7 +116,9 @@ function showLegend() {
 
 /** The layers of one decision (a token of a word, its `line`, in a block), or of a word over several, in text. */
 function describe(row, step, block, line = 0) {
-  const where = `${name(rows()[row])} · step ${step}` + (block === null ? "" : ` · block ${block}`);
+  const weight = state.view === "both" || !reads(side(), row) ? "" : branchOf(side()).scale(row);
+  const where = `${name(rows()[row])}${weight ? ` × ${weight}` : ""} · step ${step}` +
+    (block === null ? "" : ` · block ${block}`);
   const parts = shown().map((at) => {
     const branch = branchOf(at), column = columnOf(at, step), mark = shown().length > 1 ? `${sides[at]}: ` : "";
     if (!reads(at, row)) return `${mark}not in this prompt`;

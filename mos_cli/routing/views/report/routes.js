@@ -21,6 +21,7 @@ class Branch {
     branch.M = trace.layers.length;
     branch.steps = held.steps;
     branch.tokens = held.tokens;
+    branch.scales = held.scales;
     branch.rows = rows.map((row) => row.tokens[side]);
     branch.everyone = [...held.tokens.keys()];
     branch.ids = await unpack(held.ids);
@@ -28,6 +29,13 @@ class Branch {
     if (held.regions) branch.regions = { ...held.regions, parts: await unpack(held.regions.parts) };
     branch.volumes = new Map();
     return branch;
+  }
+
+  /** The weight of a word in the prompt, in text; empty where it is 1. */
+  scale(row) {
+    const held = [...new Set(this.rows[row].map((t) => this.scales[t]))].sort((a, b) => a - b);
+    if (held.length === 1) return held[0] === 1 ? "" : `${held[0]}`;
+    return `${held[0]} to ${held.at(-1)}`;
   }
 
   /** Which of the branch's own steps a step of the run is; -1 where the branch was not computed. */

@@ -1,4 +1,4 @@
-// Words: the prompts in the colours of their layers, what the routes say in a sentence, and the rules.
+// Words: the prompts in the colours of their layers, what the routes say in a sentence, and the rules and weights.
 
 const strong = (text) => make("strong", {}, text);
 const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (/[.\s]$/.test(text) ? "" : ".");
@@ -69,9 +69,20 @@ function turn(branch, pinned) {
     ` over the steps: from layer ${level(from)} to ${level(to)} on average.`];
 }
 
+/** The words of the prompt that have weights. */
+function weights(at) {
+  const branch = branchOf(at);
+  const words = [...rows().keys()].filter((row) => branch && reads(at, row) && branch.scale(row));
+  if (!words.length) return [];
+  const list = make("ul");
+  list.append(...words.map((row) =>
+    make("li", {}, make("code", {}, name(rows()[row])), ` routed context × ${branch.scale(row)}`)));
+  return [make("h2", {}, two ? `Weights in the prompt, ${sides[at]}` : "Weights in the prompt"), list];
+}
+
 function showRules() {
   const blocks = traces.flatMap((trace, at) => {
-    if (!trace.rules.length) return [];
+    if (!trace.rules.length) return weights(at);
     const held = branches[at][state.branch], list = make("ul");
     for (const rule of trace.rules) {
       const done = held?.steered.find((one) => one.rule === rule);
@@ -80,7 +91,7 @@ function showRules() {
     }
     const changed = held?.changed == null ? [] : [make("p", { class: "note" },
       `${held.changed} of ${held.S * held.J * held.T} decisions are not the router’s own.`)];
-    return [make("h2", {}, two ? `Steered, ${sides[at]}` : "Steered"), list, ...changed];
+    return [make("h2", {}, two ? `Steered, ${sides[at]}` : "Steered"), list, ...changed, ...weights(at)];
   });
   $("rules").hidden = !blocks.length;
   $("rules").replaceChildren(...blocks);
