@@ -465,9 +465,10 @@ def export_run(run: Path, target: Path | None = None) -> Path:
     kept = read_recipe(run / RECIPE)
     start_hash = kept.pop("start_hash", None)
     recipe = TrainRecipe.model_validate_json(json.dumps(kept))
-    if start_hash is not None and recipe.start_from is not None:
-        if find_bundle(recipe.start_from).hash != start_hash:
-            raise ModelError(f"{recipe.start_from} is no longer the model that the run in {run} began with")
+    if recipe.start_from is not None and start_hash not in (None, find_bundle(recipe.start_from).hash):
+        raise ModelError(f"{recipe.start_from} is no longer the model that the run in {run} began with")
+    if recipe.lora is not None and target is not None and target.suffix != LORA_SUFFIX:
+        raise InputError(f"{target}: a LoRA is one file, choose a name that ends in {LORA_SUFFIX}")
     device = choose_device("cpu")
     parts = find_parts(recipe, device, torch.float32)
     tower = start_tower(recipe)
