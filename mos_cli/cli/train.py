@@ -1,6 +1,7 @@
 """`mos train`: from a recipe and pictures to a bundle or a LoRA file."""
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from mos_cli.cli.completion import model_names, recipe_names
 from mos_cli.cli.options import ArtFile, as_text
 from mos_cli.cli.output import stderr, stdout
+from mos_cli.cli.processes import is_worker, run_in_processes
 from mos_cli.cli.progress import stop_between_steps
+from mos_cli.cli.unused import print_unused
 from mos_cli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -21,8 +24,6 @@ if TYPE_CHECKING:
 
 LINE_INTERVAL = 5.0
 """Seconds between two lines of progress where the output is no terminal."""
-SHOWN = 20
-"""Files that are shown of those that are not used; all are in the run's folder."""
 
 
 def train(
@@ -87,6 +88,10 @@ def train(
             help="Send the metrics to a tracker of accelerate, too: wandb, aim, trackio, ...; repeatable.",
         ),
     ] = None,
+    processes: Annotated[
+        int,
+        typer.Option("--processes", min=1, help="Processes of this machine that share every batch: one for each GPU."),
+    ] = 1,
     ema: Annotated[
         str | None,
         typer.Option(
@@ -99,7 +104,7 @@ def train(
 ) -> None:
     """Train a model and export it as a bundle. Ctrl-C stops after the current step; the same command goes on.
 
-    On several GPUs or machines: accelerate launch -m mos_cli train RECIPE; with --use_fsdp the network is sharded.
+    On several machines: accelerate launch -m mos_cli train RECIPE; with --use_fsdp the network is sharded.
     """
     from mos_cli.training.recipe import load_recipe, recipe_path
     from mos_cli.utils.extras import require
@@ -143,6 +148,8 @@ def train(
         target = export or folder / "bundle"
     for place in (folder, target):
         check_writable(place.expanduser() if loaded.lora is None else place.expanduser().parent)
+    if processes > 1 and not is_worker():
+        raise typer.Exit(run_in_processes(sys.argv[1:], processes))
     quieten()
     from mos_cli.bundles.bundle import INDEX
     from mos_cli.datasets.art.file import data_folder
@@ -184,7 +191,7 @@ def train(
         reports = Reports(
             say=lambda line: _say(line) if main_process else None,
             progress=lambda done, total: advance("checking the pictures", done, total),
-            unused=_print_unused if main_process else lambda _: None,
+            unused=print_unused if main_process else lambda _: None,
         )
         reports.say(f"training {loaded.bundle.name} in {folder}")
         trainer = run_training(
@@ -240,16 +247,3 @@ def _clock(seconds: float) -> str:
     """Seconds as hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-
-
-def _print_unused(files: list[tuple[str, str]]) -> None:
-    from rich.table import Table
-
-    if not files:
-        return
-    table = Table("not used", "why")
-    for name, reason in files[:SHOWN]:
-        table.add_row(name, reason)
-    if len(files) > SHOWN:
-        table.add_row(f"and {len(files) - SHOWN} more", "")
-    stderr.print(table)

@@ -163,7 +163,7 @@ class Captioned:
             attempts += 1
             example = self.choose(random)
             try:
-                return self.load(example, canvas, mirrored=self.flip and random.random() < 0.5)
+                return self.load(example, self._size(canvas), mirrored=self.flip and random.random() < 0.5)
             except InputError as error:
                 if example.picture.name not in self._skipped:
                     self._skipped.add(example.picture.name)
@@ -172,14 +172,28 @@ class Captioned:
                     such = f"{ATTEMPTS} in a row, such as {min(self._skipped)}"
                     raise InputError(f"the pictures can no longer be read: {such}") from None
 
-    def load(self, example: Example, canvas: int, *, mirrored: bool = False) -> tuple[np.ndarray, str]:
-        """An example as `pick` returns it, scaled and cropped to its shape; raises InputError if it cannot be read."""
+    def load_held_out(self, canvas: int) -> list[tuple[np.ndarray, str]]:
+        """The held-out examples that can still be read, as `pick` returns them."""
+        loaded = []
+        for example in self.held_out:
+            with suppress(InputError):
+                loaded.append(self.load(example, self._size(canvas)))
+        return loaded
+
+    def _size(self, canvas: int) -> tuple[int, int]:
+        return self.shape or (canvas, canvas)
+
+    def load(self, example: Example, size: tuple[int, int], *, mirrored: bool = False) -> tuple[np.ndarray, str]:
+        """An example as `pick` returns it, scaled and cropped to a width and height.
+
+        Raises:
+            InputError: it cannot be read.
+        """
         blobs = (example.picture,) if example.before is None else (example.picture, example.before)
         opened = [_opened(blob, self.background) for blob in blobs]
         if len({image.size for image in opened}) > 1:
             raise InputError(f"{example.picture.name} and the picture before it are of different sizes")
-        shape = self.shape or (canvas, canvas)
-        fitted = [ImageOps.fit(image, shape, Image.Resampling.LANCZOS) for image in opened]
+        fitted = [ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in opened]
         if mirrored:
             fitted = [ImageOps.mirror(image) for image in fitted]
         return np.stack([np.asarray(image) for image in fitted]), caption_of(example)

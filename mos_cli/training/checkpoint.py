@@ -7,7 +7,7 @@ They are PyTorch's distributed checkpoints: each process writes its part, and an
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def save(folder: Path, step: int, state: dict[str, Any], plan: Plan, accelerator
     accelerator.wait_for_everyone()
 
 
-def load_averages(folder: Path, weights: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], int]:
+def load_averages(folder: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], int]:
     """The moving averages of `weights` in the newest checkpoint of a run that may go on meanwhile, and its step.
 
     Raises:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -26,7 +25,7 @@ from mos_cli.bundles.shapes import GenerationShape
 from mos_cli.config.recipe import make_recipe
 from mos_cli.config.settings import available_memory
 from mos_cli.datasets.art.file import load_art
-from mos_cli.datasets.captioned import Captioned, bucket_shape, collate, load_captioned, to_device
+from mos_cli.datasets.captioned import Captioned, collate, to_device
 from mos_cli.datasets.scenes.compositor import Compositor
 from mos_cli.datasets.scenes.description import MOST_OBJECTS
 from mos_cli.datasets.scenes.edits import Edit, EditWriter
@@ -48,13 +47,14 @@ from mos_cli.training.batches import Batches, Kind, Mixture, Share, Source
 from mos_cli.training.checkpoint import load_averages
 from mos_cli.training.launch import start_accelerator
 from mos_cli.training.loop import RECIPE, Metrics, Trainer, read_recipe
+from mos_cli.training.pictures import ShapeOf, read_pictures, shape_in
 from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.references import Parts, find_parts, understanding_of
 from mos_cli.training.samples import draw_samples
 from mos_cli.training.stages import Stage, curriculum
 from mos_cli.training.start import start_tower
 from mos_cli.utils.devices import choose_device, choose_precision
-from mos_cli.utils.files import atomic_write, expand, link_or_copy, make_folder, sha256_of
+from mos_cli.utils.files import atomic_write, link_or_copy, make_folder, sha256_of
 from mos_cli.utils.threads import AdaptiveThreads
 
 THREADS_INTERVAL = 60.0
@@ -62,8 +62,6 @@ THREADS_INTERVAL = 60.0
 DATA = "data.csv"
 """The file in a run's folder that lists every file of the data, and why it is not used."""
 CARD = "card.md"
-ShapeOf = Callable[[tuple[int, int]], tuple[int, int]]
-"""The width and height that a picture gets, by its own."""
 
 
 @dataclass(frozen=True)
@@ -267,17 +265,8 @@ class _DataLoader:
         return pictures, Mixture(own[1], scenes[1], share).source()
 
     def _captioned(self, data: CaptionedTable, stage: Stage) -> tuple[Source, ...]:
-        captioned = load_captioned(
-            expand(data.path),
-            caption=data.caption,
-            background=data.background,
-            flip=data.flip,
-            repeats=data.repeats,
-            held_out=data.held_out,
-            smallest=stage.canvas // 4,
-            problem_of=self._problem_of,
-            progress=self.reports.progress,
-        )
+        tokenizer = self.understanding.prompt_tokenizer
+        captioned = read_pictures(self.recipe, data, stage, tokenizer, self.reports.progress)
         self._report(captioned, data)
         for examples, what, needed in (
             (captioned.pictures, "pictures that are no edits", data.edits < 1),
@@ -285,27 +274,12 @@ class _DataLoader:
         ):
             if needed and not examples.examples:
                 raise InputError(f"{data.path} has no {what}: change [data] edits, now {data.edits:g}")
-        shape_of = self._shape_of(stage) if data.buckets else None
+        shape_of = shape_in(self.recipe, stage) if data.buckets else None
         pictures = captioned_source(captioned.pictures, self.device, shape_of)
         return (
             replace(pictures, captions=_captions(captioned)),
             captioned_source(captioned.edits, self.device, shape_of, edits=True),
         )
-
-    def _shape_of(self, stage: Stage) -> ShapeOf:
-        """The width and height that pictures get, by their own."""
-        canvas = self.recipe.bundle.canvas
-        # A stage on a smaller canvas has smaller shapes.
-        limits = {"smallest": min(canvas.min, stage.canvas), "largest": max(canvas.max, stage.canvas)}
-        return partial(bucket_shape, canvas=stage.canvas, multiple=canvas.multiple, **limits)
-
-    def _problem_of(self, caption: str) -> str | None:
-        """Why a caption cannot be read whole."""
-        tokens = len(self.understanding.tokenizer(caption, verbose=False)["input_ids"])  # type: ignore[arg-type]
-        limit = min(self.recipe.train.context_tokens, self.understanding.max_tokens)
-        if tokens <= limit:
-            return None
-        return f"its caption has {tokens} tokens, {limit} are read: shorten it, or raise context_tokens in the recipe"
 
     def _report(self, captioned: Captioned, data: CaptionedTable) -> None:
         """Writes the list of all files into the run's folder, and says how it differs from that of an earlier start."""
@@ -356,11 +330,8 @@ def captioned_source(
     def draw(pictures_BNHW3: torch.Tensor, _canvas: int, which: int = 0) -> torch.Tensor:
         return to_device(pictures_BNHW3, device, which)
 
-    def held_out(canvas: int) -> list[tuple[Any, str]]:
-        return [captioned.load(example, canvas) for example in captioned.held_out]
-
     before = partial(draw, which=1) if edits else None
-    source = Source(captioned.pick, collate, draw, before, name=_names(captioned), held_out=held_out)
+    source = Source(captioned.pick, collate, draw, before, name=_names(captioned), held_out=captioned.load_held_out)
     shapes = () if shape_of is None else captioned.buckets(shape_of)
     if all(bucket.shape == bucket.shape[::-1] for bucket in shapes if bucket.shape):
         return source

@@ -211,7 +211,9 @@ def test_pictures_are_what_they_look_like(tmp_path: Path) -> None:
     exif[0x0112] = 3
     turned.save(tmp_path / "turned.png", exif=exif)
     seen = {
-        colour: {Path(example.picture.name).stem: captioned.load(example, 16)[0][0] for example in captioned.examples}
+        colour: {
+            Path(example.picture.name).stem: captioned.load(example, (16, 16))[0][0] for example in captioned.examples
+        }
         for colour in ("white", "#ff0000")
         for captioned in [load_captioned(tmp_path, caption="x", background=colour)]
     }
