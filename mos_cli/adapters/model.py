@@ -6,6 +6,7 @@ from typing import Any
 from mos_cli.adapters.pipeline import AdapterPipeline
 from mos_cli.bundles.adapters import AdapterBundle
 from mos_cli.bundles.bundle import find_bundle, record_location
+from mos_cli.bundles.loras import parse_lora, record_lora
 from mos_cli.config.settings import RunSettings, make_settings
 from mos_cli.inference import model as native
 from mos_cli.inference.offload import limit_memory
@@ -13,6 +14,7 @@ from mos_cli.inference.requests import recipe_fields
 from mos_cli.planning.candidates import parse_quant
 from mos_cli.planning.memory import Setting
 from mos_cli.utils.devices import choose_device
+from mos_cli.utils.files import sha256_of
 
 
 def load_pipeline(
@@ -30,7 +32,10 @@ def load_pipeline(
     if isinstance(settings.max_vram, float) and device.type == "cuda":
         limit_memory(device, settings.max_vram)
     setting = Setting(*parse_quant(quant or "none"), settings.offload, settings.tiled)
-    pipeline = AdapterPipeline(bundle, device=device, precision=precision, setting=setting)
+    loras = [parse_lora(text) for text in settings.loras or ()]
+    pipeline = AdapterPipeline(bundle, device=device, precision=precision, setting=setting, loras=loras)
+    for lora in loras:
+        record_lora(lora.path, sha256_of(lora.path))
     record_location(bundle)
     return pipeline
 

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from mos_cli.adapters.bank import TextBank, make_bank
 from mos_cli.adapters.facts import BASE_MODELS, Prompts
 from mos_cli.adapters.loading import load_base_model, load_router
+from mos_cli.adapters.loras import add_loras
 from mos_cli.adapters.routing import TextRouting
 from mos_cli.adapters.text import EncodedText, encode_text, read_template
 from mos_cli.bundles.adapters import AdapterBundle, verify_adapter
+from mos_cli.bundles.loras import LoraFile
 from mos_cli.config.recipe import PictureRecord, Recipe, pixels_hash, provenance
 from mos_cli.errors import InputError, MemoryLimitError, MosError, UsageError
 from mos_cli.images.companions import TRACE_SCHEMA
@@ -50,9 +52,11 @@ class AdapterPipeline:
     Args:
         bundle: every file is checked against its hash.
         setting: quantisation of language model and transformer, and whether the language model leaves the device.
+        loras: LoRA files that change the transformer, with their scales.
 
     Raises:
         ModelError: the base model is not there, or damaged.
+        MosError: as `add_loras` does.
         MemoryLimitError: the device has too little memory.
     """
 
@@ -60,7 +64,13 @@ class AdapterPipeline:
     compiled = False
 
     def __init__(
-        self, bundle: AdapterBundle, *, device: torch.device, precision: str, setting: Setting = Setting()
+        self,
+        bundle: AdapterBundle,
+        *,
+        device: torch.device,
+        precision: str,
+        setting: Setting = Setting(),
+        loras: Sequence[LoraFile] = (),
     ) -> None:
         verify_adapter(bundle)
         self.bundle, self.bundle_hash, self.device = bundle, bundle.hash, device
@@ -77,6 +87,7 @@ class AdapterPipeline:
                 transformer=setting.generation,
             )
             self.adapter = load_router(bundle, self.pipe, device)
+            add_loras(self.pipe, loras, bundle.index.name, quantised=setting.generation != "none")
         except (torch.OutOfMemoryError, MemoryError):
             raise self._out_of_memory(index.canvas.native) from None
         if setting.tiled:

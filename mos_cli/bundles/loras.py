@@ -17,6 +17,7 @@ from mos_cli.utils.files import atomic_write, expand, make_folder, sha256_of
 from mos_cli.utils.folders import user_data_folder
 
 SUFFIX = ".safetensors"
+SHA256_DIGITS = 64
 LORA_METADATA = "lora_adapter_metadata"
 """The entry of a file's header in which diffusers keeps peft's settings."""
 
@@ -83,6 +84,32 @@ def record_lora(path: Path, sha256: str) -> None:
     with suppress(OSError, InputError):
         make_folder(_locations())
         atomic_write(_locations() / sha256, f"{path.resolve()}\n".encode(), overwrite=True)
+
+
+@dataclass(frozen=True)
+class KnownLora:
+    """A LoRA file that was drawn with or made here, by its hash; `there` says whether the file is still that."""
+
+    sha256: str
+    path: Path
+    there: bool
+    model: str | None
+    """The model that it was trained on; None for a file of another program."""
+
+
+def known_loras() -> list[KnownLora]:
+    """The LoRA files that were drawn with or made here, sorted by name."""
+    known = []
+    for record in sorted(_locations().glob("*")) if _locations().is_dir() else ():
+        if len(record.name) == SHA256_DIGITS and (path := _last_used(record.name)) is not None:
+            there = path.is_file() and sha256_of(path) == record.name
+            known.append(KnownLora(record.name, path, there, read_metadata(path).get("model") if there else None))
+    return sorted(known, key=lambda lora: (lora.path.name, str(lora.path)))
+
+
+def forget_lora(sha256: str) -> None:
+    """Removes what is recorded of a LoRA; the file stays."""
+    (_locations() / sha256).unlink(missing_ok=True)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

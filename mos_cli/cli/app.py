@@ -19,6 +19,7 @@ from mos_cli.cli.gallery import gallery
 from mos_cli.cli.generate import generate
 from mos_cli.cli.inspect_routing import inspect_routing
 from mos_cli.cli.logs import logs
+from mos_cli.cli.loras import loras_app
 from mos_cli.cli.models import models_app
 from mos_cli.cli.output import open_standard_streams, print_error, stdout
 from mos_cli.cli.paths import App
@@ -132,6 +133,7 @@ app.command()(gallery)
 app.command()(plan)
 app.command()(bench)
 app.add_typer(models_app)
+app.add_typer(loras_app)
 app.add_typer(presets_app)
 app.command()(doctor)
 app.add_typer(data_app, name="data")

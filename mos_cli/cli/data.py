@@ -5,8 +5,12 @@ from typing import Annotated
 
 import typer
 
+from mos_cli.cli.completion import model_names, recipe_names
+from mos_cli.cli.options import as_text
 from mos_cli.cli.output import print_view, print_warning, stderr, stdout
 from mos_cli.cli.paths import App
+from mos_cli.cli.unused import print_unused
+from mos_cli.errors import UsageError
 
 data_app = App(no_args_is_help=True, help="The pictures that models are trained on.")
 
@@ -36,6 +40,48 @@ def build(
 
         path = build_art(out or data_folder(), size, choose_sets(sets or ()), overwrite=overwrite, progress=advance)
     _print(path)
+
+
+@data_app.command("look")
+def look_at(
+    folder: Annotated[Path, typer.Argument(help="Folder of captioned pictures, see docs/finetune.md.")],
+    recipe: Annotated[
+        str, typer.Option("--recipe", autocompletion=recipe_names, help="The recipe to train with.")
+    ] = "finetune",
+    start_from: Annotated[
+        str | None,
+        typer.Option("--from", autocompletion=model_names, help="The model to continue.", show_default="the recipe's"),
+    ] = None,
+    caption: Annotated[
+        str | None,
+        typer.Option("--caption", metavar="TEXT", callback=as_text, help="That of pictures without one."),
+    ] = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, max=512, help="Pictures on the sheet.")] = 32,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The sheet to write, a PNG.")] = Path("look.png"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a sheet that is there.")] = False,
+) -> None:
+    """Write a sheet of what a network would see of a folder: cropped pictures, and captions as tokens."""
+    from mos_cli.images.outputs import png
+    from mos_cli.training.recipe import load_recipe
+    from mos_cli.utils.files import atomic_write, expand, refuse_existing
+    from mos_cli.utils.quiet import quieten
+
+    output = expand(output)
+    if output.suffix.lower() != ".png":
+        raise UsageError(f"--output {output}: the sheet is a PNG")
+    refuse_existing(output, overwrite)
+    quieten()
+    loaded = load_recipe(recipe, start_from=start_from, data=str(folder), caption=caption)
+    from mos_cli.training.pictures import look
+
+    captioned, shapes, sheet = look(loaded, count)
+    print_unused([(unused.name, unused.reason) for unused in captioned.unused])
+    atomic_write(output, png(sheet, None), overwrite)
+    held_out = f", {len(captioned.held_out)} of them held out" if captioned.held_out else ""
+    used = len(captioned.examples) + len(captioned.held_out)
+    stderr.print(f"{used} pictures and edits{held_out}, {len(captioned.unused)} files are not used", soft_wrap=True)
+    stderr.print(", ".join(f"{number} of {width}x{height}" for (width, height), number in shapes.items()))
+    stdout.print(str(output), soft_wrap=True, markup=False)
 
 
 @data_app.command()

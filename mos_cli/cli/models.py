@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mos_cli.cli.completion import model_and_tower_names, tower_names
+from mos_cli.cli.models_export import export
 from mos_cli.cli.models_init import init
 from mos_cli.cli.models_quantize import quantize
 from mos_cli.cli.output import print_json, print_view, print_warning, size_text, stdout
@@ -337,5 +338,6 @@ def _print_ok(name: str, files: Iterable[str]) -> None:
         stdout.print(f"[green]ok[/] {name}/{file}", soft_wrap=True)
 
 
+models_app.command("export")(export)
 models_app.command("quantize")(quantize)
 models_app.command("init")(init)

@@ -1,20 +1,29 @@
 """`mos train`: from a recipe and pictures to a bundle or a LoRA file."""
 
 import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from mos_cli.cli.completion import model_names, recipe_names
 from mos_cli.cli.options import ArtFile, as_text
 from mos_cli.cli.output import stderr, stdout
+from mos_cli.cli.processes import is_worker, run_in_processes
 from mos_cli.cli.progress import stop_between_steps
+from mos_cli.cli.unused import print_unused
 from mos_cli.errors import InputError, UsageError
 
-SHOWN = 20
-"""Files that are shown of those that are not used; all are in the run's folder."""
+if TYPE_CHECKING:
+    from mos_cli.training.metrics import Metrics
+
+LINE_INTERVAL = 5.0
+"""Seconds between two lines of progress where the output is no terminal."""
 
 
 def train(
@@ -71,6 +80,18 @@ def train(
         bool,
         typer.Option("--extend", help="Go on from before the learning rates fell, for a run with more --steps."),
     ] = False,
+    tracker: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tracker",
+            metavar="NAME",
+            help="Send the metrics to a tracker of accelerate, too: wandb, aim, trackio, ...; repeatable.",
+        ),
+    ] = None,
+    processes: Annotated[
+        int,
+        typer.Option("--processes", min=1, help="Processes of this machine that share every batch: one for each GPU."),
+    ] = 1,
     ema: Annotated[
         str | None,
         typer.Option(
@@ -83,7 +104,7 @@ def train(
 ) -> None:
     """Train a model and export it as a bundle. Ctrl-C stops after the current step; the same command goes on.
 
-    On several GPUs or machines: accelerate launch -m mos_cli train RECIPE; with --use_fsdp the network is sharded.
+    On several machines: accelerate launch -m mos_cli train RECIPE; with --use_fsdp the network is sharded.
     """
     from mos_cli.training.recipe import load_recipe, recipe_path
     from mos_cli.utils.extras import require
@@ -98,8 +119,10 @@ def train(
     from mos_cli.adapters.recipe import is_router_recipe
 
     if is_router_recipe(path := recipe_path(recipe)):
-        if caption is not None or name is not None or strict:
-            raise UsageError(f"--caption, --name and --strict do not go with {recipe}, the recipe of a router")
+        if caption is not None or name is not None or strict or tracker:
+            raise UsageError(
+                f"--caption, --name, --strict and --tracker do not go with {recipe}, the recipe of a router"
+            )
         from mos_cli.cli.train_router import train_router
 
         quieten()
@@ -125,9 +148,12 @@ def train(
         target = export or folder / "bundle"
     for place in (folder, target):
         check_writable(place.expanduser() if loaded.lora is None else place.expanduser().parent)
+    if processes > 1 and not is_worker():
+        raise typer.Exit(run_in_processes(sys.argv[1:], processes))
     quieten()
     from mos_cli.bundles.bundle import INDEX
     from mos_cli.datasets.art.file import data_folder
+    from mos_cli.training.launch import check_tracker
     from mos_cli.training.loop import RECIPE
     from mos_cli.training.run import Reports
     from mos_cli.training.run import export as export_bundle
@@ -135,13 +161,9 @@ def train(
     from mos_cli.training.stages import curriculum
     from mos_cli.utils.files import LOCK, check_folder, sole_user
 
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[shown]}"),
-        TimeRemainingColumn(),
-    ]
+    for each in tracker or ():
+        check_tracker(each)
+    steps_of_run = curriculum(loaded).steps
     main_process = os.environ.get("RANK", "0") == "0"
     if main_process:
         check_folder(folder, RECIPE, LOCK)
@@ -149,41 +171,79 @@ def train(
             check_folder(export, INDEX, "card.md")
     with (
         sole_user(folder, "another training", needed=main_process),
-        Progress(*columns, console=stderr, disable=not main_process) as bars,
+        _progress(main_process) as show_progress,
         stop_between_steps() as check_interrupt,
     ):
-        tasks: dict[str, Any] = {}
+        validation = ""
 
         def advance(what: str, done: int, total: int, shown: str = "") -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total, shown="")
-            bars.update(tasks[what], completed=done, shown=shown)
+            show_progress(what, done, total, shown)
             check_interrupt()
 
-        def log(metrics: Any) -> None:
-            shown = f"loss {metrics.loss:.4f}  {metrics.images_per_second:.2g} images/s"
-            advance("training", metrics.step, curriculum(loaded).steps, shown)
+        def log(metrics: "Metrics") -> None:
+            nonlocal validation
+            if metrics.validation_loss is not None:
+                validation = f"  validation {metrics.validation_loss:.4f}"
+            left = "" if metrics.seconds_left is None else f"  {_clock(metrics.seconds_left)} left"
+            shown = f"loss {metrics.loss:.4f}{validation}  {metrics.images_per_second:.3g} images/s{left}"
+            advance("training", metrics.step, steps_of_run, shown)
 
         reports = Reports(
-            say=lambda line: stderr.print(line, markup=False, highlight=False, soft_wrap=True),
+            say=lambda line: _say(line) if main_process else None,
             progress=lambda done, total: advance("checking the pictures", done, total),
-            unused=_print_unused,
+            unused=print_unused if main_process else lambda _: None,
         )
-        trainer = run_training(loaded, art or data_folder(), folder, log, extend=extend, strict=strict, reports=reports)
+        reports.say(f"training {loaded.bundle.name} in {folder}")
+        trainer = run_training(
+            loaded,
+            art or data_folder(),
+            folder,
+            log,
+            extend=extend,
+            strict=strict,
+            trackers=tracker or (),
+            reports=reports,
+        )
         made = export_bundle(trainer, target)
     trainer.accelerator.end_training()
     if made is not None:
         stdout.print(f"{made}", soft_wrap=True)
 
 
-def _print_unused(files: list[tuple[str, str]]) -> None:
-    from rich.table import Table
-
-    if not files:
+@contextmanager
+def _progress(main_process: bool) -> Iterator[Callable[[str, int, int, str], None]]:
+    """Shows how far work is: in a terminal as bars, else in a line every few seconds."""
+    if not main_process:
+        yield lambda what, done, total, shown: None
         return
-    table = Table("not used", "why")
-    for name, reason in files[:SHOWN]:
-        table.add_row(name, reason)
-    if len(files) > SHOWN:
-        table.add_row(f"and {len(files) - SHOWN} more", "")
-    stderr.print(table)
+    if not stderr.is_terminal:
+        said: dict[str, float] = {}
+
+        def line(what: str, done: int, total: int, shown: str) -> None:
+            now = time.monotonic()
+            if what not in said or now - said[what] >= LINE_INTERVAL or done == total:
+                said[what] = now
+                _say(f"{what} {done}/{total}  {shown}".rstrip())
+
+        yield line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"))
+    with Progress(*columns, console=stderr) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def bar(what: str, done: int, total: int, shown: str) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total, shown="")
+            bars.update(tasks[what], completed=done, shown=shown)
+
+        yield bar
+
+
+def _say(line: str) -> None:
+    stderr.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    """Seconds as hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

@@ -9,7 +9,7 @@ An edit has the picture it starts from as well, and its caption is the instructi
 index, or `NAME.before.jpg`. Everything is checked when the folder is loaded: what cannot be used is left out with its
 reason.
 
-Shapes: H x W the canvas, B batch.
+Shapes: H x W the size of a picture, B batch.
 """
 
 import csv
@@ -17,12 +17,15 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from random import Random
 from typing import Any
@@ -48,6 +51,8 @@ COLUMNS = {
 """The names of columns of an index, as data sets in the field have them."""
 OF_SYSTEMS = {".ds_store", "thumbs.db", "desktop.ini", ".gitattributes", ".gitignore"}
 """Files that systems put into folders, which nobody misses."""
+MOST_HELD_OUT = 64
+"""Pictures that are held out at most: their loss is measured again and again."""
 ATTEMPTS = 100
 """Examples that are tried in a row for one place of a batch before a run gives up."""
 _log = logging.getLogger(__name__)
@@ -75,6 +80,10 @@ class Example:
     picture: Blob
     caption: Blob | str
     before: Blob | None = None
+    folder: str = ""
+    """The name of its folder."""
+    size: tuple[int, int] = (1, 1)
+    """Its width and height."""
 
 
 @dataclass(frozen=True)
@@ -89,33 +98,62 @@ class Unused:
 class Captioned:
     """The examples of a folder that can be used, whose pictures are read when they are picked, and the other files.
 
-    `background` is the colour behind transparent parts; with `flip` half of the pictures are mirrored.
+    `held_out` are further examples, which are never picked. `background` is the colour behind transparent parts; with
+    `flip` half of the pictures are mirrored; `repeats` are the weights of folders. Pictures get the `shape`, width and
+    height; without one they are squares of the canvas.
     """
 
     examples: tuple[Example, ...]
     unused: tuple[Unused, ...] = ()
+    held_out: tuple[Example, ...] = ()
     background: str = "white"
     flip: bool = False
+    repeats: Mapping[str, int] = field(default_factory=dict)
+    shape: tuple[int, int] | None = None
     _skipped: set[str] = field(default_factory=set, compare=False)
 
     @property
     def pictures(self) -> "Captioned":
         """The examples that are not edits."""
-        return replace(self, examples=tuple(example for example in self.examples if example.before is None))
+        return self._only(lambda example: example.before is None)
 
     @property
     def edits(self) -> "Captioned":
         """The examples that are edits."""
-        return replace(self, examples=tuple(example for example in self.examples if example.before is not None))
+        return self._only(lambda example: example.before is not None)
+
+    def buckets(self, shape_of: Callable[[tuple[int, int]], tuple[int, int]]) -> "tuple[Captioned, ...]":
+        """The examples by the shape that each size gets, the narrowest first."""
+        shapes = {example: shape_of(example.size) for example in self.examples}
+        held_out = {example: shape_of(example.size) for example in self.held_out}
+        return tuple(
+            replace(
+                self,
+                examples=tuple(example for example, own in shapes.items() if own == shape),
+                held_out=tuple(example for example, own in held_out.items() if own == shape),
+                shape=shape,
+            )
+            for shape in sorted({*shapes.values(), *held_out.values()})
+        )
+
+    def _only(self, kept: Callable[[Example], bool]) -> "Captioned":
+        return replace(self, examples=tuple(filter(kept, self.examples)), held_out=tuple(filter(kept, self.held_out)))
+
+    @cached_property
+    def weights(self) -> tuple[int, ...]:
+        """How often the examples up to each are shown, those of repeated folders more than once."""
+        return tuple(accumulate(self.repeats.get(example.folder, 1) for example in self.examples))
 
     def choose(self, random: Random) -> Example:
-        """A random example."""
-        return random.choice(self.examples)
+        """A random example, those of repeated folders as much more often."""
+        if not self.repeats:
+            return random.choice(self.examples)
+        return random.choices(self.examples, cum_weights=self.weights)[0]
 
     def pick(self, random: Random, canvas: int) -> tuple[np.ndarray, str]:
         """A random example: the picture and, for an edit, the one before, uint8 [1 or 2, H, W, 3], and the caption.
 
-        Pictures are scaled and cropped to the canvas. One that can no longer be read is reported once and passed over.
+        One that can no longer be read is reported once and passed over.
 
         Raises:
             InputError: none of many can be read.
@@ -125,7 +163,7 @@ class Captioned:
             attempts += 1
             example = self.choose(random)
             try:
-                return self.load(example, canvas, mirrored=self.flip and random.random() < 0.5)
+                return self.load(example, self._size(canvas), mirrored=self.flip and random.random() < 0.5)
             except InputError as error:
                 if example.picture.name not in self._skipped:
                     self._skipped.add(example.picture.name)
@@ -134,13 +172,28 @@ class Captioned:
                     such = f"{ATTEMPTS} in a row, such as {min(self._skipped)}"
                     raise InputError(f"the pictures can no longer be read: {such}") from None
 
-    def load(self, example: Example, canvas: int, *, mirrored: bool = False) -> tuple[np.ndarray, str]:
-        """An example as `pick` returns it; raises InputError if it cannot be read."""
+    def load_held_out(self, canvas: int) -> list[tuple[np.ndarray, str]]:
+        """The held-out examples that can still be read, as `pick` returns them."""
+        loaded = []
+        for example in self.held_out:
+            with suppress(InputError):
+                loaded.append(self.load(example, self._size(canvas)))
+        return loaded
+
+    def _size(self, canvas: int) -> tuple[int, int]:
+        return self.shape or (canvas, canvas)
+
+    def load(self, example: Example, size: tuple[int, int], *, mirrored: bool = False) -> tuple[np.ndarray, str]:
+        """An example as `pick` returns it, scaled and cropped to a width and height.
+
+        Raises:
+            InputError: it cannot be read.
+        """
         blobs = (example.picture,) if example.before is None else (example.picture, example.before)
         opened = [_opened(blob, self.background) for blob in blobs]
         if len({image.size for image in opened}) > 1:
             raise InputError(f"{example.picture.name} and the picture before it are of different sizes")
-        fitted = [ImageOps.fit(image, (canvas, canvas), Image.Resampling.LANCZOS) for image in opened]
+        fitted = [ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in opened]
         if mirrored:
             fitted = [ImageOps.mirror(image) for image in fitted]
         return np.stack([np.asarray(image) for image in fitted]), caption_of(example)
@@ -152,6 +205,8 @@ def load_captioned(
     caption: str | None = None,
     background: str = "white",
     flip: bool = False,
+    repeats: Mapping[str, int] | None = None,
+    held_out: float = 0.0,
     smallest: int = 1,
     problem_of: Callable[[str], str | None] = lambda _: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -162,12 +217,15 @@ def load_captioned(
 
     Args:
         caption: that of pictures without one; {folder} and {name} are the names of its folder and its file.
+        background, flip, repeats: see `Captioned`.
+        held_out: share of the pictures, and of the edits, that are held out; at least one of two.
         smallest: least pixels along the shorter side of a picture.
         problem_of: why a caption cannot be used; None if it can.
         progress: called with the number of examples that are checked, and of all.
 
     Raises:
-        InputError: there are none that can be used, or an index or a shard cannot be read.
+        InputError: there are none that can be used, an index or a shard cannot be read, or there is no folder of a name
+            in `repeats`.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: [data] path is where the pictures with captions lie")
@@ -190,7 +248,52 @@ def load_captioned(
             f"no pictures in {folder} that can be used ({len(unused)} files are not{why}): put pictures with captions "
             "there, or *.tar shards"
         )
-    return Captioned(tuple(kept), tuple(unused), background, flip)
+    repeats = repeats or {}
+    folders = {example.folder for example in kept}
+    if unknown := sorted(repeats.keys() - folders):
+        raise InputError(
+            f"[data] repeats names {unknown[0]}, and {folder} has pictures in {', '.join(sorted(folders))}"
+        )
+    chosen = {
+        example
+        for edits in (False, True)
+        for example in _held_out([one for one in kept if (one.before is not None) == edits], held_out, folder)
+    }
+    return Captioned(
+        tuple(example for example in kept if example not in chosen),
+        tuple(unused),
+        tuple(example for example in kept if example in chosen),
+        background,
+        flip,
+        repeats,
+    )
+
+
+def bucket_shape(size: tuple[int, int], canvas: int, *, multiple: int, smallest: int, largest: int) -> tuple[int, int]:
+    """The width and height for a picture of a size: the nearest to its shape.
+
+    Sides are multiples of `multiple` from `smallest` to `largest`, and the area is at most that of the square canvas
+    and at least half of it (aspect ratio buckets, as in NovelAI's improvements on Stable Diffusion, 2022).
+    """
+    shapes = [(canvas, canvas)]
+    for width in range(-(-smallest // multiple) * multiple, largest + 1, multiple):
+        height = min(canvas**2 // width, largest) // multiple * multiple
+        if height >= smallest and 2 * width * height >= canvas**2:
+            shapes += [(width, height), (height, width)]
+    wanted = math.log(size[0] / size[1])
+    return min(shapes, key=lambda shape: (abs(math.log(shape[0] / shape[1]) - wanted), -shape[0] * shape[1]))
+
+
+def _held_out(examples: list[Example], share: float, folder: Path) -> list[Example]:
+    """A share of the examples, by the hashes of their names: new pictures hardly change which ones."""
+    if not share or len(examples) < 2:
+        return []
+    count = min(max(1, round(share * len(examples))), MOST_HELD_OUT, len(examples) - 1)
+
+    def order(example: Example) -> str:
+        return hashlib.sha256(example.picture.name.replace(str(folder), "").encode()).hexdigest()
+
+    return sorted(examples, key=order)[:count]
 
 
 def caption_of(example: Example) -> str:
@@ -300,7 +403,8 @@ def _filled(template: str, folder: str, name: str) -> str:
 
 
 def _example(path: Path, caption: Blob | str, before: Path | None) -> Example:
-    return Example(Blob(str(path), path), caption, None if before is None else Blob(str(before), before))
+    beside = None if before is None else Blob(str(before), before)
+    return Example(Blob(str(path), path), caption, beside, path.absolute().parent.name)
 
 
 def _in_index(index: Path, files: list[Path], unused: list[Unused]) -> list[Example]:
@@ -382,8 +486,9 @@ def _in_shard(shard: Path, template: str | None, unused: list[Unused]) -> list[E
             unused.append(Unused(picture.name, "it has no caption: a .txt of the same name belongs beside it"))
             continue
         parent, _, name = key.rpartition("/")
-        text = caption or _filled(template or "", PurePosixPath(parent).name or shard.stem, name)
-        examples.append(Example(picture, text, befores.pop(key, None)))
+        place = PurePosixPath(parent).name or shard.stem
+        text = caption or _filled(template or "", place, name)
+        examples.append(Example(picture, text, befores.pop(key, None), place))
     unused += [Unused(blob.name, "there is no picture after it beside it") for blob in befores.values()]
     unused += [
         Unused(blob.name, "a caption without a picture of its name")
@@ -441,7 +546,7 @@ def _checked(
             return str(error)
         if not caption:
             return "its caption is empty"
-        return replace(example, caption=caption)
+        return replace(example, caption=caption, size=(sizes[0][0], sizes[0][1]))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:

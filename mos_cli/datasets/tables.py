@@ -52,6 +52,12 @@ class CaptionedTable(Frozen):
     """The colour behind transparent parts."""
     flip: bool = False
     """Mirror half of the pictures."""
+    repeats: dict[str, Annotated[int, Field(ge=1, le=1000, strict=True)]] = Field(default_factory=dict)
+    """How many times as often the pictures of a folder are shown, by the folder's name."""
+    buckets: bool = False
+    """Give pictures sizes near their own shape, with about the canvas's area, instead of cropping them to a square."""
+    held_out: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the pictures, and of the edits, that are not trained on: the validation loss is theirs."""
     scenes: MixedScenes | None = None
 
     @field_validator("background")

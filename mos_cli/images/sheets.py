@@ -16,16 +16,16 @@ GAP = 8
 LINE, LINES, CHARACTERS = 12, 3, 22
 
 
-def contact_sheet(pictures: list[tuple["Image", str]]) -> "Image":
-    """Lays out pictures with their captions, rows first, up to eight in a row."""
+def contact_sheet(pictures: list[tuple["Image", str]], lines: int = LINES) -> "Image":
+    """Lays out pictures with their captions of up to `lines` lines, rows first, up to eight in a row."""
     columns = min(COLUMNS, len(pictures))
     rows = -(-len(pictures) // columns)
-    across, down = CELL + GAP, CELL + LINE * LINES + GAP
+    across, down = CELL + GAP, CELL + LINE * lines + GAP
     sheet, draw = _blank(columns * across + GAP, rows * down + GAP)
     for index, (picture, caption) in enumerate(pictures):
         x, y = GAP + index % columns * across, GAP + index // columns * down
         _paste(sheet, picture, x, y, CELL)
-        _write(draw, caption, x, y + CELL, CHARACTERS)
+        _write(draw, caption, x, y + CELL, CHARACTERS, lines)
     return sheet
 
 
@@ -74,8 +74,8 @@ def _paste(sheet: "Image", picture: "Image", x: int, y: int, side: int) -> None:
     sheet.paste(picture.resize(fit.inner, FILTER), (x + fit.corner[0], y + fit.corner[1]))
 
 
-def _write(draw: "ImageDraw", caption: str, x: int, y: int, characters: int) -> None:
+def _write(draw: "ImageDraw", caption: str, x: int, y: int, characters: int, lines: int = LINES) -> None:
     from PIL import ImageFont
 
-    lines = textwrap.wrap(caption, characters, max_lines=LINES, placeholder="...")
-    draw.text((x, y + 2), "\n".join(lines), fill="black", font=ImageFont.load_default(LINE - 2), spacing=2)
+    wrapped = textwrap.wrap(caption, characters, max_lines=lines, placeholder="...")
+    draw.text((x, y + 2), "\n".join(wrapped), fill="black", font=ImageFont.load_default(LINE - 2), spacing=2)

@@ -26,8 +26,8 @@ def activation_bytes(shape: GenerationShape, batch: int, patches: int, context: 
 
 def check_memory(
     shape: GenerationShape, learned: int, batch: int, patches: int, context: int, available: float, *, edits: bool
-) -> None:
-    """Raises MemoryLimitError if a run needs more than is available, with the batch that fits.
+) -> float:
+    """The GiB that a run needs; raises MemoryLimitError if that is more than is available, with the batch that fits.
 
     Args:
         learned: the parameters that learn.
@@ -38,7 +38,7 @@ def check_memory(
     one = activation_bytes(shape, 1, patches, context, edits=edits)
     needed, there = state + batch * one, available * GIB
     if needed <= there:
-        return
+        return needed / GIB
     fits = int((there - state) // one)
     advice = f"batch = {fits} fits" if fits >= 1 else "take a smaller width or depth, or train a LoRA"
     raise MemoryLimitError(

@@ -31,6 +31,9 @@ from mos_cli.towers.vision_language import VisionLanguageTower
 from mos_cli.training.recipe import TrainTable
 from mos_cli.training.stages import Curriculum
 
+VALIDATION_TIMES = (0.2, 0.4, 0.6, 0.8)
+"""The times at which the loss of held-out pictures is measured."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -74,6 +77,12 @@ class Source:
     """The name of the file that `pick` would choose."""
     captions: tuple[str, ...] = ()
     """All captions, of a source that has them in files."""
+    held_out: Callable[[int], list[tuple[Any, str]]] | None = None
+    """For a canvas, pictures that `pick` never chooses, and their captions."""
+    bucket: Callable[[Random], "Source"] | None = None
+    """Chooses the source of a step, whose pictures have one shape; None if all have."""
+    buckets: tuple["Source", ...] = ()
+    """The sources that `bucket` chooses from, with the held-out pictures of each shape."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,8 @@ class Mixture:
     def source(self) -> Source:
         """The mixture as a source."""
         edits = self.first.draw_before is not None
+        # Pictures of another shape cannot be in one batch with those of the second source.
+        apart = self.first.bucket is not None
         return replace(
             self.first,
             pick=self._pick,
@@ -94,7 +105,17 @@ class Mixture:
             draw=partial(self._drawn, attrgetter("draw")),
             draw_before=partial(self._drawn, attrgetter("draw_before")) if edits else None,
             name=self._name,
+            held_out=None if self.first.held_out is None else self._held_out,
+            bucket=self._bucket if apart else None,
         )
+
+    def _bucket(self, random: Random) -> Source:
+        assert self.first.bucket is not None
+        return self.second if self._of(random) else self.first.bucket(random)
+
+    def _held_out(self, canvas: int) -> list[tuple[Any, str]]:
+        assert self.first.held_out is not None
+        return [((0, picture), caption) for picture, caption in self.first.held_out(canvas)]
 
     def _of(self, random: Random) -> int:
         return int(random.random() < self.share)
@@ -173,7 +194,7 @@ class Picks:
     def __getitem__(self, step: int) -> "Picked | MosError":
         """Errors are returned, not raised, because a worker process would add its own traceback."""
         stage = self.curriculum.stage_at(step)
-        source = self.sources[kind_of(self.curriculum, self.train.seed, step)]
+        source = source_of(self.sources, self.curriculum, self.train.seed, step)
         part, pictures, captions = self.share.of(stage.batch), [], []
         try:
             for index in range(part.start, part.stop):
@@ -181,12 +202,15 @@ class Picks:
                 picture, caption = source.pick(random, stage.canvas)
                 pictures.append(picture)
                 captions.append("" if random.random() < self.train.drop_caption else caption)
-            tokens = None if self.tokenizer is None else self._tokens(self.tokenizer, captions)
+            tokens = None if self.tokenizer is None else self.tokens(captions)
         except MosError as error:
             return error
         return Picked(step, source.collate(pictures), captions, tokens)
 
-    def _tokens(self, tokenizer: PromptTokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
+    def tokens(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Token numbers and mask of captions, [B, T] each; raises UsageError for one that is too long."""
+        tokenizer = self.tokenizer
+        assert tokenizer is not None
         try:
             batch = tokenizer([""] * len(captions), captions)
         except InputError:
@@ -244,7 +268,7 @@ class Batches:
     def names(self, step: int) -> list[str]:
         """The names of the files of a step's pictures, or where they have none the captions."""
         stage = self.curriculum.stage_at(step)
-        source = self.sources[kind_of(self.curriculum, self.train.seed, step)]
+        source = source_of(self.sources, self.curriculum, self.train.seed, step)
         randoms = [Random(f"{self.train.seed}/{step}/{index}") for index in range(stage.batch)]
         if source.name is None:
             return [source.pick(random, stage.canvas)[1] for random in randoms]
@@ -291,20 +315,53 @@ class Batches:
         if isinstance(picked, MosError):
             raise picked
         stage = self.curriculum.stage_at(picked.step)
-        source = self.sources[kind_of(self.curriculum, self.train.seed, picked.step)]
+        source = source_of(self.sources, self.curriculum, self.train.seed, picked.step)
         part = self.share.of(stage.batch)
         random = Random(f"{self.train.seed}/{picked.step}")
-        times, noise = torch.Generator(), torch.Generator(self.device)
-        times.manual_seed(random.getrandbits(63))
-        noise.manual_seed(random.getrandbits(63))
+        times = torch.Generator().manual_seed(random.getrandbits(63))
+        noise = torch.Generator(self.device).manual_seed(random.getrandbits(63))
         t = logit_normal(stage.batch, stage.time_mean, self.train.time_std, times)[part].to(self.device)
-        z0 = self.autoencoder.encode(source.draw(picked.pictures, stage.canvas))
         # Noise for the whole batch costs an accelerator less than a generator for each picture.
-        z1 = torch.randn(stage.batch, *z0.shape[1:], generator=noise, device=self.device)[part]
+        return self._noised(picked, source, stage.canvas, t, noise, stage.batch, part)
+
+    def validation(self, step: int) -> Iterator[Batch]:
+        """The held-out pictures, each at the same times with the same noise after every step; raises as `make`."""
+        stage = self.curriculum.stage_at(step - 1)
+        for edits in (False, True):
+            source = self.sources.get((stage.name, edits))
+            # In a stage all of whose steps train edits, pictures are not looked at, and the reverse.
+            if source is None or stage.edits == (0.0 if edits else 1.0):
+                continue
+            for number, one in enumerate(source.buckets or (source,)):
+                held_out = [] if one.held_out is None else one.held_out(stage.canvas)
+                for first in range(0, len(held_out), stage.batch):
+                    pairs = held_out[first : first + stage.batch]
+                    captions = [caption for _, caption in pairs]
+                    tokens = None if self.picks.tokenizer is None else self.picks.tokens(captions)
+                    picked = Picked(step, one.collate([picture for picture, _ in pairs]), captions, tokens)
+                    for place, time in enumerate(VALIDATION_TIMES):
+                        t = torch.full((len(pairs),), time, device=self.device)
+                        seed = Random(f"{self.train.seed}/validation/{edits}/{number}/{first}/{place}").getrandbits(63)
+                        noise = torch.Generator(self.device).manual_seed(seed)
+                        yield self._noised(picked, one, stage.canvas, t, noise, len(pairs))
+
+    def _noised(
+        self,
+        picked: Picked,
+        source: Source,
+        canvas: int,
+        t: Tensor,
+        noise: torch.Generator,
+        whole: int,
+        part: slice = slice(None),
+    ) -> Batch:
+        """The batch of pictures at times `t`, with the `part` that is theirs of the noise for `whole` pictures."""
+        z0 = self.autoencoder.encode(source.draw(picked.pictures, canvas))
+        z1 = torch.randn(whole, *z0.shape[1:], generator=noise, device=self.device)[part]
         noisy = noised(z0, z1, t)
         if source.draw_before is None:
             return Batch(z0, noisy, t, *self._read(picked))
-        before = source.draw_before(picked.pictures, stage.canvas)
+        before = source.draw_before(picked.pictures, canvas)
         references = self.autoencoder.encode(before)
         if self.image_encoder is not None:
             return Batch(z0, noisy, t, *self._read(picked), references, self.image_encoder.encode_images(before))
@@ -365,6 +422,12 @@ def kind_of(curriculum: Curriculum, seed: int, step: int) -> Kind:
     """The kind of a step: one for all its pictures, so that shapes are static."""
     stage = curriculum.stage_at(step)
     return stage.name, Random(f"{seed}/{step}/edits").random() < stage.edits
+
+
+def source_of(sources: dict[Kind, Source], curriculum: Curriculum, seed: int, step: int) -> Source:
+    """The source of a step's pictures, all of one shape."""
+    source = sources[kind_of(curriculum, seed, step)]
+    return source if source.bucket is None else source.bucket(Random(f"{seed}/{step}/bucket"))
 
 
 def _workers(device: torch.device) -> int:

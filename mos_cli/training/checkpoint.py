@@ -7,18 +7,20 @@ They are PyTorch's distributed checkpoints: each process writes its part, and an
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from pydantic import ValidationError
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as read
 from torch.distributed.checkpoint.state_dict_saver import save as write
 
 from mos_cli.errors import InputError
+from mos_cli.training.ema import PowerEMA
 from mos_cli.utils.files import sha256_of
 from mos_cli.utils.migration import current_weight, earlier_weight
 from mos_cli.utils.validation import Frozen, Sha256
@@ -95,7 +97,23 @@ def save(folder: Path, step: int, state: dict[str, Any], plan: Plan, accelerator
     accelerator.wait_for_everyone()
 
 
-def load(path: Path, state: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
+def load_averages(folder: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], int]:
+    """The moving averages of `weights` in the newest checkpoint of a run that may go on meanwhile, and its step.
+
+    Raises:
+        InputError: there is no checkpoint yet, or the newest is damaged.
+    """
+    while (path := newest(folder)) is not None:
+        try:
+            return load(path, {"ema": PowerEMA(weights).averages}, processes=1)["ema"], step_of(path)
+        except InputError:
+            # The run may have written a newer one and removed this.
+            if path == newest(folder):
+                raise
+    raise InputError(f"{folder} has no checkpoint yet: wait for the first, every save_every steps")
+
+
+def load(path: Path, state: dict[str, Any], processes: int) -> dict[str, Any]:
     """Reads a checkpoint: fills the tensors of `state` in place and returns it, its other values replaced.
 
     Weights may have the names of earlier versions. Raises InputError if the checkpoint is damaged.
@@ -104,7 +122,7 @@ def load(path: Path, state: dict[str, Any], accelerator: Accelerator) -> dict[st
         verify(path)
         if any(current_weight(name) != name for name in FileSystemReader(path).read_metadata().state_dict_metadata):
             state = renamed(state, earlier_weight)
-        read(state, checkpoint_id=path, no_dist=accelerator.num_processes == 1)
+        read(state, checkpoint_id=path, no_dist=processes == 1)
     except (CheckpointException, Exception) as error:  # damage shows as anything; the first is no Exception
         raise InputError(f"the checkpoint {path} is damaged ({_reason(error)}): delete it to start anew") from None
     return renamed(state, current_weight)

@@ -1,5 +1,6 @@
 """Power-function moving averages of the weights (EDM2, arXiv 2312.02696, section 3.1 and appendix C)."""
 
+from collections.abc import Mapping
 from functools import cache
 
 import numpy as np
@@ -25,7 +26,7 @@ class PowerEMA:
     step replaces the initial values.
     """
 
-    def __init__(self, parameters: dict[str, Tensor]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self.averages = {width: {name: p.detach().clone() for name, p in parameters.items()} for width in WIDTHS}
 
     @torch.no_grad()

@@ -28,7 +28,8 @@ from mos_cli.training.batches import Batch, Batches
 from mos_cli.training.ema import PowerEMA
 from mos_cli.training.metrics import Journal, Metrics
 from mos_cli.training.objective import Objective
-from mos_cli.training.optimiser import build_optimisers, set_rates, start_states
+from mos_cli.training.optimiser import build_optimisers, rates_at, set_rates, start_states
+from mos_cli.training.pace import Pace
 from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.stages import curriculum
 from mos_cli.training.start import start_tower
@@ -91,7 +92,7 @@ class Trainer:
         self.ema = PowerEMA(self._parameters())
         self.step = 0
         self._resume(extend)
-        self.journal = Journal(folder, self.step, accelerator)
+        self.journal = Journal(folder, self.step, accelerator, self.tower.states_shape[0], recipe.bundle.name)
         losses = self.journal.losses()
         self._first_losses = losses[:WINDOW]
         self._last_losses: deque[float] = deque(losses[-WINDOW:], maxlen=WINDOW)
@@ -117,6 +118,7 @@ class Trainer:
         """
         set_threads()
         train, steps, pending = self.recipe.train, self.curriculum.steps, []
+        pace = Pace(self.curriculum, train.seed, self.step)
         batches = self.batches.stream(self.step)
         batch = next(batches, None)
         started = time.perf_counter()
@@ -128,7 +130,8 @@ class Trainer:
             saves, samples = (last or self.step % every == 0 for every in (train.save_every, train.sample_every))
             saves = saves or self.step == self.curriculum.decay_from
             if saves or samples or self.step % train.log_every == 0:
-                interrupted = self._report(pending, time.perf_counter() - started, log)
+                seconds, validation = time.perf_counter() - started, self.validate() if saves else None
+                interrupted = self._report(pending, seconds, validation, pace.seconds_left(self.step), log)
                 pending = []
                 if saves or interrupted:
                     self.save()
@@ -154,6 +157,15 @@ class Trainer:
         self.step += 1
         self.ema.update(self._parameters(), self.step)
         return torch.cat([loss.detach()[None], _full(norm)[None], use_JM.detach().flatten()])
+
+    def validate(self) -> float | None:
+        """The mean loss of the held-out pictures, at four times each; None without any. All processes compute it."""
+        losses = []
+        for batch in self.batches.validation(self.step):
+            with torch.no_grad():
+                losses.append((self.network(batch, validate=True)[0], len(batch.t_B)))
+        count = sum(weight for _, weight in losses)
+        return sum(loss.item() * weight for loss, weight in losses) / count if losses else None
 
     def averaged_tower(self) -> GenerationTower:
         """The network with the moving average of its weights that the recipe chooses, for drawing and for export.
@@ -243,7 +255,7 @@ class Trainer:
         return DivergenceError(f"{what}: {kept}. Lower muon_lr and adamw_lr. The pictures of that step: {pictures}")
 
     def _load(self, path: Path) -> None:
-        state = checkpoint.load(path, self._state(), self.accelerator)
+        state = checkpoint.load(path, self._state(), self.accelerator.num_processes)
         set_state_dict(
             self.tower,
             self._bare_optimisers(),
@@ -271,27 +283,36 @@ class Trainer:
         return {name: weight for name, weight in self.tower.named_parameters() if weight.requires_grad}
 
     def _keep_recipe(self) -> None:
-        """Writes the recipe into the run's folder, or compares it with the one there, apart from `MAY_CHANGE`."""
-        path, kept = self.folder / RECIPE, _fixed(self.recipe.model_dump(mode="json"))
+        """Compares the recipe with the one in the run's folder, apart from `MAY_CHANGE`, and writes it there."""
+        path, recipe = self.folder / RECIPE, self.recipe.model_dump(mode="json")
         if self.recipe.lora is not None and self.recipe.start_from is not None:
             # The weights that the state does not have.
-            kept["start_hash"] = find_bundle(self.recipe.start_from).hash
-        if self.accelerator.is_main_process and not path.exists():
-            make_folder(self.folder)
-            atomic_write(path, json.dumps(kept, indent=2).encode())
+            recipe["start_hash"] = find_bundle(self.recipe.start_from).hash
+        if path.exists():
+            there = read_recipe(path, recipe)
+            if differences := _differences(_fixed(there), _fixed(recipe)):
+                raise InputError(
+                    f"{self.folder} holds a run of another recipe: choose another folder with --run, or change back "
+                    f"{', '.join(differences[:5])}"
+                )
         self.accelerator.wait_for_everyone()
-        try:
-            there = _fixed(current_recipe(json.loads(path.read_bytes())))
-        except (ValueError, TypeError, AttributeError):
-            raise InputError(f"{path} is damaged: restore it, or choose another folder with --run") from None
-        if differences := _differences(there, kept):
-            raise InputError(
-                f"{self.folder} holds a run of another recipe: choose another folder with --run, or change back "
-                f"{', '.join(differences[:5])}"
-            )
+        if self.accelerator.is_main_process:
+            make_folder(self.folder)
+            atomic_write(path, json.dumps(recipe, indent=2).encode(), overwrite=True)
+        self.accelerator.wait_for_everyone()
 
-    def _report(self, pending: list[Tensor], seconds: float, log: Callable[[Metrics], None]) -> bool:
-        """Passes the numbers of several steps to the journal and to `log`; whether a process was interrupted."""
+    def _report(
+        self,
+        pending: list[Tensor],
+        seconds: float,
+        validation: float | None,
+        left: float | None,
+        log: Callable[[Metrics], None],
+    ) -> bool:
+        """Passes the numbers of several steps to the journal and to `log`; whether a process was interrupted.
+
+        The validation loss and the seconds left are those after the last of the steps.
+        """
         layers, interrupted = self.tower.states_shape[0], False
         rows = self.accelerator.reduce(torch.stack(pending), "mean").cpu()  # type: ignore[union-attr]
         stages = [self.curriculum.stage_at(self.step - 1 - back) for back in range(len(pending))]
@@ -300,6 +321,7 @@ class Trainer:
         for step, row in enumerate(rows, start=self.step - len(pending) + 1):
             use_JM = row[2:].unflatten(0, (-1, layers))
             entropy_J = -(use_JM * use_JM.clamp_min(1e-9).log()).sum(dim=1)
+            muon, adamw = rates_at(self.curriculum, step - 1)
             lines.append(
                 Metrics(
                     step=step,
@@ -310,6 +332,10 @@ class Trainer:
                     route_entropy=entropy_J.mean().item(),
                     layer_use=tuple(use_JM.mean(dim=0).tolist()),
                     block_entropy=tuple(entropy_J.tolist()),
+                    muon_lr=muon if self.recipe.lora is None else None,
+                    adamw_lr=adamw,
+                    validation_loss=validation if step == self.step else None,
+                    seconds_left=left if step == self.step else None,
                 )
             )
         self.journal.write(lines)
@@ -322,6 +348,28 @@ class Trainer:
         # All processes end together: otherwise the others would wait for the interrupted one.
         flags = self.accelerator.gather(torch.tensor([interrupted], device=self.device))
         return bool(flags.any())  # type: ignore[union-attr]
+
+
+def read_recipe(path: Path, otherwise: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The recipe in a run's folder, as JSON, with the defaults of settings that there were not yet.
+
+    Args:
+        otherwise: the recipe from which settings in `MAY_CHANGE` come that an earlier version did not write.
+
+    Raises:
+        InputError: it is damaged, or lacks settings.
+    """
+    try:
+        there = current_recipe(json.loads(path.read_bytes()))
+        start_hash = {name: there.pop(name) for name in ("start_hash",) if name in there}
+        if otherwise is not None:
+            for name, keys in MAY_CHANGE.items():
+                there[name] = {key: otherwise[name][key] for key in keys if key in otherwise[name]} | there[name]
+            if there.get("stages") and there["stages"][-1]["steps"] is None:
+                there["stages"][-1]["steps"] = otherwise["stages"][-1]["steps"]
+        return TrainRecipe.model_validate_json(json.dumps(there)).model_dump(mode="json") | start_hash
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, OSError):
+        raise InputError(f"{path} is damaged: restore it, or choose another folder with --run") from None
 
 
 def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -337,7 +385,7 @@ def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differences(there: Any, wanted: Any, name: str = "") -> list[str]:
-    """What differs between two recipes, by name; a setting that an earlier version did not have is None there."""
+    """What differs between two recipes, by name."""
     if isinstance(there, dict) and isinstance(wanted, dict):
         names = [*wanted, *(key for key in there if key not in wanted)]
         parts = (_differences(there.get(key), wanted.get(key), f"{name}.{key}" if name else key) for key in names)

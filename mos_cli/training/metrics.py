@@ -4,13 +4,23 @@ Shapes: M understanding layers, J generation blocks.
 """
 
 import csv
+import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
+from PIL.Image import Image
 
 from mos_cli.utils.files import atomic_file, atomic_write
 
+COLUMNS = (
+    *("step", "loss", "gradient_norm", "muon_lr", "adamw_lr", "images_per_second"),
+    *("validation_loss", "route_entropy"),
+)
+"""The columns of the CSV before the layers' shares."""
 METRICS, PLOT, TENSORBOARD = "metrics.csv", "loss.png", "tensorboard"
 
 
@@ -20,7 +30,9 @@ class Metrics:
 
     `route_entropy` is the entropy of the layers that a block chose, in nats, mean over blocks (0: always the same
     layer, ln(M): all equally often); `block_entropy` has it for each block. `layer_use` are the layers' shares over all
-    blocks. `threads` is the number of CPU threads, on which the rounding depends; None on a GPU.
+    blocks. `threads` is the number of CPU threads, on which the rounding depends; None on a GPU. `muon_lr` is None with
+    a LoRA. `validation_loss` is that of the held-out pictures after the step, None where it was not measured.
+    `seconds_left` is how long the rest of the run is expected to take.
     """
 
     step: int
@@ -31,6 +43,10 @@ class Metrics:
     route_entropy: float
     layer_use: tuple[float, ...]
     block_entropy: tuple[float, ...]
+    muon_lr: float | None = None
+    adamw_lr: float | None = None
+    validation_loss: float | None = None
+    seconds_left: float | None = None
 
 
 class Journal:
@@ -38,16 +54,21 @@ class Journal:
 
     Args:
         step: the step at which the run is resumed; lines of later steps are removed.
+        layers: the number M of understanding layers.
+        project: the name of the run for the trackers that the accelerator has beside TensorBoard.
     """
 
-    def __init__(self, folder: Path, step: int, accelerator: Accelerator) -> None:
+    def __init__(self, folder: Path, step: int, accelerator: Accelerator, layers: int, project: str) -> None:
         self.folder, self.accelerator = folder, accelerator
+        self.columns = [*COLUMNS, *(f"layer_{index}" for index in range(layers)), "threads"]
         if accelerator.is_main_process:
-            _drop_after(folder / METRICS, step)
-        accelerator.init_trackers(TENSORBOARD, init_kwargs={"tensorboard": {"purge_step": step + 1}})
+            _drop_after(folder / METRICS, step, self.columns)
+        self._tensorboard = TensorBoardTracker(TENSORBOARD, folder, purge_step=step + 1)
+        accelerator.log_with = [self._tensorboard, *accelerator.log_with]
+        accelerator.init_trackers(project)
 
     def write(self, lines: list[Metrics]) -> None:
-        """Adds steps to the CSV and to TensorBoard."""
+        """Adds steps to the CSV, to TensorBoard and to the other trackers."""
         if not self.accelerator.is_main_process:
             return
         path = self.folder / METRICS
@@ -55,19 +76,22 @@ class Journal:
         with path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             if new:
-                layers = [f"layer_{index}" for index in range(len(lines[0].layer_use))]
-                writer.writerow(
-                    ["step", "loss", "gradient_norm", "images_per_second", "route_entropy", *layers, "threads"]
-                )
+                writer.writerow(self.columns)
             for line in lines:
-                values = [line.loss, line.gradient_norm, line.images_per_second, line.route_entropy, *line.layer_use]
-                writer.writerow([line.step, *(f"{value:.6g}" for value in values), line.threads])
+                values = [getattr(line, name) for name in COLUMNS[1:]]
+                shown = ("" if value is None else f"{value:.6g}" for value in (*values, *line.layer_use))
+                writer.writerow([line.step, *shown, line.threads])
         for line in lines:
-            scalars = {"loss": line.loss, "gradient_norm": line.gradient_norm, "route_entropy": line.route_entropy}
+            scalars = {name: value for name in COLUMNS[1:] if (value := getattr(line, name)) is not None}
             scalars |= {f"layer_use/{layer}": share for layer, share in enumerate(line.layer_use)}
             scalars |= {f"block_entropy/{block}": nats for block, nats in enumerate(line.block_entropy)}
-            scalars["images_per_second"] = line.images_per_second
             self.accelerator.log(scalars, step=line.step)
+
+    def show(self, drawn: Sequence[tuple[Image, str]], step: int) -> None:
+        """Adds samples to TensorBoard, each under its prompt or, without one, its place."""
+        for index, (picture, prompt) in enumerate(drawn):
+            name = f"samples/{index} {prompt}".strip()
+            self._tensorboard.log_images({name: np.asarray(picture.convert("RGB"))[None]}, step, dataformats="NHWC")
 
     def losses(self) -> list[float]:
         """The losses of all steps so far."""
@@ -99,10 +123,16 @@ class Journal:
             figure.savefig(path, dpi=120)
 
 
-def _drop_after(path: Path, step: int) -> None:
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+def _drop_after(path: Path, step: int, columns: list[str]) -> None:
+    """Removes the lines of later steps; those of an earlier version of mos get the present columns."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     # The last line of a run that was killed, or had no more room, may be cut.
     whole = [line for line in lines if line.endswith("\n")]
-    kept = [line for line in whole if not line[0].isdigit() or int(line.split(",")[0]) <= step]
-    if kept != lines:
-        atomic_write(path, "".join(kept).encode(), overwrite=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row for row in csv.DictReader(whole) if int(row["step"]) <= step)
+    if (kept := text.getvalue()) != "".join(lines):
+        atomic_write(path, kept.encode(), overwrite=True)

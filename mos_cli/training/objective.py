@@ -5,6 +5,7 @@ image token, J generation blocks, K kept layers, C channels, H x W the latent's 
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -43,8 +44,10 @@ class Objective(nn.Module):
         for block in self.tower.blocks:
             block.compile(dynamic=False)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self._compute(
+    def forward(self, batch: Batch, *, validate: bool = False) -> tuple[Tensor, Tensor]:
+        """With `validate`, without random routes, and not compiled: held-out pictures have shapes of their own."""
+        compute = partial(self._uncompiled, validate=True) if validate else self._compute
+        return compute(
             batch.z0_BCHW,
             batch.z_BCHW,
             batch.t_B,
@@ -65,6 +68,7 @@ class Objective(nn.Module):
         references_BCHW: Tensor | None,
         image_states_BVMZ: Tensor | None,
         grid: Grid,
+        validate: bool = False,
     ) -> tuple[Tensor, Tensor]:
         bank, importance = self.tower.project_states(states_BTMS, mask_BT), 1.0
         if references_BCHW is not None:
@@ -75,7 +79,7 @@ class Objective(nn.Module):
                 bank = self.tower.add_image_tokens(bank, image_states_BVMZ, references)
             assert isinstance(bank.padding, Tensor)
             mask_BT, importance = bank.padding, importance_of_change(z0_BCHW, references_BCHW)
-        x_hat, route = self.tower(z_BCHW, t_B, bank, epsilon=self.epsilon)
+        x_hat, route = self.tower(z_BCHW, t_B, bank, epsilon=0.0 if validate else self.epsilon)
         return velocity_loss(x_hat, z0_BCHW, t_B, importance), layer_use(route, mask_BT, states_BTMS.shape[2])
 
 

@@ -33,9 +33,14 @@ def start_states(optimisers: list[torch.optim.Optimizer]) -> None:
 
 def set_rates(optimisers: list[torch.optim.Optimizer], curriculum: Curriculum, step: int) -> None:
     """Sets the learning rates of a step in the optimisers of `build_optimisers`."""
-    stage, rate = curriculum.stage_at(step), curriculum.rate(step)
     # A LoRA has AdamW alone.
-    rates = (stage.muon_lr, stage.adamw_lr)[-len(optimisers) :]
-    for optimiser, full in zip(optimisers, rates, strict=True):
+    rates = rates_at(curriculum, step)[-len(optimisers) :]
+    for optimiser, rate in zip(optimisers, rates, strict=True):
         for group in optimiser.param_groups:
-            group["lr"] = rate * full
+            group["lr"] = rate
+
+
+def rates_at(curriculum: Curriculum, step: int) -> tuple[float, float]:
+    """The learning rates of Muon and AdamW at a step."""
+    stage, rate = curriculum.stage_at(step), curriculum.rate(step)
+    return rate * stage.muon_lr, rate * stage.adamw_lr

@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -19,12 +19,13 @@ import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from mos_cli.bundles.bundle import Bundle, find_bundle, write_index
-from mos_cli.bundles.loras import LoraFile
+from mos_cli.bundles.loras import SUFFIX as LORA_SUFFIX
+from mos_cli.bundles.loras import LoraFile, record_lora
 from mos_cli.bundles.shapes import GenerationShape
 from mos_cli.config.recipe import make_recipe
 from mos_cli.config.settings import available_memory
 from mos_cli.datasets.art.file import load_art
-from mos_cli.datasets.captioned import Captioned, collate, load_captioned, to_device
+from mos_cli.datasets.captioned import Captioned, collate, to_device
 from mos_cli.datasets.scenes.compositor import Compositor
 from mos_cli.datasets.scenes.description import MOST_OBJECTS
 from mos_cli.datasets.scenes.edits import Edit, EditWriter
@@ -39,19 +40,21 @@ from mos_cli.planning.training import check_memory
 from mos_cli.towers.autoencoder import Autoencoder, Pixels
 from mos_cli.towers.generation import GenerationTower, empty_tower
 from mos_cli.towers.image_encoder import ImageEncoder
-from mos_cli.towers.lora import save_lora
+from mos_cli.towers.lora import add_lora, save_lora
 from mos_cli.towers.understanding import UnderstandingTower
 from mos_cli.towers.vision_language import VisionLanguageTower
 from mos_cli.training.batches import Batches, Kind, Mixture, Share, Source
+from mos_cli.training.checkpoint import load_averages
 from mos_cli.training.launch import start_accelerator
-from mos_cli.training.loop import Metrics, Trainer
+from mos_cli.training.loop import RECIPE, Metrics, Trainer, read_recipe
+from mos_cli.training.pictures import ShapeOf, read_pictures, shape_in
 from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.references import Parts, find_parts, understanding_of
 from mos_cli.training.samples import draw_samples
 from mos_cli.training.stages import Stage, curriculum
 from mos_cli.training.start import start_tower
 from mos_cli.utils.devices import choose_device, choose_precision
-from mos_cli.utils.files import atomic_write, expand, link_or_copy, make_folder
+from mos_cli.utils.files import atomic_write, link_or_copy, make_folder, sha256_of
 from mos_cli.utils.threads import AdaptiveThreads
 
 THREADS_INTERVAL = 60.0
@@ -102,6 +105,7 @@ def prepare(
     *,
     extend: bool = False,
     strict: bool = False,
+    trackers: Sequence[str] = (),
     reports: Reports = Reports(),
 ) -> Trainer:
     """Prepares a run in `folder`, from its checkpoint if there is one.
@@ -111,6 +115,7 @@ def prepare(
     Args:
         extend: see `Trainer`.
         strict: refuse data with files that cannot be used.
+        trackers: see `start_accelerator`.
 
     Raises:
         InputError: the data or the checkpoint is missing, damaged, or does not fit the recipe.
@@ -120,13 +125,14 @@ def prepare(
     """
     recipe = _with_precision(_with_scenes_that_are_here(recipe, art, reports))
     plan = curriculum(recipe)
-    accelerator = start_accelerator(recipe.train, folder, unused_parts=recipe.bundle.edits is not None)
+    edits = recipe.bundle.edits is not None
+    accelerator = start_accelerator(recipe.train, folder, unused_parts=edits, trackers=trackers)
     device = accelerator.device
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     with accelerator.local_main_process_first():
         parts = find_parts(recipe, device, dtype)
     _check_parts(recipe, parts, plan.stages)
-    learned = _check_memory(recipe, parts, plan.stages, device, accelerator.num_processes)
+    learned, memory = _check_memory(recipe, parts, plan.stages, device, accelerator.num_processes)
     share = Share(accelerator.process_index, accelerator.num_processes)
     found: dict[str, tuple[Source, ...]] = {}
     sources: dict[Kind, Source] = {}
@@ -147,8 +153,13 @@ def prepare(
             check_drawing(made, parts, recipe, device)
     accelerator.wait_for_everyone()
     origin = "random weights" if recipe.start_from is None else recipe.start_from
-    reports.say(f"{learned:,} parameters learn, from {origin}; {plan.steps} steps of {plan.stages[0].batch} pictures")
-    return Trainer(recipe, batches, folder, accelerator, extend=extend, say=reports.say)
+    reports.say(
+        f"{learned:,} parameters learn, from {origin}; {plan.steps} steps of {plan.stages[0].batch} pictures; {memory}"
+    )
+    trainer = Trainer(recipe, batches, folder, accelerator, extend=extend, say=reports.say)
+    if trainer.step:
+        reports.say(f"going on from step {trainer.step} of {plan.steps}, the state in {folder}")
+    return trainer
 
 
 def _with_precision(recipe: TrainRecipe) -> TrainRecipe:
@@ -204,20 +215,22 @@ def _check_parts(recipe: TrainRecipe, parts: Parts, stages: tuple[Stage, ...]) -
 
 def _check_memory(
     recipe: TrainRecipe, parts: Parts, stages: tuple[Stage, ...], device: torch.device, processes: int
-) -> int:
-    """The number of parameters that learn; raises MemoryLimitError if the run does not fit the device."""
+) -> tuple[int, str]:
+    """The number of parameters that learn, and the memory needed; raises MemoryLimitError where there is less."""
     shape = GenerationShape.model_validate(recipe.generation)
     learned, sharded = shape.parameters, processes if os.environ.get("ACCELERATE_USE_FSDP") == "true" else 1
     if recipe.lora is not None:
         learned = recipe.lora.rank * sum(inputs + outputs for inputs, outputs in shape.linears)
     # The processes of a machine share its memory, and have a GPU each.
     available = available_memory(device) / (1 if device.type == "cuda" else _local_processes())
+    needed = 0.0
     for stage in stages:
         patches = (stage.canvas // (shape.patch * parts.autoencoder.factor)) ** 2
         batch, edits = max(1, stage.batch // processes), stage.edits > 0
         # With sharding, each process has its part of the state.
-        check_memory(shape, learned // sharded, batch, patches, recipe.train.context_tokens, available, edits=edits)
-    return learned
+        context = recipe.train.context_tokens
+        needed = max(needed, check_memory(shape, learned // sharded, batch, patches, context, available, edits=edits))
+    return learned, f"about {needed:.1f} of {available:.1f} GiB of memory"
 
 
 def _local_processes() -> int:
@@ -252,15 +265,8 @@ class _DataLoader:
         return pictures, Mixture(own[1], scenes[1], share).source()
 
     def _captioned(self, data: CaptionedTable, stage: Stage) -> tuple[Source, ...]:
-        captioned = load_captioned(
-            expand(data.path),
-            caption=data.caption,
-            background=data.background,
-            flip=data.flip,
-            smallest=stage.canvas // 4,
-            problem_of=self._problem_of,
-            progress=self.reports.progress,
-        )
+        tokenizer = self.understanding.prompt_tokenizer
+        captioned = read_pictures(self.recipe, data, stage, tokenizer, self.reports.progress)
         self._report(captioned, data)
         for examples, what, needed in (
             (captioned.pictures, "pictures that are no edits", data.edits < 1),
@@ -268,26 +274,12 @@ class _DataLoader:
         ):
             if needed and not examples.examples:
                 raise InputError(f"{data.path} has no {what}: change [data] edits, now {data.edits:g}")
-
-        def draw(pictures_BNHW3: torch.Tensor, _canvas: int) -> torch.Tensor:
-            return to_device(pictures_BNHW3, self.device)
-
-        def draw_before(pictures_BNHW3: torch.Tensor, _canvas: int) -> torch.Tensor:
-            return to_device(pictures_BNHW3, self.device, which=1)
-
-        pictures, edits = captioned.pictures, captioned.edits
+        shape_of = shape_in(self.recipe, stage) if data.buckets else None
+        pictures = captioned_source(captioned.pictures, self.device, shape_of)
         return (
-            Source(pictures.pick, collate, draw, name=_names(pictures), captions=_captions(captioned)),
-            Source(edits.pick, collate, draw, draw_before, name=_names(edits)),
+            replace(pictures, captions=_captions(captioned)),
+            captioned_source(captioned.edits, self.device, shape_of, edits=True),
         )
-
-    def _problem_of(self, caption: str) -> str | None:
-        """Why a caption cannot be read whole."""
-        tokens = len(self.understanding.tokenizer(caption, verbose=False)["input_ids"])  # type: ignore[arg-type]
-        limit = min(self.recipe.train.context_tokens, self.understanding.max_tokens)
-        if tokens <= limit:
-            return None
-        return f"its caption has {tokens} tokens, {limit} are read: shorten it, or raise context_tokens in the recipe"
 
     def _report(self, captioned: Captioned, data: CaptionedTable) -> None:
         """Writes the list of all files into the run's folder, and says how it differs from that of an earlier start."""
@@ -295,8 +287,11 @@ class _DataLoader:
         if path.is_file():
             with path.open(encoding="utf-8", newline="") as file:
                 before = {row["file"]: row["bytes"] for row in csv.DictReader(file) if row.get("used") == "yes"}
-        sizes = {one.picture.name: one.picture.path.stat().st_size for one in captioned.examples}
-        rows = [(name, "yes", "", size) for name, size in sizes.items()]
+        held_out = {example.picture.name for example in captioned.held_out}
+        used = (*captioned.examples, *captioned.held_out)
+        sizes = {one.picture.name: one.picture.path.stat().st_size for one in used}
+        held = "held out, for the validation loss"
+        rows = [(name, "yes", held if name in held_out else "", size) for name, size in sizes.items()]
         rows += [(unused.name, "no", unused.reason, "") for unused in captioned.unused]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -309,12 +304,14 @@ class _DataLoader:
         atomic_write(path, text.getvalue().encode(), overwrite=True)
         self.reports.unused([(unused.name, unused.reason) for unused in captioned.unused])
         other = f", {len(captioned.unused)} files are not used (see {path})" if captioned.unused else ""
-        captions = len({example.caption for example in captioned.examples})
-        edits = len(captioned.edits.examples)
+        captions = len({example.caption for example in used})
+        edits = sum(example.before is not None for example in used)
         self.reports.say(
             f"{data.path}: {len(sizes) - edits} pictures"
             + (f" and {edits} edits" if edits else "")
-            + f" with {captions} different captions{other}"
+            + f" with {captions} different captions"
+            + (f", of which {len(held_out)} are held out" if held_out else "")
+            + other
         )
         changed = {name for name, size in sizes.items() if before.get(name, str(size)) != str(size)}
         added, gone = sizes.keys() - before.keys(), before.keys() - sizes.keys()
@@ -323,6 +320,28 @@ class _DataLoader:
                 f"the data is not what it was when the run began: {len(added)} files are new, {len(gone)} are gone, "
                 f"{len(changed)} have changed; the run goes on with those that are there"
             )
+
+
+def captioned_source(
+    captioned: Captioned, device: torch.device, shape_of: ShapeOf | None = None, *, edits: bool = False
+) -> Source:
+    """The source of captioned pictures or edits, with `shape_of` in shapes of their own, one for all of a step."""
+
+    def draw(pictures_BNHW3: torch.Tensor, _canvas: int, which: int = 0) -> torch.Tensor:
+        return to_device(pictures_BNHW3, device, which)
+
+    before = partial(draw, which=1) if edits else None
+    source = Source(captioned.pick, collate, draw, before, name=_names(captioned), held_out=captioned.load_held_out)
+    shapes = () if shape_of is None else captioned.buckets(shape_of)
+    if all(bucket.shape == bucket.shape[::-1] for bucket in shapes if bucket.shape):
+        return source
+    buckets = tuple(captioned_source(bucket, device, edits=edits) for bucket in shapes)
+    weights = [bucket.weights[-1] if bucket.examples else 0 for bucket in shapes]
+
+    def bucket(random: Random) -> Source:
+        return random.choices(buckets, weights)[0]
+
+    return replace(source, bucket=bucket, buckets=buckets)
 
 
 def _names(captioned: Captioned) -> Callable[[Random], str]:
@@ -372,11 +391,12 @@ def train(
     *,
     extend: bool = False,
     strict: bool = False,
+    trackers: Sequence[str] = (),
     reports: Reports = Reports(),
 ) -> Trainer:
     """Runs a recipe in `folder`; samples go to `folder`/samples. Raises as `prepare` and `Trainer.run` do."""
     adapt_threads = AdaptiveThreads(THREADS_INTERVAL)
-    trainer = prepare(recipe, art, folder, extend=extend, strict=strict, reports=reports)
+    trainer = prepare(recipe, art, folder, extend=extend, strict=strict, trackers=trackers, reports=reports)
     if trainer.device.type == "cpu":
         trainer.run(log, draw_samples, adapt_threads)
     else:
@@ -395,17 +415,63 @@ def export(trainer: Trainer, folder: Path) -> Path | None:
         ModelError: what was written cannot be drawn with.
     """
     recipe = trainer.recipe
-    weights = trainer.averaged_weights() if recipe.lora is not None else {}
-    tower = trainer.averaged_tower() if recipe.lora is None else None
+    learned = trainer.averaged_tower() if recipe.lora is None else trainer.averaged_weights()
     if not trainer.accelerator.is_main_process:
         return None
-    parts = _parts_of(trainer)
-    if tower is None:
+    return _write(recipe, _parts_of(trainer), learned, folder, trainer.device)
+
+
+def export_run(run: Path, target: Path | None = None) -> Path:
+    """Writes what `export` does from the last checkpoint of a run in the folder `run`, which may go on meanwhile.
+
+    Args:
+        target: where the bundle or the LoRA file goes; by default into the run's folder, named after the step.
+
+    Raises:
+        InputError: there is no run or no checkpoint, or it is damaged; what is written cannot be written.
+        ModelError: a part of the run is missing, or what was written cannot be drawn with.
+    """
+    if not (run / RECIPE).is_file():
+        raise InputError(f"{run} has no training run: name the folder with its {RECIPE}")
+    kept = read_recipe(run / RECIPE)
+    start_hash = kept.pop("start_hash", None)
+    recipe = TrainRecipe.model_validate_json(json.dumps(kept))
+    if recipe.start_from is not None and start_hash not in (None, find_bundle(recipe.start_from).hash):
+        raise ModelError(f"{recipe.start_from} is no longer the model that the run in {run} began with")
+    if recipe.lora is not None and target is not None and target.suffix != LORA_SUFFIX:
+        raise InputError(f"{target}: a LoRA is one file, choose a name that ends in {LORA_SUFFIX}")
+    device = choose_device("cpu")
+    parts = find_parts(recipe, device, torch.float32)
+    tower = start_tower(recipe)
+    if recipe.lora is not None:
+        add_lora(tower, recipe.lora.rank, recipe.lora.scaling)
+    weights = {name: weight for name, weight in tower.named_parameters() if weight.requires_grad}
+    averages, step = load_averages(run, weights)
+    learned: GenerationTower | dict[str, torch.Tensor] = averages[recipe.train.ema]
+    name = f"{recipe.bundle.name}-{step:08d}"
+    if recipe.lora is None:
+        tower.load_state_dict(averages[recipe.train.ema])
+        learned = tower.eval()
+    else:
+        name += LORA_SUFFIX
+    return _write(recipe, parts, learned, target or run / name, device)
+
+
+def _write(
+    recipe: TrainRecipe,
+    parts: Parts,
+    learned: GenerationTower | dict[str, torch.Tensor],
+    folder: Path,
+    device: torch.device,
+) -> Path:
+    """Writes a network as a bundle, or the weights of a LoRA as a file, and draws a picture; raises as `export`."""
+    if isinstance(learned, dict):
         assert recipe.lora is not None
         assert parts.start is not None
         origin = {"model": parts.start.ref, "bundle_hash": parts.start.hash}
-        save_lora(folder, weights, recipe.lora.rank, recipe.lora.scaling, **origin)
-        check_drawing(parts.start, parts, recipe, trainer.device, [LoraFile(folder)])
+        save_lora(folder, learned, recipe.lora.rank, recipe.lora.scaling, **origin)
+        check_drawing(parts.start, parts, recipe, device, [LoraFile(folder)])
+        record_lora(folder, sha256_of(folder))
         return folder
     make_folder(folder.parent)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
@@ -413,7 +479,7 @@ def export(trainer: Trainer, folder: Path) -> Path | None:
         made.mkdir()
         if (folder / CARD).is_file():
             link_or_copy(folder / CARD, made / CARD)
-        check_drawing(write_bundle(recipe, tower, parts, made), parts, recipe, trainer.device)
+        check_drawing(write_bundle(recipe, learned, parts, made), parts, recipe, device)
         replaced = Path(temporary) / "replaced"
         if folder.exists():
             folder.rename(replaced)

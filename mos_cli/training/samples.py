@@ -44,6 +44,7 @@ def draw_samples(trainer: Trainer) -> None:
             drawn = [*_prompts(trainer, tower), *_edits(trainer, tower, edits)]
         path = trainer.folder / "samples" / f"{trainer.step:06d}.png"
         atomic_write(path, png(contact_sheet(drawn), None), overwrite=True)
+        trainer.journal.show(drawn, trainer.step)
     trainer.accelerator.wait_for_everyone()
 
 

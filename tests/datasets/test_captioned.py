@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import tarfile
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from mos_cli.datasets import captioned as captioned_module
-from mos_cli.datasets.captioned import collate, load_captioned, to_device
+from mos_cli.datasets.captioned import bucket_shape, collate, load_captioned, to_device
 from mos_cli.datasets.tables import CaptionedTable
 from mos_cli.errors import InputError
 from mos_cli.training.recipe import load_recipe
@@ -210,7 +211,9 @@ def test_pictures_are_what_they_look_like(tmp_path: Path) -> None:
     exif[0x0112] = 3
     turned.save(tmp_path / "turned.png", exif=exif)
     seen = {
-        colour: {Path(example.picture.name).stem: captioned.load(example, 16)[0][0] for example in captioned.examples}
+        colour: {
+            Path(example.picture.name).stem: captioned.load(example, (16, 16))[0][0] for example in captioned.examples
+        }
         for colour in ("white", "#ff0000")
         for captioned in [load_captioned(tmp_path, caption="x", background=colour)]
     }
@@ -264,3 +267,28 @@ def test_a_shipped_recipe_is_shown_whole_and_makes_a_start(mos, tmp_path: Path) 
     own = re.sub(r"\[data\].*?\n\n", '[data]\nkind = "captioned"\npath = "cats"\n\n', result.stdout, flags=re.DOTALL)
     mine.write_text(own)
     assert load_recipe(str(mine)).data == CaptionedTable(kind="captioned", path="cats")
+
+
+def test_pictures_get_sizes_near_their_own_shape(tmp_path: Path) -> None:
+    """As many pixels as the canvas at most, in steps of the model's multiple; a square stays the canvas itself."""
+    shape = partial(bucket_shape, canvas=64, multiple=8, smallest=32, largest=128)
+    assert shape((500, 500)) == (64, 64)
+    assert shape((300, 200)) == (80, 48)
+    assert shape((200, 300)) == (48, 80)
+    assert shape((900, 100)) == (128, 32)
+    for size in ((640, 480), (1920, 1080), (1080, 1920), (101, 100)):
+        width, height = shape(size)
+        assert width * height <= 64 * 64
+        assert abs(width / height / (size[0] / size[1]) - 1) < 0.2
+    for number, size in enumerate(((40, 40), (80, 40), (81, 40), (40, 90))):
+        Image.new("RGB", size).save(tmp_path / f"{number}.png")
+    buckets = load_captioned(tmp_path, caption="x").buckets(shape)
+    assert [(bucket.shape, len(bucket.examples)) for bucket in buckets] == [((40, 88), 1), ((64, 64), 1), ((88, 40), 2)]
+    assert buckets[0].pick(Random(0), 64)[0].shape == (1, 88, 40, 3)
+
+
+def test_a_folder_that_is_repeated_has_to_be_there(tmp_path: Path) -> None:
+    (tmp_path / "zog").mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "zog" / "1.png")
+    with pytest.raises(InputError, match=r"repeats names cat, and .* has pictures in zog"):
+        load_captioned(tmp_path, caption="x", repeats={"cat": 2})

@@ -37,6 +37,7 @@ WORKS = [
     "models pull {model}",
     "models verify {model}",
     "models quantize {model} --quant nf4 --out small",
+    "loras ls",
     "presets ls",
     "presets show fast",
     "train train-smoke --show",
@@ -51,11 +52,14 @@ NEEDS = {
     "eval": "train",
     "eval --suite edit": "train",
     "data build -o art": "train",
+    "models export run": "train",
 }
 REFUSED = {
     "models init mos-s --out NO/fresh": "not a folder",
     "models rm nothing --yes": "nothing",
+    "loras rm nothing --yes": "nothing",
     "data show nowhere": "mos data build",
+    "data look nowhere": "nowhere is not a folder",
     "run nowhere.jsonl": "nowhere.jsonl",
 }
 """What cannot be done here for another reason, and what its one line says: a large model, files that are not there."""

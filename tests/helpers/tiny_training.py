@@ -114,7 +114,7 @@ def write_recipe(folder: Path, encoder: Path, **train: Any) -> Path:
     """A recipe file that the command line can run on discs in a folder, without any art or network."""
     write_discs(folder / "discs")
     (folder / "tower.json").write_text(tower_spec(encoder).model_dump_json())
-    data = {"kind": "captioned", "path": str(folder / "discs")}
+    data = {"kind": "captioned", "path": str(folder / "discs"), "held_out": 0.2}
     table = {**TABLE, "understanding": str(folder / "tower.json"), "data": data, "train": {**TABLE["train"], **train}}
     path = folder / "tiny.toml"
     path.write_text(_toml(table))

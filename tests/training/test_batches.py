@@ -1,13 +1,17 @@
 """Training batches: a function of seed, step and index."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from PIL import Image
 
+from mos_cli.datasets.captioned import bucket_shape, load_captioned
 from mos_cli.errors import InputError, UsageError
 from mos_cli.training import batches as training_batches
-from mos_cli.training.batches import Picked, Share
+from mos_cli.training.batches import Mixture, Picked, Share
+from mos_cli.training.run import captioned_source
 from tests.helpers import tiny_training as tiny
 
 
@@ -65,4 +69,32 @@ def test_shares_make_up_the_whole_batch(understanding) -> None:
 def test_a_caption_that_is_too_long_is_named(understanding, room: int) -> None:
     batches = tiny.batches(tiny.recipe(context_tokens=room), understanding)
     with pytest.raises(UsageError, match=r"'a (dog ){15,}.* has 42 tokens.*context_tokens"):
-        batches.picks._tokens(understanding.prompt_tokenizer, ["a cat", "a " + "dog " * 39])
+        batches.picks.tokens(["a cat", "a " + "dog " * 39])
+
+
+def test_a_step_has_pictures_of_one_shape_and_mixed_scenes_are_steps_of_their_own(understanding, tmp_path) -> None:
+    for number, size in enumerate(((40, 40), (80, 40), (40, 80))):
+        Image.new("RGB", size, (90 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    captioned = load_captioned(tmp_path, caption="a dog")
+    shape = partial(bucket_shape, canvas=16, multiple=8, smallest=8, largest=32)
+    own = captioned_source(captioned, torch.device("cpu"), shape)
+    batches = tiny.batches(tiny.recipe(steps=40, drop_caption=0.0), understanding)
+    batches.sources["train", False] = Mixture(own, tiny.scenes(), 0.5).source()
+    made = [(tuple(batches.make(step).z0_BCHW.shape), batches.names(step)) for step in range(40)]
+    assert {shape for shape, _ in made} == {(8, 3, 16, 16), (8, 3, 8, 24), (8, 3, 24, 8)}
+    of_files = [all(name.endswith(".png") for name in names) for _, names in made]
+    assert 10 < sum(of_files) < 30
+    for (shape, names), files in zip(made, of_files, strict=True):
+        assert files == any(name.endswith(".png") for name in names)
+        assert files or shape == (8, 3, 16, 16)
+
+
+def test_a_run_trains_on_pictures_of_several_shapes(understanding, tmp_path) -> None:
+    for number, size in enumerate(((40, 40), (80, 40), (40, 80))):
+        Image.new("RGB", size).save(tmp_path / f"{number}.png")
+    shape = partial(bucket_shape, canvas=16, multiple=8, smallest=8, largest=32)
+    trainer = tiny.trainer(tiny.recipe(), understanding, tmp_path / "run")
+    captioned = load_captioned(tmp_path, caption="a dog", held_out=0.4)
+    trainer.batches.sources["train", False] = captioned_source(captioned, trainer.device, shape)
+    assert len(tiny.run(trainer)) == 8
+    assert len(list(trainer.batches.validation(8))) == 4

@@ -41,6 +41,12 @@ def losses(folder: Path) -> list[float]:
     return [float(row["loss"]) for row in rows]
 
 
+def validation(folder: Path) -> list[float]:
+    """The losses of held-out pictures in the CSV."""
+    with (folder / "runs" / "tiny" / METRICS).open() as file:
+        return [float(row["validation_loss"]) for row in csv.DictReader(file) if row["validation_loss"]]
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_gives_the_same_losses(tmp_path: Path, encoder_folder: Path) -> None:
     recipe = tiny.write_recipe(tmp_path, encoder_folder, steps=60, save_every=5)
@@ -68,8 +74,33 @@ def test_two_processes_follow_one(tmp_path: Path, encoder_folder: Path) -> None:
     """
     recipe = tiny.write_recipe(tmp_path, encoder_folder, steps=12, epsilon=0.0)
     one = finish(tmp_path / "one", recipe)
-    two = finish(tmp_path / "two", recipe, processes=2)
+    two = finish(tmp_path / "two", recipe, "--processes", 2)
     assert two == pytest.approx(one, rel=1e-3)
+    held_out = [validation(tmp_path / name) for name in ("one", "two")]
+    assert len(held_out[0]) == 3
+    assert held_out[1] == pytest.approx(held_out[0], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_two_processes_without_a_traceback_and_one_takes_up_the_run(
+    tmp_path: Path, encoder_folder: Path
+) -> None:
+    """What is pressed in a terminal comes to the launching process, which passes it on once."""
+    recipe = tiny.write_recipe(tmp_path, encoder_folder, steps=4000, save_every=4000)
+    process = tiny.start_mos("train", recipe, "--processes", 2, folder=tmp_path)
+    file = tmp_path / "runs" / "tiny" / METRICS
+    while not file.exists() or len(file.read_text().splitlines()) <= 3:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert output.count("finishing this step") == output.count("error: interrupted") == 1
+    state = newest(tmp_path / "runs" / "tiny")
+    assert state is not None
+    whole = finish(tmp_path, recipe, "--steps", int(state.name) + 2)
+    assert len(whole) == int(state.name) + 2
 
 
 @pytest.mark.slow

@@ -119,12 +119,21 @@ def test_a_lora_is_trained_and_drawn_with(mos, bundle: Bundle, discs: Path, shor
         assert mos("generate", "a dog", "-s", 1, "-o", path, *options).exit_code == 0
     assert Image.open(plain).tobytes() != Image.open(changed).tobytes()
     assert mos("replay", changed, "--verify").stdout.strip() == "exact"
+    exported = mos("models", "export", tmp_path / "run")
+    assert exported.exit_code == 0, exported.stderr
+    made = tmp_path / "run" / "finetune-lora-00000004.safetensors"
+    assert str(made) in exported.stdout
+    assert all(torch.equal(weights[name], tensor) for name, tensor in load_file(made).items())
+    (line,) = errors(mos("models", "export", tmp_path / "run", "-o", tmp_path / "folder"))
+    assert "ends in .safetensors" in line
     # Another model under the same name is not what the state belongs to.
     weights = load_file(bundle.folder / WEIGHTS)
     save_file({name: tensor * 1.01 for name, tensor in weights.items()}, bundle.folder / WEIGHTS, {"format": "pt"})
     rewrite(bundle)
     (line,) = errors(mos(*command))
     assert "start_hash" in line
+    (line,) = errors(mos("models", "export", tmp_path / "run"))
+    assert "no longer the model" in line
 
 
 def _metrics(folder: Path) -> str:

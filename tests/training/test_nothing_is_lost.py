@@ -32,7 +32,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_state(understandin
     assert "The pictures of that step: " in str(raised.value)
     for path in found(tmp_path):
         state = tiny.trainer(tiny.recipe(steps=20), understanding, tmp_path / path.name)._state()
-        checkpoint.load(path, state, tiny.trainer(tiny.recipe(), understanding, tmp_path / "x").accelerator)
+        checkpoint.load(path, state, processes=1)
         assert all(weight.isfinite().all() for weight in state["tower"].values())
 
 
