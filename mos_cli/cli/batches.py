@@ -380,19 +380,10 @@ class _Plan:
 
     def _settings(self, request: Request, run: "RunSettings") -> "RunSettings":
         """The settings of a request, with what concerns the loaded model from the run."""
+        from mos_cli.config.settings import OF_LOADED
+
         settings = self._resolved(request.flags)
-        loaded = {
-            "quant",
-            "offload",
-            "max_vram",
-            "tiled",
-            "batched_guidance",
-            "precision",
-            "device",
-            "compile",
-            "loras",
-        }
-        return settings.model_copy(update={name: getattr(run, name) for name in loaded})
+        return settings.model_copy(update={name: getattr(run, name) for name in OF_LOADED})
 
     def _resolved(self, flags: "Settings") -> "RunSettings":
         """The settings of flags; the preset and the config file are read once for equal ones."""

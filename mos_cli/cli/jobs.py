@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from mos_cli.images.manifest import Manifest
     from mos_cli.images.naming import Naming
     from mos_cli.images.pictures import PictureFile
-    from mos_cli.inference.pipeline import Drawing, MoSPipeline
+    from mos_cli.inference.drawing import Drawing
+    from mos_cli.inference.pipeline import MoSPipeline
     from mos_cli.routing.trace import Recording, RecordOptions
     from mos_cli.sampling.sampler import Observer, Step
 

@@ -110,6 +110,13 @@ class RunSettings(Settings):
     format: PictureSuffix = "png"
 
 
+OF_LOADED = (
+    *("device", "precision", "quant", "max_vram", "offload", "attention", "compile", "loras"),
+    *("tiled", "batched_guidance"),
+)
+"""The settings of a loaded model: all pictures of a run share them."""
+
+
 @dataclass(frozen=True)
 class Preset:
     """Named settings for drawing."""
