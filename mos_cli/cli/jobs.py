@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mos_cli.inference.pipeline import MoSPipeline
     from mos_cli.routing.trace import Recording, RecordOptions
     from mos_cli.sampling.sampler import Observer, Step
+    from mos_cli.server.client import RemotePipeline
 
 
 READ_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".tif", ".tiff", ".bmp"}
@@ -272,7 +273,7 @@ def shortened(text: str) -> str:
 
 
 def draw_jobs(
-    pipeline: "MoSPipeline",
+    pipeline: "MoSPipeline | RemotePipeline",
     jobs: Sequence[Job | RefusedJob],
     manifest: "Manifest",
     *,

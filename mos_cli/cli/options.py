@@ -273,6 +273,17 @@ Compile = Annotated[
         show_default="no",
     ),
 ]
+Server = Annotated[
+    str | None,
+    typer.Option(
+        "--server",
+        envvar="MOS_SERVER",
+        metavar="WHERE",
+        help="Draw with a server that keeps the model loaded: auto (that of `mos serve`, if one runs with this model and "
+        "these settings), http://ADDRESS:PORT, or off.",
+        show_default="off",
+    ),
+]
 Sheet = Annotated[
     Path | None, typer.Option("--sheet", metavar="PNG", help="Also write one sheet of all pictures with their prompts.")
 ]
@@ -331,6 +342,7 @@ class DrawOptions:
     offload: Offload = None
     attention: Attention = None
     compile: Compile = None
+    server: Server = None
     sheet: Sheet = None
     vary: Vary = None
     manifest: ManifestFile = None

@@ -68,6 +68,7 @@ class Settings(BaseModel):
     device: str | None = None
     attention: Literal["auto", "xformers", "sdpa"] | None = None
     compile: bool | None = None
+    server: str | None = None
     trace: TraceLevel | None = None
     metadata: Metadata | None = None
     routes: RouteRules | None = None
@@ -104,6 +105,7 @@ class RunSettings(Settings):
     device: str = "auto"
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     compile: bool = False
+    server: str = "off"
     trace: TraceLevel = "topk"
     metadata: Metadata = "full"
     output: str = "outputs/{date}/"
