@@ -279,8 +279,8 @@ Server = Annotated[
         "--server",
         envvar="MOS_SERVER",
         metavar="WHERE",
-        help="Draw with a server that keeps the model loaded: auto (that of `mos serve`, if one runs with this model and "
-        "these settings), http://ADDRESS:PORT, or off.",
+        help="Draw with a server that keeps the model loaded: auto (that of `mos serve`, if it has the same model "
+        "and settings), http://ADDRESS:PORT, or off.",
         show_default="off",
     ),
 ]

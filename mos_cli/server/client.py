@@ -19,6 +19,7 @@ from mos_cli import errors
 from mos_cli.config.recipe import Recipe
 from mos_cli.config.settings import OF_LOADED, RunSettings
 from mos_cli.errors import ModelError, MosError, UsageError
+from mos_cli.images.companions import companions
 from mos_cli.images.inputs import Inputs
 from mos_cli.images.outputs import png, read_drawing
 from mos_cli.inference.drawing import Drawing
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 QUIET = 60.0
 """Seconds without a word of the server after which it counts as gone; it sends an empty line every ten."""
+PICTURE = "picture.png"
+"""The name of the picture in an answer."""
 ANSWER = 5.0
 """Seconds in which it says what it draws with."""
 
@@ -203,12 +206,10 @@ def _drawing(event: dict[str, Any]) -> Drawing:
     from PIL import Image
 
     files = {name: base64.b64decode(data) for name, data in event["files"].items()}
-    picture, head, arrays = (
-        next(d for n, d in files.items() if n.endswith(s)) for s in (".png", ".json", ".safetensors")
-    )
-    image, record = read_drawing(BytesIO(picture))
-    trace = Trace.model_validate_json(head)
-    routes = read_routes(trace, arrays, "the answer of the server", "its trace")
+    beside = companions(Path(PICTURE))
+    image, record = read_drawing(BytesIO(files[PICTURE]))
+    trace = Trace.model_validate_json(files[beside.head.name])
+    routes = read_routes(trace, files[beside.arrays.name], "the answer of the server", "its trace")
     frames: list[Image.Image] = []
     for frame in event["frames"]:
         with Image.open(BytesIO(base64.b64decode(frame)), formats=["PNG"]) as opened:
