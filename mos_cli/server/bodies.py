@@ -38,7 +38,7 @@ from mos_cli.inference.requests import EditRequest, check_recipe, edit_fields, g
 from mos_cli.inference.wildcards import expand_prompt
 from mos_cli.routing.trace import Recording, RecordOptions, Trace, read_routes
 from mos_cli.server.drawing import Plan, ServedModel
-from mos_cli.utils.validation import Frozen, Interval, PlainName, Solver, first_problem
+from mos_cli.utils.validation import Frozen, Interval, PlainName, RouteRules, Solver, first_problem
 
 MAX_PROMPT = 10_000
 """Characters of a prompt; what a model reads of it is less."""
@@ -48,9 +48,7 @@ MAX_PICTURES = 10
 MAX_EARLIER = 50
 """Pictures that a replay may draw again before the last one."""
 Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_PROMPT)]
-RuleTexts = Annotated[
-    tuple[Annotated[str, StringConstraints(max_length=MAX_PROMPT)], ...], Field(min_length=1, max_length=MAX_RULES)
-]
+RuleTexts = Annotated[RouteRules, Field(max_length=MAX_RULES)]
 _Body = TypeVar("_Body", bound=BaseModel)
 
 

@@ -70,7 +70,7 @@ class Job:
     def finished(self) -> bool:
         return self.status in ("done", "failed", "cancelled")
 
-    def publish(self, kind: str, **values: Any) -> None:
+    def publish(self, kind: str, /, **values: Any) -> None:
         """Adds an event, and wakes who follows."""
         self.events.append({"type": kind, "job": self.id, **values})
         self._changed.set()
@@ -103,7 +103,7 @@ class Job:
         finally:
             self.watched -= 1
 
-    def end(self, status: Status, **values: Any) -> None:
+    def end(self, status: Status, /, **values: Any) -> None:
         self.status = status
         self.publish(status, **values)
 
