@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse, StreamingResponse
 
-from mos_cli.errors import DeviceError, InputError, MemoryLimitError, MosError, UsageError
+from mos_cli.errors import DeviceError, InputError, MemoryLimitError, ModelError, MosError, UsageError
 from mos_cli.server.queue import QueueFullError, StoppingError
 
 KEEP_ALIVE = 10.0
@@ -15,6 +15,7 @@ KEEP_ALIVE = 10.0
 _STATUS: dict[type[Exception], int] = {
     UsageError: 400,
     InputError: 400,
+    ModelError: 400,
     QueueFullError: 429,
     StoppingError: 503,
     MemoryLimitError: 503,

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from mos_cli import errors
 from mos_cli.config.recipe import Recipe
 from mos_cli.config.settings import OF_LOADED, RunSettings
-from mos_cli.errors import ModelError, MosError, UsageError
+from mos_cli.errors import InputError, ModelError, MosError, UsageError
 from mos_cli.images.companions import companions
 from mos_cli.images.inputs import Inputs
 from mos_cli.images.outputs import png, read_drawing
@@ -155,7 +155,7 @@ class RemotePipeline:
                     for observe in observers:
                         observe(step)
                 elif kind == "drawn":
-                    return _drawing(event)
+                    return self._drawing(event)
                 elif kind in ("failed", "cancelled"):
                     raise _error(event.get("kind"), event["error"])
         except (OSError, ValueError, KeyError, HTTPException):
@@ -163,6 +163,13 @@ class RemotePipeline:
         finally:
             answer.close()
         raise self._gone()
+
+    def _drawing(self, event: dict[str, Any]) -> Drawing:
+        """The picture of an event; raises ModelError if it is none."""
+        try:
+            return read_answer(event)
+        except InputError:
+            raise ModelError(f"what the server at {self.url} answers is damaged: restart it") from None
 
     def _request(self, method: str, path: str, body: bytes | None, timeout: float) -> HTTPResponse:
         """The answer to a request; one that is refused because the queue is full is sent again."""
@@ -201,15 +208,19 @@ def _events(answer: HTTPResponse) -> Iterator[dict[str, Any]]:
             yield json.loads(line[6:])
 
 
-def _drawing(event: dict[str, Any]) -> Drawing:
-    """The picture of an event, as it was before it was written to the files that the event has."""
+def read_answer(event: dict[str, Any]) -> Drawing:
+    """The picture of an answer, as it was before it was written to the files that the answer has.
+
+    Raises:
+        InputError, ValueError, KeyError: it is damaged.
+    """
     from PIL import Image
 
     files = {name: base64.b64decode(data) for name, data in event["files"].items()}
     beside = companions(Path(PICTURE))
     image, record = read_drawing(BytesIO(files[PICTURE]))
     trace = Trace.model_validate_json(files[beside.head.name])
-    routes = read_routes(trace, files[beside.arrays.name], "the answer of the server", "its trace")
+    routes = read_routes(trace, files[beside.arrays.name], "the answer", "its trace")
     frames: list[Image.Image] = []
     for frame in event["frames"]:
         with Image.open(BytesIO(base64.b64decode(frame)), formats=["PNG"]) as opened:

@@ -2,16 +2,19 @@
 
 import asyncio
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPResponse
-from typing import Any
+from io import BytesIO
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import uvicorn
+from PIL import Image
 
 from mos_cli.bundles.bundle import find_bundle
 from mos_cli.cli.loading import load_with_progress
@@ -55,7 +58,7 @@ class RunningServer:
     url: str
     served: ServedModel
     queue: JobQueue
-    uvicorn: uvicorn.Server
+    loop: asyncio.AbstractEventLoop
 
     def open(
         self, method: str, path: str, body: Any = None, headers: Mapping[str, str] = {}
@@ -88,9 +91,9 @@ class RunningServer:
         headers = {"Content-Type": "multipart/form-data; boundary=x7x"}
         return self.ask("POST", path, body + b"--x7x--\r\n", headers)
 
-    def stop(self) -> None:
-        """As a signal does."""
-        self.uvicorn.should_exit = True
+    def call(self, function: Callable[[], None]) -> None:
+        """Calls a function in the server's event loop."""
+        self.loop.call_soon_threadsafe(function)
 
 
 @contextmanager
@@ -98,10 +101,7 @@ def running_server(
     *, draw: Draw | None = None, limit: int = 16, idle: float | None = None, token: str | None = None
 ) -> Iterator[RunningServer]:
     """Serves the default model of the tests' settings; `--server auto` finds it."""
-    asked = resolve(make_settings(model=None), None)
-    import os
-
-    asked = asked.model_copy(update={"model": os.environ["MOS_MODEL"]})
+    asked = resolve(make_settings(model=os.environ["MOS_MODEL"]), None)
     bundle = find_bundle(asked.model)
     fields = recipe_fields(asked, bundle, bundle.index.defaults)
     how: dict[str, Any] = {name: fields[name] for name in ("precision", "quant")}
@@ -117,17 +117,54 @@ def running_server(
     listening = open_socket("127.0.0.1", 0)
     app = make_app(served, queue, host="127.0.0.1", token=token)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, ws="none"))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))
+    loop = asyncio.new_event_loop()
+
+    def run() -> None:
+        loop.run_until_complete(server.serve([listening]))
+        loop.close()
+
+    thread = threading.Thread(target=run)
     url = url_of(listening)
     state = write_state(url, token)
     thread.start()
     try:
         until(lambda: server.started)
-        yield RunningServer(url, served, queue, server)
+        yield RunningServer(url, served, queue, loop)
     finally:
         server.should_exit = True
         thread.join()
         remove_state(state)
+
+
+class Step(NamedTuple):
+    index: int
+    total: int
+    t: float
+
+
+class Gate:
+    """Stands for a model: a picture of three steps is drawn when `open` is set.
+
+    Attributes:
+        drawn: the prompts of the pictures that were finished.
+    """
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.drawn: list[str] = []
+        self.begun = 0
+
+    def __call__(self, plan: Plan, on_step) -> Result:
+        self.begun += 1
+        for index in range(3):
+            on_step(Step(index, 3, 1 - index / 3))
+            if index == 0:
+                while not self.open.wait(0.01):
+                    on_step(Step(index, 3, 1.0))
+        self.drawn.append(plan.recipe.prompt)
+        file = BytesIO()
+        Image.new("RGB", (32, 32), "teal").save(file, format="PNG")
+        return Result({"picture.png": file.getvalue()}, ())
 
 
 def until(condition: Callable[[], Any]) -> None:
