@@ -23,10 +23,10 @@ from mos_cli.errors import InputError, MemoryLimitError, MosError, UsageError
 from mos_cli.images.companions import TRACE_SCHEMA
 from mos_cli.images.inputs import Inputs
 from mos_cli.images.pictures import Fit
+from mos_cli.inference.drawing import Drawing
 from mos_cli.inference.edit_canvas import restore_size
 from mos_cli.inference.loading import DTYPES
 from mos_cli.inference.offload import Offloader
-from mos_cli.inference.pipeline import Drawing
 from mos_cli.planning.memory import Setting
 from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.rules import parse_rules

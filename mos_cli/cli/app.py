@@ -28,6 +28,7 @@ from mos_cli.cli.presets import presets_app
 from mos_cli.cli.replay import replay
 from mos_cli.cli.routing import routing_app
 from mos_cli.cli.run import run as run_file
+from mos_cli.cli.serve import serve
 from mos_cli.cli.show import show
 from mos_cli.cli.train import train
 from mos_cli.cli.train_enlarger import train_enlarger
@@ -124,6 +125,7 @@ def mos(
 app.command()(generate)
 app.command()(edit)
 app.command("run")(run_file)
+app.command()(serve)
 app.command("inspect-routing")(inspect_routing)
 app.add_typer(routing_app)
 app.command()(show)

@@ -25,7 +25,7 @@ from mos_cli.cli.jobs import (
     write_sheet,
     write_strip,
 )
-from mos_cli.cli.loading import fit_to_memory, load_with_progress
+from mos_cli.cli.loading import find_server, fit_to_memory, load_with_progress
 from mos_cli.cli.options import DrawOptions
 from mos_cli.cli.output import Report
 from mos_cli.errors import InputError, MosError, UsageError
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from mos_cli.images.pictures import PictureFile
     from mos_cli.inference.requests import EditRequest
     from mos_cli.routing.trace import RecordOptions
+    from mos_cli.sampling.sampler import Observer
 
 VARIED = ("seed", "steps", "cfg", "solver", "feature_cache", "size", "image_cfg", "strength")
 """What --vary takes: settings of a picture, not of the loaded model."""
@@ -157,7 +158,8 @@ def draw_requests(
     if all(isinstance(request, Request) and request.edit for request in requests):
         edit_defaults(bundle)
     plan = _Plan(requests, bundle, options, record_options, names, report)
-    settings = plan.fit(settings)
+    remote = None if options.dry_run else find_server(settings, bundle, report)
+    settings = plan.fit(settings) if remote is None else remote.adopt(settings)
     recording, route_from = route_source(options.route_from, parse_percent(options.route_until), bundle)
     with Manifest(options.manifest, resume=options.resume, write=not options.dry_run) as manifest:
         seed = random_seed() if manifest.seed is None else manifest.seed
@@ -166,7 +168,7 @@ def draw_requests(
             if isinstance(job, RefusedJob) and len(jobs) == 1:
                 raise job.error
         drawable = [job for job in jobs if isinstance(job, Job)]
-        if drawable:
+        if drawable and remote is None:
             check_device(settings, drawable[0].recipe, bundle)
         for option, sheet in {"--strip": strip, "--sheet": options.sheet}.items():
             if sheet is not None:
@@ -185,10 +187,15 @@ def draw_requests(
 
         failed = sum(isinstance(job, RefusedJob) for job in jobs)
         if any(not job.done for job in drawable):
-            adapt_threads = AdaptiveThreads()
-            recipe = drawable[0].recipe
-            pipeline = load_with_progress(bundle, settings, report, precision=recipe.precision, quant=recipe.quant)
-            adapt_threads()
+            observers: Sequence[Observer] = ()
+            pipeline = remote
+            if pipeline is None:
+                adapt_threads = AdaptiveThreads()
+                recipe = drawable[0].recipe
+                pipeline = load_with_progress(bundle, settings, report, precision=recipe.precision, quant=recipe.quant)
+                adapt_threads()
+                # Blocks are compiled for a number of threads.
+                observers = () if pipeline.compiled else (adapt_threads,)
             failed = draw_jobs(
                 pipeline,
                 jobs,
@@ -198,8 +205,7 @@ def draw_requests(
                 log=settings.log,
                 report=report,
                 record_options=record_options,
-                # Blocks are compiled for a number of threads.
-                observers=() if pipeline.compiled else (adapt_threads,),
+                observers=observers,
                 route_from=recording,
                 drawn=drawn,
             )
@@ -449,20 +455,10 @@ class _Plan:
 
     def _settings(self, request: Request, run: "RunSettings") -> "RunSettings":
         """The settings of a request, with what concerns the loaded model from the run."""
+        from mos_cli.config.settings import OF_LOADED
+
         settings = self._resolved(request.flags)
-        loaded = {
-            "quant",
-            "batch_size",
-            "offload",
-            "max_vram",
-            "tiled",
-            "batched_guidance",
-            "precision",
-            "device",
-            "compile",
-            "loras",
-        }
-        return settings.model_copy(update={name: getattr(run, name) for name in loaded})
+        return settings.model_copy(update={name: getattr(run, name) for name in (*OF_LOADED, "batch_size")})
 
     def _resolved(self, flags: "Settings") -> "RunSettings":
         """The settings of flags; the preset and the config file are read once for equal ones."""

@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from mos_cli.images.manifest import Manifest
     from mos_cli.images.naming import Naming
     from mos_cli.images.pictures import PictureFile
-    from mos_cli.inference.pipeline import Drawing, MoSPipeline
+    from mos_cli.inference.drawing import Drawing
+    from mos_cli.inference.pipeline import MoSPipeline
     from mos_cli.routing.trace import Recording, RecordOptions
     from mos_cli.sampling.sampler import Observer, Step
+    from mos_cli.server.client import RemotePipeline
 
 
 READ_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".tif", ".tiff", ".bmp"}
@@ -286,7 +288,7 @@ def shortened(text: str) -> str:
 
 
 def draw_jobs(
-    pipeline: "MoSPipeline",
+    pipeline: "MoSPipeline | RemotePipeline",
     jobs: Sequence[Job | RefusedJob],
     manifest: "Manifest",
     *,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mos_cli.config.settings import RunSettings
     from mos_cli.inference.pipeline import MoSPipeline
     from mos_cli.routing.trace import Recording
+    from mos_cli.server.client import RemotePipeline
 
 
 def fit_to_memory(
@@ -97,6 +98,24 @@ def load_with_progress(
         from mos_cli.inference.model import load_pipeline
     with report.stage("weights"):
         return load_pipeline(bundle, understanding, settings, precision=precision, quant=quant)
+
+
+def find_server(settings: "RunSettings", bundle: "Bundle", report: Report) -> "RemotePipeline | None":
+    """The server that --server names, if it draws with the model and the settings of the run; None to draw here.
+
+    Raises:
+        MosError: the one that is named by its address cannot be reached, or draws with others.
+    """
+    if settings.server == "off":
+        return None
+    from mos_cli.inference.requests import lora_recipes
+    from mos_cli.server.client import find_server as find
+
+    with report.stage("server"):
+        pipeline, note = find(settings.server, settings, bundle, lora_recipes(settings))
+    if note is not None:
+        report.note("note", note, note=note)
+    return pipeline
 
 
 def load_route_source(picture: Path, recipe: "Recipe", route_from: Path | None) -> "Recording | None":

@@ -308,6 +308,17 @@ Log = Annotated[
         "--log/--no-log", envvar="MOS_LOG", help="List the pictures in the log of `mos logs`.", show_default="yes"
     ),
 ]
+Server = Annotated[
+    str | None,
+    typer.Option(
+        "--server",
+        envvar="MOS_SERVER",
+        metavar="WHERE",
+        help="Draw with a server that keeps the model loaded: auto (that of `mos serve`, if it has the same model "
+        "and settings), http://ADDRESS:PORT, or off.",
+        show_default="off",
+    ),
+]
 Sheet = Annotated[
     Path | None, typer.Option("--sheet", metavar="PNG", help="Also write one sheet of all pictures with their prompts.")
 ]
@@ -368,6 +379,7 @@ class DrawOptions:
     offload: Offload = None
     attention: Attention = None
     compile: Compile = None
+    server: Server = None
     sheet: Sheet = None
     vary: Vary = None
     manifest: ManifestFile = None

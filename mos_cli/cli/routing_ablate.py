@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mos_cli.config.recipe import EarlierPicture, Recipe
     from mos_cli.images.inputs import Inputs
     from mos_cli.inference.ablation import Ablated
-    from mos_cli.inference.pipeline import Drawing
+    from mos_cli.inference.drawing import Drawing
     from mos_cli.routing.rules import Rule
     from mos_cli.sampling.sampler import Observer, Step
 

@@ -83,6 +83,7 @@ class Settings(BaseModel):
     device: str | None = None
     attention: Literal["auto", "xformers", "sdpa"] | None = None
     compile: bool | None = None
+    server: str | None = None
     trace: TraceLevel | None = None
     metadata: Metadata | None = None
     routes: RouteRules | None = None
@@ -121,11 +122,19 @@ class RunSettings(Settings):
     device: str = "auto"
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     compile: bool = False
+    server: str = "off"
     trace: TraceLevel = "topk"
     metadata: Metadata = "full"
     output: str = "outputs/{date}/"
     format: PictureSuffix = "png"
     log: bool = True
+
+
+OF_LOADED = (
+    *("device", "precision", "quant", "max_vram", "offload", "attention", "compile", "loras"),
+    *("tiled", "batched_guidance"),
+)
+"""The settings of a loaded model: all pictures of a run share them."""
 
 
 @dataclass(frozen=True)

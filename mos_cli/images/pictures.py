@@ -25,7 +25,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP")
 _MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV"}
 _DEEP_MODES = {"I;16", "I;16L", "I;16B", "I;16N"}
 PictureFile = Path | BytesIO
-"""A file with a picture, or the bytes of standard input."""
+"""A file with a picture, or its bytes: those of standard input, or of what their `name` says."""
 SAME_COLOUR = 2
 """The largest change of a colour, in levels, by a profile that counts as sRGB."""
 FILTER = Image.Resampling.BICUBIC
@@ -34,7 +34,7 @@ FILTER = Image.Resampling.BICUBIC
 
 def name_of(file: PictureFile) -> str:
     """What messages call a file."""
-    return str(file) if isinstance(file, Path) else "standard input"
+    return str(file) if isinstance(file, Path) else getattr(file, "name", "standard input")
 
 
 @dataclass(frozen=True)

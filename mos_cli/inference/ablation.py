@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from mos_cli.config.recipe import Recipe
-    from mos_cli.inference.pipeline import Drawing
+    from mos_cli.inference.drawing import Drawing
     from mos_cli.routing.trace import Routes, Trace
     from mos_cli.sampling.sampler import Observer, Step
 

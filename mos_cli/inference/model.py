@@ -20,8 +20,9 @@ from mos_cli.config.settings import RunSettings, make_settings, parse_size
 from mos_cli.errors import InputError
 from mos_cli.images.inputs import Inputs, make_inputs
 from mos_cli.images.pictures import Picture, make_picture, read_picture
+from mos_cli.inference.drawing import Drawing
 from mos_cli.inference.offload import limit_memory
-from mos_cli.inference.pipeline import Drawing, MoSPipeline
+from mos_cli.inference.pipeline import MoSPipeline
 from mos_cli.inference.requests import (
     EditRequest,
     check_recipe,

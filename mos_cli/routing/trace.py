@@ -244,26 +244,39 @@ def load_routes(trace: Trace, path: Path) -> dict[str, Routes]:
     Raises:
         InputError: the trace holds a summary only, or the arrays are missing or damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
     if trace.arrays is None:
         raise InputError(f"{path} holds a summary only: draw with --trace topk to record every decision")
     arrays_path = path.with_name(trace.arrays.file)
     try:
         data = arrays_path.read_bytes()
-        tensors = load(data)
-        found = {name: {a: tensors[f"{name}.{a.name}"] for a in _arrays(trace, name)} for name in trace.branches}
     except OSError as error:
         raise InputError(f"cannot read {arrays_path}: {error.strerror}") from None
+    return read_routes(trace, data, str(arrays_path), path.name)
+
+
+def read_routes(trace: Trace, data: bytes, name: str, head: str) -> dict[str, Routes]:
+    """The decisions of a trace in the bytes of its arrays, checked against hash and shape.
+
+    Args:
+        name, head: what messages call the arrays and the trace.
+
+    Raises:
+        InputError: they are damaged, or those of another trace.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        tensors = load(data)
+        found = {key: {a: tensors[f"{key}.{a.name}"] for a in _arrays(trace, key)} for key in trace.branches}
     except (SafetensorError, KeyError):
-        raise InputError(f"{arrays_path} is damaged") from None
+        raise InputError(f"{name} is damaged") from None
     fits = all((v.shape, v.dtype) == (a.shape, a.dtype) for arrays in found.values() for a, v in arrays.items())
-    if hashlib.sha256(data).hexdigest() != trace.arrays.sha256 or not fits:
-        raise InputError(f"{arrays_path} does not belong to {path.name}")
-    routes = {name: Routes(**{a.field: value for a, value in arrays.items()}) for name, arrays in found.items()}
+    if trace.arrays is None or hashlib.sha256(data).hexdigest() != trace.arrays.sha256 or not fits:
+        raise InputError(f"{name} does not belong to {head}")
+    routes = {key: Routes(**{a.field: value for a, value in arrays.items()}) for key, arrays in found.items()}
     if not all(_valid(branch, len(trace.layers)) and _slots_exist(trace, branch) for branch in routes.values()):
-        raise InputError(f"{arrays_path} is damaged: it holds layers or weights that cannot be")
+        raise InputError(f"{name} is damaged: it holds layers or weights that cannot be")
     return routes
 
 

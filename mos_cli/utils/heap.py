@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from contextlib import suppress
 
 MMAP_THRESHOLD = 32 * 2**20
 """Bytes from which an allocation has pages of its own; the largest value that glibc takes."""
@@ -27,3 +28,9 @@ def keep_freed_memory() -> None:
         return
     mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD)
     mallopt(_M_TRIM_THRESHOLD, TRIM_THRESHOLD)
+
+
+def return_freed_memory() -> None:
+    """Gives what glibc keeps of freed memory back to the operating system; see malloc_trim(3)."""
+    with suppress(AttributeError, TypeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)

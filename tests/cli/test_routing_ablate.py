@@ -15,7 +15,8 @@ from mos_cli.config.recipe import Recipe, make_recipe
 from mos_cli.images.pictures import FILTER
 from mos_cli.images.sheets import CELL, GAP
 from mos_cli.inference.ablation import ablate, difference, shares_read, with_layer
-from mos_cli.inference.pipeline import Drawing, MoSPipeline
+from mos_cli.inference.drawing import Drawing
+from mos_cli.inference.pipeline import MoSPipeline
 from mos_cli.routing.rules import Rule, parse_rule
 from mos_cli.routing.trace import load_recording
 from mos_cli.utils.devices import choose_device

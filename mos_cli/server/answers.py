@@ -1,0 +1,75 @@
+"""Answers of the server: errors in the form of OpenAI's interface, and server-sent events."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+from starlette.responses import JSONResponse, StreamingResponse
+
+from mos_cli.errors import DeviceError, InputError, MemoryLimitError, ModelError, MosError, UsageError
+from mos_cli.server.queue import QueueFullError, StoppingError
+
+KEEP_ALIVE = 10.0
+"""Seconds after which an empty line is sent where nothing happens: a client knows that the server is there."""
+_STATUS: dict[type[Exception], int] = {
+    UsageError: 400,
+    InputError: 400,
+    ModelError: 400,
+    QueueFullError: 429,
+    StoppingError: 503,
+    MemoryLimitError: 503,
+    DeviceError: 503,
+}
+
+
+class NotServedError(MosError):
+    """What is asked for belongs to another model than that of the server."""
+
+
+def error_answer(
+    status: int, message: str, *, kind: str | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """An error; `kind` is the name of its class, where it is one of this package."""
+    group = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(status)
+    group = group or ("invalid_request_error" if status < 500 else "server_error")
+    error = {"message": message, "type": group, "param": None, "code": kind}
+    return JSONResponse({"error": error}, status, headers)
+
+
+def answer_of(error: Exception) -> JSONResponse:
+    """The answer for an error of this package, or for one that should not be."""
+    if not isinstance(error, MosError):
+        return error_answer(500, f"the server failed: {type(error).__name__}")
+    status = 409 if isinstance(error, NotServedError) else _STATUS.get(type(error), 500)
+    headers = {"Retry-After": "1"} if status == 429 else None
+    return error_answer(status, str(error), kind=type(error).__name__, headers=headers)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events.
+
+    Args:
+        ended: called when the last is sent, or the client has gone.
+    """
+
+    def __init__(self, events: AsyncIterator[dict[str, Any]], ended: Callable[[], None] = lambda: None) -> None:
+        super().__init__(_lines(events, ended), media_type="text/event-stream")
+
+
+async def _lines(events: AsyncIterator[dict[str, Any]], ended: Callable[[], None]) -> AsyncIterator[str]:
+    following = asyncio.ensure_future(anext(events, None))
+    try:
+        while True:
+            done, _ = await asyncio.wait({following}, timeout=KEEP_ALIVE)
+            if not done:
+                yield ": waiting\n\n"
+                continue
+            event = following.result()
+            if event is None:
+                return
+            yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
+            following = asyncio.ensure_future(anext(events, None))
+    finally:
+        following.cancel()
+        ended()
