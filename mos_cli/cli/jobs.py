@@ -414,7 +414,10 @@ def _named(numbers: Sequence[int], total: int) -> str:
 
 
 def _drawings(
-    pipeline: "MoSPipeline", batch: Mapping[int, Job], observers: "Sequence[Observer]", options: dict[str, Any]
+    pipeline: "MoSPipeline | RemotePipeline",
+    batch: Mapping[int, Job],
+    observers: "Sequence[Observer]",
+    options: dict[str, Any],
 ) -> "dict[int, Drawing | MosError]":
     """The drawings of a batch, or of a single picture. Those that are there already are drawn with the others.
 
@@ -426,7 +429,8 @@ def _drawings(
         return {number: pipeline.draw(job.recipe, observers, inputs, **options)}
     places = {job.recipe.batch.place: number for number, job in batch.items() if job.recipe.batch is not None}
     recipes = [batch[places[place]].recipe if place in places else None for place in range(of_first.size)]
-    drawn = pipeline.draw_batch(recipes, observers, **options)
+    # No batch is drawn with a server.
+    drawn = pipeline.draw_batch(recipes, observers, **options)  # pyright: ignore[reportAttributeAccessIssue]
     return {places[place]: drawing for place, drawing in zip(sorted(places), drawn, strict=True)}
 
 

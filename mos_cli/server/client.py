@@ -105,6 +105,8 @@ class RemotePipeline:
         """What the server draws with that a run would not; None if their pictures are the same."""
         from mos_cli import __version__
 
+        if settings.batch_size is not None:
+            return "no batches"
         if self.about["version"] != __version__:
             return f"version {self.about['version']} of mos, and this is {__version__}"
         if self.about["model_hash"] != bundle.hash:

@@ -242,7 +242,9 @@ class RouterTrainer:
         paths = checkpoint.found(folder)
         for number, path in enumerate(paths):
             try:
-                state = checkpoint.load(path, {name: fit.state() for name, fit in fits.items()}, accelerator)
+                state = checkpoint.load(
+                    path, {name: fit.state() for name, fit in fits.items()}, accelerator.num_processes
+                )
             except InputError as error:
                 if number == len(paths) - 1:
                     raise
