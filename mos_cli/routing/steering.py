@@ -87,7 +87,8 @@ class Steerer:
             tokens = tuple(range(len(self.encodings[branch].tokens)))
             return (Steered(rule=str(self.baseline), tokens=tokens, decisions=len(tokens) * self.blocks * len(steps)),)
         done = []
-        for rule, tokens in self._tokens[branch].items():
+        for rule in self.rules:
+            tokens = self._tokens[branch][rule]
             times = len(steps) if rule.steps is None else len(set(rule.steps) & set(steps))
             blocks = self.blocks if rule.blocks is None else len(rule.blocks)
             done.append(Steered(rule=str(rule), tokens=tokens, decisions=len(tokens) * times * blocks))

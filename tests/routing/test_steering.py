@@ -93,6 +93,16 @@ def test_ranges_say_where_a_rule_holds() -> None:
     assert (second.tokens, second.decisions) == ((2,), 3)
 
 
+def test_a_rule_that_is_given_twice_holds_twice() -> None:
+    twice = steerer("apple+=1@2", "apple+=1@2")
+    first, second = twice.done("positive") or ()
+    assert first == second
+    assert first.decisions == BLOCKS * STEPS
+    route, other = choose(1, twice(0, "positive")), choose(1, steer("apple+=2@2"))
+    assert torch.equal(route.ids_BTJK, other.ids_BTJK)
+    assert torch.equal(route.weights_BTJK, other.weights_BTJK)
+
+
 def test_baselines_ask_no_router() -> None:
     for rule, layers in {"last": [4], "uniform": [0, 1, 2, 3, 4], "fixed:1-2": [1, 2]}.items():
         route = steer(rule)
