@@ -105,7 +105,7 @@ class RemotePipeline:
         """What the server draws with that a run would not; None if their pictures are the same."""
         from mos_cli import __version__
 
-        if settings.batch_size is not None:
+        if settings.batch_size != 1:
             return "no batches"
         if self.about["version"] != __version__:
             return f"version {self.about['version']} of mos, and this is {__version__}"
