@@ -492,8 +492,8 @@ class _Plan:
         assert request.edit is not None
         assert recipe.edit is not None
         inputs = self._read(request.sources, request.edit)
-        for picture, source, file in zip(inputs.pictures, recipe.edit.sources, request.sources, strict=True):
-            if pixels_hash(picture.image) != source.sha256:
+        for image, source, file in zip(inputs.sources, recipe.edit.sources, request.sources, strict=True):
+            if pixels_hash(image) != source.sha256:
                 raise InputError(f"{name_of(file)} was changed after the run began: run it again")
         return inputs
 
