@@ -212,5 +212,9 @@ class Manifest:
             while data:
                 data = data[self._file.write(data) :]
             os.fsync(self._file.fileno())
+            removed = not os.fstat(self._file.fileno()).st_nlink
+            removed = not os.fstat(self._file.fileno()).st_nlink
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror}") from None
+        if removed:
+            raise InputError(f"{self.path} was removed while the run wrote it: run again, with --skip-existing")
