@@ -4,13 +4,14 @@
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mos_cli.cli.job_sharing import join_processes
 from mos_cli.cli.jobs import (
     Job,
     RefusedJob,
@@ -18,6 +19,7 @@ from mos_cli.cli.jobs import (
     check_sheet,
     draw_jobs,
     exit_if_failed,
+    group_jobs,
     make_record_options,
     parse_percent,
     print_jobs,
@@ -150,7 +152,13 @@ def draw_requests(
     several = len(requests) > 1 or options.count > 1
     if strip is not None and several:
         raise UsageError("--strip shows one edit: leave it out, or draw one picture")
+    processes = join_processes()
+    if processes.several and (options.sheet or strip):
+        raise UsageError("a sheet or a strip is made by one process: leave it out, or draw without the launcher")
+    if processes.number > 0:
+        report.quiet, report.verbose = not report.json, False
     settings = resolve(flags, options.preset)
+    settings = settings.model_copy(update={"device": processes.device(settings.device)})
     record_options = make_record_options(settings.trace, regions=options.regions, previews=options.preview_steps)
     options.check_output(settings.output)
     names = naming(settings.output, suffix=settings.format, overwrite=options.overwrite)
@@ -161,22 +169,30 @@ def draw_requests(
     remote = None if options.dry_run else find_server(settings, bundle, report)
     settings = plan.fit(settings) if remote is None else remote.adopt(settings)
     recording, route_from = route_source(options.route_from, parse_percent(options.route_until), bundle)
-    with Manifest(options.manifest, resume=options.resume, write=not options.dry_run) as manifest:
-        seed = random_seed() if manifest.seed is None else manifest.seed
-        jobs = plan.jobs(settings, manifest, seed, {"route_from": route_from})
-        for job in jobs:
-            if isinstance(job, RefusedJob) and len(jobs) == 1:
-                raise job.error
-        drawable = [job for job in jobs if isinstance(job, Job)]
-        if drawable and remote is None:
-            check_device(settings, drawable[0].recipe, bundle)
-        for option, sheet in {"--strip": strip, "--sheet": options.sheet}.items():
-            if sheet is not None:
-                check_sheet(option, sheet, names.returned, options.overwrite)
+    random = processes.agreed(random_seed())
+    with ExitStack() as stack:
+        # All have the same jobs, under the same names: no picture is written before all have theirs.
+        with processes.one_after_the_other():
+            first = processes.number == 0
+            opened = Manifest(options.manifest, resume=options.resume, write=not options.dry_run, joins=not first)
+            manifest = stack.enter_context(opened)
+            seed = random if manifest.seed is None else manifest.seed
+            jobs = plan.jobs(settings, manifest, seed, {"route_from": route_from})
+            for job in jobs:
+                if isinstance(job, RefusedJob) and len(jobs) == 1:
+                    raise job.error
+            drawable = [job for job in jobs if isinstance(job, Job)]
+            if drawable and remote is None:
+                check_device(settings, drawable[0].recipe, bundle)
+            for option, sheet in {"--strip": strip, "--sheet": options.sheet}.items():
+                if sheet is not None:
+                    check_sheet(option, sheet, names.returned, options.overwrite)
+            if not options.dry_run:
+                manifest.begin(seed if settings.seed is None else settings.seed)
         if options.dry_run:
-            print_jobs(jobs, bundle, settings, report)
+            if first:
+                print_jobs(jobs, bundle, settings, report)
             return
-        manifest.begin(seed if settings.seed is None else settings.seed)
         pictures: dict[int, Image] = {}
 
         def drawn(job: Job, image: "Image") -> None:
@@ -185,8 +201,10 @@ def draw_requests(
             if strip is not None and job.inputs is not None:
                 write_strip(strip, job.inputs(), image, job.recipe.prompt, options.overwrite, report)
 
-        failed = sum(isinstance(job, RefusedJob) for job in jobs)
-        if any(not job.done for job in drawable):
+        groups = processes.share(group_jobs(jobs))
+        own = [job for group in groups for _, job in group]
+        failed = sum(isinstance(job, RefusedJob) for job in own)
+        if any(isinstance(job, Job) and not job.done for job in own):
             observers: Sequence[Observer] = ()
             pipeline = remote
             if pipeline is None:
@@ -198,8 +216,9 @@ def draw_requests(
                 observers = () if pipeline.compiled else (adapt_threads,)
             failed = draw_jobs(
                 pipeline,
-                jobs,
+                groups,
                 manifest,
+                total=len(jobs),
                 trace=settings.trace,
                 metadata=settings.metadata,
                 log=settings.log,
@@ -210,16 +229,19 @@ def draw_requests(
                 drawn=drawn,
             )
         else:
-            for number, job in enumerate(jobs, start=1):
-                if isinstance(job, RefusedJob):
-                    plan.refuse(job, number, manifest)
+            for group in groups:
+                for number, job in group:
+                    if isinstance(job, RefusedJob):
+                        plan.refuse(job, number, manifest)
+        # The manifest is locked until all processes are done.
+        failed = processes.total(failed)
         if there := sum(job.done for job in drawable):
             note = f"{there} of {len(jobs)} pictures were there already"
             report.note("there", note, pictures=there)
         if options.sheet is not None:
             _write_pictures(drawable, pictures, options.sheet, bool(options.vary), options.overwrite, report)
     report.times()
-    exit_if_failed(failed, jobs)
+    exit_if_failed(failed, jobs, said=first)
 
 
 def _write_pictures(
@@ -488,8 +510,8 @@ class _Plan:
         assert request.edit is not None
         assert recipe.edit is not None
         inputs = self._read(request.sources, request.edit)
-        for picture, source, file in zip(inputs.pictures, recipe.edit.sources, request.sources, strict=True):
-            if pixels_hash(picture.image) != source.sha256:
+        for image, source, file in zip(inputs.sources, recipe.edit.sources, request.sources, strict=True):
+            if pixels_hash(image) != source.sha256:
                 raise InputError(f"{name_of(file)} was changed after the run began: run it again")
         return inputs
 

@@ -76,6 +76,14 @@ def edit(
             show_default="the model's own size",
         ),
     ] = None,
+    expand: Annotated[
+        str | None,
+        typer.Option(
+            "--expand",
+            metavar="SIDES",
+            help="Draw beyond the picture, which stays bit for bit: left=64,top=32 with the pixels to add.",
+        ),
+    ] = None,
     strip: Annotated[
         Path | None,
         typer.Option("--strip", metavar="PNG", help="Also write before, after and their difference side by side."),
@@ -87,6 +95,7 @@ def edit(
 
     Editing a picture that mos made keeps its history: mos replay can draw the whole chain again.
     """
+    from mos_cli.images.expansion import parse_expansion
     from mos_cli.inference.requests import EditRequest
 
     report = Report(json=options.json, quiet=options.quiet, verbose=options.verbose)
@@ -104,6 +113,7 @@ def edit(
         composite=composite,
         keep_alpha=keep_alpha,
         strength=strength,
+        expand=None if expand is None else parse_expansion(expand),
     )
     references = tuple(picture_file(path) for path in reference or [])
     requests = [

@@ -74,6 +74,10 @@ class RefusedJob:
     error: MosError
 
 
+JobGroup = list[tuple[int, Job | RefusedJob]]
+"""Jobs that are drawn at once, or one, with their numbers in the run."""
+
+
 def read_prompts(argument: str, advice: str) -> list[str]:
     """The prompts that an argument names: itself, or the lines of stdin (-) or of a file (@FILE).
 
@@ -244,10 +248,11 @@ def report_failed(job: Job | RefusedJob, number: int, error: MosError, report: R
     )
 
 
-def exit_if_failed(failed: int, jobs: Sequence[Job | RefusedJob]) -> None:
-    """Ends the run with exit code 7 if some of its jobs failed."""
-    if failed:
+def exit_if_failed(failed: int, jobs: Sequence[Job | RefusedJob], *, said: bool = True) -> None:
+    """Ends the run with exit code 7 if some of its jobs failed; `said`: with a line."""
+    if failed and said:
         print_error(f"{failed} of {len(jobs)} pictures failed")
+    if failed:
         raise typer.Exit(PARTLY_FAILED)
 
 
@@ -289,9 +294,10 @@ def shortened(text: str) -> str:
 
 def draw_jobs(
     pipeline: "MoSPipeline | RemotePipeline",
-    jobs: Sequence[Job | RefusedJob],
+    groups: Sequence[JobGroup],
     manifest: "Manifest",
     *,
+    total: int,
     trace: "TraceLevel",
     metadata: "Metadata",
     log: bool,
@@ -306,7 +312,9 @@ def draw_jobs(
     The first Ctrl-C stops after the current step, the second at once; pictures that are written stay.
 
     Args:
+        groups: the jobs, see `group_jobs`.
         manifest: where it is recorded what becomes of each job.
+        total: the number of jobs of the run, others' included.
         trace: how much of the trace is written, a `TraceLevel`.
         metadata: what the pictures say of themselves.
         log: list them in the log, but for those without metadata.
@@ -319,7 +327,7 @@ def draw_jobs(
     Raises:
         MosError: the only job failed.
     """
-    missing = [job for job in jobs if isinstance(job, Job) and not job.done]
+    missing = [job for group in groups for _, job in group if isinstance(job, Job) and not job.done]
     if metadata == "none" and missing:
         kept = "" if trace == "off" or missing[0].path == Path("-") else "; the trace beside it still holds the prompt"
         note = f"without metadata, mos replay cannot draw the picture again{kept}"
@@ -328,7 +336,7 @@ def draw_jobs(
     with report.stage("reading"):
         pipeline.encode_ahead([job.recipe for job in missing])
     with sampling_bars(report) as bars, stop_between_steps() as check_interrupt:
-        for group in _groups(jobs):
+        for group in groups:
             number, job = group[0]
             if isinstance(job, RefusedJob):
                 failed += 1
@@ -338,7 +346,7 @@ def draw_jobs(
             batch = {number: job for number, job in group if isinstance(job, Job)}
             if all(job.done for job in batch.values()):
                 continue
-            task = bars.add_task(_named(list(batch), len(jobs)), total=job.recipe.steps, unit="steps")
+            task = bars.add_task(_named(list(batch), total), total=job.recipe.steps, unit="steps")
             started = perf_counter()
 
             def observe(step: "Step", task: Any = task, numbers: Sequence[int] = tuple(batch)) -> None:
@@ -377,7 +385,7 @@ def draw_jobs(
                         files = _save(drawing, job, trace, metadata, record)
                 except MosError as error:
                     record("failed", error=str(error), seconds=seconds)
-                    if len(jobs) == 1:
+                    if total == 1:
                         raise
                     failed += 1
                     report_failed(job, number, error, report)
@@ -391,10 +399,10 @@ def draw_jobs(
     return failed
 
 
-def _groups(jobs: Sequence[Job | RefusedJob]) -> list[list[tuple[int, Job | RefusedJob]]]:
+def group_jobs(jobs: Sequence[Job | RefusedJob]) -> list[JobGroup]:
     """The numbered jobs, those of a batch where the first of them is."""
-    groups: list[list[tuple[int, Job | RefusedJob]]] = []
-    batches: dict[int, list[tuple[int, Job | RefusedJob]]] = {}
+    groups: list[JobGroup] = []
+    batches: dict[int, JobGroup] = {}
     for number, job in enumerate(jobs, start=1):
         of_batch = job.batch if isinstance(job, Job) else None
         if of_batch in batches:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mos_cli.cli.jobs import Job, check_format, draw_jobs, make_record_options, shortened
+from mos_cli.cli.jobs import Job, check_format, draw_jobs, group_jobs, make_record_options, shortened
 from mos_cli.cli.loading import fit_to_memory, load_route_source, load_with_progress
 from mos_cli.cli.options import (
     Attention,
@@ -205,8 +205,9 @@ def replay(
         if job is not None:
             draw_jobs(
                 pipeline,
-                [job],
+                group_jobs([job]),
                 Manifest(None, resume=False, write=False),
+                total=1,
                 trace=settings.trace,
                 metadata=settings.metadata,
                 log=settings.log,

@@ -75,6 +75,7 @@ def read_jobs(path: Path, flags: "Settings", count: int) -> list[Request | Refus
 def _request(line: bytes, subject: str, flags: "Settings", count: int) -> Request:
     from mos_cli.config.job_line import OF_EDITS, SETTINGS, JobLine
     from mos_cli.config.settings import make_settings
+    from mos_cli.images.expansion import parse_expansion
     from mos_cli.inference.requests import EditRequest
 
     job = JobLine.model_validate_json(line)
@@ -90,9 +91,10 @@ def _request(line: bytes, subject: str, flags: "Settings", count: int) -> Reques
         if any(name == "-" for name in (job.picture, job.mask, *(job.references or ()))):
             raise UsageError("- is standard input, which a job cannot read: name a file")
         mask = None if job.mask is None else expand(job.mask)
-        sources, edit = tuple(files), EditRequest(size=job.size, mask=mask, **edits)
+        sides = None if job.expand is None else parse_expansion(job.expand)
+        sources, edit = tuple(files), EditRequest(size=job.size, mask=mask, expand=sides, **edits)
     else:
-        for name in (*edits, *(values.keys() & {"references", "mask", "image_cfg"})):
+        for name in (*edits, *(values.keys() & {"references", "mask", "image_cfg", "expand"})):
             raise UsageError(f"{name}: this is for edits, name the picture to edit")
         if job.size is not None:
             own["size"] = job.size

@@ -30,6 +30,7 @@ class JobLine(Frozen):
     strength: float | None = None
     image_cfg: float | None = Field(default=None, ge=0)
     max_pixels: int | None = Field(default=None, ge=1)
+    expand: str | None = None
 
 
 SETTINGS = {"negative", "seed", "steps", "solver", "cfg", "cfg_interval", "feature_cache", "routes", "image_cfg"}

@@ -23,6 +23,8 @@ MAX_STEPS = 1000
 MAX_GUIDANCE = 100
 MAX_THREADS = 1024
 """The limit for a record's threads: libraries end the process if they cannot start as many as requested."""
+MAX_EXPANSION = 16_384
+"""The most pixels that are added on a side of a picture."""
 MAX_TOKENS = 4096
 """The most tokens of a prompt of a batch."""
 MAX_WEIGHT = 10.0
@@ -46,13 +48,32 @@ class MaskRecipe(Frozen):
     feather: float = Field(default=0.0, ge=0)
 
 
+class Expansion(Frozen):
+    """The pixels that are added to the sides of a picture before it is edited."""
+
+    left: int = Field(default=0, ge=0, le=MAX_EXPANSION)
+    top: int = Field(default=0, ge=0, le=MAX_EXPANSION)
+    right: int = Field(default=0, ge=0, le=MAX_EXPANSION)
+    bottom: int = Field(default=0, ge=0, le=MAX_EXPANSION)
+
+    @model_validator(mode="after")
+    def _adds_something(self) -> Self:
+        if not any((self.left, self.top, self.right, self.bottom)):
+            raise ValueError("at least one side grows")
+        return self
+
+    def grown(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height of a picture with them."""
+        return size[0] + self.left + self.right, size[1] + self.top + self.bottom
+
+
 class EditRecipe(Frozen):
     """The part of a recipe that only edits have.
 
     `sources` are the edited picture and further references. `canvas` is the size at which the model draws, `strength`
     the time at which it begins (1 = from noise alone). With `composite`, pixels outside the mask, or without one
     outside the estimated change, are copied from the source. With `keep_alpha`, the result is as transparent as the
-    source.
+    source. With `expand`, the edited picture is grown first, and only what is new may change.
     """
 
     sources: tuple[SourcePicture, ...] = Field(min_length=1)
@@ -62,6 +83,19 @@ class EditRecipe(Frozen):
     mask: MaskRecipe | None = None
     composite: bool = False
     keep_alpha: bool = False
+    expand: Expansion | None = None
+
+    @property
+    def source_size(self) -> tuple[int, int]:
+        """Width and height of the edited picture, grown."""
+        size = (self.sources[0].width, self.sources[0].height)
+        return size if self.expand is None else self.expand.grown(size)
+
+    @model_validator(mode="after")
+    def _what_is_new_is_the_mask(self) -> Self:
+        if self.expand is not None and (self.mask is not None or self.keep_alpha or not self.composite):
+            raise ValueError("expand: the mask of an expanded picture is what is new, and the picture is kept")
+        return self
 
 
 class RouteSource(Frozen):
@@ -191,10 +225,8 @@ class Recipe(Frozen):
 
     @model_validator(mode="after")
     def _edits_keep_their_size(self) -> Self:
-        if self.edit is not None:
-            source = self.edit.sources[0]
-            if (self.width, self.height) not in (self.edit.canvas, (source.width, source.height)):
-                raise ValueError("an edit is as large as the picture it is made from, or as its canvas")
+        if self.edit is not None and (self.width, self.height) not in (self.edit.canvas, self.edit.source_size):
+            raise ValueError("an edit is as large as the picture it is made from, or as its canvas")
         return self
 
 

@@ -1,7 +1,7 @@
 """The pictures of an edit: reading them, describing them in a recipe, and finding them for a replay."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
@@ -10,12 +10,14 @@ from pydantic import ValidationError
 from mos_cli.config.recipe import (
     EarlierPicture,
     EditRecipe,
+    Expansion,
     MaskRecipe,
     Recipe,
     SourcePicture,
     pixels_hash,
 )
 from mos_cli.errors import InputError, UsageError
+from mos_cli.images.expansion import grown, new_area
 from mos_cli.images.masks import read_mask
 from mos_cli.images.outputs import as_stored
 from mos_cli.images.pictures import Picture, PictureFile, name_of, read_picture
@@ -27,12 +29,27 @@ class Inputs:
     """The pictures of an edit, the edited one first, and its mask: L, 255 may change, of its size.
 
     `earlier` are those made by mos, and all pictures that these were made from. `mask_notes` are those of the mask.
+    `before` is the edited picture as it was read, where it was grown since.
     """
 
     pictures: tuple[Picture, ...]
     mask: Image.Image | None = None
     earlier: tuple[EarlierPicture, ...] = ()
     mask_notes: tuple[str, ...] = ()
+    before: Image.Image | None = None
+
+    @property
+    def sources(self) -> tuple[Image.Image, ...]:
+        """The pictures as they were read."""
+        first, *further = (picture.image for picture in self.pictures)
+        return (first if self.before is None else self.before, *further)
+
+    def expanded(self, expansion: Expansion) -> "Inputs":
+        """With the edited picture grown, and a mask of what is new; raises UsageError."""
+        first, *further = self.pictures
+        picture = replace(first, image=grown(first.image, expansion))
+        mask = new_area(first.image.size, expansion)
+        return replace(self, pictures=(picture, *further), mask=mask, before=first.image)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -67,8 +84,7 @@ def describe_edit(inputs: Inputs, **settings: Any) -> EditRecipe:
         UsageError: a setting is out of range.
     """
     sources = tuple(
-        SourcePicture(sha256=pixels_hash(picture.image), width=picture.image.width, height=picture.image.height)
-        for picture in inputs.pictures
+        SourcePicture(sha256=pixels_hash(image), width=image.width, height=image.height) for image in inputs.sources
     )
     try:
         return EditRecipe(sources=sources, **settings)
@@ -126,6 +142,8 @@ class Finder:
         if recipe.edit is None:
             return None
         pictures = tuple(self._picture(source, earlier) for source in recipe.edit.sources)
+        if recipe.edit.expand is not None:
+            return Inputs(pictures, None, earlier).expanded(recipe.edit.expand)
         mask = None if recipe.edit.mask is None else self._mask(recipe.edit.mask, pictures[0].image.size)
         return Inputs(pictures, mask, earlier)
 

@@ -55,13 +55,14 @@ class Manifest:
         path: its file; None keeps no manifest.
         resume: go on with what is there.
         write: without it, nothing is written, for a dry run.
+        joins: another process of the same run has opened it, keeps other runs out, and has begun it.
 
     Raises:
         NameTakenError: it is there and is not to be resumed.
         InputError: it is no manifest, another run is writing it, or it cannot be written.
     """
 
-    def __init__(self, path: Path | None, *, resume: bool, write: bool) -> None:
+    def __init__(self, path: Path | None, *, resume: bool, write: bool, joins: bool = False) -> None:
         self.path = path
         self._head: ManifestHead | None = None
         self._last: dict[str, ManifestLine] = {}
@@ -70,10 +71,10 @@ class Manifest:
         self._made = False
         if path is None:
             return
-        if path.is_file() and path.stat().st_size and not resume:
+        if path.is_file() and path.stat().st_size and not (resume or joins):
             raise NameTakenError(f"{path} exists: go on with it by --resume, or choose another name")
         if write:
-            self._open(path)
+            self._open(path, joins=joins)
         if path.exists():
             self._read(path)
 
@@ -157,13 +158,15 @@ class Manifest:
                 self.path.unlink(missing_ok=True)
             self._file.close()
 
-    def _open(self, path: Path) -> None:
+    def _open(self, path: Path, *, joins: bool) -> None:
         check_writable(path.parent)
         self._made = not path.exists()
         try:
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror}") from None
+        if joins:
+            return
         # Where files cannot be locked, two runs on one manifest would both draw what is missing.
         with suppress(ImportError):
             import fcntl
@@ -209,5 +212,9 @@ class Manifest:
             while data:
                 data = data[self._file.write(data) :]
             os.fsync(self._file.fileno())
+            removed = not os.fstat(self._file.fileno()).st_nlink
+            removed = not os.fstat(self._file.fileno()).st_nlink
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror}") from None
+        if removed:
+            raise InputError(f"{self.path} was removed while the run wrote it: run again, with --skip-existing")

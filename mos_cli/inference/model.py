@@ -18,6 +18,7 @@ from mos_cli.bundles.sources import fetch_tower
 from mos_cli.config.recipe import make_recipe
 from mos_cli.config.settings import RunSettings, make_settings, parse_size
 from mos_cli.errors import InputError
+from mos_cli.images.expansion import parse_expansion
 from mos_cli.images.inputs import Inputs, make_inputs
 from mos_cli.images.pictures import Picture, make_picture, read_picture
 from mos_cli.inference.drawing import Drawing
@@ -219,6 +220,7 @@ class Model:
         image_cfg: float | None = None,
         size: tuple[int, int] | None = None,
         max_pixels: int | None = None,
+        expand: str | None = None,
         seed: int | None = None,
         steps: int | None = None,
         solver: str | None = None,
@@ -249,6 +251,7 @@ class Model:
             image_cfg: guidance towards the picture.
             size: width and height of the result, in pixels; by default those of the picture.
             max_pixels: most pixels that the model works on; by default as many as its native size has.
+            expand: pixels to draw beyond the picture, which stays: "left=64,top=32".
 
         Raises:
             ModelError: the model does not edit.
@@ -267,13 +270,14 @@ class Model:
         request = EditRequest(
             size=_size_text(size),
             max_pixels=max_pixels,
-            mask=make_picture(mask, "the image") if isinstance(mask, Image) else None if mask is None else expand(mask),
+            mask=_mask(mask),
             invert_mask=invert_mask,
             feather=feather,
             composite=composite,
             keep_alpha=keep_alpha,
             strength=strength,
             image_cfg=image_cfg,
+            expand=None if expand is None else parse_expansion(expand),
         )
         edit_defaults(self.bundle)
         inputs = make_inputs([_read(source) for source in (image, *references)])
@@ -319,6 +323,12 @@ class Model:
 
 def _size_text(size: tuple[int, int] | None) -> str | None:
     return None if size is None else "{}x{}".format(*size)
+
+
+def _mask(mask: str | Path | Image | None) -> Path | Picture | None:
+    if isinstance(mask, Image):
+        return make_picture(mask, "the image")
+    return None if mask is None else expand(mask)
 
 
 def _read(source: ImageSource) -> Picture:

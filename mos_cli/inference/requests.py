@@ -18,7 +18,16 @@ from mos_cli.bundles.loras import LoraFile, find_lora, parse_lora
 from mos_cli.bundles.shapes import read_generation
 from mos_cli.bundles.sources import tower_folder
 from mos_cli.bundles.specs import Canvas, Defaults
-from mos_cli.config.recipe import LoraRecipe, MaskRecipe, Recipe, RouteSource, check_blocks, check_guidance, pixels_hash
+from mos_cli.config.recipe import (
+    Expansion,
+    LoraRecipe,
+    MaskRecipe,
+    Recipe,
+    RouteSource,
+    check_blocks,
+    check_guidance,
+    pixels_hash,
+)
 from mos_cli.config.settings import RunSettings, available_memory, fitted, parse_size
 from mos_cli.errors import MosError, UsageError
 from mos_cli.images.inputs import Inputs, describe_edit
@@ -151,8 +160,14 @@ class EditRequest:
     keep_alpha: bool = False
     strength: float = 1.0
     image_cfg: float | None = None
+    expand: Expansion | None = None
 
     def __post_init__(self) -> None:
+        if self.expand is not None:
+            excluded = {"--size": self.size, "--mask": self.mask, "--composite": self.composite}
+            for option, value in (excluded | {"--keep-alpha": self.keep_alpha}).items():
+                if value:
+                    raise UsageError(f"--expand keeps the picture and draws around it: leave {option} out")
         if self.size is not None and self.max_pixels is not None:
             raise UsageError("--size and --max-pixels exclude each other: choose one")
         if self.mask is None and (self.invert_mask or self.feather):
@@ -163,7 +178,13 @@ class EditRequest:
             )
 
     def with_mask(self, inputs: Inputs) -> Inputs:
-        """The pictures of the edit with its mask, at the size of the first; raises InputError or UsageError."""
+        """The pictures of the edit with its mask, at the size of the first, or the first expanded.
+
+        Raises:
+            InputError, UsageError: the mask cannot be read or does not fit, or the picture would be too large.
+        """
+        if self.expand is not None:
+            return inputs.expanded(self.expand)
         if self.mask is None:
             return inputs
         size = inputs.pictures[0].image.size
@@ -174,7 +195,7 @@ class EditRequest:
     def lost(self, inputs: Inputs, size: tuple[int, int]) -> str | None:
         """A line about transparency that a result of `size` does not have; None if it keeps all it can."""
         source = inputs.pictures[0].image
-        composited = (self.composite or self.mask is not None) and size == source.size
+        composited = (self.composite or self.mask is not None or self.expand is not None) and size == source.size
         if self.keep_alpha or composited or source.mode != "RGBA":
             return None
         return "the picture is partly transparent and the result is opaque: --keep-alpha keeps the transparency"
@@ -196,7 +217,7 @@ def edit_fields(
     options = {"--negative": settings.negative, "--cfg-interval": cfg_interval}
     check_guidance(fields["cfg"], options, image_cfg)
     mask = None
-    if inputs.mask is not None:
+    if inputs.mask is not None and request.expand is None:
         mask = MaskRecipe(sha256=pixels_hash(inputs.mask), invert=request.invert_mask, feather=request.feather)
     edit = describe_edit(
         inputs,
@@ -204,8 +225,9 @@ def edit_fields(
         image_cfg=image_cfg,
         strength=request.strength,
         mask=mask,
-        composite=request.composite or mask is not None,
+        composite=request.composite or inputs.mask is not None,
         keep_alpha=request.keep_alpha and inputs.pictures[0].image.mode == "RGBA",
+        expand=request.expand,
     )
     width, height = inputs.pictures[0].image.size if request.size is None else canvas
     return fields | {"width": width, "height": height, "edit": edit}
@@ -309,12 +331,13 @@ def _check_adapter_recipe(recipe: Recipe, bundle: AdapterBundle, options: Record
     if index.pipeline == "ZImagePipeline":
         if len(edit.sources) > 1:
             raise UsageError(f"{index.name} edits one picture and takes no references: leave --reference out")
-        if edit.strength == 1 and edit.mask is None:
+        if edit.strength == 1 and edit.mask is None and edit.expand is None:
             raise UsageError(
                 f"{index.name} draws over the noised picture, of which --strength 1 leaves nothing: "
                 "take --strength 0.6, and describe the whole picture"
             )
-    if index.pipeline == "Flux2KleinPipeline" and (edit.mask is not None or edit.strength < 1):
+    masked = edit.mask is not None or edit.expand is not None
+    if index.pipeline == "Flux2KleinPipeline" and (masked or edit.strength < 1):
         width, height = edit.canvas
         if width * height > 1024 * 1024:
             raise UsageError(f"{index.name} edits with a mask at 1024 x 1024 pixels at most: take a smaller --size")
