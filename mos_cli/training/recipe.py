@@ -66,7 +66,7 @@ class TrainTable(Frozen):
 
     model_config = ConfigDict(strict=True)
 
-    seed: int
+    seed: int = Field(ge=0, lt=2**63)
     steps: int | None = Field(default=None, ge=1)
     """Omitted with [[stages]], which have steps of their own."""
     batch: int = Field(ge=1)
