@@ -81,9 +81,10 @@ def test_a_wrong_kind_of_data_is_said_without_names_of_the_code(tmp_path: Path) 
     ("line", "words"),
     [
         ('background = "nocolour"', "'nocolour' is no colour"),
-        ("repeats = { discs = 0 }", "repeats.discs"),
-        ("held_out = 1.0", "held_out: Input should be less than 1"),
-        ("flips = true", "flips: unknown setting"),
+        ("repeats = { discs = 0 }", ": data.repeats.discs: "),
+        ("held_out = 1.0", ": data.held_out: Input should be less than 1"),
+        ("flips = true", ": data.flips: unknown setting"),
+        ("scenes = { share = 2.0 }", ": data.scenes.styles: Field required"),
         ("edits = 0.5", "steps that edit need image_encoder"),
     ],
 )
