@@ -208,7 +208,8 @@ Lora = Annotated[
         "--lora",
         metavar="FILE[:SCALE]",
         callback=as_text,
-        help="Change the model by a LoRA, a file of `mos train finetune-lora`; repeatable.",
+        help="Change the model by a LoRA: a file of `mos train finetune-lora`, or for a base model any that diffusers "
+        "reads; repeatable.",
     ),
 ]
 Loras = Annotated[

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from mos_cli.cli.output import stderr
+from mos_cli.errors import UsageError
 
 PATIENCE = 60.0
 """Seconds that the other processes have to end after one has failed."""
@@ -21,6 +22,14 @@ POLL = 0.1
 def is_worker() -> bool:
     """Whether this process is one of several, of `run_in_processes` or of another launcher."""
     return "RANK" in os.environ
+
+
+def check_processes(count: int) -> None:
+    """Raises UsageError for more processes than GPUs; without a GPU they share the CPU."""
+    import torch
+
+    if torch.cuda.is_available() and count > (gpus := torch.cuda.device_count()):
+        raise UsageError(f"--processes {count}: this machine has {gpus} GPUs, and each process needs one")
 
 
 def run_in_processes(arguments: Sequence[str], count: int) -> int:

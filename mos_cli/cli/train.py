@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from mos_cli.cli.completion import model_names, recipe_names
 from mos_cli.cli.options import ArtFile, as_text
 from mos_cli.cli.output import stderr, stdout
-from mos_cli.cli.processes import is_worker, run_in_processes
+from mos_cli.cli.processes import check_processes, is_worker, run_in_processes
 from mos_cli.cli.progress import stop_between_steps
 from mos_cli.cli.unused import print_unused
 from mos_cli.errors import InputError, UsageError
@@ -119,9 +119,10 @@ def train(
     from mos_cli.adapters.recipe import is_router_recipe
 
     if is_router_recipe(path := recipe_path(recipe)):
-        if caption is not None or name is not None or strict or tracker:
+        if caption is not None or name is not None or strict or tracker or processes > 1:
             raise UsageError(
-                f"--caption, --name, --strict and --tracker do not go with {recipe}, the recipe of a router"
+                "--caption, --name, --strict, --tracker and --processes do not go with "
+                f"{recipe}, the recipe of a router"
             )
         from mos_cli.cli.train_router import train_router
 
@@ -149,6 +150,7 @@ def train(
     for place in (folder, target):
         check_writable(place.expanduser() if loaded.lora is None else place.expanduser().parent)
     if processes > 1 and not is_worker():
+        check_processes(processes)
         raise typer.Exit(run_in_processes(sys.argv[1:], processes))
     quieten()
     from mos_cli.bundles.bundle import INDEX

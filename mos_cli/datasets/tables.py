@@ -76,7 +76,7 @@ def _kind(data: Any) -> str:
 
 Data = Annotated[
     Annotated[DataTable, Tag("scenes")] | Annotated[CaptionedTable, Tag("captioned")],
-    Discriminator(_kind),
+    Discriminator(_kind, custom_error_type="kind", custom_error_message="kind is neither scenes nor captioned"),
 ]
 
 

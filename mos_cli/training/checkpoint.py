@@ -8,6 +8,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,14 @@ def _remove_old(folder: Path, step: int) -> None:
 
 
 def _remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+    """Removes a checkpoint. It loses its name first: a process that is killed leaves no half of one under a name."""
+    doomed = folder
+    if folder.name.isdigit():
+        doomed = folder.with_name(f"{folder.name}.removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        with suppress(OSError):
+            folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _reason(error: BaseException) -> str:

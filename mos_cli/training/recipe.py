@@ -1,6 +1,7 @@
 """A training recipe: everything that determines a run, read from one TOML file."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -66,7 +67,7 @@ class TrainTable(Frozen):
 
     model_config = ConfigDict(strict=True)
 
-    seed: int
+    seed: int = Field(ge=0, lt=2**63)
     steps: int | None = Field(default=None, ge=1)
     """Omitted with [[stages]], which have steps of their own."""
     batch: int = Field(ge=1)
@@ -255,4 +256,6 @@ def _validated(table: dict[str, Any], path: Path) -> TrainRecipe:
     try:
         return TrainRecipe.model_validate(table)
     except ValidationError as error:
-        raise UsageError(f"{path}: {first_problem(error, TrainRecipe)}") from None
+        # The kind of data is a part of the place, and of no name in the file.
+        problem = re.sub(r"^(.*?\bdata)\.(captioned|scenes)\.", r"\1.", first_problem(error, TrainRecipe))
+        raise UsageError(f"{path}: {problem}") from None

@@ -166,3 +166,24 @@ def test_a_number_of_pictures_shows_as_often_as_its_folder_is_repeated(tmp_path:
     captioned = load_captioned(tmp_path, caption="{folder}", repeats={"zog": 4})
     captions = [captioned.pick(Random(seed), 16)[1] for seed in range(300)]
     assert np.mean([caption == "zog" for caption in captions]) == pytest.approx(0.8, abs=0.06)
+
+
+def test_a_log_file_has_lines_of_progress_and_says_where_a_run_goes_on(
+    mos, tmp_path: Path, encoder_folder: Path
+) -> None:
+    recipe = tiny.write_recipe(tmp_path, encoder_folder, steps=3, sample_every=100)
+    result = mos("train", recipe, "--run", tmp_path / "run")
+    assert result.exit_code == 0, result.stderr
+    lines = result.stderr.splitlines()
+    assert lines[0] == f"training tiny in {tmp_path / 'run'}"
+    assert "checking the pictures 6/6" in lines
+    assert any("6 different captions, of which 1 are held out" in line for line in lines)
+    assert any("96,928 parameters learn" in line and "GiB of memory" in line for line in lines)
+    progress = [line for line in lines if line.startswith("training ") and "/3 " in line]
+    assert progress[0].startswith("training 1/3  loss ")
+    assert progress[-1].startswith("training 3/3  loss ")
+    assert "  validation " in progress[-1]
+    assert progress[-1].endswith("0:00:00 left")
+    assert not [line for line in lines if "━" in line]
+    result = mos("train", recipe, "--run", tmp_path / "run", "--steps", 4)
+    assert any("going on from step 3 of 4" in line for line in result.stderr.splitlines())

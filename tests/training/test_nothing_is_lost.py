@@ -121,6 +121,25 @@ def test_a_line_of_the_metrics_that_was_cut_is_dropped(understanding, tmp_path: 
     assert b"\r" not in (tmp_path / METRICS).read_bytes()
 
 
+def test_a_run_killed_while_it_removes_a_state_leaves_no_half_of_it(understanding, tmp_path: Path, monkeypatch) -> None:
+    def killed(folder: Path, **_: object) -> None:
+        if folder.is_dir() and any(folder.iterdir()):
+            next(folder.iterdir()).unlink()
+            raise MemoryError
+
+    tiny.run(tiny.trainer(tiny.recipe(steps=9, save_every=3), understanding, tmp_path))
+    assert states(tmp_path) == [9, 6]
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.shutil, "rmtree", killed)
+        with pytest.raises(MemoryError):
+            tiny.run(tiny.trainer(tiny.recipe(steps=14, save_every=3), understanding, tmp_path))
+    for path in found(tmp_path):
+        checkpoint.verify(path)
+    assert states(tmp_path) == [14, 12, 6]
+    tiny.run(tiny.trainer(tiny.recipe(steps=15, save_every=3), understanding, tmp_path))
+    assert all(path.name.isdigit() for path in (tmp_path / CHECKPOINTS).iterdir())
+
+
 def test_fewer_steps_than_are_done_are_refused(understanding, tmp_path: Path) -> None:
     tiny.run(tiny.trainer(tiny.recipe(steps=8), understanding, tmp_path))
     with pytest.raises(UsageError, match=r"at step 8, and 5 steps are asked for"):

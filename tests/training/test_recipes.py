@@ -19,6 +19,11 @@ WRONG = {
     "decay = nan": "train.decay",
     "clip = -1.0": "train.clip",
     "router_heads = 5": "router_width cannot be 64",
+    "seed = 1000000000000000000000": "train.seed: Input should be less than",
+    "muon_lr = nan": "train.muon_lr: Input should be a finite number",
+    "save_every = 0": "train.save_every",
+    "heads = 0": "heads: Input should be greater than 0",
+    "width = 33": "width cannot be 33",
 }
 
 
@@ -63,6 +68,34 @@ def test_a_network_that_does_not_fit_the_other_parts_is_refused(
     assert result.exit_code in (2, 5), result.stderr
     assert words in result.stderr
     assert [line[:6] for line in result.stderr.splitlines() if line.startswith(("error", "Trace"))] == ["error:"]
+
+
+def test_a_wrong_kind_of_data_is_said_without_names_of_the_code(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(SMOKE.replace("[data]\n", '[data]\nkind = "folder"\n'))
+    with pytest.raises(UsageError, match=r"data: kind is neither scenes nor captioned$"):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('background = "nocolour"', "'nocolour' is no colour"),
+        ("repeats = { discs = 0 }", ": data.repeats.discs: "),
+        ("held_out = 1.0", ": data.held_out: Input should be less than 1"),
+        ("flips = true", ": data.flips: unknown setting"),
+        ("scenes = { share = 2.0 }", ": data.scenes.styles: Field required"),
+        ("edits = 0.5", "steps that edit need image_encoder"),
+    ],
+)
+def test_wrong_settings_of_captioned_pictures_are_refused(
+    tmp_path: Path, encoder_folder: Path, line: str, words: str
+) -> None:
+    path = tiny.write_recipe(tmp_path, encoder_folder)
+    path.write_text(path.read_text().replace("held_out = 0.2", line))
+    with pytest.raises(UsageError, match=re.escape(words)) as raised:
+        load_recipe(str(path))
+    assert "\n" not in str(raised.value)
 
 
 def test_shipped_recipes_have_short_names() -> None:
