@@ -47,6 +47,7 @@ NEEDS = {
     "eval": "train",
     "eval --suite edit": "train",
     "data build -o art": "train",
+    "serve": "serve",
 }
 REFUSED = {
     "models init mos-s --out NO/fresh": "not a folder",
