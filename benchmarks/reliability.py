@@ -1,4 +1,4 @@
-"""What stays whole when a run is killed, its disk is full or read-only, its pipe closes, or two runs share a folder.
+"""What stays whole when a run or a server is killed, its disk fills up, its pipe closes, or two runs share a folder.
 
 python benchmarks/reliability.py kills [COUNT]       SIGKILL at random moments, new names and --overwrite in turn
 python benchmarks/reliability.py full [COUNT]        a tmpfs of random size fills up (needs leave to mount)
