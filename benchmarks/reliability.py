@@ -1,4 +1,4 @@
-"""What stays whole when a run is killed, its disk is full or read-only, its pipe closes, or two runs share a folder.
+"""What stays whole when a run or a server is killed, its disk fills up, its pipe closes, or two runs share a folder.
 
 python benchmarks/reliability.py kills [COUNT]       SIGKILL at random moments, new names and --overwrite in turn
 python benchmarks/reliability.py full [COUNT]        a tmpfs of random size fills up (needs leave to mount)
@@ -8,12 +8,16 @@ python benchmarks/reliability.py two [COUNT]         two runs at once in one fol
 python benchmarks/reliability.py train-kills [COUNT] SIGKILL at random moments of a training, which goes on each time
 python benchmarks/reliability.py train-full [COUNT]  a tmpfs of random size fills up during a training, and grows
 python benchmarks/reliability.py resumed [COUNT]     a run with a manifest, killed COUNT times and resumed to its end
+python benchmarks/reliability.py server [COUNT]      SIGKILL at random moments of a server that commands and clients use
+python benchmarks/reliability.py clients [COUNT]     COUNT clients of a server at once, which ask again when refused
 
 A tiny model with random weights draws batches of pictures. After every run all files in the folder are read: every
 picture must be whole and be that of its trace, and the user's files be as they were. It is no test of the suite: the
 moments are random, and it takes minutes.
 """
 
+import base64
+import http.client
 import json
 import os
 import random
@@ -21,9 +25,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.error
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -343,6 +351,90 @@ def resumed(count: int, folder: Path) -> Counts:
     return found
 
 
+def start_server(log: Path, *, queue: int) -> tuple[int, str]:
+    """The process and the address of a server that runs."""
+    from mos_cli.server.state import read_state
+
+    process = start("serve", "--port", "0", "--queue", str(queue), log=log)
+    while (state := read_state()) is None or state.process != process:
+        time.sleep(0.01)
+    return process, state.url
+
+
+def ask(url: str, seed: int) -> str:
+    """Asks a server for a picture; what came of it. AssertionError if a picture came that is not whole."""
+    from io import BytesIO
+
+    from mos_cli.config.recipe import pixels_hash
+    from mos_cli.images.outputs import read_drawing
+
+    body = json.dumps({"prompt": PROMPT, "seed": seed}).encode()
+    request = urllib.request.Request(f"{url}/v1/images/generations", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            (told,) = json.loads(answer.read())["data"]
+    except urllib.error.HTTPError as error:
+        return {429: "refused"}.get(error.code, f"status {error.code}")
+    except (OSError, http.client.HTTPException, ValueError):
+        return "cut off"
+    image, record = read_drawing(BytesIO(base64.b64decode(told["b64_json"])))
+    assert (record.recipe.seed, record.sha256) == (seed, pixels_hash(image))
+    return "answered"
+
+
+def server(count: int, folder: Path) -> Counts:
+    """A server that is killed while three commands draw with it and ten clients ask for pictures."""
+    from mos_cli.server.state import read_state
+
+    found: Counts = Counter()
+    for number in range(count):
+        place, logs = folder / f"server{number}", [folder / f"log{name}" for name in range(3)]
+        place.mkdir()
+        add_users_files(place)
+        process, url = start_server(folder / "log", queue=4)
+        batch = ["generate", PROMPT, "-n", "4", "-q", "--server", "auto", "-o", f"{place}/"]
+        commands = [start(*batch, log=log) for log in logs]
+        with ThreadPoolExecutor(10) as clients:
+            answers = [clients.submit(ask, url, seed) for seed in range(30)]
+            time.sleep(random.uniform(0.1, 1.5))
+            os.kill(process, signal.SIGKILL)
+            told = Counter(answer.result() for answer in answers)
+        assert finish(process) < 0
+        assert read_state() is None
+        codes = [finish(command) for command in commands]
+        assert set(codes) <= {0, 4, 7}, codes
+        found += told + Counter({"servers killed": 1, "requests": len(answers)})
+        found += Counter(f"commands with exit code {code}" for code in codes)
+        states = [examine(place, log) for log in logs]
+        printed = sum(state.pop("paths printed", 0) for state in states)
+        assert printed == states[0]["pictures whole"], (printed, states[0])
+        found += states[0]
+    return found
+
+
+def clients(count: int, folder: Path) -> Counts:
+    """Clients that ask a server with a queue of 16 all at once, until each has its picture; then SIGTERM."""
+    process, url = start_server(folder / "log", queue=16)
+    barrier = threading.Barrier(count)
+
+    def until_answered(seed: int) -> Counts:
+        told: Counts = Counter()
+        barrier.wait()
+        while not told["answered"]:
+            told[ask(url, seed)] += 1
+            time.sleep(random.uniform(0.1, 0.5))
+        return told
+
+    with ThreadPoolExecutor(count) as pool:
+        found = sum(pool.map(until_answered, range(count)), Counter())
+    assert found["answered"] == count
+    assert set(found) <= {"answered", "refused"}, found
+    os.kill(process, signal.SIGTERM)
+    assert finish(process) == 0
+    assert "Traceback" not in (folder / "log").read_text()
+    return found + Counter({"clients": count, "requests": found.total()})
+
+
 KINDS = {
     "kills": (kills, 200),
     "full": (full, 50),
@@ -352,6 +444,8 @@ KINDS = {
     "train-kills": (train_kills, 100),
     "train-full": (train_full, 20),
     "resumed": (resumed, 50),
+    "server": (server, 50),
+    "clients": (clients, 200),
 }
 
 

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -38,6 +39,7 @@ TABLED = {
 EDITS = ("add", "remove", "replace", "move", "resize", "recolour", "style", "background", "swap")
 """Kinds of EditBench of which one is shown."""
 BASELINES = ("last", "uniform", "shuffle:7")
+SERVER = "http://127.0.0.1:8017"
 REPORT = {"width": 1360, "height": 790}
 """Pixels of the report's page, which is shown smaller."""
 
@@ -94,6 +96,45 @@ def batches(folder: Path) -> None:
     (folder / "jobs.jsonl").write_text(jobs[1], encoding="utf-8")
     transcripts(page, folder)
     save(Image.open(folder / "grid.png"), "batches-grid.png")
+
+
+def server(folder: Path) -> None:
+    """The transcripts of the page on the server, and the picture of its page, with a server that runs meanwhile."""
+    from urllib.request import urlopen
+
+    serving = subprocess.Popen(["mos", "serve", "-q"], cwd=folder)
+    try:
+        while True:
+            with contextlib.suppress(OSError), urlopen(f"{SERVER}/health"):
+                break
+            time.sleep(0.2)
+        transcripts(DOCS / "server.md", folder)
+        server_picture(folder / "server.png")
+    finally:
+        serving.terminate()
+        serving.wait()
+    picture = Image.open(folder / "server.png")
+    save(picture.resize((1100, 1100 * picture.height // picture.width), Image.Resampling.LANCZOS), "server.png")
+
+
+def server_picture(picture: Path) -> None:
+    """The page after a picture, with a rule for its first animal."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport=REPORT)  # type: ignore[arg-type]
+        page.goto(SERVER)
+        page.wait_for_selector("html[data-ready]", state="attached")
+        before = page.locator("#strip button").count()
+        page.fill("#prompt", "a cat and a dog")
+        page.fill("#seed", "7")
+        page.click("#go")
+        page.locator("#strip button").nth(before).wait_for(timeout=300_000)
+        page.locator("#words button", has_text="cat").click()
+        page.locator("#grids [data-layer='3']").click()
+        page.screenshot(path=picture)
+        browser.close()
 
 
 def routing_pictures(folder: Path) -> None:
@@ -201,6 +242,8 @@ def main() -> None:
         routing_pictures(folder)
     with tempfile.TemporaryDirectory() as temporary:
         batches(Path(temporary))
+    with tempfile.TemporaryDirectory() as temporary:
+        server(Path(temporary))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,11 @@
 Functions that tests share are in `tests/helpers/`.
 """
 
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,3 +104,22 @@ def art_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def art(art_folder: Path) -> Art:
     """The art file of `art_folder`, read."""
     return load_art(art_folder)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """The system's Chromium; without it these tests are skipped, but fail where MOS_TEST_BROWSER=1 asks for them."""
+    missing = None
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        missing = "playwright is not installed"
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        missing = "there is no chromium on the PATH"
+    if missing:
+        (pytest.fail if os.environ.get("MOS_TEST_BROWSER") == "1" else pytest.skip)(f"browser tests: {missing}")
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield running
+        running.close()

@@ -135,7 +135,7 @@ class _Server:
                 "canvas": canvas.model_dump(mode="json"),
                 "steps": defaults.steps,
                 "cfg": defaults.cfg,
-                "edits": bundle.index.edits is not None,
+                "edits": None if bundle.index.edits is None else bundle.index.edits.model_dump(mode="json"),
                 "layers": layers,
                 "blocks": blocks,
                 "presets": await run_in_threadpool(presets_of_requests),

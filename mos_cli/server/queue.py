@@ -122,6 +122,8 @@ class Job:
             "id": self.id,
             "status": self.status,
             "created": int(self.created),
+            # As text, too: JavaScript rounds large numbers.
+            "seed": str(self.plan.recipe.seed),
             "step": 0 if steps is None else steps["step"],
             "error": None if self.error is None else str(self.error),
             "recipe": self.plan.recipe.model_dump(mode="json", exclude_none=True),

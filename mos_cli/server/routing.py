@@ -22,7 +22,7 @@ from mos_cli.server.drawing import Result
 def routing(result: Result) -> dict[str, Any]:
     """The layers that every word of the prompt reads, for each block: shares of the weight, mean over steps and tokens.
 
-    `shares` of a word is [J, M]; special tokens are left out.
+    `shares` of a word is [J, M]; special tokens are left out, and the pictures of an edit are words.
 
     Raises:
         InputError: the picture was drawn without a trace of every decision.
@@ -43,7 +43,8 @@ def routing(result: Result) -> dict[str, Any]:
     for word in split_words(branch.prompt, branch.tokens):
         if not word.special:
             shares_JM = shares_JTM[:, list(word.tokens)].mean(axis=1)
-            words.append({"text": word.text, "shares": shares_JM.round(3).tolist()})
+            picture = branch.tokens[word.tokens[0]].patch is not None
+            words.append({"text": word.text, "picture": picture, "shares": shares_JM.round(3).tolist()})
     return {
         "layers": list(trace.layers),
         "blocks": trace.blocks,

@@ -57,14 +57,22 @@ def read_state() -> ServerState | None:
     """The server that runs; None if there is none, as when its process has ended."""
     import psutil
 
+    state = _written()
     try:
-        state = ServerState.model_validate_json(state_file().read_bytes())
-        return state if psutil.Process(state.process).create_time() == state.started else None
-    except (OSError, ValidationError, psutil.Error):
+        return state if state and psutil.Process(state.process).create_time() == state.started else None
+    except psutil.Error:
+        return None
+
+
+def _written() -> ServerState | None:
+    try:
+        return ServerState.model_validate_json(state_file().read_bytes())
+    except (OSError, ValidationError):
         return None
 
 
 def remove_state(state: ServerState) -> None:
     """Removes the file, unless a later server has written its own."""
-    if read_state() == state:
+    # The clock may have been set since: the beginning of the process would not be what it was.
+    if _written() == state:
         state_file().unlink(missing_ok=True)

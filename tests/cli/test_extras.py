@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "every_command.py"
-EXTRAS = ("inflect", "matplotlib", "resvg_py", "tensorboard", "gguf", "pyarrow", "xformers")
+EXTRAS = ("inflect", "matplotlib", "resvg_py", "tensorboard", "gguf", "pyarrow", "xformers", "uvicorn")
 HIDE = f"import runpy, sys; sys.modules.update(dict.fromkeys({EXTRAS}))"
 RUN = f"{HIDE}; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
 

@@ -53,6 +53,7 @@ NEEDS = {
     "eval --suite edit": "train",
     "data build -o art": "train",
     "models export run": "train",
+    "serve": "serve",
 }
 REFUSED = {
     "models init mos-s --out NO/fresh": "not a folder",

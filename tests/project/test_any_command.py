@@ -17,8 +17,8 @@ from mos_cli.cli.app import app
 EXIT_CODES = {0, 2, 3, 4, 5, 6, 7}
 """Those that the README lists, but for Ctrl-C and a closed output."""
 
-LEFT_OUT = {"bench", "data build", "eval", "models pull", "train", "train-enlarger", "train-judge"}
-"""Commands that start other processes, use the network or work for minutes."""
+LEFT_OUT = {"bench", "data build", "eval", "models pull", "serve", "train", "train-enlarger", "train-judge"}
+"""Commands that start other processes, use the network, work for minutes or until they are stopped."""
 
 BEGINNINGS = {
     "generate": ["a red dog", "--steps", "1"],
@@ -54,6 +54,7 @@ FITTING = {
     "--preview-steps": ["1"],
     "--route": ["*=1", "dog!=2 steps 0", "red=0@0.5"],
     "--route-from": ["a.png", "a.json"],
+    "--server": ["auto", "off"],
     "--solver": ["euler", "ab2"],
     "--seed": ["1", "7"],
     "--size": ["24", "24x16", "3:2"],

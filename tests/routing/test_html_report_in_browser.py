@@ -1,8 +1,6 @@
 """The report in a browser: it opens without a network, and everything in it works by hand and by keyboard."""
 
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,25 +12,6 @@ from mos_cli.routing.analysis import strongest_layers
 from mos_cli.routing.trace import Recording, Steered
 from mos_cli.routing.views.html import html_report
 from tests.helpers.recordings import HOSTILE, record
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """The system's Chromium; without it these tests are skipped, but fail where MOS_TEST_BROWSER=1 asks for them."""
-    missing = None
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        missing = "playwright is not installed"
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        missing = "there is no chromium on the PATH"
-    if missing:
-        (pytest.fail if os.environ.get("MOS_TEST_BROWSER") == "1" else pytest.skip)(f"browser tests: {missing}")
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mos_cli.server.state import read_state, state_file, write_state
+from mos_cli.server.state import read_state, remove_state, state_file, write_state
 from tests.helpers.running_server import Gate, RunningServer, running_server, until
 
 
@@ -150,9 +150,14 @@ def test_a_stale_state_file_is_ignored(mos, editor, tmp_path: Path) -> None:
     state = write_state("http://127.0.0.1:9", "secret")
     assert stat.S_IMODE(state_file().stat().st_mode) == 0o600
     assert read_state() == state
-    # The same process number, of a process that began later.
-    state_file().write_text(state.model_copy(update={"started": state.started - 5}).model_dump_json())
+    # The same process number, of a process that began later, or of this one after the clock was set.
+    other = state.model_copy(update={"started": state.started - 5})
+    state_file().write_text(other.model_dump_json())
     assert read_state() is None
+    remove_state(state)
+    assert state_file().exists()
+    remove_state(other)
+    assert not state_file().exists()
     for content in ("", "{", "[]", '{"schema": "mos-server/2"}'):
         state_file().write_text(content)
         assert read_state() is None

@@ -1,0 +1,72 @@
+"""How long a picture takes from a shell, without a server and with one, and what a server holds in memory.
+
+python benchmarks/server.py [ROUNDS]
+
+The shipped model. "Sampling" is what `mos generate -v` prints without a server: the picture alone. "Apart from it" is
+what the command takes beside it.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import psutil
+
+from mos_cli.server.state import read_state
+
+MOS = [sys.executable, "-m", "mos_cli"]
+ROOT = Path(__file__).parents[1]
+
+
+def draw(folder: Path, seed: int, where: str) -> tuple[float, float]:
+    """Seconds of the whole command, and of its sampling as -v prints them."""
+    line = [*MOS, "generate", "a cat and a dog", "-s", str(seed), "-v", "-o", f"{where}{seed}.png", "--server", where]
+    started = time.perf_counter()
+    run = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=True)
+    found = re.search(r"sampling +([\d.]+) s", run.stderr)
+    assert found, run.stderr
+    return time.perf_counter() - started, float(found[1])
+
+
+def held(process: psutil.Process) -> str:
+    return f"{process.memory_info().rss / 2**20:.0f} MiB"
+
+
+def main() -> None:
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    idle = 5
+    server = subprocess.Popen([*MOS, "serve", "--port", "0", "--idle", str(idle), "-q"])
+    try:
+        while (state := read_state()) is None or state.process != server.pid:
+            time.sleep(0.1)
+        with tempfile.TemporaryDirectory() as made:
+            folder, process = Path(made), psutil.Process(server.pid)
+            draw(folder, 0, "auto")
+            draw(folder, 0, "off")
+            here = [draw(folder, seed, "off") for seed in range(1, rounds + 1)]
+            there = [draw(folder, seed, "auto") for seed in range(1, rounds + 1)]
+            print("server with the model:", held(process))
+            same = all(
+                (folder / f"off{seed}.png").read_bytes() == (folder / f"auto{seed}.png").read_bytes()
+                for seed in range(1, rounds + 1)
+            )
+            time.sleep(2 * idle)
+            print("server after the model was released:", held(process))
+    finally:
+        server.terminate()
+        server.wait()
+    sampling = median(sampled for _, sampled in here)
+    for name, found in {"without": here, "with": there}.items():
+        whole = median(seconds for seconds, _ in found)
+        print(f"{name} a server: {whole:.2f} s, apart from sampling ({sampling:.2f} s): {whole - sampling:.2f} s")
+    print("same bytes:", same, "- load:", os.getloadavg()[0])
+
+
+if __name__ == "__main__":
+    main()
