@@ -119,7 +119,8 @@ print([name for name in ("torch", "transformers", "diffusers", "starlette", "uvi
 def test_a_server_with_another_model_or_other_settings_is_left_alone(
     mos, server: RunningServer, tmp_path: Path
 ) -> None:
-    for options, told in {("-m", "tiny"): "model", ("--precision", "bf16"): "precision"}.items():
+    other = {("-m", "tiny"): "model", ("--precision", "bf16"): "precision", ("--batch-size", "2"): "batches"}
+    for options, told in other.items():
         line = ("generate", "a dog", "--steps", 1, "-o", f"{tmp_path}/{told}.png", *options)
         result = mos(*line, "--server", "auto")
         assert result.exit_code == 0
