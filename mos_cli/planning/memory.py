@@ -178,9 +178,10 @@ def largest_batch(network: Network, setting: Setting, size: tuple[int, int], gib
     Raises:
         ModelError: the memory of this kind of autoencoder is not known.
     """
-    draw = next(stage for stage in stages(network, setting, size) if stage.name == "draw")
-    weight_bytes = sum(draw.parts[name] for name in draw.parts.keys() & {"understanding tower", "generation tower"})
-    each = draw.peak - weight_bytes
+    stage = next(stage for stage in stages(network, setting, size) if stage.name == "sample")
+    towers = stage.parts.keys() & {"understanding tower", "generation tower"}
+    weight_bytes = sum(stage.parts[name] for name in towers)
+    each = stage.peak - weight_bytes
     return next((n for n in (16, 8, 4, 2) if weight_bytes + n * each + RESERVE <= gib * GIB), 1)
 
 

@@ -41,7 +41,7 @@ def test_what_a_model_is_already_is_not_asked_for(bundle: Bundle, mos, tmp_path:
 def test_out_of_memory_names_the_setting_that_should_fit(
     mos, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline_module, "sample", no_memory)
+    monkeypatch.setattr(pipeline_module, "sample_batch", no_memory)
     large = find_network("mos-l")
     monkeypatch.setattr("mos_cli.inference.pipeline.network_of", lambda bundle, **run: large)
     result = mos("generate", "a dog", "-o", tmp_path / "a.png")
