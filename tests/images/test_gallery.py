@@ -1,10 +1,7 @@
 """The page of a folder's pictures: what is in it, what hostile recipes do to it, and how it works in a browser."""
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,25 +85,6 @@ def test_what_cannot_be_shown_is_said(mos, folder: Path, tmp_path: Path) -> None
     }.items():
         refused = mos("gallery", *arguments)
         assert (refused.exit_code, len(refused.stderr.splitlines())) == (code, 1), refused.stderr
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """The system's Chromium; without it these tests are skipped, but fail where MOS_TEST_BROWSER=1 asks for them."""
-    missing = None
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        missing = "playwright is not installed"
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        missing = "there is no chromium on the PATH"
-    if missing:
-        (pytest.fail if os.environ.get("MOS_TEST_BROWSER") == "1" else pytest.skip)(f"browser tests: {missing}")
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 @pytest.mark.slow
