@@ -46,7 +46,7 @@ def _recipe(record: "PictureRecord") -> dict[str, str]:
     if recipe.template is not None:
         texts["template"] = recipe.template.text
     if recipe.route_from is not None:
-        texts["route from"] = f"a run {recipe.route_from.sha256[:10]}, for {recipe.route_from.until:.0%} of the steps"
+        texts["route_from"] = f"a run {recipe.route_from.sha256[:10]}, for {recipe.route_from.until:.0%} of the steps"
     return texts
 
 

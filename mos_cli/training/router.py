@@ -248,7 +248,7 @@ class RouterTrainer:
             except InputError as error:
                 if number == len(paths) - 1:
                     raise
-                say(f"{error}".split(": delete")[0])
+                say(f"{error}".split(": delete")[0] + f": going on from step {checkpoint.step_of(paths[number + 1])}")
                 continue
             for name, fit in fits.items():
                 fit.load(state[name])

@@ -152,6 +152,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_router(
     assert seen == [*stopped, (router, 3), (static, 1), (static, 2), (static, 3)]
     assert len(said) == 1
     assert "damaged" in said[0]
+    assert said[0].endswith("going on from step 2")
     assert result == expected
     for name, tensor in straight.state_dict().items():
         assert torch.equal(tensor, adapter.state_dict()[name]), name
