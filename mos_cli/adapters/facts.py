@@ -96,6 +96,17 @@ class BaseModel:
         encoded = pipe.vae.encode(picture_13HW).latent_dist.mode()
         return (encoded - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
 
+    def unpack(self, latents: Tensor, grid: TokenGrid) -> Tensor:
+        """The latents of the pipeline's loop as [1, C, H, W]."""
+        return latents
+
+    def decode(self, pipe: Any, z_1CHW: Tensor) -> Tensor:
+        """The picture of a latent in -1..1, [1, 3, H, W], as the pipeline decodes it."""
+        config = pipe.vae.config
+        # AutoencoderDC has no shift.
+        shift = getattr(config, "shift_factor", 0.0)
+        return pipe.vae.decode(z_1CHW.to(pipe.vae.dtype) / config.scaling_factor + shift).sample
+
     def velocity(self, pipe: Any, z_1CHW: Tensor, t: float, embeds_TE: Tensor, mask_T: Tensor | None) -> Tensor:
         """The prediction of z_1 - z_0 at time t, [1, C, H, W]."""
         raise NotImplementedError
@@ -146,6 +157,15 @@ class Klein(BaseModel):
 
     def latents(self, pipe: Any, picture_13HW: Tensor) -> Tensor:
         return pipe._encode_vae_image(picture_13HW, None)
+
+    def unpack(self, latents: Tensor, grid: TokenGrid) -> Tensor:
+        return latents.transpose(1, 2).unflatten(2, (grid.rows, grid.columns))
+
+    def decode(self, pipe: Any, z_1CHW: Tensor) -> Tensor:
+        norm, epsilon = pipe.vae.bn, pipe.vae.config.batch_norm_eps
+        scale_C11 = (norm.running_var + epsilon).sqrt()[:, None, None]
+        scaled_1CHW = z_1CHW * scale_C11 + norm.running_mean[:, None, None]
+        return pipe.vae.decode(pipe._unpatchify_latents(scaled_1CHW).to(pipe.vae.dtype)).sample
 
     def velocity(self, pipe: Any, z_1CHW: Tensor, t: float, embeds_TE: Tensor, mask_T: Tensor | None) -> Tensor:
         predicted_1NP = pipe.transformer(

@@ -3,7 +3,9 @@
 prompt -> language model, once -> bank -> (router + hooks + transformer) x steps, by diffusers -> picture and trace
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from mos_cli.adapters.bank import TextBank, make_bank
-from mos_cli.adapters.facts import BASE_MODELS, Prompts
+from mos_cli.adapters.facts import BASE_MODELS, Prompts, replaced
 from mos_cli.adapters.loading import load_base_model, load_router
 from mos_cli.adapters.loras import add_loras
 from mos_cli.adapters.routing import TextRouting
@@ -35,6 +37,7 @@ from mos_cli.routing.trace import AdapterTrace, Recording, RecordOptions, Routes
 from mos_cli.routing.transfer import check_model, choices_hash, transfer_routes
 from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, SteeringInput
 from mos_cli.sampling.sampler import Observer, Step
+from mos_cli.towers.autoencoder import to_image
 from mos_cli.towers.layers import TokenGrid
 from mos_cli.towers.router import Router
 from mos_cli.utils.devices import device_name
@@ -196,8 +199,8 @@ class AdapterPipeline:
             sha256=pixels_hash(image),
             earlier=() if inputs is None else inputs.earlier,
         )
-        routes = recorder.routes()
-        return Drawing(image, record, self._trace(record, recorder, routes, routing), routes)
+        routes, previews = recorder.routes(), self._previews(recorder)
+        return Drawing(image, record, self._trace(record, recorder, routes, routing), routes, previews)
 
     def _draw(
         self, recipe: Recipe, observers: Sequence[Observer], inputs: Inputs | None, route_from: Recording | None
@@ -207,12 +210,13 @@ class AdapterPipeline:
         if not encoded[POSITIVE].tokens:
             raise InputError(f"the base model leaves nothing of the prompt {recipe.prompt!r}")
         width, height = recipe.working_size
+        grid = TokenGrid(height // PATCH, width // PATCH)
         run = _Run(self, recipe, encoded, route_from)
         routing = TextRouting(
             self.base,
             self.adapter,
             {name: self.bank(text) for name, text in encoded.items()},
-            TokenGrid(height // PATCH, width // PATCH),
+            grid,
             self.layers,
             self.blocks,
             steer=run.steer,
@@ -220,7 +224,8 @@ class AdapterPipeline:
         )
 
         def end_step(pipe: Any, index: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
-            step = Step(index, len(run.times), routing.t, tensors["latents"], routing.end_step())
+            x_hat_1CHW = self.base.unpack(x_hats.pop(), grid)
+            step = Step(index, len(run.times), routing.t, x_hat_1CHW, routing.end_step())
             for observe in observers:
                 observe(step)
             return tensors
@@ -232,7 +237,7 @@ class AdapterPipeline:
         pipe, arguments = self.pipe, {}
         if inputs is not None:
             pipe, arguments = self._edit(recipe, inputs)
-        with routing.attached(self.pipe.transformer):
+        with routing.attached(self.pipe.transformer), _predicted(self.pipe.scheduler) as x_hats:
             image = pipe(
                 **self.base.draw_arguments(recipe, prompts),
                 **arguments,
@@ -255,6 +260,10 @@ class AdapterPipeline:
         pipe, arguments = self.base.edit(self.pipe, recipe, pictures, mask)
         pipe.set_progress_bar_config(disable=True)
         return pipe, arguments
+
+    def _previews(self, recorder: Recorder) -> tuple[Image, ...]:
+        with torch.no_grad():
+            return tuple(to_image(self.base.decode(self.pipe, x_hat_1CHW)) for x_hat_1CHW in recorder.x_hats)
 
     def _trace(self, record: PictureRecord, recorder: Recorder, routes: dict[str, Routes], run: "_Run") -> Trace:
         branches = {}
@@ -333,3 +342,20 @@ class _Run:
             transferred=transferred,
             own_layers=pipeline.own_layers,
         )
+
+
+@contextmanager
+def _predicted(scheduler: Any) -> Iterator[list[Tensor]]:
+    """Within the context, every step of a scheduler appends the clean latents that it predicts, x_t - sigma v."""
+    x_hats: list[Tensor] = []
+    take_step = scheduler.step
+
+    # With the signature of `step`: pipelines read it.
+    @wraps(take_step)
+    def step(model_output: Tensor, timestep: Tensor, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        taken = take_step(model_output, timestep, sample, *args, **kwargs)
+        x_hats.append(sample.float() - scheduler.sigmas[scheduler.step_index - 1] * model_output.float())
+        return taken
+
+    with replaced(scheduler, "step", step):
+        yield x_hats

@@ -311,7 +311,6 @@ def _check_adapter_recipe(recipe: Recipe, bundle: AdapterBundle, options: Record
     index, edit = bundle.index, recipe.edit
     unrecorded = {
         "--regions": regions or options.regions,
-        "--preview-steps": options.previews,
         "--trace full": options.probabilities,
     }
     for option, wanted in unrecorded.items():

@@ -101,7 +101,6 @@ def test_a_written_slot_is_taken(mos: Mos, base_folders: Folders, tmp_path: Path
         (["--cfg", "3"], "distilled"),
         (["--cfg", "0.5"], "--cfg 0.5"),
         (["--regions"], "--regions"),
-        (["--preview-steps"], "--preview-steps"),
         (["--trace", "full"], "--trace full"),
         (["--compile"], "--compile"),
         (["--attention", "xformers"], "--attention xformers"),
