@@ -82,7 +82,12 @@ class Evaluation(Measured):
 
 def settings_of(common: Mapping[str, Any]) -> dict[str, Any]:
     """The settings for a table, from the fields that all recipes share: those that were set, without the model."""
-    return {name: value for name, value in common.items() if name not in ("model", "negative") and value is not None}
+    settings = {
+        name: value for name, value in common.items() if name not in ("model", "negative") and value is not None
+    }
+    if loras := settings.pop("loras", None):
+        settings["loras"] = ", ".join(f"{lora.name}:{lora.scale:g} ({lora.sha256[:12]})" for lora in loras)
+    return settings
 
 
 def score(category: str, passed: list[bool], true_passed: list[bool]) -> Score:

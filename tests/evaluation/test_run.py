@@ -10,6 +10,7 @@ from typer.testing import Result
 
 from mos_cli.bundles.bundle import Bundle
 from mos_cli.bundles.sources import fetch_tower
+from mos_cli.config.recipe import LoraRecipe
 from mos_cli.datasets.art.file import Art
 from mos_cli.errors import InputError, ModelError, UsageError
 from mos_cli.evaluation.examine import Examiner, TrueScenes
@@ -56,6 +57,15 @@ def test_an_evaluation_from_bundle_to_table(pipeline: MoSPipeline, art: Art, tmp
     assert {path: path.stat().st_mtime_ns for path in drawn[1:]} == before
     with pytest.raises(InputError, match="other settings"):
         evaluate(pipeline, bench, folder, settings(steps=2), lambda *what: None)
+
+
+def test_a_lora_is_named_in_the_settings(pipeline: MoSPipeline, art: Art, tmp_path: Path) -> None:
+    judge = tiny_judge(tmp_path / "judge", tuple(bench_data().words))
+    bench = Bench(read_bench(1), judge, RandomFeatures(), TrueScenes(art))
+    lora = LoraRecipe(name="a.safetensors", sha256="0123456789abcdef" * 4, scale=0.5)
+    result = evaluate(pipeline, bench, tmp_path / "out", settings(loras=(lora,)), lambda *what: None)
+    assert result.settings["loras"] == "a.safetensors:0.5 (0123456789ab)"
+    assert "a.safetensors:0.5" in (tmp_path / "out" / "eval.md").read_text()
 
 
 def test_a_style_is_told_by_comparison_with_true_scenes(art: Art, tmp_path: Path):
