@@ -14,7 +14,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from mos_cli.bundles.adapters import PipelineClass
+from mos_cli.bundles.base_models import PipelineClass
 from mos_cli.config.recipe import Recipe
 from mos_cli.sampling.guidance import NEGATIVE, POSITIVE
 from mos_cli.towers.layers import TokenGrid, patchify

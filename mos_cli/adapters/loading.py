@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from mos_cli.adapters.adapter import Adapter, load_adapter
-from mos_cli.bundles.adapters import KEPT, AdapterBundle, PipelineClass, diffusers_config
+from mos_cli.bundles.adapters import AdapterBundle
+from mos_cli.bundles.base_models import KEPT, PipelineClass, diffusers_config
+from mos_cli.bundles.shapes import read_config
 from mos_cli.errors import ModelError
 from mos_cli.inference.offload import Offloader
 from mos_cli.planning.memory import Quant
@@ -155,8 +157,6 @@ def _text_config(classes: Classes, folder: Path) -> Any:
     """The config of a text encoder. Transformers would read that of T5Gemma's encoder as that of the whole model."""
     from transformers.models.t5gemma.configuration_t5gemma import T5GemmaConfig, T5GemmaModuleConfig
 
-    from mos_cli.bundles.shapes import read_config
-
     if classes.text_encoder.__name__ != "T5GemmaEncoder":
         return classes.text_encoder.config_class.from_pretrained(folder, local_files_only=True)
     if "encoder" in read_config(folder):
@@ -165,15 +165,8 @@ def _text_config(classes: Classes, folder: Path) -> Any:
 
 
 def _vae(classes: Classes, folder: Path, dtype: torch.dtype) -> nn.Module:
-    name = diffusers_class(folder)
+    name = str(read_config(folder).get("_class_name"))
     if name not in classes.vae:
         raise ModelError(f"the autoencoder in {folder} is of class {name}, not {' or '.join(classes.vae)}")
     vae = classes.vae[name].from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
     return vae.eval().requires_grad_(False)
-
-
-def diffusers_class(folder: Path) -> str:
-    """The class that a network's config names; raises ModelError."""
-    from mos_cli.bundles.shapes import read_config
-
-    return str(read_config(folder).get("_class_name"))

@@ -1,4 +1,4 @@
-"""Adapters for open pretrained pipelines of diffusers, and the base models that they are for. Imports no torch.
+"""Adapters for base models: their files, the lock of what was pulled, and reading them. Imports no torch.
 
 An adapter is `adapter.json` and, once trained, the weights of its router. Its base model is a diffusers folder: fetched
 from the hub at a revision that the user's lock file pins, or any folder on the disk.
@@ -6,17 +6,28 @@ from the hub at a revision that the user's lock file pins, or any folder on the 
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, field_validator
 
+from mos_cli.bundles.base_models import (
+    PARTS,
+    BaseShape,
+    PipelineClass,
+    base_files,
+    diffusers_class,
+    diffusers_config,
+    is_base_file,
+    own_layers,
+    shape_of_folder,
+    text_blocks,
+    text_layers,
+)
 from mos_cli.bundles.bundle import ADAPTER, Bundle
-from mos_cli.bundles.shapes import Header
+from mos_cli.bundles.shapes import read_config
 from mos_cli.bundles.specs import Canvas, Defaults, EditDefaults
 from mos_cli.errors import ModelError, UsageError
 from mos_cli.utils.files import sha256_of
@@ -24,31 +35,6 @@ from mos_cli.utils.folders import models_folder, user_data_folder
 from mos_cli.utils.validation import HUB_ID, Frozen, PlainName, Sha256, read_json
 
 ROUTER = "router.safetensors"
-DIFFUSERS_INDEX = "model_index.json"
-"""The file of a diffusers folder that names its pipeline and its parts; a bundle has a file of the same name."""
-PARTS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
-KEPT: dict[str, tuple[str, ...]] = {
-    "Flux2KleinPipeline": (
-        "context_embedder",
-        "x_embedder",
-        "proj_out",
-        "norm_out",
-        "time_guidance_embed",
-        "double_stream_modulation_img",
-        "double_stream_modulation_txt",
-        "single_stream_modulation",
-    ),
-    "ZImagePipeline": ("cap_embedder", "all_x_embedder", "all_final_layer", "t_embedder"),
-    "PRXPipeline": ("txt_in", "img_in", "time_in", "final_layer"),
-}
-"""The modules of each transformer that are not quantised: its inputs and outputs, and what sets all of its blocks."""
-SUFFIXES = (".json", ".jinja", ".model", ".safetensors", ".txt")
-"""The files of a base model that are read; none of them is code."""
-
-TEXT_TOKENS = {"Flux2KleinPipeline": 512, "ZImagePipeline": 512, "PRXPipeline": 256}
-"""The tokens of the text that each transformer reads at most; PRX and FLUX.2-klein pad to as many."""
-PipelineClass = Literal["Flux2KleinPipeline", "ZImagePipeline", "PRXPipeline"]
-"""The pipelines of diffusers that can be base models. A folder of any other class is refused."""
 Commit = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
 
 
@@ -75,44 +61,6 @@ class RouterShape(Frozen):
     depth: int = Field(gt=0)
     heads: int = Field(gt=0)
     top_k: int = Field(default=2, gt=0)
-
-
-class PartShape(Frozen):
-    """A network of a base model as numbers, for plans.
-
-    Args:
-        parameters: all of them.
-        linear: weights of the layers that are quantised, and `rows` their outputs.
-        widest: weights of the largest of these layers, and `longest` its outputs.
-    """
-
-    parameters: int = Field(gt=0)
-    linear: int = Field(default=0, ge=0)
-    rows: int = Field(default=0, ge=0)
-    widest: int = Field(default=0, ge=0)
-    longest: int = Field(default=0, ge=0)
-
-
-class BaseShape(Frozen):
-    """The networks of a base model as numbers.
-
-    Args:
-        width, head_width: of the transformer's blocks, and of their attention's heads.
-        states_width: width of a state of the language model.
-        text_tokens: tokens of the text that the transformer reads, padding included.
-        joint: whether the text is in one sequence with the picture.
-    """
-
-    transformer: PartShape
-    text_encoder: PartShape
-    vae: PartShape
-    width: int = Field(gt=0)
-    head_width: int = Field(gt=0)
-    states_width: int = Field(gt=0)
-    text_tokens: int = Field(gt=0)
-    latent_channels: int = Field(gt=0)
-    decoder_width: int = Field(gt=0)
-    joint: bool
 
 
 class AdapterIndex(Frozen):
@@ -279,19 +227,6 @@ def verify_adapter(bundle: AdapterBundle) -> None:
         raise ModelError(f"the router in {bundle.folder} was trained on another base model than {bundle.base}")
 
 
-def is_base_file(name: str) -> bool:
-    """Whether a path, relative to a diffusers folder, is a file that is read from it."""
-    folder, _, file = name.rpartition("/")
-    inside = folder in PARTS and "/" not in file and not file.startswith(".")
-    return name == DIFFUSERS_INDEX or (inside and "\\" not in file and file.endswith(SUFFIXES))
-
-
-def base_files(folder: Path) -> list[str]:
-    """The files of a diffusers folder that are read, sorted."""
-    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(filter(is_base_file, files))
-
-
 def shipped_adapters() -> dict[str, Path]:
     """The adapters that come with mos, by name: their folders."""
     return {path.parent.name: path.parent for path in sorted(models_folder().glob(f"*/{ADAPTER}"))}
@@ -299,7 +234,7 @@ def shipped_adapters() -> dict[str, Path]:
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter, or is a diffusers folder."""
-    return (folder / ADAPTER).is_file() or _diffusers_class(folder) is not None
+    return (folder / ADAPTER).is_file() or diffusers_class(folder) is not None
 
 
 def read_adapter(folder: Path) -> AdapterBundle:
@@ -314,14 +249,14 @@ def read_adapter(folder: Path) -> AdapterBundle:
     if index.source is not None:
         return AdapterBundle(folder, index)
     local = Path(index.base or "")
-    if not local.is_absolute() or _diffusers_class(local) is None:
+    if not local.is_absolute() or diffusers_class(local) is None:
         raise ModelError(f"the base model of {folder} is not in {local}: set base in {folder / ADAPTER}")
     return AdapterBundle(folder, index, local=local)
 
 
 def local_index(folder: Path) -> AdapterIndex:
     """The index of a diffusers folder on the disk, from its configs and the shipped adapter of its pipeline."""
-    name = _diffusers_class(folder)
+    name = diffusers_class(folder)
     known = {index.pipeline: index for index in map(_shipped_index, shipped_adapters().values())}
     if name not in known:
         classes = ", ".join(known)
@@ -329,8 +264,8 @@ def local_index(folder: Path) -> AdapterIndex:
     for part in PARTS:
         if not (folder / part).is_dir():
             raise ModelError(f"{folder} lacks the folder {part} of its pipeline")
-    shipped, config = known[name], _json(folder / DIFFUSERS_INDEX)
-    layers = text_layers(_json(folder / "text_encoder" / "config.json"))
+    shipped, config = known[name], diffusers_config(folder)
+    layers = text_layers(read_config(folder / "text_encoder"))
     distilled = shipped.distilled if shipped.pipeline != "Flux2KleinPipeline" else bool(config.get("is_distilled"))
     defaults, edits = shipped.defaults, shipped.edits
     if not distilled and shipped.distilled:
@@ -350,95 +285,7 @@ def local_index(folder: Path) -> AdapterIndex:
         edits=edits,
         own_layers=own_layers(shipped.pipeline, layers),
         layers=layers,
-        blocks=text_blocks(shipped.pipeline, _json(folder / "transformer" / "config.json")),
-    )
-
-
-def text_layers(config: dict[str, Any]) -> int:
-    """The states of a token of a text encoder, the embedding's output included, from its config."""
-    text = config.get("text_config") or config.get("encoder") or config
-    try:
-        return int(text["num_hidden_layers"]) + 1
-    except (KeyError, TypeError, ValueError):
-        raise ModelError("the text encoder's config has no num_hidden_layers") from None
-
-
-def text_blocks(pipeline: PipelineClass, config: dict[str, Any]) -> int:
-    """The blocks of a transformer that read text, from its config."""
-    names = {
-        "Flux2KleinPipeline": ("num_layers", "num_single_layers"),
-        "ZImagePipeline": ("n_layers",),
-        "PRXPipeline": ("depth",),
-    }[pipeline]
-    try:
-        return sum(int(config[name]) for name in names)
-    except (KeyError, TypeError, ValueError):
-        raise ModelError(f"the transformer's config has no {' and '.join(names)}") from None
-
-
-def own_layers(pipeline: PipelineClass, layers: int) -> tuple[int, ...]:
-    """The layers that a pipeline of diffusers reads itself, one per slot."""
-    own: dict[PipelineClass, Sequence[int]] = {
-        "Flux2KleinPipeline": (9, 18, 27),
-        "ZImagePipeline": (layers - 2,),
-        "PRXPipeline": (layers - 1,),
-    }
-    if max(own[pipeline]) >= layers:
-        raise ModelError(f"{pipeline} reads the layers {own[pipeline]}, and the text encoder has {layers} states")
-    return tuple(own[pipeline])
-
-
-def shape_of_folder(pipeline: PipelineClass, folder: Path) -> BaseShape:
-    """The networks of a diffusers folder as numbers, from its configs and the headers of its weights.
-
-    Raises:
-        ModelError: a config or a header is damaged.
-    """
-    transformer, vae = (_json(folder / part / "config.json") for part in ("transformer", "vae"))
-    text = _json(folder / "text_encoder" / "config.json")
-    text = text.get("text_config") or text.get("encoder") or text
-    try:
-        width, head_width = {
-            "Flux2KleinPipeline": lambda c: (
-                c["attention_head_dim"] * c["num_attention_heads"],
-                c["attention_head_dim"],
-            ),
-            "ZImagePipeline": lambda c: (c["dim"], c["dim"] // c["n_heads"]),
-            "PRXPipeline": lambda c: (c["hidden_size"], c["hidden_size"] // c["num_heads"]),
-        }[pipeline](transformer)
-        return BaseShape(
-            transformer=_part_shape(folder / "transformer", KEPT[pipeline]),
-            text_encoder=_part_shape(folder / "text_encoder", ("lm_head",)),
-            vae=_part_shape(folder / "vae", ()),
-            width=width,
-            head_width=head_width,
-            states_width=text["hidden_size"],
-            text_tokens=TEXT_TOKENS[pipeline],
-            latent_channels=vae["latent_channels"],
-            decoder_width=(vae.get("decoder_block_out_channels") or vae["block_out_channels"])[0],
-            joint=pipeline != "PRXPipeline",
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"the configs in {folder} are damaged: {error}") from None
-
-
-def _part_shape(folder: Path, kept: tuple[str, ...]) -> PartShape:
-    shapes = Header.of(folder).shapes
-    linear = [
-        shape
-        for name, shape in shapes.items()
-        if len(shape) == 2
-        and shape[1] % 64 == shape[0] % 32 == 0
-        and "embed_tokens" not in name
-        and not any(name.startswith(f"{module}.") for module in kept)
-    ]
-    widest = max(linear, key=prod, default=(0, 0))
-    return PartShape(
-        parameters=sum(map(prod, shapes.values())),
-        linear=sum(map(prod, linear)),
-        rows=sum(rows for rows, _ in linear),
-        widest=prod(widest),
-        longest=widest[0],
+        blocks=text_blocks(shipped.pipeline, read_config(folder / "transformer")),
     )
 
 
@@ -483,28 +330,8 @@ def base_network(bundle: AdapterBundle, *, precision: str, references: int) -> B
     return BaseNetwork(bundle.ref, index, shape, references, index.canvas, index.defaults, value_bytes)
 
 
-def diffusers_config(folder: Path) -> dict[str, Any]:
-    """The content of a diffusers folder's index; raises ModelError."""
-    return _json(folder / DIFFUSERS_INDEX)
-
-
 def _shipped_index(folder: Path) -> AdapterIndex:
     return read_json(AdapterIndex, folder / ADAPTER)
-
-
-def _diffusers_class(folder: Path) -> str | None:
-    try:
-        name = json.loads((folder / DIFFUSERS_INDEX).read_bytes()).get("_class_name")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return name if isinstance(name, str) else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
-        raise ModelError(f"{path} cannot be read") from None
 
 
 def _is_plain(name: str) -> bool:

@@ -3,16 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mos_cli.bundles.adapters import (
-    DIFFUSERS_INDEX,
-    AdapterIndex,
-    Lock,
-    base_name,
-    check_lock,
-    diffusers_config,
-    is_base_file,
-    lock_path,
-)
+from mos_cli.bundles.adapters import AdapterIndex, Lock, base_name, check_lock, lock_path
+from mos_cli.bundles.base_models import DIFFUSERS_INDEX, diffusers_config, is_base_file
 from mos_cli.bundles.sources import hub_snapshot, offline
 from mos_cli.errors import ModelError
 from mos_cli.utils.files import atomic_write, make_folder, sha256_of

@@ -7,7 +7,8 @@ activations were measured on the networks of diffusers; a test compares them aga
 from itertools import product
 from typing import get_args
 
-from mos_cli.bundles.adapters import BaseNetwork, PartShape
+from mos_cli.bundles.adapters import BaseNetwork
+from mos_cli.bundles.base_models import PartShape
 from mos_cli.planning.memory import TILE, TOKENS, MemoryStage, Quant, Setting, quantised_bytes
 
 PATCH = 16

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mos_cli.adapters.pipeline import AdapterPipeline
-from mos_cli.bundles.adapters import KEPT, read_adapter
+from mos_cli.bundles.adapters import read_adapter
+from mos_cli.bundles.base_models import KEPT
 from mos_cli.planning.memory import Quant, Setting
 from mos_cli.quantization.method import Quantisation
 from mos_cli.towers.quantized import UNDERSTANDING_KEPT, quantise

@@ -10,7 +10,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfig
 from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
-from mos_cli.bundles.adapters import KEPT, BaseShape, PartShape
+from mos_cli.bundles.base_models import KEPT, BaseShape, PartShape
 from mos_cli.quantization.method import Quantisation
 from mos_cli.towers.quantized import UNDERSTANDING_KEPT, survey
 
