@@ -31,16 +31,15 @@ def start_states(optimisers: list[torch.optim.Optimizer]) -> None:
                 optimiser.state[parameter] = {"step": torch.tensor(0.0), **moments}
 
 
-def set_rates(optimisers: list[torch.optim.Optimizer], curriculum: Curriculum, step: int) -> None:
-    """Sets the learning rates of a step in the optimisers of `build_optimisers`."""
+def set_rates(optimisers: list[torch.optim.Optimizer], rates: tuple[float, float]) -> None:
+    """Sets the learning rates of `rates_at` in the optimisers of `build_optimisers`."""
     # A LoRA has AdamW alone.
-    rates = rates_at(curriculum, step)[-len(optimisers) :]
-    for optimiser, rate in zip(optimisers, rates, strict=True):
+    for optimiser, rate in zip(optimisers, rates[-len(optimisers) :], strict=True):
         for group in optimiser.param_groups:
             group["lr"] = rate
 
 
-def rates_at(curriculum: Curriculum, step: int) -> tuple[float, float]:
-    """The learning rates of Muon and AdamW at a step."""
-    stage, rate = curriculum.stage_at(step), curriculum.rate(step)
+def rates_at(curriculum: Curriculum, step: int, used: float = 0.0) -> tuple[float, float]:
+    """The learning rates of Muon and AdamW at a step; `used` as in `Curriculum.rate`."""
+    stage, rate = curriculum.stage_at(step), curriculum.rate(step, used)
     return rate * stage.muon_lr, rate * stage.adamw_lr

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mos_cli.training.ema import PowerEMA, gamma_of
-from mos_cli.training.optimiser import build_optimisers, set_rates
+from mos_cli.training.optimiser import build_optimisers, rates_at, set_rates
 from mos_cli.training.stages import curriculum
 from tests.helpers import tiny_training as tiny
 
@@ -27,7 +27,7 @@ def test_the_rate_warms_up_once_and_ends_at_nothing() -> None:
     optimisers = build_optimisers(torch.nn.ModuleDict({"blocks": torch.nn.Linear(2, 2)}))
     rates = []
     for step in (9, 10, 16):
-        set_rates(optimisers, plan, step)
+        set_rates(optimisers, rates_at(plan, step))
         rates.append(tuple(optimiser.param_groups[0]["lr"] for optimiser in optimisers))
     assert rates == [(1e-2, 1e-2), (1e-3, 1e-2), (0.5e-3, 0.5e-2)]
 
