@@ -25,7 +25,7 @@ from mos_cli.towers.generation import GenerationTower
 from mos_cli.training.batches import Batch
 from mos_cli.training.ema import PowerEMA
 from mos_cli.training.objective import Objective, layer_use
-from mos_cli.training.optimiser import build_optimisers, set_rates
+from mos_cli.training.optimiser import build_optimisers, rates_at, set_rates
 from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.stages import curriculum
 
@@ -104,7 +104,7 @@ def _trained(recipe: TrainRecipe, library: Library, bench: Bench, router_rate: f
     average, took = PowerEMA(named), []
     for step, batch in enumerate(_batches(recipe, library, bench)):
         began = time.process_time()
-        set_rates(optimisers, plan, step)
+        set_rates(optimisers, rates_at(plan, step))
         if tower.router is not None:
             for optimiser in optimisers:
                 optimiser.param_groups[-1]["lr"] *= router_rate

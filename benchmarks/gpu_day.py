@@ -7,7 +7,7 @@ command line   a picture with every attention, precision, quantisation and offlo
 bench          `mos bench`
 performance    the parts of performance.py, and its caps one by one
 throughput     training.py: images/s of the recipe beside those of a repeated batch
-train          `mos train` for the time that is left, in OUT/run; the same command goes on with it
+train          `mos train --time` for what is left, in OUT/run: a run that ends with its learning rates
 
 Each part writes what it prints to OUT/<part>.txt while it runs. OUT/results.json is replaced after every part: its
 command, seconds, exit code ("timeout" if it was ended), and the JSON that it printed. A part that fails or is ended
@@ -47,15 +47,21 @@ CUDA_ONLY = {"xformers", "offload-blocks", "offload-towers"}
 PERFORMANCE = ("share", "router", "nf4", "attention", "sync", "batched_guidance", "compile", "rivals")
 STOPS = 20.0
 """Seconds that a part gets after SIGINT to save what it has."""
+BESIDE = 90.0
+"""Seconds of a training that are not in its --time: loading before, the last state and the bundle after."""
 
 
 @dataclass
 class Part:
-    """A command with its time limit in seconds, and what came of it."""
+    """A command with its time limit in seconds, and what came of it.
+
+    With `takes_time` the command gets what is left as its --time.
+    """
 
     name: str
     command: list[str]
     limit: float
+    takes_time: bool = False
     seconds: float = 0.0
     exit_code: int | str = "not run"
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -63,6 +69,8 @@ class Part:
     def run(self, folder: Path, left: float) -> None:
         """Runs the command for at most `limit` and `left` seconds; its output goes to a file as it comes."""
         path, began = folder / f"{self.name}.txt", time.monotonic()
+        if self.takes_time:
+            self.command = [*self.command, "--time", f"{max(1.0, min(self.limit, left) - BESIDE):.0f}s"]
         with path.open("wb") as output:
             process = subprocess.Popen(self.command, stdout=output, stderr=subprocess.STDOUT, cwd=folder)
             try:
@@ -102,7 +110,7 @@ def parts(options: argparse.Namespace) -> list[Part]:
     listed += [Part(name, [*performance, name, *tiny], 60) for name in PERFORMANCE]
     listed += [Part(f"cap-{gib}", [*performance, "caps", "--gib", str(gib), *tiny], 90) for gib in (8, 12, 16, 24)]
     listed.append(Part("throughput", [python, str(ROOT / "benchmarks" / "training.py"), options.recipe], 120))
-    listed.append(Part("train", [*mos, "train", options.recipe, "--run", "run"], float("inf")))
+    listed.append(Part("train", [*mos, "train", options.recipe, "--run", "run"], float("inf"), takes_time=True))
     return listed
 
 

@@ -18,6 +18,7 @@ from mos_cli.cli.processes import check_processes, is_worker, run_in_processes
 from mos_cli.cli.progress import stop_between_steps
 from mos_cli.cli.unused import print_unused
 from mos_cli.errors import InputError, UsageError
+from mos_cli.utils.durations import as_clock, parse_duration
 
 if TYPE_CHECKING:
     from mos_cli.training.metrics import Metrics
@@ -76,6 +77,15 @@ def train(
     steps: Annotated[
         int | None, typer.Option("--steps", min=1, help="Training steps, instead of the recipe's.")
     ] = None,
+    duration: Annotated[
+        str | None,
+        typer.Option(
+            "--time",
+            metavar="TIME",
+            help="Time to train for, instead of a number of steps: 90s, 12m, 1.5h. The learning rates fall in time; "
+            "stages have its parts in proportion to their steps.",
+        ),
+    ] = None,
     extend: Annotated[
         bool,
         typer.Option("--extend", help="Go on from before the learning rates fell, for a run with more --steps."),
@@ -119,9 +129,9 @@ def train(
     from mos_cli.adapters.recipe import is_router_recipe
 
     if is_router_recipe(path := recipe_path(recipe)):
-        if caption is not None or name is not None or strict or tracker or processes > 1:
+        if caption is not None or name is not None or strict or tracker or processes > 1 or duration is not None:
             raise UsageError(
-                "--caption, --name, --strict, --tracker and --processes do not go with "
+                "--caption, --name, --strict, --time, --tracker and --processes do not go with "
                 f"{recipe}, the recipe of a router"
             )
         from mos_cli.cli.train_router import train_router
@@ -130,7 +140,9 @@ def train(
         train_router(path, data=data, base=start_from, run=run, export=export, steps=steps)
         return
     require("training", "train", "inflect", "matplotlib", "tensorboard")
-    overrides = {"steps": steps, "ema": ema}
+    if duration is not None and steps is not None:
+        raise UsageError("--time and --steps exclude each other: a run ends by one of them")
+    overrides = {"steps": steps, "time": _seconds(duration), "ema": ema}
     loaded = load_recipe(
         recipe,
         {name: value for name, value in overrides.items() if value is not None},
@@ -139,6 +151,8 @@ def train(
         caption=caption,
         name=name,
     )
+    if extend and loaded.train.time is not None:
+        raise UsageError("--extend is for more --steps: a run with a time goes on with a longer --time")
     folder = run or Path("runs") / loaded.bundle.name
     if loaded.lora is not None:
         require("a LoRA", "train", "peft")
@@ -165,7 +179,7 @@ def train(
 
     for each in tracker or ():
         check_tracker(each)
-    steps_of_run = curriculum(loaded).steps
+    steps_of_run, time_of_run = curriculum(loaded).steps, loaded.train.time
     main_process = os.environ.get("RANK", "0") == "0"
     if main_process:
         check_folder(folder, RECIPE, LOCK)
@@ -186,9 +200,13 @@ def train(
             nonlocal validation
             if metrics.validation_loss is not None:
                 validation = f"  validation {metrics.validation_loss:.4f}"
-            left = "" if metrics.seconds_left is None else f"  {_clock(metrics.seconds_left)} left"
+            left = "" if metrics.seconds_left is None else f"  {as_clock(metrics.seconds_left)} left"
             shown = f"loss {metrics.loss:.4f}{validation}  {metrics.images_per_second:.3g} images/s{left}"
-            advance("training", metrics.step, steps_of_run, shown)
+            if time_of_run is None:
+                advance("training", metrics.step, steps_of_run, shown)
+            elif metrics.seconds_left is not None:
+                used = time_of_run - metrics.seconds_left
+                advance("seconds of training", round(used), round(time_of_run), f"step {metrics.step}  {shown}")
 
         reports = Reports(
             say=lambda line: _say(line) if main_process else None,
@@ -245,7 +263,9 @@ def _say(line: str) -> None:
     stderr.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _clock(seconds: float) -> str:
-    """Seconds as hours, minutes and seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+def _seconds(duration: str | None) -> float | None:
+    """The value of --time; raises UsageError if it is no time."""
+    try:
+        return None if duration is None else parse_duration(duration)
+    except ValueError as error:
+        raise UsageError(f"--time: {error}") from None

@@ -188,9 +188,6 @@ class Picks:
     tokenizer: PromptTokenizer | None
     share: Share = Share()
 
-    def __len__(self) -> int:
-        return self.curriculum.steps
-
     def __getitem__(self, step: int) -> "Picked | MosError":
         """Errors are returned, not raised, because a worker process would add its own traceback."""
         stage = self.curriculum.stage_at(step)
@@ -246,7 +243,7 @@ class Batches:
         for stage in curriculum.stages:
             if stage.batch % share.processes:
                 raise UsageError(f"a batch of {stage.batch} cannot be shared by {share.processes} processes")
-        self.curriculum, self.train, self.sources, self.share = curriculum, train, sources, share
+        self.train, self.sources, self.share = train, sources, share
         self.understanding, self.autoencoder, self.image_encoder, self.device = (
             understanding,
             autoencoder,
@@ -255,6 +252,14 @@ class Batches:
         )
         tokenizer = None if isinstance(understanding, VisionLanguageTower) else understanding.prompt_tokenizer
         self.picks = Picks(curriculum, train, sources, tokenizer, share)
+
+    @property
+    def curriculum(self) -> Curriculum:
+        return self.picks.curriculum
+
+    def follow(self, curriculum: Curriculum) -> None:
+        """Makes the batches of another curriculum, in which other stages have begun."""
+        self.picks = replace(self.picks, curriculum=curriculum)
 
     def make(self, step: int) -> Batch:
         """The batch of one step, from the step's own random seed, so that resuming needs no state.
@@ -281,7 +286,7 @@ class Batches:
         return tuple(dict.fromkeys(caption for source in sources for caption in source.captions))
 
     def stream(self, first: int) -> Iterator[Batch]:
-        """The batches from step `first` to the end of the run; raises as `make` does.
+        """The batches from step `first` to the end of the run, without end in one with a time; raises as `make` does.
 
         On a GPU, worker processes pick ahead, and batches are drawn and encoded on a CUDA stream of their own, while
         the GPU computes the step before.
@@ -289,7 +294,7 @@ class Batches:
         workers = _workers(self.device)
         picked = DataLoader(
             self.picks,  # type: ignore[arg-type]
-            sampler=range(first, self.curriculum.steps),
+            sampler=self.curriculum.steps_from(first),
             batch_size=None,
             num_workers=workers,
             collate_fn=_unchanged,

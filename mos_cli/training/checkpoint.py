@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as write
 
 from mos_cli.errors import InputError
 from mos_cli.training.ema import PowerEMA
+from mos_cli.training.timer import TimeUsed
 from mos_cli.utils.files import sha256_of
 from mos_cli.utils.migration import current_weight, earlier_weight
 from mos_cli.utils.validation import Frozen, Sha256
@@ -35,10 +36,14 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 class Plan(Frozen):
-    """The steps of a run, and the number of steps after which its learning rates fall."""
+    """The steps of a run, and the number of steps after which its learning rates fall; or its time.
+
+    A run with a time has `steps` and `decay_from` 0: they are not known before its end.
+    """
 
     steps: int
     decay_from: int
+    time: TimeUsed | None = None
 
 
 class Description(Frozen):

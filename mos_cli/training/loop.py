@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -31,8 +31,10 @@ from mos_cli.training.objective import Objective
 from mos_cli.training.optimiser import build_optimisers, rates_at, set_rates, start_states
 from mos_cli.training.pace import Pace
 from mos_cli.training.recipe import TrainRecipe
-from mos_cli.training.stages import curriculum
+from mos_cli.training.stages import Curriculum
 from mos_cli.training.start import start_tower
+from mos_cli.training.timer import Timer, TimeUsed
+from mos_cli.utils.durations import as_clock
 from mos_cli.utils.files import atomic_write, make_folder
 from mos_cli.utils.migration import current_recipe
 from mos_cli.utils.threads import device_threads
@@ -58,7 +60,8 @@ class Trainer:
 
     Raises:
         InputError: the folder holds a run of another recipe, its checkpoints are damaged, or there is none to extend.
-        UsageError: the recipe's network cannot be built, or the run has done more steps than the recipe says.
+        UsageError: the recipe's network cannot be built, or the run has done more steps, or used more time, than the
+            recipe says.
     """
 
     def __init__(
@@ -73,7 +76,8 @@ class Trainer:
     ) -> None:
         self.recipe, self.batches, self.folder, self.accelerator = recipe, batches, folder, accelerator
         self.say = say if accelerator.is_main_process else lambda _: None
-        self.curriculum, self.device = curriculum(recipe), accelerator.device
+        self.device = accelerator.device
+        self.timer = None if recipe.train.time is None else Timer(self.curriculum, accelerator)
         self._keep_recipe()
         torch.manual_seed(recipe.train.seed)
         self.tower = start_tower(recipe)
@@ -91,11 +95,17 @@ class Trainer:
                 register_fsdp_forward_method(block, "cache_reference")
         self.ema = PowerEMA(self._parameters())
         self.step = 0
+        self.rates = (0.0, 0.0)
         self._resume(extend)
         self.journal = Journal(folder, self.step, accelerator, self.tower.states_shape[0], recipe.bundle.name)
         losses = self.journal.losses()
         self._first_losses = losses[:WINDOW]
         self._last_losses: deque[float] = deque(losses[-WINDOW:], maxlen=WINDOW)
+
+    @property
+    def curriculum(self) -> Curriculum:
+        """The curriculum of the batches; in a run with a time its stages begin one by one."""
+        return self.batches.curriculum
 
     def run(
         self,
@@ -103,7 +113,7 @@ class Trainer:
         sample: Callable[["Trainer"], None],
         set_threads: Callable[[], None] = lambda: None,
     ) -> None:
-        """Trains to the last step, saving and sampling on the way.
+        """Trains to the last step, or until its time is over, saving and sampling on the way.
 
         Args:
             log: called for every step, `log_every` at a time; if it raises KeyboardInterrupt in any process, the run
@@ -117,22 +127,24 @@ class Trainer:
             InputError: a checkpoint cannot be written. Those before it are whole.
         """
         set_threads()
-        train, steps, pending = self.recipe.train, self.curriculum.steps, []
+        train, timer, pending, rates = self.recipe.train, self.timer, [], []
         pace = Pace(self.curriculum, train.seed, self.step)
-        batches = self.batches.stream(self.step)
+        batches = self._stream()
         batch = next(batches, None)
         started = time.perf_counter()
         while batch is not None:
             pending.append(self.advance(batch))
+            rates.append(self.rates)
             # Made while the GPU still computes the step: nothing since has waited for it.
             batch = next(batches, None)
-            last = self.step == steps
+            last = batch is None
             saves, samples = (last or self.step % every == 0 for every in (train.save_every, train.sample_every))
-            saves = saves or self.step == self.curriculum.decay_from
+            saves = saves or (timer is None and self.step == self.curriculum.decay_from)
             if saves or samples or self.step % train.log_every == 0:
                 seconds, validation = time.perf_counter() - started, self.validate() if saves else None
-                interrupted = self._report(pending, seconds, validation, pace.seconds_left(self.step), log)
-                pending = []
+                left = pace.seconds_left(self.step) if timer is None else timer.seconds_left
+                interrupted = self._report(pending, rates, seconds, validation, left, log)
+                pending, rates = [], []
                 if saves or interrupted:
                     self.save()
                 if interrupted:
@@ -142,11 +154,26 @@ class Trainer:
                 set_threads()
                 started = time.perf_counter()
 
+    def _stream(self) -> Iterator[Batch]:
+        """The batches to the last step, or until the time is over; the clock is read before each is handed out."""
+        if (timer := self.timer) is None:
+            yield from self.batches.stream(self.step)
+            return
+        timer.start()
+        while not timer.is_over:
+            # Batches are picked ahead, for a stage that may be over by then.
+            self.batches.follow(timer.curriculum)
+            for batch in self.batches.stream(self.step):
+                yield batch
+                if timer.read(self.step):
+                    break
+
     def advance(self, batch: Batch) -> Tensor:
         """Computes one step; returns its loss, gradient norm and layer use [2 + J * M], on the device."""
         # The random routes depend on the step alone, so that a resumed run equals an uninterrupted one.
         torch.manual_seed(Random(f"{self.recipe.train.seed}/{self.step}/{self.batches.share.rank}").getrandbits(63))
-        set_rates(self.optimisers, self.curriculum, self.step)
+        self.rates = rates_at(self.curriculum, self.step, 0.0 if self.timer is None else self.timer.used)
+        set_rates(self.optimisers, self.rates)
         self.tower.patch_spacing = self.curriculum.stage_at(self.step).patch_spacing
         loss, use_JM = self.network(batch)
         self.accelerator.backward(loss)
@@ -188,7 +215,10 @@ class Trainer:
     def save(self) -> None:
         """Writes a checkpoint beside those that are kept. All processes call it; raises as `run` does."""
         self._check_weights()
-        plan = checkpoint.Plan(steps=self.curriculum.steps, decay_from=self.curriculum.decay_from)
+        if self.timer is None:
+            plan = checkpoint.Plan(steps=self.curriculum.steps, decay_from=self.curriculum.decay_from)
+        else:
+            plan = checkpoint.Plan(steps=0, decay_from=0, time=self.timer.state)
         checkpoint.save(self.folder, self.step, self._state(), plan, self.accelerator)
         self.journal.plot()
 
@@ -213,18 +243,39 @@ class Trainer:
                 self.say(f"{error}".split(": delete")[0] + f": going on from step {checkpoint.step_of(older)}")
         else:
             return
+        plan = checkpoint.plan_of(path)
+        if self.timer is not None:
+            if plan is not None and plan.time is not None:
+                self._resume_time(self.timer, plan.time)
+            return
         steps = self.curriculum.steps
         if self.step > steps:
             raise UsageError(
                 f"the run in {self.folder} is at step {self.step}, and {steps} steps are asked for: "
                 "ask for more, or begin anew with --run"
             )
-        plan = checkpoint.plan_of(path)
         if plan is not None and plan.steps != steps and self.step > min(plan.decay_from, self.curriculum.decay_from):
             self.say(
                 f"planned for {plan.steps} steps, this run lowered its learning rates from step {plan.decay_from} on: "
                 f"it will differ from one planned for {steps} (to have that one, pass --extend)"
             )
+
+    def _resume_time(self, timer: Timer, before: TimeUsed) -> None:
+        """Goes on with the time that a checkpoint has used, of as much or another."""
+        time, used = timer.state.time, before.used
+        if before.time != time and used > time:
+            raise UsageError(
+                f"the run in {self.folder} has used {as_clock(used)}, and a time of {as_clock(time)} is asked for: "
+                "ask for more, or begin anew with --run"
+            )
+        whole = 1 - self.curriculum.decay
+        if before.time != time and used > whole * min(before.time, time):
+            self.say(
+                f"planned for {as_clock(before.time)}, this run lowered its learning rates from "
+                f"{as_clock(whole * before.time)} on: it will differ from one planned for {as_clock(time)}"
+            )
+        timer.resume(before)
+        self.batches.follow(timer.curriculum)
 
     def _check_weights(self) -> None:
         weights = [_local(weight) for weight in self._parameters().values()]
@@ -284,12 +335,18 @@ class Trainer:
 
     def _keep_recipe(self) -> None:
         """Compares the recipe with the one in the run's folder, apart from `MAY_CHANGE`, and writes it there."""
-        path, recipe = self.folder / RECIPE, self.recipe.model_dump(mode="json")
+        path, recipe, timed = self.folder / RECIPE, self.recipe.model_dump(mode="json"), self.timer is not None
         if self.recipe.lora is not None and self.recipe.start_from is not None:
             # The weights that the state does not have.
             recipe["start_hash"] = find_bundle(self.recipe.start_from).hash
         if path.exists():
             there = read_recipe(path, recipe)
+            if timed != (there["train"]["time"] is not None):
+                raise InputError(
+                    f"{self.folder} holds a run that ends {'by its steps' if timed else 'when its time is over'}: "
+                    f"{'leave out' if timed else 'give'} --time, or choose another folder with --run"
+                )
+            there["train"]["time"] = recipe["train"]["time"]
             if differences := _differences(_fixed(there), _fixed(recipe)):
                 raise InputError(
                     f"{self.folder} holds a run of another recipe: choose another folder with --run, or change back "
@@ -304,12 +361,13 @@ class Trainer:
     def _report(
         self,
         pending: list[Tensor],
+        rates: list[tuple[float, float]],
         seconds: float,
         validation: float | None,
         left: float | None,
         log: Callable[[Metrics], None],
     ) -> bool:
-        """Passes the numbers of several steps to the journal and to `log`; whether a process was interrupted.
+        """Passes the numbers and rates of several steps to the journal and to `log`; whether a process was interrupted.
 
         The validation loss and the seconds left are those after the last of the steps.
         """
@@ -318,10 +376,10 @@ class Trainer:
         stages = [self.curriculum.stage_at(self.step - 1 - back) for back in range(len(pending))]
         speed = sum(stage.batch for stage in stages) / seconds
         lines = []
-        for step, row in enumerate(rows, start=self.step - len(pending) + 1):
+        steps = range(self.step - len(pending) + 1, self.step + 1)
+        for step, row, (muon, adamw) in zip(steps, rows, rates, strict=True):
             use_JM = row[2:].unflatten(0, (-1, layers))
             entropy_J = -(use_JM * use_JM.clamp_min(1e-9).log()).sum(dim=1)
-            muon, adamw = rates_at(self.curriculum, step - 1)
             lines.append(
                 Metrics(
                     step=step,

@@ -1,9 +1,73 @@
-"""Muon for the matrices inside the blocks, AdamW for everything else, and for the weights of a LoRA."""
+"""Muon for the matrices inside the blocks, AdamW for everything else, and for the weights of a LoRA.
+
+Shapes: N matrices of one shape, R rows, C columns.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mos_cli.training.stages import Curriculum
+
+LARGEST = 2**26
+"""The most values of the matrices that are orthogonalised at once."""
+
+
+class Muon(torch.optim.Muon):
+    """PyTorch's Muon without weight decay, its rates matched to AdamW's (arXiv 2502.16982, section 2.2).
+
+    Matrices of one shape are orthogonalised as one batch: few operations for all of them instead of 30 for each.
+    The state is PyTorch's. Sharded matrices are orthogonalised one by one, by PyTorch.
+    """
+
+    def __init__(self, matrices: Sequence[nn.Parameter]) -> None:
+        super().__init__(matrices, lr=0.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Changes the matrices that have gradients; no `closure` is needed."""
+        if any(isinstance(matrix, DTensor) for group in self.param_groups for matrix in group["params"]):
+            return super().step(closure)
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    by_shape[matrix.shape].append(matrix)
+            for shape, matrices in by_shape.items():
+                size = max(1, LARGEST // shape.numel())
+                for first in range(0, len(matrices), size):
+                    self._change(matrices[first : first + size], group)
+        return None
+
+    def _change(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
+        """One step of matrices of one shape."""
+        gradients = [matrix.grad for matrix in matrices]
+        momenta = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])  # type: ignore[attr-defined]
+        updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # type: ignore[attr-defined]
+        update_NRC = orthogonalised(torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"])
+        update_NRC = update_NRC.float() * (-0.2 * group["lr"] * math.sqrt(max(update_NRC.shape[1:])))
+        torch._foreach_add_(matrices, list(update_NRC.unbind()))  # type: ignore[attr-defined]
+
+
+def orthogonalised(
+    matrices_NRC: Tensor, coefficients: tuple[float, float, float], steps: int, epsilon: float
+) -> Tensor:
+    """Every matrix with its singular values near 1, in bfloat16, by the Newton-Schulz iteration of PyTorch's Muon."""
+    a, b, c = coefficients
+    tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
+    # The products with the transpose are smaller for wide matrices.
+    X = matrices_NRC.bfloat16().mT if tall else matrices_NRC.bfloat16()
+    X = X / torch.linalg.vector_norm(X, dim=(1, 2), keepdim=True).clamp_min(epsilon)
+    for _ in range(steps):
+        gram = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), X, beta=a)
+    return X.mT.contiguous() if tall else X
 
 
 def build_optimisers(tower: nn.Module) -> list[torch.optim.Optimizer]:
@@ -16,7 +80,7 @@ def build_optimisers(tower: nn.Module) -> list[torch.optim.Optimizer]:
             (muon if matrix else adamw).append(parameter)
     optimisers: list[torch.optim.Optimizer] = []
     if muon:
-        optimisers.append(torch.optim.Muon(muon, lr=0.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+        optimisers.append(Muon(muon))
     return [*optimisers, torch.optim.AdamW(adamw, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
@@ -31,16 +95,15 @@ def start_states(optimisers: list[torch.optim.Optimizer]) -> None:
                 optimiser.state[parameter] = {"step": torch.tensor(0.0), **moments}
 
 
-def set_rates(optimisers: list[torch.optim.Optimizer], curriculum: Curriculum, step: int) -> None:
-    """Sets the learning rates of a step in the optimisers of `build_optimisers`."""
+def set_rates(optimisers: list[torch.optim.Optimizer], rates: tuple[float, float]) -> None:
+    """Sets the learning rates of `rates_at` in the optimisers of `build_optimisers`."""
     # A LoRA has AdamW alone.
-    rates = rates_at(curriculum, step)[-len(optimisers) :]
-    for optimiser, rate in zip(optimisers, rates, strict=True):
+    for optimiser, rate in zip(optimisers, rates[-len(optimisers) :], strict=True):
         for group in optimiser.param_groups:
             group["lr"] = rate
 
 
-def rates_at(curriculum: Curriculum, step: int) -> tuple[float, float]:
-    """The learning rates of Muon and AdamW at a step."""
-    stage, rate = curriculum.stage_at(step), curriculum.rate(step)
+def rates_at(curriculum: Curriculum, step: int, used: float = 0.0) -> tuple[float, float]:
+    """The learning rates of Muon and AdamW at a step; `used` as in `Curriculum.rate`."""
+    stage, rate = curriculum.stage_at(step), curriculum.rate(step, used)
     return rate * stage.muon_lr, rate * stage.adamw_lr

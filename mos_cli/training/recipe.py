@@ -3,19 +3,24 @@
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mos_cli.bundles.bundle import Bundle, find_bundle
 from mos_cli.bundles.shapes import GenerationShape, read_config
 from mos_cli.bundles.specs import Canvas, Defaults, EditDefaults
 from mos_cli.datasets.tables import Data, edit_share, with_words
 from mos_cli.errors import InputError, UsageError
+from mos_cli.utils.durations import parse_duration
 from mos_cli.utils.files import expand
 from mos_cli.utils.folders import presets_folder
 from mos_cli.utils.migration import GenerationConfig, Migrated
 from mos_cli.utils.validation import Frozen, PlainName, first_problem, read_toml
+
+
+def _seconds(value: object) -> object:
+    return parse_duration(value) if isinstance(value, str) else value
 
 
 class BundleTable(Frozen):
@@ -63,13 +68,16 @@ class LoraTable(Frozen):
 
 
 class TrainTable(Frozen):
-    """The optimisation. Steps after `1 - decay` of the run lower the learning rates linearly to 0."""
+    """The optimisation. After `1 - decay` of the run the learning rates fall linearly to 0."""
 
     model_config = ConfigDict(strict=True)
 
     seed: int = Field(ge=0, lt=2**63)
     steps: int | None = Field(default=None, ge=1)
-    """Omitted with [[stages]], which have steps of their own."""
+    """Omitted with [[stages]], which have steps of their own, and with `time`."""
+    time: Annotated[float, BeforeValidator(_seconds), Field(gt=0)] | None = None
+    """Seconds, or "12m", after which the run ends, instead of steps. [[stages]] have its parts in proportion to their
+    steps."""
     batch: int = Field(ge=1)
     """Pictures of a step, over all processes."""
     context_tokens: int = Field(ge=2)
@@ -132,7 +140,7 @@ class TrainRecipe(Migrated):
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
         steps = sum(stage.steps for stage in self.stages) or self.train.steps
-        if steps is not None and self.train.warmup >= steps > 1:
+        if steps is not None and self.train.time is None and self.train.warmup >= steps > 1:
             raise ValueError(f"[train] warmup = {self.train.warmup} is no less than the {steps} steps of the run")
         datas = [data for data in (self.data, *(stage.data for stage in self.stages)) if data]
         edits = any(edit_share(data) for data in datas)
@@ -152,8 +160,8 @@ class TrainRecipe(Migrated):
             )
         if edits != (self.bundle.edits is not None) and self.start_from is None:
             raise ValueError("[bundle] edits, the settings to edit with, go with [data] edits, the steps that edit")
-        if bool(self.stages) == (self.train.steps is not None):
-            raise ValueError("give the number of steps either in [train] steps or in [[stages]]")
+        if (self.train.steps is not None) == (bool(self.stages) or self.train.time is not None):
+            raise ValueError("give the number of steps either in [train] steps or in [[stages]], or give [train] time")
         for stage in self.stages:
             if stage.canvas % self.bundle.canvas.multiple:
                 raise ValueError(f"stage {stage.name}: the canvas must be a multiple of {self.bundle.canvas.multiple}")
@@ -184,7 +192,7 @@ def load_recipe(
 
     Args:
         overrides: values for the [train] table that replace the file's. With [[stages]], `steps` lengthens or
-            shortens the last one.
+            shortens the last one. `steps` and `time` replace each other.
         start_from, name: the model to continue and the new bundle's name, instead of the file's.
         data, caption: the folder of captioned pictures and the caption of those without one, instead of the file's.
 
@@ -211,13 +219,15 @@ def load_recipe(
         if isinstance(part, dict) and isinstance(part.get("data"), dict):
             part["data"] = with_words(part["data"], path.parent)
     overrides = dict(overrides or {})
+    length = overrides.keys() & {"steps", "time"}
     if stages and (steps := overrides.pop("steps", None)):
         before = sum(stage.steps for stage in _validated(table, path).stages[:-1])
         if steps <= before:
             raise UsageError(f"the stages before the last take {before} steps: ask for more than that")
         table["stages"][-1]["steps"] = steps - before
     if isinstance(train := table.get("train", {}), dict):
-        table["train"] = train | overrides
+        kept = {key: value for key, value in train.items() if not (length and key in ("steps", "time"))}
+        table["train"] = kept | overrides
     return _validated(table, path)
 
 

@@ -54,6 +54,7 @@ from mos_cli.training.samples import draw_samples
 from mos_cli.training.stages import Stage, curriculum
 from mos_cli.training.start import start_tower
 from mos_cli.utils.devices import choose_device, choose_precision
+from mos_cli.utils.durations import as_clock
 from mos_cli.utils.files import atomic_write, link_or_copy, make_folder, sha256_of
 from mos_cli.utils.threads import AdaptiveThreads
 
@@ -153,12 +154,12 @@ def prepare(
             check_drawing(made, parts, recipe, device)
     accelerator.wait_for_everyone()
     origin = "random weights" if recipe.start_from is None else recipe.start_from
-    reports.say(
-        f"{learned:,} parameters learn, from {origin}; {plan.steps} steps of {plan.stages[0].batch} pictures; {memory}"
-    )
+    length = f"{plan.steps} steps" if plan.time is None else f"{as_clock(plan.time)} of steps"
+    reports.say(f"{learned:,} parameters learn, from {origin}; {length} of {plan.stages[0].batch} pictures; {memory}")
     trainer = Trainer(recipe, batches, folder, accelerator, extend=extend, say=reports.say)
     if trainer.step:
-        reports.say(f"going on from step {trainer.step} of {plan.steps}, the state in {folder}")
+        of = f"of {plan.steps}" if trainer.timer is None else f"with {as_clock(trainer.timer.seconds_left)} left"
+        reports.say(f"going on from step {trainer.step} {of}, the state in {folder}")
     return trainer
 
 

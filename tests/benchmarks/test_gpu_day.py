@@ -25,6 +25,12 @@ def test_a_part_is_ended_at_its_limit_and_keeps_what_it_printed(tmp_path: Path) 
     assert none.exit_code == "timeout"
 
 
+def test_a_training_gets_the_time_that_is_left(tmp_path: Path) -> None:
+    training = gpu_day.Part("train", [sys.executable, "-c", "import sys; print(sys.argv[1:])"], 600, takes_time=True)
+    training.run(tmp_path, left=400)
+    assert (tmp_path / "train.txt").read_text() == "['--time', '310s']\n"
+
+
 @pytest.mark.slow
 def test_the_parts_work_here(tmp_path: Path, bundle) -> None:
     """But for the default recipe, which needs art, and parts of performance.py that a test of their own runs."""

@@ -13,7 +13,7 @@ from mos_cli.bundles.bundle import read_bundle, verify_bundle
 from mos_cli.datasets.art.file import data_folder, load_art
 from mos_cli.errors import InputError
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.training.checkpoint import newest
+from mos_cli.training.checkpoint import newest, plan_of
 from mos_cli.training.metrics import METRICS
 from mos_cli.training.recipe import load_recipe
 from mos_cli.training.run import train
@@ -79,6 +79,18 @@ def test_two_processes_follow_one(tmp_path: Path, encoder_folder: Path) -> None:
     held_out = [validation(tmp_path / name) for name in ("one", "two")]
     assert len(held_out[0]) == 3
     assert held_out[1] == pytest.approx(held_out[0], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_end_together_when_their_time_is_over(tmp_path: Path, encoder_folder: Path) -> None:
+    recipe = tiny.write_recipe(tmp_path, encoder_folder, save_every=4000, sample_every=4000)
+    assert finish(tmp_path, recipe, "--processes", 2, "--time", "2s")
+    state = newest(tmp_path / "runs" / "tiny")
+    assert state is not None
+    plan = plan_of(state)
+    assert plan is not None
+    assert plan.time is not None
+    assert plan.time.used >= plan.time.time == 2
 
 
 @pytest.mark.slow

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from paired_steps import Operations
 
+from mos_cli.training import optimiser
 from mos_cli.training.ema import PowerEMA, gamma_of
-from mos_cli.training.optimiser import build_optimisers, set_rates
+from mos_cli.training.optimiser import build_optimisers, rates_at, set_rates
 from mos_cli.training.stages import curriculum
 from tests.helpers import tiny_training as tiny
 
@@ -27,7 +29,7 @@ def test_the_rate_warms_up_once_and_ends_at_nothing() -> None:
     optimisers = build_optimisers(torch.nn.ModuleDict({"blocks": torch.nn.Linear(2, 2)}))
     rates = []
     for step in (9, 10, 16):
-        set_rates(optimisers, plan, step)
+        set_rates(optimisers, rates_at(plan, step))
         rates.append(tuple(optimiser.param_groups[0]["lr"] for optimiser in optimisers))
     assert rates == [(1e-2, 1e-2), (1e-3, 1e-2), (0.5e-3, 0.5e-2)]
 
@@ -47,3 +49,58 @@ def test_moving_averages_are_as_wide_as_they_say() -> None:
         centre = (share * times).sum() / 200
         spread = ((share * (times / 200 - centre).square()).sum()).sqrt().item()
         assert spread == pytest.approx(float(width), rel=0.05)
+
+
+def matrices(seed: int) -> list[torch.nn.Parameter]:
+    """Wide, tall and square ones, with gradients; the last has none."""
+    noise = torch.Generator().manual_seed(seed)
+    shapes = ((8, 24), (24, 8), (8, 24), (16, 16), (24, 8), (8, 24), (16, 16))
+    made = [torch.nn.Parameter(torch.randn(shape, generator=noise)) for shape in shapes]
+    give_gradients(made, seed)
+    return made
+
+
+def give_gradients(parameters: list[torch.nn.Parameter], seed: int) -> None:
+    noise = torch.Generator().manual_seed(seed)
+    for scale, parameter in enumerate(parameters[:-1], start=1):
+        parameter.grad = torch.randn(parameter.shape, generator=noise) * 10**-scale
+
+
+@pytest.mark.parametrize("largest", [optimiser.LARGEST, 2 * 8 * 24])
+def test_matrices_of_one_shape_together_change_as_pytorch_changes_them_alone(monkeypatch, largest: int) -> None:
+    monkeypatch.setattr(optimiser, "LARGEST", largest)
+    ours, theirs = matrices(0), matrices(0)
+    mine = optimiser.Muon(ours)
+    plain = torch.optim.Muon(theirs, lr=0.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    optimiser.start_states([mine, plain])
+    before = [matrix.detach().clone() for matrix in ours]
+    for step in range(4):
+        for each, made in ((mine, ours), (plain, theirs)):
+            each.param_groups[0]["lr"] = 0.1 / (1 + step)
+            give_gradients(made, step)
+            each.step()
+    for one, other, start in zip(ours, theirs, before, strict=True):
+        changed = (other - start).norm()
+        # Rounding to bfloat16, in products of another order.
+        assert (one - other).norm() <= 0.01 * changed
+        assert changed > 0 or one is ours[-1]
+        # The momentum has no products in it.
+        assert torch.equal(mine.state[one]["momentum_buffer"], plain.state[other]["momentum_buffer"])
+    # Either takes up the state of the other.
+    plain.load_state_dict(mine.state_dict())
+    mine.load_state_dict(plain.state_dict())
+    assert torch.equal(mine.state[ours[0]]["momentum_buffer"], plain.state[theirs[0]]["momentum_buffer"])
+
+
+def test_a_step_of_muon_starts_as_many_operations_for_more_matrices() -> None:
+    def operations(count: int) -> int:
+        made = [torch.nn.Parameter(torch.randn(8, 24)) for _ in range(count)]
+        for matrix in made:
+            matrix.grad = torch.randn(8, 24)
+        muon = optimiser.Muon(made)
+        optimiser.start_states([muon])
+        with Operations() as counted:
+            muon.step()
+        return counted.computing.total()
+
+    assert operations(12) == operations(3) <= 30
