@@ -27,9 +27,7 @@ def add_loras(pipe: Any, loras: Sequence[LoraFile], name: str, *, quantised: boo
     """
     if not loras:
         return
-    require("a LoRA for a base model", "train", "peft")
-    if not hasattr(pipe.transformer, "load_lora_adapter"):
-        raise UsageError(f"{name} takes no LoRA: diffusers loads none for its transformer")
+    check_takes_loras(pipe, name)
     if quantised:
         raise UsageError(f"{name} takes a LoRA only where its transformer is not quantised: leave out --quant")
     layers = {layer for layer, _ in pipe.transformer.named_modules()}
@@ -53,6 +51,13 @@ def add_loras(pipe: Any, loras: Sequence[LoraFile], name: str, *, quantised: boo
             reason = str(error).strip().splitlines()[-1].strip()[:200]
             raise ModelError(f"the LoRA {file.name} does not fit {name}: {reason}") from None
     pipe.set_adapters([_adapter(index) for index in range(len(loras))], [lora.scale for lora in loras])
+
+
+def check_takes_loras(pipe: Any, name: str) -> None:
+    """Raises UsageError if peft is missing, or diffusers has no LoRA for this base model."""
+    require("a LoRA for a base model", "train", "peft")
+    if not hasattr(pipe.transformer, "load_lora_adapter"):
+        raise UsageError(f"{name} takes no LoRA: diffusers loads none for its transformer")
 
 
 def _adapter(index: int) -> str:

@@ -1,4 +1,4 @@
-"""The recipe of a router for a base model: one TOML file with a [router] table."""
+"""Recipes of training on a base model: one TOML file with a [router] or a [base_lora] table."""
 
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -10,21 +10,20 @@ from mos_cli.errors import UsageError
 from mos_cli.planning.memory import Quant
 from mos_cli.utils.validation import Frozen, PlainName, RouteRules, first_problem, read_toml
 
-TABLE = "router"
 
-
-class RouterRecipe(Frozen):
-    """The [router] table.
+class BaseModelRecipe(Frozen):
+    """What both tables have.
 
     Args:
-        name: of the adapter that is made.
+        name: of the adapter or the LoRA that is made.
         base: the base model: an adapter by name, or a diffusers folder.
         objective: "flow" predicts the pictures of a folder, at any time. "few-steps" does so at the times of the
-            model's own steps, for distilled models. "routes" predicts what the base model predicts under `routes`, at
-            these times: the router learns to do without the rules.
+            model's own steps, for distilled models. "routes" is for routers: it predicts what the base model predicts
+            under `routes`, at these times, and the router learns to do without the rules.
         data: the folder of captioned pictures.
+        caption: of pictures without one; {folder} and {name} are the names of its folder and its file.
         canvas: side of the pictures in pixels.
-        held_out: examples that are not trained on, and that the router has to be better on.
+        held_out: examples that are not trained on, and on which the result is compared.
         batch: examples of a step, computed one after the other.
         quant: how the base model is quantised meanwhile.
     """
@@ -32,17 +31,29 @@ class RouterRecipe(Frozen):
     name: PlainName
     base: str
     objective: Literal["flow", "few-steps", "routes"]
-    routes: RouteRules | None = None
     data: str | None = None
+    caption: str | None = None
     seed: int = 0
     steps: int = Field(ge=1)
     batch: int = Field(default=1, ge=1)
     held_out: int = Field(ge=1)
     canvas: int = Field(ge=64, multiple_of=16)
     lr: float = Field(gt=0)
+    quant: Quant = "none"
+
+
+class RouterRecipe(BaseModelRecipe):
+    """The [router] table.
+
+    Args:
+        routes: the rules that a router learns to do without.
+        gate_lr: learning rate of the gates.
+        epsilon: share of the choices that are random while the router learns.
+    """
+
+    routes: RouteRules | None = None
     gate_lr: float = Field(gt=0)
     epsilon: float = Field(default=0.05, ge=0, lt=1)
-    quant: Quant = "none"
     shape: RouterShape
 
     @model_validator(mode="after")
@@ -52,13 +63,28 @@ class RouterRecipe(Frozen):
         return self
 
 
-def is_router_recipe(path: Path) -> bool:
-    """Whether a recipe's file is that of a router; raises InputError if it is not TOML."""
-    return TABLE in read_toml(path)
+class BaseLoraRecipe(BaseModelRecipe):
+    """The [base_lora] table, of a LoRA for a base model's transformer with the given rank."""
+
+    rank: int = Field(default=16, ge=1)
+
+    @model_validator(mode="after")
+    def _learns_from_pictures(self) -> Self:
+        if self.objective == "routes":
+            raise ValueError('objective = "routes" is for routers: a LoRA learns by "flow" or "few-steps"')
+        return self
 
 
-def load_router_recipe(path: Path, overrides: dict[str, Any]) -> RouterRecipe:
-    """Reads the recipe of a router.
+TABLES: dict[str, type[BaseModelRecipe]] = {"router": RouterRecipe, "base_lora": BaseLoraRecipe}
+
+
+def is_base_model_recipe(path: Path) -> bool:
+    """Whether a recipe's file trains on a base model; raises InputError if it is not TOML."""
+    return not TABLES.keys().isdisjoint(read_toml(path))
+
+
+def load_base_model_recipe(path: Path, overrides: dict[str, Any]) -> BaseModelRecipe:
+    """Reads a recipe of training on a base model.
 
     Args:
         overrides: fields that replace the file's.
@@ -67,9 +93,11 @@ def load_router_recipe(path: Path, overrides: dict[str, Any]) -> RouterRecipe:
         UsageError: a value is missing, unknown or out of range.
     """
     table = read_toml(path)
-    if table.keys() != {TABLE}:
-        raise UsageError(f"{path}: the recipe of a router has one table, [{TABLE}]")
+    (name, *others) = table
+    if others:
+        raise UsageError(f"{path}: the recipe of a base model has one table, [{next(iter(TABLES.keys() & table))}]")
+    kind = TABLES[name]
     try:
-        return RouterRecipe.model_validate(table[TABLE] | overrides)
+        return kind.model_validate(table[name] | overrides)
     except ValidationError as error:
-        raise UsageError(f"{path}: {first_problem(error, RouterRecipe)}") from None
+        raise UsageError(f"{path}: {first_problem(error, kind)}") from None

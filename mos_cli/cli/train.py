@@ -126,18 +126,22 @@ def train(
             recipe_path(recipe).read_text(encoding="utf-8"), end="", markup=False, highlight=False, soft_wrap=True
         )
         return
-    from mos_cli.adapters.recipe import is_router_recipe
+    from mos_cli.adapters.recipe import is_base_model_recipe
 
-    if is_router_recipe(path := recipe_path(recipe)):
-        if caption is not None or name is not None or strict or tracker or processes > 1 or duration is not None:
+    if is_base_model_recipe(path := recipe_path(recipe)):
+        if tracker or processes > 1 or duration is not None or ema is not None or extend or art is not None:
             raise UsageError(
-                "--caption, --name, --strict, --time, --tracker and --processes do not go with "
-                f"{recipe}, the recipe of a router"
+                "--art, --ema, --extend, --processes, --time and --tracker do not go with "
+                f"{recipe}, which trains on a base model"
             )
-        from mos_cli.cli.train_router import train_router
+        from mos_cli.cli.train_base_model import train_on_base_model
 
         quieten()
-        train_router(path, data=data, base=start_from, run=run, export=export, steps=steps)
+        fields = {"data": data, "base": start_from, "name": name, "caption": caption, "steps": steps}
+        given = {
+            field: str(value) if field == "data" else value for field, value in fields.items() if value is not None
+        }
+        train_on_base_model(path, given, run=run, export=export, strict=strict)
         return
     require("training", "train", "inflect", "matplotlib", "tensorboard")
     if duration is not None and steps is not None:

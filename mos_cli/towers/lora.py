@@ -5,7 +5,7 @@ Shapes: I inputs and O outputs of a linear layer, R rank.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,12 +93,13 @@ class LoraSet:
         return weight if not changes else torch.stack([weight.float(), *changes]).sum(0).to(weight.dtype)
 
 
-def add_lora(tower: nn.Module, rank: int, alpha: float) -> None:
-    """Adds a LoRA to all linear layers of the blocks, and makes only its weights learn."""
+def add_lora(network: nn.Module, rank: int, alpha: float, blocks: Sequence[str] = ("blocks",)) -> None:
+    """Adds a LoRA to all linear layers in the lists of blocks, and makes only its weights learn."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=_targets(tower), bias="none")  # type: ignore[arg-type]
-    inject_adapter_in_model(config, tower)
+    targets = _targets(network, blocks)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, bias="none")  # type: ignore[arg-type]
+    inject_adapter_in_model(config, network)
 
 
 def save_lora(path: Path, weights: Mapping[str, Tensor], rank: int, alpha: float, **metadata: str) -> None:
@@ -141,7 +142,7 @@ def _layer(name: str) -> str:
     return name.removeprefix(PREFIX).partition(".lora_")[0]
 
 
-def _targets(tower: nn.Module) -> str:
-    """An expression for all linear layers of the generation tower's blocks, not those of the router's."""
-    names = [name for name, module in tower.named_modules() if isinstance(module, nn.Linear)]
-    return "|".join(name.replace(".", r"\.") for name in names if name.startswith("blocks."))
+def _targets(network: nn.Module, blocks: Sequence[str]) -> str:
+    """An expression for all linear layers in the lists of blocks; a router has blocks of its own."""
+    names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    return "|".join(name.replace(".", r"\.") for name in names if name.partition(".")[0] in blocks)

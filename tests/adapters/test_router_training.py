@@ -9,7 +9,7 @@ import torch
 from typer.testing import Result
 
 from mos_cli.adapters.pipeline import AdapterPipeline
-from mos_cli.adapters.recipe import RouterRecipe, load_router_recipe
+from mos_cli.adapters.recipe import RouterRecipe, load_base_model_recipe
 from mos_cli.bundles.adapters import RouterShape, read_adapter
 from mos_cli.datasets.captioned import load_captioned
 from mos_cli.planning.memory import Setting
@@ -244,7 +244,8 @@ def test_a_wrong_recipe_is_one_line(
 
 @pytest.mark.parametrize("name", ["klein", "z-image", "prx"])
 def test_the_shipped_recipes_are_valid(mos: Mos, name: str) -> None:
-    recipe = load_router_recipe(presets_folder() / f"train-router-{name}.toml", {})
+    recipe = load_base_model_recipe(presets_folder() / f"train-router-{name}.toml", {})
+    assert isinstance(recipe, RouterRecipe)
     assert (recipe.base, recipe.shape) == (name, RouterShape(width=512, depth=2, heads=8))
     missing = mos("train", f"train-router-{name}")
     assert missing.exit_code == 3
