@@ -306,6 +306,7 @@ def draw_jobs(
     observers: Sequence["Observer"] = (),
     route_from: "Recording | None" = None,
     drawn: "Callable[[Job, Image], None]" = lambda job, image: None,
+    show: "Callable[[Image], None] | None" = None,
 ) -> int:
     """Draws and writes every job that is not done; one that fails does not stop the others.
 
@@ -320,6 +321,7 @@ def draw_jobs(
         log: list them in the log, but for those without metadata.
         observers: called after every step of every picture.
         drawn: called with every job and its picture, when it is written.
+        show: prints a picture in the terminal.
 
     Returns:
         How many jobs failed.
@@ -396,6 +398,11 @@ def draw_jobs(
                     log = _logged(next(iter(files)), drawing.record.recipe)
                 drawn(job, drawing.image)
                 report.picture(list(files), index=number, prompt=job.recipe.prompt, seed=job.recipe.seed)
+                if show is not None:
+                    # A bar that moves would write into the picture.
+                    bars.stop()
+                    show(drawing.image)
+                    bars.start()
     return failed
 
 

@@ -20,6 +20,7 @@ from mos_cli.cli.options import (
     Offload,
     Output,
     Overwrite,
+    Preview,
     PreviewSteps,
     Quiet,
     Regions,
@@ -29,6 +30,7 @@ from mos_cli.cli.options import (
 )
 from mos_cli.cli.output import Report
 from mos_cli.cli.standard_files import check_one_input, check_output, picture_file
+from mos_cli.cli.terminal_pictures import picture_printer
 from mos_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ def replay(
     overwrite: Overwrite = False,
     trace: Trace = None,
     log: Log = None,
+    preview: Preview = None,
     regions: Regions = False,
     preview_steps: PreviewSteps = False,
     device: Device = None,
@@ -101,7 +104,7 @@ def replay(
     report = Report(json=json, quiet=quiet, verbose=verbose)
     sources = [
         context.get_parameter_source(name)
-        for name in ("output", "trace", "changes", "overwrite", "regions", "preview_steps")
+        for name in ("output", "trace", "changes", "overwrite", "regions", "preview_steps", "preview")
     ]
     if verify and any(source is not None and source.name == "COMMANDLINE" for source in sources):
         raise UsageError("--verify draws what the picture holds and writes nothing: drop the other options")
@@ -138,7 +141,14 @@ def replay(
         return made.compiled if compiled is None else compiled
 
     flags = make_settings(
-        output=output, trace=trace, log=log, device=device, attention=attention, max_vram=max_vram, offload=offload
+        output=output,
+        trace=trace,
+        log=log,
+        preview=preview,
+        device=device,
+        attention=attention,
+        max_vram=max_vram,
+        offload=offload,
     )
     settings = resolve(flags, None)
     with_loras(settings, recipe, lora or [])
@@ -148,6 +158,7 @@ def replay(
     routes = load_route_source(picture, recipe, route_from)
     if not verify:
         check_output(settings.output, json=json, trace=trace, regions=regions, previews=preview_steps)
+    show = picture_printer(settings.preview and not verify, report)
     names = naming(settings.output, suffix=settings.format, overwrite=overwrite)
     path = None if verify else names.path(recipe)
     loaded: dict[tuple[Any, ...], MoSPipeline] = {}
@@ -215,6 +226,7 @@ def replay(
                 record_options=record_options,
                 observers=(follow,),
                 route_from=routes,
+                show=show,
             )
             report.times()
             return
