@@ -40,11 +40,11 @@ def picture_printer(wanted: bool, report: Report) -> "Show | None":
 
     def show(image: "Image") -> None:
         # As large as half of the terminal's height and its width allow.
-        size = {"width": min(console.width, MOST_COLUMNS), "height": max(1, console.height // 2)}
+        width, height = min(console.width, MOST_COLUMNS), max(1, console.height // 2)
         try:
-            console.print(kind(image, "auto", "auto"), soft_wrap=True, **size)
+            console.print(kind(image, "auto", "auto"), soft_wrap=True, width=width, height=height)
         except ValueError:
-            # The library scales it to no pixels.
+            # textual-image 0.12, the last for Python 3.11, scales it to no pixels.
             report.note("note", note := "--preview shows no picture as narrow as this", note=note)
 
     return show
