@@ -439,7 +439,7 @@ def _drawings(
     A picture depends in its last bits on the lengths of the other prompts, so a run that goes on makes the same batch.
     """
     number, job = next(iter(batch.items()))
-    if (of_first := job.recipe.batch) is None:
+    if len(batch) == 1 or (of_first := job.recipe.batch) is None:
         inputs = None if job.inputs is None else job.inputs()
         return {number: pipeline.draw(job.recipe, observers, inputs, **options)}
     places = {job.recipe.batch.place: number for number, job in batch.items() if job.recipe.batch is not None}
