@@ -395,7 +395,7 @@ def draw_jobs(
                 written += 1
                 record("done", files=files, seconds=seconds + perf_counter() - started)
                 if log and metadata != "none" and files:
-                    log = _logged(next(iter(files)), drawing.record.recipe)
+                    log = log_drawn(next(iter(files)), drawing.record.recipe)
                 drawn(job, drawing.image)
                 report.picture(list(files), index=number, prompt=job.recipe.prompt, seed=job.recipe.seed)
                 if show is not None:
@@ -477,7 +477,7 @@ def _save(drawing: "Drawing", job: Job, trace: Any, metadata: Any, record: Calla
         return files
 
 
-def _logged(path: Path, recipe: "Recipe") -> bool:
+def log_drawn(path: Path | None, recipe: "Recipe") -> bool:
     """Lists a picture in the log. Where that fails, a warning says so, and the run goes on without the log."""
     from mos_cli.images.log import log_picture
 

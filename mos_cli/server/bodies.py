@@ -264,7 +264,8 @@ def plan_replay(
         recipe,
         body.suffix,
         body.trace,
-        record_options=body.record_options,
+        served.settings.metadata,
+        body.record_options,
         inputs=inputs,
         threads=record.made.threads,
         thread_changes=record.made.thread_changes,
@@ -301,6 +302,7 @@ def plan_drawing(body: DrawBody, served: ServedModel) -> Plan:
     plan = Plan(
         recipe,
         record_options=RecordOptions(body.probabilities, body.regions, body.previews),
+        logged=False,
         inputs=lambda _redraw: inputs,
         route_from=recording,
         threads=body.threads,

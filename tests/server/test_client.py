@@ -122,7 +122,7 @@ def test_replays_of_what_else_a_picture_was_made_from(both, mos, tmp_path: Path)
         Image.new("RGB", (32, 24), "teal").save("photo.png")
         assert mos("edit", "photo.png", "a dog", "-s", 1, "--steps", 2, "-o", "first.png").exit_code == 0
         assert mos("edit", "first.png", "a cat", "-s", 1, "--steps", 2, "-o", "second.jpg").exit_code == 0
-        os.remove("first.png")
+        Path("first.png").unlink()
         line = ("--batch-size", 2, "-n", 2, "-s", 1, "--steps", 2, "--route-from", "first.json", "-o", "b{seed}.png")
         assert mos("generate", "a dog", *line).exit_code == 0
 
