@@ -158,23 +158,26 @@ def test_errors_are_the_same(both) -> None:
 def test_a_command_with_a_server_imports_no_torch(server: RunningServer, tmp_path: Path) -> None:
     code = """
 import sys
+HEAVY = ("torch", "transformers", "diffusers", "accelerate", "huggingface_hub", "starlette", "uvicorn")
 from mos_cli.cli.app import app
 try:
     app(sys.argv[1:])
 except SystemExit as stopped:
     assert not stopped.code, stopped.code
-print([name for name in ("torch", "transformers", "diffusers", "starlette", "uvicorn") if name in sys.modules])
+print([name for name in HEAVY if name in sys.modules])
 """
+    (tmp_path / "jobs.jsonl").write_text('{"prompt": "dog"}')
     for line in (
         "generate dog -s 7 --steps 2 -q --server auto -o a.png",
         "edit a.png cat -s 7 --steps 2 -q --server auto -o b.png",
         "replay b.png -q --server auto -o c.png",
+        "run jobs.jsonl -s 7 --steps 2 -q --server auto -o d.png",
     ):
         run = [sys.executable, "-c", code, *line.split()]
         done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
         assert (done.returncode, done.stdout.splitlines()) == (0, [line[-5:], "[]"]), done.stderr
     # An edit is drawn again with what it was edited from.
-    assert len(server.queue.jobs) == 4
+    assert len(server.queue.jobs) == 5
 
 
 def test_a_server_with_another_model_or_other_settings_is_left_alone(
