@@ -30,6 +30,7 @@ from mos_cli.cli.jobs import (
 from mos_cli.cli.loading import find_server, fit_to_memory, load_with_progress
 from mos_cli.cli.options import DrawOptions
 from mos_cli.cli.output import Report
+from mos_cli.cli.terminal_pictures import picture_printer
 from mos_cli.errors import InputError, MosError, UsageError
 
 if TYPE_CHECKING:
@@ -161,6 +162,7 @@ def draw_requests(
     settings = settings.model_copy(update={"device": processes.device(settings.device)})
     record_options = make_record_options(settings.trace, regions=options.regions, previews=options.preview_steps)
     options.check_output(settings.output)
+    show = picture_printer(settings.preview and not options.dry_run, report)
     names = naming(settings.output, suffix=settings.format, overwrite=options.overwrite)
     bundle = find_bundle(settings.model)
     if all(isinstance(request, Request) and request.edit for request in requests):
@@ -227,6 +229,7 @@ def draw_requests(
                 observers=observers,
                 route_from=recording,
                 drawn=drawn,
+                show=show,
             )
         else:
             for group in groups:

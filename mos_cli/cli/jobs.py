@@ -306,6 +306,7 @@ def draw_jobs(
     observers: Sequence["Observer"] = (),
     route_from: "Recording | None" = None,
     drawn: "Callable[[Job, Image], None]" = lambda job, image: None,
+    show: "Callable[[Image], None] | None" = None,
 ) -> int:
     """Draws and writes every job that is not done; one that fails does not stop the others.
 
@@ -320,6 +321,7 @@ def draw_jobs(
         log: list them in the log, but for those without metadata.
         observers: called after every step of every picture.
         drawn: called with every job and its picture, when it is written.
+        show: prints a picture in the terminal.
 
     Returns:
         How many jobs failed.
@@ -393,9 +395,14 @@ def draw_jobs(
                 written += 1
                 record("done", files=files, seconds=seconds + perf_counter() - started)
                 if log and metadata != "none" and files:
-                    log = _logged(next(iter(files)), drawing.record.recipe)
+                    log = log_drawn(next(iter(files)), drawing.record.recipe)
                 drawn(job, drawing.image)
                 report.picture(list(files), index=number, prompt=job.recipe.prompt, seed=job.recipe.seed)
+                if show is not None:
+                    # A bar that moves would write into the picture.
+                    bars.stop()
+                    show(drawing.image)
+                    bars.start()
     return failed
 
 
@@ -432,7 +439,7 @@ def _drawings(
     A picture depends in its last bits on the lengths of the other prompts, so a run that goes on makes the same batch.
     """
     number, job = next(iter(batch.items()))
-    if (of_first := job.recipe.batch) is None:
+    if len(batch) == 1 or (of_first := job.recipe.batch) is None:
         inputs = None if job.inputs is None else job.inputs()
         return {number: pipeline.draw(job.recipe, observers, inputs, **options)}
     places = {job.recipe.batch.place: number for number, job in batch.items() if job.recipe.batch is not None}
@@ -470,7 +477,7 @@ def _save(drawing: "Drawing", job: Job, trace: Any, metadata: Any, record: Calla
         return files
 
 
-def _logged(path: Path, recipe: "Recipe") -> bool:
+def log_drawn(path: Path | None, recipe: "Recipe") -> bool:
     """Lists a picture in the log. Where that fails, a warning says so, and the run goes on without the log."""
     from mos_cli.images.log import log_picture
 

@@ -100,8 +100,13 @@ def load_with_progress(
         return load_pipeline(bundle, understanding, settings, precision=precision, quant=quant)
 
 
-def find_server(settings: "RunSettings", bundle: "Bundle", report: Report) -> "RemotePipeline | None":
+def find_server(
+    settings: "RunSettings", bundle: "Bundle", report: Report, recipe: "Recipe | None" = None
+) -> "RemotePipeline | None":
     """The server that --server names, if it draws with the model and the settings of the run; None to draw here.
+
+    Args:
+        recipe: that of a picture which is drawn again.
 
     Raises:
         MosError: the one that is named by its address cannot be reached, or draws with others.
@@ -112,7 +117,8 @@ def find_server(settings: "RunSettings", bundle: "Bundle", report: Report) -> "R
     from mos_cli.server.client import find_server as find
 
     with report.stage("server"):
-        pipeline, note = find(settings.server, settings, bundle, lora_recipes(settings))
+        loras = lora_recipes(settings) if recipe is None else recipe.loras
+        pipeline, note = find(settings.server, settings, bundle, loras, recipe)
     if note is not None:
         report.note("note", note, note=note)
     return pipeline

@@ -42,7 +42,7 @@ def logs(
         print_json(
             {
                 "time": one.time,
-                "path": str(one.path),
+                "path": None if one.path is None else str(one.path),
                 "state": one.state,
                 "prompt": one.prompt,
                 "negative": one.negative,
@@ -74,8 +74,9 @@ def _print(pictures: "list[LoggedPicture]") -> None:
     table.add_column("prompt", overflow="fold")
     table.add_column("picture", overflow="fold")
     for one in pictures:
-        note = "" if one.state == "there" else f"  ({one.state})"
+        picture = "" if one.path is None else f"{one.path}  "
+        picture = str(one.path) if one.state == "there" else f"{picture}({one.state})"
         time = datetime.fromisoformat(one.time).astimezone().strftime("%Y-%m-%d %H:%M")
-        cells = (time, one.model, str(one.seed), one.prompt, f"{one.path}{note}")
+        cells = (time, one.model, str(one.seed), one.prompt, picture)
         table.add_row(*(Text(printable(cell)) for cell in cells), style="" if one.state == "there" else "dim")
     print_view(table, wide=True)

@@ -309,6 +309,15 @@ Log = Annotated[
         "--log/--no-log", envvar="MOS_LOG", help="List the pictures in the log of `mos logs`.", show_default="yes"
     ),
 ]
+Preview = Annotated[
+    bool | None,
+    typer.Option(
+        "--preview/--no-preview",
+        envvar="MOS_PREVIEW",
+        help="Show the pictures in the terminal, if it has kitty's graphics or sixels; not with --quiet or --json.",
+        show_default="no",
+    ),
+]
 Server = Annotated[
     str | None,
     typer.Option(
@@ -365,6 +374,7 @@ class DrawOptions:
     trace: Trace = None
     metadata: Metadata = None
     log: Log = None
+    preview: Preview = None
     routes: Routes = None
     route_from: RouteFrom = None
     route_until: RouteUntil = None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mos_cli.cli.jobs import Job, check_format, draw_jobs, group_jobs, make_record_options, shortened
-from mos_cli.cli.loading import fit_to_memory, load_route_source, load_with_progress
+from mos_cli.cli.loading import find_server, fit_to_memory, load_route_source, load_with_progress
 from mos_cli.cli.options import (
     Attention,
     Compile,
@@ -20,24 +20,31 @@ from mos_cli.cli.options import (
     Offload,
     Output,
     Overwrite,
+    Preview,
     PreviewSteps,
     Quiet,
     Regions,
+    Server,
     Trace,
     Verbose,
     as_text,
 )
 from mos_cli.cli.output import Report
 from mos_cli.cli.standard_files import check_one_input, check_output, picture_file
+from mos_cli.cli.terminal_pictures import picture_printer
 from mos_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
     from PIL.Image import Image
 
     from mos_cli.bundles.bundle import Bundle
     from mos_cli.config.recipe import EarlierPicture, Provenance, Recipe
     from mos_cli.images.inputs import Inputs
     from mos_cli.inference.pipeline import MoSPipeline
+    from mos_cli.server.client import RemotePipeline
 
 CLOSE_PSNR = 40.0
 """Decibels above which two pictures look the same; bf16 against fp32 lies beyond it, another seed far below."""
@@ -71,6 +78,7 @@ def replay(
     overwrite: Overwrite = False,
     trace: Trace = None,
     log: Log = None,
+    preview: Preview = None,
     regions: Regions = False,
     preview_steps: PreviewSteps = False,
     device: Device = None,
@@ -78,6 +86,7 @@ def replay(
     offload: Offload = None,
     attention: Attention = None,
     compiled: Compile = None,
+    server: Server = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -88,20 +97,18 @@ def replay(
     too, if mos made it; other pictures are to be given with --input.
     """
     from mos_cli.bundles.bundle import edit_defaults, find_bundle, find_recorded
-    from mos_cli.config.recipe import check_guidance, make_recipe, pixels_hash
+    from mos_cli.config.recipe import check_guidance, pixels_hash
     from mos_cli.config.settings import check_size, make_settings, resolve
     from mos_cli.images.inputs import Finder
     from mos_cli.images.manifest import Manifest
     from mos_cli.images.naming import naming
     from mos_cli.images.outputs import as_stored, drawn_hash, read_drawing
-    from mos_cli.inference.requests import check_recipe, with_loras
-    from mos_cli.routing.prompt_weights import parse_weights
-    from mos_cli.utils.threads import cpu_threads
+    from mos_cli.inference.requests import check_recipe, vary_recipe, with_loras
 
     report = Report(json=json, quiet=quiet, verbose=verbose)
     sources = [
         context.get_parameter_source(name)
-        for name in ("output", "trace", "changes", "overwrite", "regions", "preview_steps")
+        for name in ("output", "trace", "changes", "overwrite", "regions", "preview_steps", "preview")
     ]
     if verify and any(source is not None and source.name == "COMMANDLINE" for source in sources):
         raise UsageError("--verify draws what the picture holds and writes nothing: drop the other options")
@@ -114,31 +121,27 @@ def replay(
     else:
         otherwise = "name it with --model FOLDER, or draw with another: --set model=NAME"
         bundle = find_recorded(record.recipe.model, record.made.bundle_hash, str(picture), otherwise, models or ())
-    fields, image_cfg = record.recipe.model_dump(), 1.0
     if record.recipe.edit is not None:
         edit_defaults(bundle)
-        fields["edit"] |= {key: changed.pop(key) for key in ("image_cfg", "strength") if key in changed}
     elif source_files or mask:
         raise UsageError(f"{picture} is no edit: drop --input and --mask")
-    for name, weights in {"prompt": "weights", "negative": "negative_weights"}.items():
-        if name in changed:
-            changed[name], fields[weights] = parse_weights(changed[name])
-    if "prompt" in changed:
-        fields["template"] = None
-    if changed:
-        # A variation is drawn alone, as its seed is without a batch.
-        fields["batch"] = None
-    recipe = make_recipe(**fields | changed)
-    if recipe.edit is not None:
-        image_cfg = recipe.edit.image_cfg
+    recipe = vary_recipe(record.recipe, changed)
     guidances = {f"--set {key}": changed.get(key) for key in ("negative", "cfg_interval")}
-    check_guidance(recipe.cfg, guidances, image_cfg)
+    check_guidance(recipe.cfg, guidances, 1.0 if recipe.edit is None else recipe.edit.image_cfg)
 
     def compiles(made: "Provenance") -> bool:
         return made.compiled if compiled is None else compiled
 
     flags = make_settings(
-        output=output, trace=trace, log=log, device=device, attention=attention, max_vram=max_vram, offload=offload
+        output=output,
+        trace=trace,
+        log=log,
+        preview=preview,
+        device=device,
+        attention=attention,
+        max_vram=max_vram,
+        offload=offload,
+        server=server,
     )
     settings = resolve(flags, None)
     with_loras(settings, recipe, lora or [])
@@ -148,11 +151,12 @@ def replay(
     routes = load_route_source(picture, recipe, route_from)
     if not verify:
         check_output(settings.output, json=json, trace=trace, regions=regions, previews=preview_steps)
+    show = picture_printer(settings.preview and not verify, report)
     names = naming(settings.output, suffix=settings.format, overwrite=overwrite)
     path = None if verify else names.path(recipe)
-    loaded: dict[tuple[Any, ...], MoSPipeline] = {}
+    loaded: dict[tuple[Any, ...], MoSPipeline | RemotePipeline] = {}
 
-    def pipeline_of(bundle: "Bundle", recipe: "Recipe", made: "Provenance") -> "MoSPipeline":
+    def pipeline_of(bundle: "Bundle", recipe: "Recipe", made: "Provenance") -> "MoSPipeline | RemotePipeline":
         key = (
             *(bundle.hash, recipe.precision, recipe.quant, recipe.loras),
             *(made.tiled, made.batched_guidance, compiles(made)),
@@ -160,6 +164,11 @@ def replay(
         if key not in loaded:
             # One at a time: together two models might not fit.
             loaded.clear()
+            as_made = {"tiled": made.tiled, "batched_guidance": made.batched_guidance, "compile": compiles(made)}
+            alike = settings.model_copy(update=as_made | {"batch_size": 1})
+            if (remote := find_server(alike, bundle, report, recipe)) is not None:
+                loaded[key] = remote
+                return remote
             quant, size = recipe.quant or "none", recipe.working_size
             shown = 0 if recipe.edit is None else len(recipe.edit.sources)
             placed = fit_to_memory(
@@ -186,7 +195,7 @@ def replay(
         if inputs is not None:
             edit_defaults(bundle)
         pipeline = pipeline_of(bundle, earlier.recipe, earlier.made)
-        with cpu_threads(earlier.made.threads, earlier.made.thread_changes) as follow:
+        with _threads_of(pipeline, earlier.made) as follow:
             return pipeline.draw(earlier.recipe, [follow], inputs).image
 
     pictures, masks = ([picture_file(path) for path in paths or []] for paths in (source_files, mask))
@@ -201,7 +210,7 @@ def replay(
         report.note("note", note, note=note)
     pipeline = pipeline_of(bundle, recipe, record.made)
     # Other numbers of threads would round differently: the picture would only come out close.
-    with cpu_threads(record.made.threads, record.made.thread_changes) as follow:
+    with _threads_of(pipeline, record.made) as follow:
         if job is not None:
             draw_jobs(
                 pipeline,
@@ -215,6 +224,7 @@ def replay(
                 record_options=record_options,
                 observers=(follow,),
                 route_from=routes,
+                show=show,
             )
             report.times()
             return
@@ -232,6 +242,17 @@ def replay(
         report.event("verified", f"{verdict} ({measured})", verdict=verdict, psnr=number)
         if verdict == "different":
             raise typer.Exit(1)
+
+
+def _threads_of(
+    pipeline: "MoSPipeline | RemotePipeline", made: "Provenance"
+) -> "AbstractContextManager[Callable[[Any], None]]":
+    """Sets the numbers of CPU threads that a picture was made with, here or in the server."""
+    from mos_cli.server.client import RemotePipeline
+    from mos_cli.utils.threads import cpu_threads
+
+    set_threads = pipeline.cpu_threads if isinstance(pipeline, RemotePipeline) else cpu_threads
+    return set_threads(made.threads, made.thread_changes)
 
 
 def _changes(assignments: list[str]) -> dict[str, str]:

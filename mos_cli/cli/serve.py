@@ -4,11 +4,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mos_cli.cli.jobs import log_drawn
 from mos_cli.cli.loading import fit_to_memory, load_with_progress
 from mos_cli.cli.options import (
     Attention,
     Compile,
     Device,
+    Log,
     Lora,
     MaxVram,
     Model,
@@ -23,6 +25,7 @@ from mos_cli.errors import UsageError
 from mos_cli.utils.extras import require
 
 if TYPE_CHECKING:
+    from mos_cli.config.recipe import Recipe
     from mos_cli.inference.pipeline import MoSPipeline
 
 PORT = 8017
@@ -65,6 +68,7 @@ def serve(
     offload: Offload = None,
     attention: Attention = None,
     compiled: Compile = None,
+    log: Log = None,
     quiet: Quiet = False,
 ) -> None:
     """Serve pictures over HTTP, with the model kept loaded. It has a page for a browser and OpenAI's interface.
@@ -98,6 +102,7 @@ def serve(
         offload=offload,
         attention=attention,
         compile=compiled,
+        log=log,
         loras=lora or None,
     )
     asked = resolve(flags, None)
@@ -106,6 +111,13 @@ def serve(
     references = 0 if bundle.index.edits is None else 1
     settings = fit_to_memory(bundle, asked, bundle.index.canvas.native, report, references=references)
     fields = recipe_fields(settings, bundle, bundle.index.defaults)
+
+    logs = asked.log
+
+    def log_served(recipe: "Recipe") -> None:
+        nonlocal logs
+        if logs:
+            logs = log_drawn(None, recipe)
 
     def load() -> "MoSPipeline":
         return load_with_progress(bundle, settings, report, precision=fields["precision"], quant=fields["quant"])
@@ -118,6 +130,7 @@ def serve(
         quant=fields["quant"],
         loras=fields["loras"],
         load=load,
+        log=log_served,
     )
     jobs = JobQueue(served.draw, served.release, limit=queue, idle=idle or None)
     # What is wrong with the model is told before anyone asks for a picture.

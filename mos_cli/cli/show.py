@@ -7,8 +7,10 @@ import typer
 
 from mos_cli.cli.completion import picture_paths
 from mos_cli.cli.jobs import as_texts, recipe_text, shortened
-from mos_cli.cli.output import print_json, stdout
+from mos_cli.cli.options import Preview
+from mos_cli.cli.output import Report, print_json, stdout
 from mos_cli.cli.standard_files import picture_file
+from mos_cli.cli.terminal_pictures import picture_printer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,8 +23,10 @@ def show(
         Path, typer.Argument(autocompletion=picture_paths, help="A picture made by mos; - reads one from stdin.")
     ],
     json: Annotated[bool, typer.Option("--json", help="Print the record in the file as one JSON object.")] = False,
+    preview: Preview = None,
 ) -> None:
     """Show what a picture was made from: its recipe, what drew it, and the pictures it was edited from."""
+    from mos_cli.config.settings import make_settings, resolve
     from mos_cli.images.companions import companions
     from mos_cli.images.outputs import read_drawing
 
@@ -30,6 +34,9 @@ def show(
     if json:
         print_json([record.model_dump(mode="json", by_alias=True, exclude_none=True)])
         return
+    show_picture = picture_printer(resolve(make_settings(preview=preview), None).preview, Report())
+    if show_picture is not None:
+        show_picture(image)
     beside = [] if str(picture) == "-" else [str(path) for path in companions(picture) if path.is_file()]
     for name, text in (_recipe(record) | _origin(image, record) | as_texts({"files": beside})).items():
         if text:

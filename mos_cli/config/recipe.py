@@ -30,6 +30,8 @@ MAX_TOKENS = 4096
 MAX_WEIGHT = 10.0
 """The largest weight of a word in a prompt."""
 Threads = Annotated[int, Field(ge=1, le=MAX_THREADS)]
+ThreadChanges = tuple[tuple[NonNegativeInt, Threads], ...]
+"""Changes of the number of CPU threads while a picture is drawn: (number of the step, threads from it on)."""
 
 
 class SourcePicture(Frozen):
@@ -249,7 +251,7 @@ class Provenance(Migrated):
     attention: str
     pillow: str | None = None
     threads: Threads | None = None
-    thread_changes: tuple[tuple[NonNegativeInt, Threads], ...] | None = None
+    thread_changes: ThreadChanges | None = None
     tiled: bool = False
     batched_guidance: bool = False
     compiled: bool = False

@@ -91,6 +91,7 @@ class Settings(BaseModel):
     output: str | None = None
     format: PictureSuffix | None = None
     log: bool | None = None
+    preview: bool | None = None
 
     def over(self, other: "Settings") -> "Settings":
         """These settings, with the gaps filled from `other`."""
@@ -128,6 +129,7 @@ class RunSettings(Settings):
     output: str = "outputs/{date}/"
     format: PictureSuffix = "png"
     log: bool = True
+    preview: bool = False
 
 
 OF_LOADED = (

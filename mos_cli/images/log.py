@@ -35,13 +35,13 @@ class LoggedPicture:
 
     Attributes:
         time: when it was written, in UTC, by the clock of then.
-        path: where, absolute.
+        path: where, absolute; None for a picture that a server sent to a client.
         prompt: with its weights.
-        state: "there", "gone", or "replaced" by a later picture of that path.
+        state: "there", "gone", "replaced" by a later picture of that path, or "served" without a path.
     """
 
     time: str
-    path: Path
+    path: Path | None
     prompt: str
     negative: str
     model: str
@@ -55,12 +55,12 @@ def log_file() -> Path:
     return user_data_folder() / "pictures.sqlite"
 
 
-def log_picture(path: Path, recipe: Recipe) -> None:
-    """Adds a picture that was written; raises InputError where that fails."""
+def log_picture(path: Path | None, recipe: Recipe) -> None:
+    """Adds a picture that was written, or sent without a path; raises InputError where that fails."""
     file = log_file()
     values = (
         datetime.now(UTC).isoformat(timespec="seconds"),
-        str(path.absolute()),
+        "" if path is None else str(path.absolute()),
         recipe.weighted_prompt,
         recipe.negative,
         recipe.model,
@@ -106,6 +106,8 @@ def logged_pictures(words: Sequence[str] = (), most: int | None = None) -> list[
 def _picture(
     time: str, path: str, prompt: str, negative: str, model: str, seed: int, recipe: str, replaced: int
 ) -> LoggedPicture:
+    if not path:
+        return LoggedPicture(time, None, prompt, negative, model, seed, json.loads(recipe), "served")
     state = "gone" if not os.path.isfile(path) else "replaced" if replaced else "there"  # noqa: PTH113 - any bytes
     return LoggedPicture(time, Path(path), prompt, negative, model, seed, json.loads(recipe), state)
 

@@ -253,7 +253,7 @@ class MoSPipeline:
                 except MosError as error:
                     results[place] = error
             if rows:
-                encodings = _with_fillers(rows, len(recipes))
+                encodings = _with_fillers(rows, len(recipes), self.prompt_encoder.max_tokens)
                 z_PCHW, threads = self._sample(rows.values(), encodings, observers, None, len(recipes))
                 tokens = tuple(tuple(one.bank.bank_BTMD.shape[1] for one in each.values()) for each in encodings)
                 for place, row in rows.items():
@@ -443,8 +443,11 @@ def _guidance(recipe: Recipe) -> Guidance:
     return Guidance(recipe.cfg, recipe.cfg_interval, 1.0 if recipe.edit is None else recipe.edit.image_cfg)
 
 
-def _with_fillers(rows: Mapping[int, _Row], pictures: int) -> list[dict[str, PromptEncoding]]:
+def _with_fillers(rows: Mapping[int, _Row], pictures: int, max_tokens: int) -> list[dict[str, PromptEncoding]]:
     """The encodings of all pictures of a batch, with fillers of the recorded lengths for those that are not drawn.
+
+    Args:
+        max_tokens: the most that the understanding tower reads of a prompt.
 
     Raises:
         InputError: the record of a batch does not fit the model.
@@ -454,6 +457,8 @@ def _with_fillers(rows: Mapping[int, _Row], pictures: int) -> list[dict[str, Pro
     tokens, counts = first.recipe.batch.tokens, [one.bank.bank_BTMD.shape[1] for one in first.encodings.values()]
     if tokens is not None and len(tokens[0]) != len(counts):
         raise InputError("the batch in this recipe has other branches of guidance than the recipe: it is damaged")
+    if tokens is not None and (most := max(map(max, tokens))) > max_tokens:
+        raise InputError(f"the batch in this recipe has {most} tokens, the model reads {max_tokens}: it is damaged")
     return [
         rows[place].encodings if place in rows else filler(first.encodings, counts if tokens is None else tokens[place])
         for place in range(pictures)

@@ -52,6 +52,7 @@ class PromptEncoder:
         encode: Callable[..., HiddenStates] | None = None,
     ) -> None:
         self.image_encoder, self.tower, self._states_of = image_encoder, tower, encode or understanding.encode
+        self.max_tokens = understanding.max_tokens
         shape = (understanding.layers, understanding.width)
         if shape != tower.states_shape:
             raise ModelError(

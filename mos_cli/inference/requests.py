@@ -5,7 +5,7 @@ at the device.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +26,7 @@ from mos_cli.config.recipe import (
     RouteSource,
     check_blocks,
     check_guidance,
+    make_recipe,
     pixels_hash,
 )
 from mos_cli.config.settings import RunSettings, available_memory, fitted, parse_size
@@ -380,6 +381,26 @@ def check_device(settings: RunSettings, recipe: Recipe, bundle: Bundle) -> None:
         for width in (tower.width // tower.heads, tower.router_width // tower.router_heads):
             if not xformers_supports(device, DTYPES[recipe.precision], width):
                 raise no_operator(device, DTYPES[recipe.precision], width)
+
+
+def vary_recipe(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:
+    """A recipe with some fields changed, those of its edit among them; what is changed is drawn alone.
+
+    Raises:
+        UsageError: a field is not there, or its value is out of range.
+    """
+    fields, changed = recipe.model_dump(), dict(changes)
+    if recipe.edit is not None:
+        fields["edit"] |= {key: changed.pop(key) for key in ("image_cfg", "strength") if key in changed}
+    for name, weights in {"prompt": "weights", "negative": "negative_weights"}.items():
+        if name in changed:
+            changed[name], fields[weights] = parse_weights(changed[name])
+    if "prompt" in changed:
+        fields["template"] = None
+    if changed:
+        # A variation is drawn alone, as its seed is without a batch.
+        fields["batch"] = None
+    return make_recipe(**fields | changed)
 
 
 @dataclass(frozen=True)

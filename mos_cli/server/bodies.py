@@ -15,6 +15,7 @@ from mos_cli.config.recipe import (
     MAX_STEPS,
     EarlierPicture,
     Recipe,
+    ThreadChanges,
     Threads,
     check_guidance,
     make_recipe,
@@ -34,7 +35,14 @@ from mos_cli.errors import InputError, UsageError
 from mos_cli.images.inputs import Finder, Inputs, Redraw, make_inputs
 from mos_cli.images.outputs import check_recipe_fits, read_drawing
 from mos_cli.images.pictures import Picture, make_picture, opened_picture, read_picture
-from mos_cli.inference.requests import EditRequest, check_recipe, edit_fields, generation_fields, random_seed
+from mos_cli.inference.requests import (
+    EditRequest,
+    check_recipe,
+    edit_fields,
+    generation_fields,
+    random_seed,
+    vary_recipe,
+)
 from mos_cli.inference.wildcards import expand_prompt
 from mos_cli.routing.trace import Recording, RecordOptions, Trace, read_routes
 from mos_cli.server.drawing import Plan, ServedModel
@@ -151,6 +159,7 @@ class DrawBody(Frozen):
     regions: bool = False
     previews: bool = False
     threads: Threads | None = None
+    thread_changes: ThreadChanges | None = None
     pictures: tuple[Base64Bytes, ...] = Field(default=(), max_length=MAX_PICTURES)
     mask: Base64Bytes | None = None
     earlier: tuple[EarlierPicture, ...] = ()
@@ -235,8 +244,7 @@ def plan_replay(
         if not equals or key.strip() in ("model", "edit", "route_from", "loras", "template"):
             raise UsageError(f"changes: {change} is none that is made here, such as seed=7")
         changed[key.strip()] = value.strip()
-    fields = record.recipe.model_dump() | changed
-    recipe = make_recipe(**fields | ({"template": None} if "prompt" in changed else {}))
+    recipe = vary_recipe(record.recipe, changed)
     if recipe.route_from is not None:
         raise UsageError("the picture takes its routes from another run: draw it with mos replay --route-from")
     served.check(recipe, record.made)
@@ -256,7 +264,8 @@ def plan_replay(
         recipe,
         body.suffix,
         body.trace,
-        record_options=body.record_options,
+        served.settings.metadata,
+        body.record_options,
         inputs=inputs,
         threads=record.made.threads,
         thread_changes=record.made.thread_changes,
@@ -293,9 +302,11 @@ def plan_drawing(body: DrawBody, served: ServedModel) -> Plan:
     plan = Plan(
         recipe,
         record_options=RecordOptions(body.probabilities, body.regions, body.previews),
+        logged=False,
         inputs=lambda _redraw: inputs,
         route_from=recording,
         threads=body.threads,
+        thread_changes=body.thread_changes,
     )
     _check(plan, served)
     return plan

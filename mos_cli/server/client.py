@@ -8,7 +8,8 @@ import base64
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from io import BytesIO
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from mos_cli import errors
-from mos_cli.config.recipe import Recipe
+from mos_cli.config.recipe import Recipe, ThreadChanges
 from mos_cli.config.settings import OF_LOADED, RunSettings
 from mos_cli.errors import InputError, ModelError, MosError, UsageError
 from mos_cli.images.companions import companions
@@ -48,12 +49,17 @@ class RemoteStep(NamedTuple):
 
 
 def find_server(
-    server: str, settings: RunSettings, bundle: "Bundle", loras: "tuple[LoraRecipe, ...] | None"
+    server: str,
+    settings: RunSettings,
+    bundle: "Bundle",
+    loras: "tuple[LoraRecipe, ...] | None",
+    recipe: Recipe | None = None,
 ) -> "tuple[RemotePipeline | None, str | None]":
     """The server that a run draws with, and a note on why that which runs is not taken.
 
     Args:
         server: "off", "auto" (one of this user's that runs, with this model and these settings), or a URL.
+        recipe: that of a picture which is drawn again, in the precision and the quantisation that it has.
 
     Raises:
         UsageError: it is none of these; or the server that is named draws with other settings or another model.
@@ -69,14 +75,14 @@ def find_server(
             pipeline = RemotePipeline(state.url, state.token)
         except ModelError:
             return None, None
-        different = pipeline.difference(settings, bundle, loras)
+        different = pipeline.difference(settings, bundle, loras, recipe)
         return (None, f"the server at {state.url} has {different}: drawn without it") if different else (pipeline, None)
     if not server.startswith("http://"):
         raise UsageError(f"--server {server}: write auto, off or http://ADDRESS:PORT")
     url = server.rstrip("/")
     token = state.token if state is not None and state.url == url else os.environ.get("MOS_TOKEN")
     pipeline = RemotePipeline(url, token)
-    if different := pipeline.difference(settings, bundle, loras):
+    if different := pipeline.difference(settings, bundle, loras, recipe):
         raise UsageError(f"the server at {url} has {different}: start it with the options of this run, or --server off")
     return pipeline, None
 
@@ -93,6 +99,7 @@ class RemotePipeline:
 
     def __init__(self, url: str, token: str | None) -> None:
         self.url = url
+        self._threads: tuple[int | None, ThreadChanges | None] = _threads(), None
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         with_answer = self._request("GET", "/v1/server", None, ANSWER)
         try:
@@ -101,7 +108,13 @@ class RemotePipeline:
         except (ValueError, KeyError, TypeError, OSError, HTTPException):
             raise ModelError(f"what answers at {url} is no server of mos: give another --server") from None
 
-    def difference(self, settings: RunSettings, bundle: "Bundle", loras: "tuple[LoraRecipe, ...] | None") -> str | None:
+    def difference(
+        self,
+        settings: RunSettings,
+        bundle: "Bundle",
+        loras: "tuple[LoraRecipe, ...] | None",
+        recipe: Recipe | None = None,
+    ) -> str | None:
         """What the server draws with that a run would not; None if their pictures are the same."""
         from mos_cli import __version__
 
@@ -113,12 +126,25 @@ class RemotePipeline:
             return f"the model {self.about['model']}, and this run {bundle.ref} or another version"
         wanted = settings.model_dump(mode="json", include=set(OF_LOADED) - {"loras"})
         wanted["loras"] = [lora.model_dump(mode="json") for lora in loras or ()]
-        other = [name for name, value in wanted.items() if self.about["settings"].get(name) != value]
+        has = dict(self.about["settings"])
+        if recipe is not None:
+            wanted |= {"precision": recipe.precision, "quant": recipe.quant}
+            has |= {"precision": self.precision, "quant": self.quant}
+        other = [name for name, value in wanted.items() if has.get(name) != value]
         return f"another {other[0]}" if other else None
 
     def adopt(self, settings: RunSettings) -> RunSettings:
         """The settings with those that the server has chosen: the precision, and the quantisation that fits."""
         return settings.model_copy(update={"precision": self.precision, "quant": self.quant or "none"})
+
+    @contextmanager
+    def cpu_threads(self, count: int | None, changes: ThreadChanges | None) -> Iterator[Callable[[Any], None]]:
+        """As `mos_cli.utils.threads.cpu_threads`, for what the server draws."""
+        before, self._threads = self._threads, (count or self._threads[0], changes)
+        try:
+            yield lambda step: None
+        finally:
+            self._threads = before
 
     def encode_ahead(self, recipes: Sequence[Recipe]) -> None:
         """Does nothing: the server encodes a prompt when it draws."""
@@ -142,7 +168,8 @@ class RemotePipeline:
             "recipe": recipe.model_dump(mode="json", exclude_none=True),
             "model_hash": self.about["model_hash"],
             **vars(record_options),
-            "threads": _threads(),
+            "threads": self._threads[0],
+            "thread_changes": self._threads[1],
             "pictures": [_base64(png(picture.image, None)) for picture in (() if inputs is None else inputs.pictures)],
             "mask": None if inputs is None or inputs.mask is None else _base64(png(inputs.mask, None)),
             "earlier": [one.model_dump(mode="json", exclude_none=True) for one in (inputs.earlier if inputs else ())],

@@ -38,6 +38,7 @@ class Plan:
 
     Attributes:
         suffix: the format of its file.
+        logged: it is told when the picture is drawn; not where the command that asks for it writes a file.
         inputs: gives the pictures of an edit; in a replay they may have to be drawn again.
         threads, thread_changes: the number of CPU threads, as in a `Provenance`; None: as many as are free.
     """
@@ -47,6 +48,7 @@ class Plan:
     trace: TraceLevel = "topk"
     metadata: Metadata = "full"
     record_options: RecordOptions = field(default_factory=RecordOptions)
+    logged: bool = True
     inputs: Callable[[Redraw], Inputs | None] = no_inputs
     route_from: Recording | None = None
     threads: int | None = None
@@ -73,6 +75,7 @@ class ServedModel:
         asked: those that were asked for, before they were fitted: a run with equal ones may draw here.
         precision, quant: as recipes have them.
         load: loads the pipeline.
+        log: told of every picture that is drawn for a client, but for those without metadata.
     """
 
     def __init__(
@@ -85,11 +88,12 @@ class ServedModel:
         quant: str | None,
         loras: tuple[Any, ...] | None,
         load: "Callable[[], MoSPipeline]",
+        log: Callable[[Recipe], object] = lambda recipe: None,
     ) -> None:
         self.bundle, self.settings = bundle, settings
         self.precision, self.quant, self.loras = precision, quant, loras
         self.asked = loaded_settings(asked, loras)
-        self._load = load
+        self._load, self._log = load, log
         self.pipeline: MoSPipeline | None = None
         self._adapt_threads: Any = None
 
@@ -165,6 +169,8 @@ class ServedModel:
                 route_from=plan.route_from,
             )
         files = drawing.files(Path(plan.file_name), trace=plan.trace, metadata=plan.metadata)
+        if plan.logged and plan.metadata != "none":
+            self._log(drawing.record.recipe)
         return Result({path.name: data for path, data in files.items()}, tuple(map(_png, drawing.previews)))
 
 

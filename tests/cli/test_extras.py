@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "every_command.py"
-EXTRAS = ("inflect", "matplotlib", "resvg_py", "tensorboard", "gguf", "pyarrow", "xformers", "uvicorn")
+EXTRAS = ("inflect", "matplotlib", "resvg_py", "tensorboard", "gguf", "pyarrow", "xformers", "uvicorn", "textual_image")
 HIDE = f"import runpy, sys; sys.modules.update(dict.fromkeys({EXTRAS}))"
 RUN = f"{HIDE}; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
 

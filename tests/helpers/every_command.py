@@ -54,6 +54,7 @@ NEEDS = {
     "data build -o art": "train",
     "models export run": "train",
     "serve": "serve",
+    "show a.png --preview": "terminal",
 }
 REFUSED = {
     "models init mos-s --out NO/fresh": "not a folder",

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPConnection, HTTPResponse
 from io import BytesIO
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import uvicorn
 from PIL import Image
 
 from mos_cli.bundles.bundle import find_bundle
+from mos_cli.cli.jobs import log_drawn
 from mos_cli.cli.loading import load_with_progress
 from mos_cli.cli.output import Report
 from mos_cli.config.settings import make_settings, resolve
@@ -112,6 +114,7 @@ def running_server(
         **how,
         loras=None,
         load=lambda: load_with_progress(bundle, asked, Report(quiet=True), **how),
+        log=partial(log_drawn, None),
     )
     queue = JobQueue(draw or served.draw, served.release, limit=limit, idle=idle)
     listening = open_socket("127.0.0.1", 0)

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from mos_cli.server.state import read_state, remove_state, state_file, write_state
+from mos_cli.utils.threads import cpu_threads
 from tests.helpers.running_server import Gate, RunningServer, running_server, until
 
 
@@ -26,7 +27,7 @@ def both(mos, server: RunningServer, tmp_path: Path, monkeypatch):
         found = []
         for name, where in {"here": "off", "there": "auto"}.items():
             folder = tmp_path / name
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)
             monkeypatch.chdir(folder)
             prepare()
             found.append(mos(*line, "--server", where))
@@ -93,6 +94,60 @@ def test_routes_of_another_run(both, mos) -> None:
     assert here == there
 
 
+REPLAYED = {
+    "a picture": [],
+    "another format": ["-o", "b.webp", "--trace", "full"],
+    "a variation": ["--set", "seed=8", "--set", "prompt=a (green:1.5) cat"],
+    "previews": ["--preview-steps", "--regions"],
+    "verified": ["--verify"],
+}
+
+
+@pytest.mark.parametrize("options", REPLAYED.values(), ids=REPLAYED)
+def test_replays_are_the_same(both, mos, options: list) -> None:
+    def prepare() -> None:
+        # Some other number of threads than the server has.
+        with cpu_threads(2):
+            assert mos("generate", "a red dog", "-s", 1, "--steps", 2, "-o", "first.png").exit_code == 0
+
+    results, (here, there) = both("replay", "first.png", *options, prepare=prepare)
+    assert [result.exit_code for result in results] == [0, 0], results[1].output
+    assert (results[0].stdout, here) == (results[1].stdout, there)
+
+
+def test_replays_of_what_else_a_picture_was_made_from(both, mos, tmp_path: Path) -> None:
+    """A chain of an edit of a foreign picture, and a picture of a batch whose routes are those of another run."""
+
+    def prepare() -> None:
+        Image.new("RGB", (32, 24), "teal").save("photo.png")
+        assert mos("edit", "photo.png", "a dog", "-s", 1, "--steps", 2, "-o", "first.png").exit_code == 0
+        assert mos("edit", "first.png", "a cat", "-s", 1, "--steps", 2, "-o", "second.jpg").exit_code == 0
+        Path("first.png").unlink()
+        line = ("--batch-size", 2, "-n", 2, "-s", 1, "--steps", 2, "--route-from", "first.json", "-o", "b{seed}.png")
+        assert mos("generate", "a dog", *line).exit_code == 0
+
+    results, (here, there) = both("replay", "second.jpg", "-i", "photo.png", "-o", "again.jpg", prepare=prepare)
+    assert [result.exit_code for result in results] == [0, 0], results[1].output
+    assert here == there
+    assert here["again.jpg"] == here["second.jpg"]
+    results, (here, there) = both("replay", "b2.png", "--route-from", "first.json", "-o", "again.png")
+    assert [result.exit_code for result in results] == [0, 0], results[1].output
+    assert here["again.png"] == here["b2.png"] == there["again.png"]
+
+
+def test_a_replay_that_a_server_cannot_repeat_is_drawn_without_it(mos, server: RunningServer, tmp_path: Path) -> None:
+    os.chdir(tmp_path)
+    for options, told in {("--precision", "bf16"): "precision", ("-m", "tiny"): "model"}.items():
+        line = ("generate", "a dog", "--steps", 1, "-o", f"{told}.png", *options)
+        assert mos(*line).exit_code == 0
+        result = mos("replay", f"{told}.png", "--verify", "--server", "auto")
+        assert (result.exit_code, result.stdout) == (0, "exact\n")
+        assert told in result.stderr
+        result = mos("replay", f"{told}.png", "--verify", "--server", server.url)
+        assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
+    assert not server.queue.jobs
+
+
 def test_errors_are_the_same(both) -> None:
     results, (here, there) = both("generate", "a red dog", "-s", 7, "--route", "cat=1", "-o", "a.png")
     assert [result.exit_code for result in results] == [2, 2]
@@ -103,17 +158,26 @@ def test_errors_are_the_same(both) -> None:
 def test_a_command_with_a_server_imports_no_torch(server: RunningServer, tmp_path: Path) -> None:
     code = """
 import sys
+HEAVY = ("torch", "transformers", "diffusers", "accelerate", "huggingface_hub", "starlette", "uvicorn")
 from mos_cli.cli.app import app
 try:
     app(sys.argv[1:])
 except SystemExit as stopped:
     assert not stopped.code, stopped.code
-print([name for name in ("torch", "transformers", "diffusers", "starlette", "uvicorn") if name in sys.modules])
+print([name for name in HEAVY if name in sys.modules])
 """
-    line = ["generate", "a red dog", "-s", "7", "--steps", "2", "-q", "--server", "auto", "-o", "a.png"]
-    run = subprocess.run([sys.executable, "-c", code, *line], cwd=tmp_path, capture_output=True, text=True)
-    assert (run.returncode, run.stdout.splitlines()) == (0, ["a.png", "[]"]), run.stderr
-    assert len(server.queue.jobs) == 1
+    (tmp_path / "jobs.jsonl").write_text('{"prompt": "dog"}')
+    for line in (
+        "generate dog -s 7 --steps 2 -q --server auto -o a.png",
+        "edit a.png cat -s 7 --steps 2 -q --server auto -o b.png",
+        "replay b.png -q --server auto -o c.png",
+        "run jobs.jsonl -s 7 --steps 2 -q --server auto -o d.png",
+    ):
+        run = [sys.executable, "-c", code, *line.split()]
+        done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stdout.splitlines()) == (0, [line[-5:], "[]"]), done.stderr
+    # An edit is drawn again with what it was edited from.
+    assert len(server.queue.jobs) == 5
 
 
 def test_a_server_with_another_model_or_other_settings_is_left_alone(

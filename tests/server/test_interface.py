@@ -185,6 +185,18 @@ def test_replays_are_exact(server: RunningServer) -> None:
     assert (changed.recipe.seed, changed.recipe.steps) == (8, 1)
 
 
+def test_replays_are_changed_as_by_the_command(server: RunningServer) -> None:
+    answer = server.ask("POST", GENERATIONS, {"prompt": "a {red|green} (dog:1.5)", "seed": 1, "steps": 1})
+    picture = pictures(answer)[0][0]
+    recipe = pictures(server.form(REPLAYS, ("image", picture), ("changes", "prompt=a (cat:0.5)")))[0][2].recipe
+    assert (recipe.weighted_prompt, recipe.template) == ("a (cat:0.5)", None)
+    edited = server.form(EDITS, ("image", picture), ("prompt", "a green dog"), ("seed", 1), ("steps", 1))
+    file = pictures(edited)[0][0]
+    changes = (("changes", "strength=0.5"), ("changes", "image_cfg=2"))
+    edit = pictures(server.form(REPLAYS, ("image", file), *changes))[0][2].recipe.edit
+    assert (edit.strength, edit.image_cfg) == (0.5, 2.0)
+
+
 def test_a_chain_of_edits_is_replayed_from_its_last_picture(server: RunningServer) -> None:
     first = generated(server)
     edited = server.form(EDITS, ("image", first), ("prompt", "a green dog"), ("seed", 1), ("steps", 1))
@@ -223,6 +235,8 @@ def test_forged_recipes_are_refused(server: RunningServer) -> None:
         ({"edit": {"sources": []}}, "edit"),
         ({"route_from": {"sha256": "0" * 64}}, "another run"),
     ]
+    batch = {"size": 64, "place": 0, "tokens": [[4096, 4096]] * 64}
+    cases.append(({"batch": batch}, "4096 tokens"))
     picture = generated(server, steps=1)
     for recipe, told in cases:
         answer = server.form(REPLAYS, ("image", forged(picture, **recipe)))

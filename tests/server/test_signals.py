@@ -5,39 +5,15 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from mos_cli.bundles.bundle import Bundle
 from mos_cli.server.state import ServerState, read_state, state_file
 from tests.helpers.running_server import until
 
 GENERATIONS = "/v1/images/generations"
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def started(editor: Bundle, tmp_path: Path) -> Iterator[Callable[[], tuple[subprocess.Popen, ServerState]]]:
-    """Starts `mos serve` as a user does, and waits until it can be found."""
-    processes = []
-
-    def start() -> tuple[subprocess.Popen, ServerState]:
-        line = [sys.executable, "-m", "mos_cli", "serve", "--port", "0"]
-        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        processes.append(process)
-        assert process.stdout is not None
-        assert "editor is served at http://127.0.0.1:" in process.stdout.readline()
-        until(lambda: (state := read_state()) and state.process == process.pid)
-        state = read_state()
-        assert state is not None
-        return process, state
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
 
 
 def ask(state: ServerState, path: str, body: dict | None = None) -> tuple[int, bytes]:
