@@ -89,17 +89,7 @@ def load_base_model(
             raise ModelError(f"the tokenizer in {folder} cannot say which characters a token stands for")
         reader = _text_encoder(classes, folder / "text_encoder", dtype, text_encoder, device)
         offloader.add_understanding(reader)  # type: ignore[arg-type]
-        with torch.device("meta"):
-            empty = classes.transformer.from_config(classes.transformer.load_config(folder / "transformer"))
-        drawer = load(
-            empty,
-            folder / "transformer",
-            None if transformer == "none" else transformer,
-            kept=KEPT[bundle.index.pipeline],
-            device=offloader.loading,
-            quantised_on=device,
-            dtype=dtype,
-        )
+        drawer = load_transformer(bundle, device, dtype=dtype, quant=transformer, stays_on=offloader.loading)
         offloader.add_tower(drawer)  # type: ignore[arg-type]
         vae = _vae(classes, folder / "vae", dtype).to(device)
         offloader.add_other(vae)
@@ -114,6 +104,33 @@ def load_base_model(
         raise ModelError(f"the base model in {folder} cannot be loaded: {reason}") from None
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def load_transformer(
+    bundle: AdapterBundle,
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    quant: Quant,
+    stays_on: torch.device | None = None,
+) -> Any:
+    """The transformer of a verified base model, quantised on a device.
+
+    Args:
+        stays_on: where it is afterwards, instead of on that device.
+    """
+    classes, folder = classes_of(bundle.index.pipeline), bundle.base / "transformer"
+    with torch.device("meta"):
+        empty = classes.transformer.from_config(classes.transformer.load_config(folder))
+    return load(
+        empty,
+        folder,
+        None if quant == "none" else quant,
+        kept=KEPT[bundle.index.pipeline],
+        device=stays_on or device,
+        quantised_on=device,
+        dtype=dtype,
+    )
 
 
 def load_router(bundle: AdapterBundle, pipe: Any, device: torch.device) -> Adapter | None:

@@ -18,8 +18,11 @@ class BaseModelRecipe(Frozen):
         name: of the adapter or the LoRA that is made.
         base: the base model: an adapter by name, or a diffusers folder.
         objective: "flow" predicts the pictures of a folder, at any time. "few-steps" does so at the times of the
-            model's own steps, for distilled models. "routes" is for routers: it predicts what the base model predicts
-            under `routes`, at these times, and the router learns to do without the rules.
+            model's own steps. "distil" predicts at these times where a teacher gets to by the next of them, for
+            distilled models. "routes" is for routers: it predicts what the base model predicts under `routes`, at these
+            times, and the router learns to do without the rules.
+        teacher: the undistilled base model of "distil": `teacher_steps` of its steps, with the guidance `teacher_cfg`,
+            are one of the model's own.
         data: the folder of captioned pictures.
         caption: of pictures without one; {folder} and {name} are the names of its folder and its file.
         canvas: side of the pictures in pixels.
@@ -30,7 +33,10 @@ class BaseModelRecipe(Frozen):
 
     name: PlainName
     base: str
-    objective: Literal["flow", "few-steps", "routes"]
+    objective: Literal["flow", "few-steps", "distil", "routes"]
+    teacher: str | None = None
+    teacher_steps: int = Field(default=4, ge=1)
+    teacher_cfg: float = Field(default=4.0, ge=1)
     data: str | None = None
     caption: str | None = None
     seed: int = 0
@@ -40,6 +46,12 @@ class BaseModelRecipe(Frozen):
     canvas: int = Field(ge=64, multiple_of=16)
     lr: float = Field(gt=0)
     quant: Quant = "none"
+
+    @model_validator(mode="after")
+    def _teachers_distil(self) -> Self:
+        if (self.objective == "distil") != (self.teacher is not None):
+            raise ValueError('teacher is given with objective = "distil", and only then')
+        return self
 
 
 class RouterRecipe(BaseModelRecipe):
@@ -71,7 +83,7 @@ class BaseLoraRecipe(BaseModelRecipe):
     @model_validator(mode="after")
     def _learns_from_pictures(self) -> Self:
         if self.objective == "routes":
-            raise ValueError('objective = "routes" is for routers: a LoRA learns by "flow" or "few-steps"')
+            raise ValueError('objective = "routes" is for routers: a LoRA learns by "flow", "few-steps" or "distil"')
         return self
 
 

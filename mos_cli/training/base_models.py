@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,15 +21,18 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from mos_cli.adapters.adapter import Adapter
 from mos_cli.adapters.bank import TextBank
-from mos_cli.adapters.facts import Prompts
+from mos_cli.adapters.facts import Prompts, replaced
+from mos_cli.adapters.loading import load_transformer
 from mos_cli.adapters.pipeline import PATCH, AdapterPipeline
 from mos_cli.adapters.recipe import BaseModelRecipe
 from mos_cli.adapters.routing import TextRouting, no_steering
 from mos_cli.adapters.text import EncodedText
-from mos_cli.bundles.adapters import base_hash
+from mos_cli.bundles.adapters import AdapterBundle, base_hash, verify_adapter
+from mos_cli.bundles.bundle import find_bundle
 from mos_cli.config.recipe import make_recipe
 from mos_cli.datasets.captioned import Captioned, collate, to_device
-from mos_cli.errors import InputError
+from mos_cli.errors import InputError, ModelError
+from mos_cli.inference.loading import DTYPES
 from mos_cli.sampling.flow import noised
 from mos_cli.sampling.guidance import POSITIVE, SteeringInput
 from mos_cli.towers.layers import TokenGrid
@@ -105,6 +109,7 @@ class BaseModelTrainer:
 
     Raises:
         InputError: the folder has too few pictures, or one of them cannot be read.
+        ModelError: the teacher is not there, damaged, or another pipeline.
     """
 
     epsilon = 0.0
@@ -125,6 +130,7 @@ class BaseModelTrainer:
         samples = [self._sample(Captioned((examples[number],))) for number in shuffled]
         self.held_out, self.samples = samples[: recipe.held_out], samples[recipe.held_out :]
         self.times = [] if recipe.objective == "flow" else self._own_times()
+        self.teacher = None if recipe.teacher is None else self._load_teacher(recipe.teacher)
         transformer = pipeline.pipe.transformer
         transformer.enable_gradient_checkpointing()
         for module in transformer.modules():
@@ -300,8 +306,36 @@ class BaseModelTrainer:
             yield (predicted_1CHW.float() - target_1CHW.float()).pow(2).mean()
 
     def target(self, sample: Sample, z_1CHW: Tensor, t: float, noise_1CHW: Tensor) -> Tensor:
-        """What is to be predicted, [1, C, H, W]."""
-        return noise_1CHW - sample.z0_1CHW
+        """What is to be predicted, [1, C, H, W]: the velocity to the picture, or to where the teacher gets."""
+        if self.teacher is None:
+            return noise_1CHW - sample.z0_1CHW
+        after, z_taught_1CHW = self._next(t), z_1CHW
+        times = torch.linspace(t, after, self.recipe.teacher_steps + 1).tolist()
+        for now, then in pairwise(times):
+            z_taught_1CHW = z_taught_1CHW + (then - now) * self._teacher_velocity(sample, z_taught_1CHW, now)
+        return (z_1CHW - z_taught_1CHW) / (t - after)
+
+    @torch.no_grad()
+    def _teacher_velocity(self, sample: Sample, z_1CHW: Tensor, t: float) -> Tensor:
+        """What the teacher predicts with its guidance."""
+        pipe, cfg = self.pipeline.pipe, self.recipe.teacher_cfg
+        with replaced(pipe, "transformer", self.teacher):
+            prompts = (sample.text,) if cfg == 1 else (self.pipeline.encode(""), sample.text)
+            *negative, positive = (self.base.velocity(pipe, z_1CHW, t, one.embeds_TE, one.mask_T) for one in prompts)
+        return positive if not negative else negative[0] + cfg * (positive - negative[0])
+
+    def _next(self, t: float) -> float:
+        """The time at which the model's own step from a time ends."""
+        return max((time for time in self.times if time < t), default=0.0)
+
+    def _load_teacher(self, name: str) -> nn.Module:
+        bundle = find_bundle(name)
+        own = self.pipeline.bundle.index.pipeline
+        if not isinstance(bundle, AdapterBundle) or bundle.index.pipeline != own:
+            raise ModelError(f"{name} cannot teach {self.pipeline.bundle.index.name}: the teacher must be a {own}, too")
+        verify_adapter(bundle)
+        dtype = DTYPES[self.pipeline.precision]
+        return load_transformer(bundle, self.device, dtype=dtype, quant=self.recipe.quant).eval().requires_grad_(False)
 
     @contextmanager
     def predicted(

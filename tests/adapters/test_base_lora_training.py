@@ -86,6 +86,40 @@ def test_the_loss_falls(base_folders: Folders, folder: Path, tmp_path: Path, qua
     assert result.lora < 0.98 * result.without
 
 
+def distilling(base_folders: Folders, folder: Path, **changes: Any) -> LoraTrainer:
+    fields = {"objective": "distil", "teacher": str(base_folders("klein-base"))}
+    return LoraTrainer(load(base_folders("klein")), lora_recipe(**fields | changes), load_captioned(folder))
+
+
+def test_the_steps_of_a_teacher_are_taken(base_folders: Folders, folder: Path) -> None:
+    """One step without guidance of a teacher with the model's own weights is the model's own; others are not."""
+    assert distilling(base_folders, folder, teacher_steps=1, teacher_cfg=1.0).loss(None) < 1e-9
+    trainer = distilling(base_folders, folder, teacher_steps=2, teacher_cfg=3.0)
+    pipe, base, sample = trainer.pipeline.pipe, trainer.base, trainer.samples[0]
+    z_1CHW, empty = torch.randn_like(sample.z0_1CHW), trainer.pipeline.encode("")
+    t, after = trainer.times[1], trainer.times[2]
+
+    def guided(z: torch.Tensor, now: float) -> torch.Tensor:
+        with torch.no_grad():
+            negative = base.velocity(pipe, z, now, empty.embeds_TE, empty.mask_T)
+            return negative + 3 * (base.velocity(pipe, z, now, sample.text.embeds_TE, sample.text.mask_T) - negative)
+
+    half = (t - after) / 2
+    middle_1CHW = z_1CHW - half * guided(z_1CHW, t)
+    end_1CHW = middle_1CHW - half * guided(middle_1CHW, t - half)
+    target_1CHW = trainer.target(sample, z_1CHW, t, torch.zeros_like(z_1CHW))
+    torch.testing.assert_close(target_1CHW, (z_1CHW - end_1CHW) / (t - after), rtol=1e-4, atol=1e-4)
+    assert trainer.loss(None) > 0
+
+
+@pytest.mark.slow
+def test_a_teacher_is_learned_from(base_folders: Folders, folder: Path, tmp_path: Path) -> None:
+    trainer = distilling(base_folders, folder, steps=8, teacher_steps=1)
+    trainer.held_out = trainer.samples[:1]
+    result = trainer.train(tmp_path / "run")
+    assert result.lora < 0.98 * result.without
+
+
 @pytest.mark.parametrize("stop", [1, 2])
 def test_a_run_that_was_stopped_goes_on_to_the_same_file(
     base_folders: Folders, folder: Path, tmp_path: Path, stop: int
@@ -150,6 +184,8 @@ def test_a_folder_is_taught_and_drawn(mos: Mos, base_folders: Folders, folder: P
         ("prx", {}, "takes no LoRA"),
         ("klein", {"objective": '"routes"'}, "is for routers"),
         ("klein", {"rank": "0"}, "rank"),
+        ("klein", {"objective": '"distil"'}, "teacher is given"),
+        ("klein", {"objective": '"distil"', "teacher": '"z-image"'}, "cannot teach"),
         ("klein", {"held_out": "5"}, "too few"),
     ],
 )
