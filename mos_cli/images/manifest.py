@@ -213,7 +213,6 @@ class Manifest:
                 data = data[self._file.write(data) :]
             os.fsync(self._file.fileno())
             removed = not os.fstat(self._file.fileno()).st_nlink
-            removed = not os.fstat(self._file.fileno()).st_nlink
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror}") from None
         if removed:

@@ -32,6 +32,7 @@ from mos_cli.config.settings import (
     resolve,
 )
 from mos_cli.errors import InputError, UsageError
+from mos_cli.images.expansion import parse_expansion
 from mos_cli.images.inputs import Finder, Inputs, Redraw, make_inputs
 from mos_cli.images.outputs import check_recipe_fits, read_drawing
 from mos_cli.images.pictures import Picture, make_picture, opened_picture, read_picture
@@ -44,6 +45,7 @@ from mos_cli.inference.requests import (
     vary_recipe,
 )
 from mos_cli.inference.wildcards import expand_prompt
+from mos_cli.routing.prompt_weights import parse_weights
 from mos_cli.routing.trace import Recording, RecordOptions, Trace, read_routes
 from mos_cli.server.drawing import Plan, ServedModel
 from mos_cli.utils.validation import Frozen, Interval, PlainName, RouteRules, Solver, first_problem
@@ -132,6 +134,7 @@ class EditBody(GenerationBody):
     composite: bool = False
     keep_alpha: bool = False
     max_pixels: int | None = Field(default=None, ge=1)
+    expand: Annotated[str, StringConstraints(max_length=100)] | None = None
 
 
 class ReplayBody(Answering):
@@ -150,7 +153,8 @@ class TraceBody(Frozen):
 class DrawBody(Frozen):
     """A recipe that a command of this machine has made, with all that it is drawn from; see `client.py`.
 
-    `model_hash` is that of the bundle. `pictures` and `mask` are PNGs of the pixels, as `mos edit` reads them.
+    `model_hash` is that of the bundle. `pictures` and `mask` are PNGs of the pixels, as `mos edit` reads them; they are
+    expanded here.
     """
 
     recipe: Recipe
@@ -215,6 +219,7 @@ def plan_edit(body: EditBody, files: Sequence[BytesIO], mask: BytesIO | None, se
         keep_alpha=body.keep_alpha,
         strength=body.strength,
         image_cfg=settings.image_cfg,
+        expand=None if body.expand is None else parse_expansion(body.expand),
     )
     inputs = request.with_mask(make_inputs([read_picture(file) for file in files]))
     fields = edit_fields(settings, served.bundle, request, inputs, cfg_interval=body.cfg_interval)
@@ -292,6 +297,8 @@ def plan_drawing(body: DrawBody, served: ServedModel) -> Plan:
         if (None if mask is None else pixels_hash(mask)) != (recipe.edit.mask and recipe.edit.mask.sha256):
             raise InputError("the mask is not that of the recipe")
         inputs = Inputs(pictures, mask, body.earlier)
+        if recipe.edit.expand is not None:
+            inputs = inputs.expanded(recipe.edit.expand)
     elif body.pictures or body.mask:
         raise UsageError("the recipe is that of no edit, and there are pictures")
     recording = None
@@ -339,8 +346,9 @@ def _plans(
     plans = []
     first = random_seed() if settings.seed is None else settings.seed
     for seed in range(first, first + body.n):
-        prompt, template = expand_prompt(body.prompt, seed)
-        recipe = make_recipe(prompt=prompt, template=template, seed=seed, **fields)
+        expanded, template = expand_prompt(body.prompt, seed)
+        prompt, weights = parse_weights(expanded)
+        recipe = make_recipe(prompt=prompt, template=template, weights=weights, seed=seed, **fields)
         plan = Plan(
             recipe,
             body.suffix,

@@ -164,14 +164,16 @@ class RemotePipeline:
             MosError: as `MoSPipeline.draw` does.
             ModelError: the server is gone.
         """
+        # What a picture is expanded by is in the recipe, and is the mask.
+        mask = None if inputs is None or inputs.before is not None else inputs.mask
         body = {
             "recipe": recipe.model_dump(mode="json", exclude_none=True),
             "model_hash": self.about["model_hash"],
             **vars(record_options),
             "threads": self._threads[0],
             "thread_changes": self._threads[1],
-            "pictures": [_base64(png(picture.image, None)) for picture in (() if inputs is None else inputs.pictures)],
-            "mask": None if inputs is None or inputs.mask is None else _base64(png(inputs.mask, None)),
+            "pictures": [_base64(png(image, None)) for image in (() if inputs is None else inputs.sources)],
+            "mask": None if mask is None else _base64(png(mask, None)),
             "earlier": [one.model_dump(mode="json", exclude_none=True) for one in (inputs.earlier if inputs else ())],
             "route_from": None if route_from is None else _trace_body(route_from),
         }

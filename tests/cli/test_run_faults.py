@@ -1,7 +1,9 @@
-"""Faults in the middle of a run: a folder that goes away, a clock that is set back. Nothing is lost."""
+"""Faults in the middle of a run: a folder that goes away, a full disk, a clock that is set back. Nothing is lost."""
 
 import datetime
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +74,21 @@ def test_the_manifest_is_removed(mos, bundle, tmp_path, meanwhile) -> None:
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["1.png", "2.png"]
     manifest.parent.mkdir()
     resumed = mos(*line, "--resume", "--skip-existing")
+    assert [Path(name).name for name in resumed.stdout.splitlines()] == ["3.png", "4.png"], resumed.stderr
+
+
+def test_the_disk_is_full(mos, bundle, tmp_path, meanwhile, monkeypatch) -> None:
+    line = ["generate", PROMPT, "-n", 4, "-s", 1, "-o", tmp_path / "{seed}.png", "--manifest", tmp_path / "run.jsonl"]
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as filled:
+        meanwhile(3, lambda: filled.setattr(os, "fsync", full))
+        result = mos(*line)
+    assert (result.exit_code, result.stderr.splitlines()[-1].count("No space left on device")) == (3, 1)
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["1.png", "2.png"]
+    resumed = mos(*line, "--resume")
     assert [Path(name).name for name in resumed.stdout.splitlines()] == ["3.png", "4.png"], resumed.stderr
 
 

@@ -94,6 +94,19 @@ def test_routes_of_another_run(both, mos) -> None:
     assert here == there
 
 
+def test_pictures_that_are_expanded_are_the_same(both, mos) -> None:
+    def prepare() -> None:
+        Image.new("RGB", (32, 24), "teal").save("photo.png")
+
+    line = ("edit", "photo.png", "a red dog", "-s", 7, "--steps", 2, "--expand", "left=8,top=8", "-o", "a.png")
+    results, (here, there) = both(*line, prepare=prepare)
+    assert [result.exit_code for result in results] == [0, 0], results[1].output
+    assert here == there
+    results, (here, there) = both("replay", "a.png", "-i", "photo.png", "-o", "again.png")
+    assert [result.exit_code for result in results] == [0, 0], results[1].output
+    assert here["again.png"] == here["a.png"] == there["again.png"]
+
+
 REPLAYED = {
     "a picture": [],
     "another format": ["-o", "b.webp", "--trace", "full"],

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mos_cli.config.job_line import JobLine
 from mos_cli.config.recipe import PictureRecord
 from mos_cli.images.outputs import read_drawing
 from mos_cli.routing.trace import load_recording
+from mos_cli.server.bodies import EditBody
 from tests.helpers.running_server import Answer, RunningServer, running_server
 
 GENERATIONS, EDITS, REPLAYS = "/v1/images/generations", "/v1/images/edits", "/v1/images/replays"
@@ -113,6 +115,21 @@ def test_edits_are_those_of_the_command(server: RunningServer, mos, tmp_path: Pa
     assert record.recipe.edit is not None
 
 
+def test_pictures_are_expanded_as_by_the_command(server: RunningServer, mos, tmp_path: Path) -> None:
+    photo = png(Image.new("RGB", (32, 24), "teal"))
+    (tmp_path / "photo.png").write_bytes(photo)
+    edit = ("edit", tmp_path / "photo.png", "a dog", "-s", 1, "--steps", 1, "--trace", "off")
+    assert mos(*edit, "--expand", "left=8,top=8", "-o", tmp_path / "a.png").exit_code == 0
+    fields = (("image", photo), ("prompt", "a dog"), ("seed", 1), ("steps", 1))
+    answer = server.form(EDITS, *fields, ("expand", "left=8,top=8"), ("trace", "off"))
+    data = pictures(answer)[0][0]
+    assert data == (tmp_path / "a.png").read_bytes()
+    assert pictures(server.form(REPLAYS, ("image", data), ("input", photo), ("trace", "off")))[0][0] == data
+    for wrong in ("left", "left=-1", "left=99999"):
+        answer = server.form(EDITS, *fields, ("expand", wrong))
+        assert (answer.status, "expand" in answer.message) == (400, True)
+
+
 def test_where_a_mask_of_openai_is_transparent_may_change(server: RunningServer) -> None:
     photo = Image.new("RGB", (32, 32), "teal")
     mask = Image.new("RGBA", (32, 32), "black")
@@ -188,6 +205,9 @@ def test_replays_are_exact(server: RunningServer) -> None:
 def test_replays_are_changed_as_by_the_command(server: RunningServer) -> None:
     answer = server.ask("POST", GENERATIONS, {"prompt": "a {red|green} (dog:1.5)", "seed": 1, "steps": 1})
     picture = pictures(answer)[0][0]
+    recipe = pictures(answer)[0][2].recipe
+    assert recipe.weights is not None
+    assert recipe.prompt in ("a red dog", "a green dog")
     recipe = pictures(server.form(REPLAYS, ("image", picture), ("changes", "prompt=a (cat:0.5)")))[0][2].recipe
     assert (recipe.weighted_prompt, recipe.template) == ("a (cat:0.5)", None)
     edited = server.form(EDITS, ("image", picture), ("prompt", "a green dog"), ("seed", 1), ("steps", 1))
@@ -270,3 +290,8 @@ def test_jobs_that_are_not_waited_for(server: RunningServer) -> None:
     assert server.ask("GET", f"/v1/jobs/{job['id']}").json["status"] == "done"
     assert job["id"] in [one["id"] for one in server.ask("GET", "/v1/jobs").json["jobs"]]
     assert server.ask("GET", "/v1/jobs/none").status == 404
+
+
+def test_requests_have_the_options_of_jobs() -> None:
+    files = {"picture", "references", "mask", "output"}
+    assert set(JobLine.model_fields) - files - {"count"} <= set(EditBody.model_fields)
