@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mos_cli.cli.batches import Request, draw_requests
+from mos_cli.cli.batches import draw_requests
 from mos_cli.cli.jobs import RefusedJob
 from mos_cli.cli.options import DrawOptions, with_draw_options
 from mos_cli.cli.output import Report
+from mos_cli.cli.requests import Request
 from mos_cli.errors import InputError, MosError, UsageError
 from mos_cli.utils.files import expand
 
