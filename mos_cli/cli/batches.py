@@ -8,19 +8,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mos_cli.cli.drawing import JobDrawer, refuse, write_sheet, write_strip
 from mos_cli.cli.job_sharing import join_processes
 from mos_cli.cli.jobs import (
     Job,
     RefusedJob,
     check_sheet,
-    draw_jobs,
     exit_if_failed,
     group_jobs,
     make_record_options,
     parse_percent,
     print_jobs,
-    write_sheet,
-    write_strip,
 )
 from mos_cli.cli.loading import find_server, load_with_progress
 from mos_cli.cli.options import DrawOptions
@@ -32,7 +30,10 @@ from mos_cli.errors import UsageError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from mos_cli.config.settings import Settings
+    from mos_cli.bundles.bundle import Bundle
+    from mos_cli.config.recipe import Recipe
+    from mos_cli.config.settings import RunSettings, Settings
+    from mos_cli.inference.pipeline import MoSPipeline
     from mos_cli.sampling.sampler import Observer
 
 
@@ -59,17 +60,10 @@ def draw_requests(
     from mos_cli.images.manifest import Manifest
     from mos_cli.images.naming import naming
     from mos_cli.inference.requests import check_device, random_seed, route_source
-    from mos_cli.utils.threads import AdaptiveThreads
 
-    if options.resume and options.manifest is None:
-        raise UsageError("--resume goes on with the run of a manifest: name it with --manifest FILE")
     requests = vary(requests, options.vary or ())
-    several = len(requests) > 1 or options.count > 1
-    if strip is not None and several:
-        raise UsageError("--strip shows one edit: leave it out, or draw one picture")
     processes = join_processes()
-    if processes.several and (options.sheet or strip):
-        raise UsageError("a sheet or a strip is made by one process: leave it out, or draw without the launcher")
+    _check_options(options, strip, several=len(requests) > 1 or options.count > 1, shared=processes.several)
     if processes.number > 0:
         report.quiet, report.verbose = not report.json, False
     settings = resolve(flags, options.preset)
@@ -94,9 +88,8 @@ def draw_requests(
             manifest = stack.enter_context(opened)
             seed = random if manifest.seed is None else manifest.seed
             jobs = plan.jobs(settings, manifest, seed, {"route_from": route_from})
-            for job in jobs:
-                if isinstance(job, RefusedJob) and len(jobs) == 1:
-                    raise job.error
+            if len(jobs) == 1 and isinstance(jobs[0], RefusedJob):
+                raise jobs[0].error
             drawable = [job for job in jobs if isinstance(job, Job)]
             if drawable and remote is None:
                 check_device(settings, drawable[0].recipe, bundle)
@@ -119,37 +112,25 @@ def draw_requests(
 
         groups = processes.share(group_jobs(jobs))
         own = [job for group in groups for _, job in group]
-        failed = sum(isinstance(job, RefusedJob) for job in own)
         if any(isinstance(job, Job) and not job.done for job in own):
-            observers: Sequence[Observer] = ()
-            pipeline = remote
-            if pipeline is None:
-                adapt_threads = AdaptiveThreads()
-                recipe = drawable[0].recipe
-                pipeline = load_with_progress(bundle, settings, report, precision=recipe.precision, quant=recipe.quant)
-                adapt_threads()
-                # Blocks are compiled for a number of threads.
-                observers = () if pipeline.compiled else (adapt_threads,)
-            failed = draw_jobs(
+            pipeline, observers = (remote, ()) if remote else _load(bundle, settings, drawable[0].recipe, report)
+            failed = JobDrawer(
                 pipeline,
-                groups,
                 manifest,
                 total=len(jobs),
-                trace=settings.trace,
-                metadata=settings.metadata,
-                log=settings.log,
+                settings=settings,
                 report=report,
                 record_options=record_options,
                 observers=observers,
                 route_from=recording,
                 drawn=drawn,
                 show=show,
-            )
+            ).draw(groups)
         else:
-            for group in groups:
-                for number, job in group:
-                    if isinstance(job, RefusedJob):
-                        plan.refuse(job, number, manifest)
+            refused = [(number, job) for group in groups for number, job in group if isinstance(job, RefusedJob)]
+            for number, job in refused:
+                refuse(job, number, manifest, report)
+            failed = len(refused)
         # The manifest is locked until all processes are done.
         failed = processes.total(failed)
         if there := sum(job.done for job in drawable):
@@ -159,6 +140,29 @@ def draw_requests(
             _write_pictures(drawable, pictures, options.sheet, bool(options.vary), options.overwrite, report)
     report.times()
     exit_if_failed(failed, jobs, said=first)
+
+
+def _check_options(options: DrawOptions, strip: Path | None, *, several: bool, shared: bool) -> None:
+    """Raises UsageError for options that do not go together, or not with several pictures or processes."""
+    if options.resume and options.manifest is None:
+        raise UsageError("--resume goes on with the run of a manifest: name it with --manifest FILE")
+    if strip is not None and several:
+        raise UsageError("--strip shows one edit: leave it out, or draw one picture")
+    if shared and (options.sheet or strip):
+        raise UsageError("a sheet or a strip is made by one process: leave it out, or draw without the launcher")
+
+
+def _load(
+    bundle: "Bundle", settings: "RunSettings", recipe: "Recipe", report: Report
+) -> "tuple[MoSPipeline, Sequence[Observer]]":
+    """The model, and what adapts the number of threads to the other work on the machine, after every step."""
+    from mos_cli.utils.threads import AdaptiveThreads
+
+    adapt_threads = AdaptiveThreads()
+    pipeline = load_with_progress(bundle, settings, report, precision=recipe.precision, quant=recipe.quant)
+    adapt_threads()
+    # Blocks are compiled for a number of threads.
+    return pipeline, () if pipeline.compiled else (adapt_threads,)
 
 
 def _write_pictures(

@@ -6,9 +6,10 @@ from typing import Annotated
 import typer
 
 from mos_cli.cli.batches import draw_requests
-from mos_cli.cli.jobs import read_pictures, read_prompts, shortened
+from mos_cli.cli.jobs import shortened
 from mos_cli.cli.options import DrawOptions, as_text, with_draw_options
 from mos_cli.cli.output import Report
+from mos_cli.cli.prompts import read_pictures, read_prompts
 from mos_cli.cli.requests import Request
 from mos_cli.cli.standard_files import check_one_input, picture_file
 from mos_cli.errors import UsageError

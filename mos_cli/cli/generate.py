@@ -5,9 +5,10 @@ from typing import Annotated
 import typer
 
 from mos_cli.cli.batches import draw_requests
-from mos_cli.cli.jobs import read_prompts, shortened
+from mos_cli.cli.jobs import shortened
 from mos_cli.cli.options import DrawOptions, as_text, with_draw_options
 from mos_cli.cli.output import Report
+from mos_cli.cli.prompts import read_prompts
 from mos_cli.cli.requests import Request
 
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mos_cli.cli.jobs import Job, check_format, draw_jobs, group_jobs, make_record_options, shortened
+from mos_cli.cli.drawing import JobDrawer
+from mos_cli.cli.jobs import Job, check_format, group_jobs, make_record_options, shortened
 from mos_cli.cli.loading import find_server, fit_to_memory, load_route_source, load_with_progress
 from mos_cli.cli.options import (
     Attention,
@@ -212,20 +213,17 @@ def replay(
     # Other numbers of threads would round differently: the picture would only come out close.
     with _threads_of(pipeline, record.made) as follow:
         if job is not None:
-            draw_jobs(
+            JobDrawer(
                 pipeline,
-                group_jobs([job]),
                 Manifest(None, resume=False, write=False),
                 total=1,
-                trace=settings.trace,
-                metadata=settings.metadata,
-                log=settings.log,
+                settings=settings,
                 report=report,
                 record_options=record_options,
                 observers=(follow,),
                 route_from=routes,
                 show=show,
-            )
+            ).draw(group_jobs([job]))
             report.times()
             return
         with report.stage("sampling"):

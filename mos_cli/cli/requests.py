@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mos_cli.cli.jobs import Job, RefusedJob, check_format, report_failed, shortened
+from mos_cli.cli.jobs import Job, RefusedJob, check_format, shortened
 from mos_cli.cli.loading import fit_to_memory
 from mos_cli.cli.options import DrawOptions
 from mos_cli.cli.output import Report
@@ -169,11 +169,6 @@ class Plan:
                     raise
                 jobs.append(RefusedJob(request.subject, error))
         return jobs
-
-    def refuse(self, job: RefusedJob, number: int, manifest: "Manifest") -> None:
-        """Reports a job where none is drawn."""
-        report_failed(job, number, job.error, self.report)
-        manifest.record("failed", f"refused-{number}", number, job.subject, error=str(job.error))
 
     def _add(
         self,

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mos_cli.cli.jobs import log_drawn
+from mos_cli.cli.drawing import log_drawn
 from mos_cli.cli.loading import fit_to_memory, load_with_progress
 from mos_cli.cli.options import (
     Attention,

@@ -18,7 +18,7 @@ import uvicorn
 from PIL import Image
 
 from mos_cli.bundles.bundle import find_bundle
-from mos_cli.cli.jobs import log_drawn
+from mos_cli.cli.drawing import log_drawn
 from mos_cli.cli.loading import load_with_progress
 from mos_cli.cli.output import Report
 from mos_cli.config.settings import make_settings, resolve

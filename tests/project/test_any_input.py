@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mos_cli.cli.jobs import read_prompts
+from mos_cli.cli.prompts import read_prompts
 from mos_cli.config.settings import Settings, load_preset, resolve
 from mos_cli.errors import MosError
 from mos_cli.images.masks import read_mask

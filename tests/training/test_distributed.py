@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mos_cli.adapters.recipe import is_base_model_recipe
 from mos_cli.bundles.bundle import read_bundle, verify_bundle
 from mos_cli.datasets.art.file import data_folder, load_art
 from mos_cli.errors import InputError
@@ -21,9 +22,7 @@ from mos_cli.training.stages import curriculum
 from mos_cli.utils.folders import presets_folder
 from tests.helpers import tiny_training as tiny
 
-RECIPES = sorted(
-    path.stem for path in presets_folder().glob("train-*.toml") if not path.stem.startswith("train-router-")
-)
+RECIPES = sorted(path.stem for path in presets_folder().glob("train-*.toml") if not is_base_model_recipe(path))
 
 
 def finish(folder: Path, recipe: Path, *options: object, **launch) -> list[float]:

@@ -283,6 +283,6 @@ def test_the_scenes_that_are_mixed_in_are_those_of_the_model(bundle: Bundle, tmp
     (bundle.folder / "recipe.json").write_text(json.dumps(recipe))
     scenes = load_recipe("finetune", start_from="tiny").data.scenes  # type: ignore[union-attr]
     assert isinstance(scenes, MixedScenes)
-    assert (scenes.words, scenes.styles, scenes.share) == (data.words, data.styles, 0.5)
+    assert (scenes.words, scenes.styles, scenes.share) == (data.words, data.styles, 0.6)
     # A model that only draws is not taught to edit.
     assert scenes.edits == 0
