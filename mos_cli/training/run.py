@@ -258,16 +258,20 @@ class _DataLoader:
         """The sources of pictures and of edits of a stage; raises InputError if data is missing or invalid."""
         data = stage.data
         if isinstance(data, DataTable):
-            return find_sources(data, art, self.device, self.spare, self.reports.say)
+            return self._scenes(data, art)
         own = self._captioned(data, stage)
         if data.scenes is None:
             return own
-        scenes = find_sources(data.scenes, art, self.device, self.spare, self.reports.say)
+        scenes = self._scenes(data.scenes, art)
         pictures = Mixture(own[0], scenes[0], data.scenes.share).source() if data.edits < 1 else scenes[0]
         if not data.edits:
             return pictures, scenes[1]
         share = data.scenes.edits / (data.edits + data.scenes.edits)
         return pictures, Mixture(own[1], scenes[1], share).source()
+
+    def _scenes(self, data: DataTable, art: Path) -> tuple[Source, ...]:
+        compiled = self.recipe.train.compile
+        return find_sources(data, art, self.device, compiled=compiled, spare=self.spare, say=self.reports.say)
 
     def _captioned(self, data: CaptionedTable, stage: Stage) -> tuple[Source, ...]:
         tokenizer = self.understanding.prompt_tokenizer
@@ -361,12 +365,15 @@ def find_sources(
     data: DataTable,
     art: Path,
     device: torch.device,
+    *,
+    compiled: bool = False,
     spare: float = math.inf,
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[Source, ...]:
     """The sources of scenes and of their edits, which are drawn on the device, or on the CPU if that is said.
 
     Args:
+        compiled: fuse operations on a GPU.
         spare: the memory of the device that the sprites may take, in GiB.
 
     Raises:
@@ -377,7 +384,7 @@ def find_sources(
     if device.type != "cpu" and size > spare:
         place = torch.device("cpu")
         say(f"the sprites, {size:.1f} GiB, do not fit into the GPU beside the network: scenes are drawn on the CPU")
-    compositor = Compositor(vocabulary.sprites_VHW4.to(place))
+    compositor = Compositor(vocabulary.sprites_VHW4.to(place), compiled=compiled and place.type == "cuda")
     scenes = scene_source(ScenePicker(SceneWriter(vocabulary)), compositor, device)
     return scenes, edit_source(vocabulary, compositor, device)
 

@@ -313,6 +313,16 @@ def test_a_gpu_starts_the_same_operations_for_any_batch_and_waits_for_no_number(
     assert counts[0] == counts[1] <= 270
 
 
+@pytest.mark.slow
+def test_compiled_layers_are_the_same_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For batches of any size: mixed sources have other numbers of scenes in every step."""
+    monkeypatch.setattr(compositor, "_rows", lambda _: slice(None))
+    eager, compiled = (Compositor(VOCABULARY.sprites_VHW4, compiled=compiled) for compiled in (False, True))
+    for batch in (5, 7):
+        packed = pack_scenes([described(seed)[1] for seed in range(batch)], MOST_OBJECTS)
+        assert torch.allclose(compiled.draw_packed(packed, 48), eager.draw_packed(packed, 48), atol=1e-6)
+
+
 def test_grounds_fade_or_part_at_the_horizon() -> None:
     red, blue = (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)
     nothing = Placed(0, 0.5, 0.5, 0.01)

@@ -77,12 +77,12 @@ def test_scenes_are_drawn_where_the_sprites_fit(art_folder, monkeypatch, spare: 
     """A device without values stands for a GPU."""
     data, device, places, said = bench_data(), torch.device("meta"), [], []
 
-    def placed(sprites_VHW4):
+    def placed(sprites_VHW4, *, compiled):
         places.append(sprites_VHW4.device.type)
-        return Compositor(sprites_VHW4)
+        return Compositor(sprites_VHW4, compiled=compiled)
 
     monkeypatch.setattr(training_run, "Compositor", placed)
-    for source in training_run.find_sources(data, art_folder, device, spare, said.append):
+    for source in training_run.find_sources(data, art_folder, device, spare=spare, say=said.append):
         picked = source.collate([source.pick(Random(0), 32)[0]])
         drawn = [draw(picked, 32) for draw in (source.draw, source.draw_before) if draw is not None]
         assert {(each.device.type, tuple(each.shape)) for each in drawn} == {("meta", (1, 3, 32, 32))}
