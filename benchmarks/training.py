@@ -3,28 +3,30 @@
 python benchmarks/training.py RECIPE [ART] [STEPS]
 python benchmarks/training.py host RECIPE [ART]
 
-`host` shows on any machine what a batch costs the processors: the milliseconds of a worker process for 512 pictures
-and the operations that the process with the GPU starts. Their number does not depend on that of the pictures.
+`host` shows on any machine what a batch costs the processors, with one thread: the milliseconds of a worker process for
+512 pictures, and of the process with the GPU the operations that it starts and its CPU time for a batch. That time is
+measured with nearly no arithmetic in it: one small picture, and towers with as many layers as the real ones, a few
+values wide. What depends on the number of pictures, taking over what a worker made, is measured with 512. Of Muon only
+the operations are counted.
 """
 
-import statistics
+import pickle
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from random import Random
-from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from paired_steps import Operations
 
 from mos_cli.utils.quiet import quieten
 
-if TYPE_CHECKING:
-    from transformers import BatchEncoding
-
-    from mos_cli.training.batches import Source
+BATCH = 512
 
 
 def seconds(step: Callable[[], object], steps: int, device: torch.device) -> float:
@@ -44,43 +46,97 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def cpu_milliseconds(action: Callable[[], object], times: int) -> float:
+    """The least of several calls, after three for warming up."""
+    for _ in range(3):
+        action()
+    spent = []
+    for _ in range(times):
+        began = time.process_time()
+        action()
+        spent.append(1000 * (time.process_time() - began))
+    return min(spent)
+
+
+def narrow_tower(folder: Path, narrow: Path) -> None:
+    """A language model with the layers, heads and tokenizer of the one in `folder`, a few values wide, at random."""
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.from_pretrained(folder)
+    config.hidden_size, config.intermediate_size = 2 * config.num_attention_heads, 32
+    AutoModel.from_config(config).save_pretrained(narrow)
+    for path in folder.iterdir():
+        if path.suffix != ".safetensors" and not (narrow / path.name).exists():
+            shutil.copy(path, narrow)
+
+
+@torch.no_grad()
 def host(name: str, art: Path) -> None:
-    """Prints a row for scenes and one for edits, medians of ten batches."""
+    """Prints a row for scenes, one for edits and one for Muon."""
+    from mos_cli.datasets.scenes.compositor import Compositor
     from mos_cli.datasets.tables import DataTable
+    from mos_cli.towers import efficientnet, image_encoder
+    from mos_cli.towers.generation import GenerationTower
     from mos_cli.towers.vision_language import load_understanding
+    from mos_cli.training import run as training_run
+    from mos_cli.training.batches import Batches, kind_of
+    from mos_cli.training.optimiser import build_optimisers, start_states
     from mos_cli.training.recipe import load_recipe
     from mos_cli.training.references import find_autoencoder, find_understanding
-    from mos_cli.training.run import find_sources
     from mos_cli.training.stages import curriculum
 
     recipe, device = load_recipe(name), torch.device("cpu")
-    stage = curriculum(recipe).stages[-1]
+    plan = curriculum(recipe)
     assert recipe.understanding is not None
-    assert isinstance(stage.data, DataTable)
-    understanding = load_understanding(find_understanding(recipe.understanding)[1])
+    data = plan.stages[0].data
+    assert isinstance(data, DataTable)
     autoencoder = find_autoencoder(recipe.autoencoder, device)
-    print("| pictures | worker, ms for 512 | operations of the process with the GPU |\n| --- | ---: | ---: |")
-    for source in find_sources(stage.data, art, device):
 
-        def pick(step: int, batch: int, source: "Source" = source) -> "tuple[Any, BatchEncoding]":
-            picked = [source.pick(Random(f"{step}/{index}"), stage.canvas) for index in range(batch)]
-            captions = [caption for _, caption in picked]
-            tokens = understanding.prompt_tokenizer([""] * batch, captions)
-            return source.collate([picture for picture, _ in picked]), tokens
+    def small(sprites_VHW4: torch.Tensor, **_: bool) -> Compositor:
+        """A compositor as on a GPU, of sprites of few pixels."""
+        return Compositor(sprites_VHW4[:, ::16, ::16].contiguous())
 
-        times = []
-        for step in range(10):
-            began = time.perf_counter()
-            pick(step, 512)
-            times.append(time.perf_counter() - began)
-        pictures, tokens = pick(0, 8)
+    with ExitStack() as stack:
+        narrow = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        narrow_tower(find_understanding(recipe.understanding)[1], narrow)
+        understanding = load_understanding(narrow)
+        stages = tuple((*shape, 8, count) for *shape, _, count in efficientnet.STAGES)
+        for module in (efficientnet, image_encoder):
+            stack.enter_context(patch.object(module, "STAGES", stages))
+        stack.enter_context(patch.object(image_encoder, "SIDE", 32))
+        stack.enter_context(patch.object(training_run, "Compositor", small))
+        stack.enter_context(patch("mos_cli.datasets.scenes.compositor._rows", lambda _: slice(None)))
+        encoder = image_encoder.ImageEncoder(layers=understanding.layers)
+        sources = dict(zip((False, True), training_run.find_sources(data, art, device), strict=True))
+
+        def batches(batch: int) -> Batches:
+            stages = tuple(replace(stage, batch=batch, canvas=32) for stage in plan.stages)
+            found = {(stage.name, edits): source for stage in stages for edits, source in sources.items()}
+            whole = replace(plan, stages=stages)
+            return Batches(whole, recipe.train, found, understanding, autoencoder, device, image_encoder=encoder)
+
+        print(f"| what | a worker, ms for {BATCH} | operations | host, ms for a batch |")
+        print("| --- | ---: | ---: | ---: |")
+        for what, edits in (("scenes", False), ("edits", True)):
+            step = next(s for s in range(1000) if kind_of(plan, recipe.train.seed, s)[1] == edits)
+            many, one = batches(BATCH), batches(1)
+            worker = cpu_milliseconds(lambda many=many, step=step: many.picks[step], 5)
+            handed = pickle.dumps(many.picks[step])
+            taken = cpu_milliseconds(lambda handed=handed: pickle.loads(handed), 20)
+            picking = cpu_milliseconds(lambda one=one, step=step: one.picks[step], 100)
+            making = cpu_milliseconds(lambda one=one, step=step: one.make(step), 100)
+            with Operations() as operations:
+                one.make(step)
+            host = taken + making - picking
+            print(f"| {what} | {worker:.0f} | {operations.computing.total()} | {host:.1f} |", flush=True)
+        tower = GenerationTower(**recipe.generation)
+        muon = build_optimisers(tower)[0]
+        start_states([muon])
+        for parameter in tower.parameters():
+            parameter.grad = torch.ones_like(parameter)
         with Operations() as operations:
-            autoencoder.encode(source.draw(pictures, stage.canvas))
-            if source.draw_before is not None:
-                autoencoder.encode(source.draw_before(pictures, stage.canvas))
-            understanding.states(tokens["input_ids"], tokens["attention_mask"])
-        what = "scenes" if source.draw_before is None else "edits"
-        print(f"| {what} | {1000 * statistics.median(times):.0f} | {operations.computing.total()} |")
+            muon.step()
+        print(f"| Muon | - | {operations.computing.total()} | - |")
 
 
 def main() -> None:

@@ -361,15 +361,20 @@ class Batches:
         part: slice = slice(None),
     ) -> Batch:
         """The batch of pictures at times `t`, with the `part` that is theirs of the noise for `whole` pictures."""
+        reads_pictures = source.draw_before is not None and self.image_encoder is None
+        # First of all: transformers looks at the mask on the host, which waits for what is queued before.
+        words = None if reads_pictures else self._read(picked)
         z0 = self.autoencoder.encode(source.draw(picked.pictures, canvas))
         z1 = torch.randn(whole, *z0.shape[1:], generator=noise, device=self.device)[part]
         noisy = noised(z0, z1, t)
         if source.draw_before is None:
-            return Batch(z0, noisy, t, *self._read(picked))
+            assert words is not None
+            return Batch(z0, noisy, t, *words)
         before = source.draw_before(picked.pictures, canvas)
         references = self.autoencoder.encode(before)
-        if self.image_encoder is not None:
-            return Batch(z0, noisy, t, *self._read(picked), references, self.image_encoder.encode_images(before))
+        if words is not None:
+            assert self.image_encoder is not None
+            return Batch(z0, noisy, t, *words, references, self.image_encoder.encode_images(before))
         states, mask, grid = self._read_with_images(picked.captions, before)
         return Batch(z0, noisy, t, states, mask, references, grid=grid)
 

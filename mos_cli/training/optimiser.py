@@ -51,7 +51,7 @@ class Muon(torch.optim.Muon):
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])  # type: ignore[attr-defined]
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # type: ignore[attr-defined]
         update_NRC = orthogonalised(torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"])
-        update_NRC = update_NRC.float() * (-0.2 * group["lr"] * math.sqrt(max(update_NRC.shape[1:])))
+        update_NRC = update_NRC.float().mul_(-0.2 * group["lr"] * math.sqrt(max(update_NRC.shape[1:])))
         torch._foreach_add_(matrices, list(update_NRC.unbind()))  # type: ignore[attr-defined]
 
 

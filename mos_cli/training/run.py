@@ -7,6 +7,7 @@ import copy
 import csv
 import io
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -36,6 +37,7 @@ from mos_cli.datasets.scenes.writer import SceneWriter
 from mos_cli.datasets.tables import CaptionedTable, DataTable
 from mos_cli.errors import InputError, ModelError, UsageError
 from mos_cli.inference.pipeline import MoSPipeline
+from mos_cli.planning.memory import GIB
 from mos_cli.planning.training import check_memory
 from mos_cli.towers.autoencoder import Autoencoder, Pixels
 from mos_cli.towers.generation import GenerationTower, empty_tower
@@ -133,7 +135,7 @@ def prepare(
     with accelerator.local_main_process_first():
         parts = find_parts(recipe, device, dtype)
     _check_parts(recipe, parts, plan.stages)
-    learned, memory = _check_memory(recipe, parts, plan.stages, device, accelerator.num_processes)
+    learned, needed, available = _check_memory(recipe, parts, plan.stages, device, accelerator.num_processes)
     share = Share(accelerator.process_index, accelerator.num_processes)
     found: dict[str, tuple[Source, ...]] = {}
     sources: dict[Kind, Source] = {}
@@ -141,7 +143,7 @@ def prepare(
         key = stage.data.model_dump_json()
         if key not in found:
             with accelerator.main_process_first():
-                loader = _DataLoader(recipe, parts.understanding, folder, device, reports, strict)
+                loader = _DataLoader(recipe, parts.understanding, folder, device, available - needed, reports, strict)
                 found[key] = loader.sources(stage, art)
         sources |= {(stage.name, index == 1): source for index, source in enumerate(found[key])}
     batches = Batches(
@@ -155,6 +157,7 @@ def prepare(
     accelerator.wait_for_everyone()
     origin = "random weights" if recipe.start_from is None else recipe.start_from
     length = f"{plan.steps} steps" if plan.time is None else f"{as_clock(plan.time)} of steps"
+    memory = f"about {needed:.1f} of {available:.1f} GiB of memory"
     reports.say(f"{learned:,} parameters learn, from {origin}; {length} of {plan.stages[0].batch} pictures; {memory}")
     trainer = Trainer(recipe, batches, folder, accelerator, extend=extend, say=reports.say)
     if trainer.step:
@@ -216,8 +219,8 @@ def _check_parts(recipe: TrainRecipe, parts: Parts, stages: tuple[Stage, ...]) -
 
 def _check_memory(
     recipe: TrainRecipe, parts: Parts, stages: tuple[Stage, ...], device: torch.device, processes: int
-) -> tuple[int, str]:
-    """The number of parameters that learn, and the memory needed; raises MemoryLimitError where there is less."""
+) -> tuple[int, float, float]:
+    """The number of parameters that learn, and the GiB needed and there; raises MemoryLimitError if these are less."""
     shape = GenerationShape.model_validate(recipe.generation)
     learned, sharded = shape.parameters, processes if os.environ.get("ACCELERATE_USE_FSDP") == "true" else 1
     if recipe.lora is not None:
@@ -231,7 +234,7 @@ def _check_memory(
         # With sharding, each process has its part of the state.
         context = recipe.train.context_tokens
         needed = max(needed, check_memory(shape, learned // sharded, batch, patches, context, available, edits=edits))
-    return learned, f"about {needed:.1f} of {available:.1f} GiB of memory"
+    return learned, needed, available
 
 
 def _local_processes() -> int:
@@ -241,12 +244,13 @@ def _local_processes() -> int:
 
 @dataclass(frozen=True)
 class _DataLoader:
-    """Makes the sources of stages, and reports on the data in files."""
+    """Makes the sources of stages, and reports on the data in files; `spare` is the memory left for sprites, in GiB."""
 
     recipe: TrainRecipe
     understanding: UnderstandingTower
     folder: Path
     device: torch.device
+    spare: float
     reports: Reports
     strict: bool
 
@@ -254,16 +258,20 @@ class _DataLoader:
         """The sources of pictures and of edits of a stage; raises InputError if data is missing or invalid."""
         data = stage.data
         if isinstance(data, DataTable):
-            return find_sources(data, art, self.device)
+            return self._scenes(data, art)
         own = self._captioned(data, stage)
         if data.scenes is None:
             return own
-        scenes = find_sources(data.scenes, art, self.device)
+        scenes = self._scenes(data.scenes, art)
         pictures = Mixture(own[0], scenes[0], data.scenes.share).source() if data.edits < 1 else scenes[0]
         if not data.edits:
             return pictures, scenes[1]
         share = data.scenes.edits / (data.edits + data.scenes.edits)
         return pictures, Mixture(own[1], scenes[1], share).source()
+
+    def _scenes(self, data: DataTable, art: Path) -> tuple[Source, ...]:
+        compiled = self.recipe.train.compile
+        return find_sources(data, art, self.device, compiled=compiled, spare=self.spare, say=self.reports.say)
 
     def _captioned(self, data: CaptionedTable, stage: Stage) -> tuple[Source, ...]:
         tokenizer = self.understanding.prompt_tokenizer
@@ -353,27 +361,52 @@ def _captions(captioned: Captioned) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(example.caption) for example in captioned.pictures.examples))
 
 
-def find_sources(data: DataTable, art: Path, device: torch.device) -> tuple[Source, ...]:
-    """The sources of scenes and of their edits; raises InputError if the art is missing or invalid."""
-    vocabulary = load_vocabulary(load_art(art), data)
-    compositor = Compositor(vocabulary.sprites_VHW4.to(device))
-    return scene_source(ScenePicker(SceneWriter(vocabulary)), compositor), edit_source(vocabulary, compositor)
+def find_sources(
+    data: DataTable,
+    art: Path,
+    device: torch.device,
+    *,
+    compiled: bool = False,
+    spare: float = math.inf,
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[Source, ...]:
+    """The sources of scenes and of their edits, which are drawn on the device, or on the CPU if that is said.
+
+    Args:
+        compiled: fuse operations on a GPU.
+        spare: the memory of the device that the sprites may take, in GiB.
+
+    Raises:
+        InputError: the art is missing or invalid.
+    """
+    vocabulary, place = load_vocabulary(load_art(art), data), device
+    size = vocabulary.sprites_VHW4.nbytes / GIB
+    if device.type != "cpu" and size > spare:
+        place = torch.device("cpu")
+        say(f"the sprites, {size:.1f} GiB, do not fit into the GPU beside the network: scenes are drawn on the CPU")
+    compositor = Compositor(vocabulary.sprites_VHW4.to(place), compiled=compiled and place.type == "cuda")
+    scenes = scene_source(ScenePicker(SceneWriter(vocabulary)), compositor, device)
+    return scenes, edit_source(vocabulary, compositor, device)
 
 
-def scene_source(pick: Callable[[Random, int], tuple[Scene, str]], compositor: Compositor) -> Source:
-    """The source of scenes, drawn by a compositor."""
+def scene_source(
+    pick: Callable[[Random, int], tuple[Scene, str]], compositor: Compositor, device: torch.device
+) -> Source:
+    """The source of scenes, drawn by a compositor, for a device."""
 
     def draw(packed_BN: torch.Tensor, canvas: int) -> torch.Tensor:
-        return compositor.draw_packed(packed_BN.to(compositor.device, non_blocking=True), canvas)
+        drawn = compositor.draw_packed(packed_BN.to(compositor.device, non_blocking=True), canvas)
+        return drawn.to(device, non_blocking=True)
 
     return Source(pick, partial(pack_scenes, objects=MOST_OBJECTS), draw)
 
 
-def edit_source(vocabulary: Vocabulary, compositor: Compositor) -> Source:
-    """The source of edits of scenes with the words of a vocabulary, drawn by a compositor."""
+def edit_source(vocabulary: Vocabulary, compositor: Compositor, device: torch.device) -> Source:
+    """The source of edits of scenes with the words of a vocabulary, drawn by a compositor, for a device."""
 
     def draw(packed_B2N: torch.Tensor, canvas: int, which: int = 0) -> torch.Tensor:
-        return compositor.draw_packed(packed_B2N[:, which].to(compositor.device, non_blocking=True), canvas)
+        drawn = compositor.draw_packed(packed_B2N[:, which].to(compositor.device, non_blocking=True), canvas)
+        return drawn.to(device, non_blocking=True)
 
     return Source(EditPicker(EditWriter(vocabulary)), _pack_edits, draw, partial(draw, which=1))
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from paired_steps import Operations
 from PIL import Image
 from pydantic import ValidationError
 
@@ -295,6 +296,31 @@ def test_a_gpu_which_draws_absent_objects_too_draws_the_same(monkeypatch: pytest
     monkeypatch.setattr(compositor, "_rows", lambda _: slice(None))
     assert torch.allclose(drawer.draw(scenes, 48), expected, atol=1e-6)
     assert torch.allclose(drawer.draw_packed(pack_scenes(scenes, MOST_OBJECTS), 48), expected, atol=1e-6)
+
+
+def test_a_gpu_starts_the_same_operations_for_any_batch_and_waits_for_no_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compositor, "_rows", lambda _: slice(None))
+    drawer, counts = Compositor(VOCABULARY.sprites_VHW4), []
+    for batch in (2, 9):
+        packed = pack_scenes([described(seed)[1] for seed in range(batch)], MOST_OBJECTS)
+        with Operations() as operations:
+            drawer.draw_packed(packed, 48)
+        counts.append(operations.computing.total())
+        # What a number of Python's becomes on its way to the device, and what one of the device becomes.
+        assert not {"aten.lift_fresh.default", "aten._local_scalar_dense.default"} & operations.counts.keys()
+    assert counts[0] == counts[1] <= 270
+
+
+@pytest.mark.slow
+def test_compiled_layers_are_the_same_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For batches of any size: mixed sources have other numbers of scenes in every step."""
+    monkeypatch.setattr(compositor, "_rows", lambda _: slice(None))
+    eager, compiled = (Compositor(VOCABULARY.sprites_VHW4, compiled=compiled) for compiled in (False, True))
+    for batch in (5, 7):
+        packed = pack_scenes([described(seed)[1] for seed in range(batch)], MOST_OBJECTS)
+        assert torch.allclose(compiled.draw_packed(packed, 48), eager.draw_packed(packed, 48), atol=1e-6)
 
 
 def test_grounds_fade_or_part_at_the_horizon() -> None:

@@ -80,7 +80,7 @@ def scenes() -> Source:
         scene, caption = picker(random, canvas)
         return scene, " ".join(caption.split()[:12])
 
-    return scene_source(pick, Compositor(picker.writer.vocabulary.sprites_VHW4))
+    return scene_source(pick, Compositor(picker.writer.vocabulary.sprites_VHW4), torch.device("cpu"))
 
 
 def batches(tiny: TrainRecipe, understanding: UnderstandingTower, share: Share = Share()) -> Batches:

@@ -2,14 +2,18 @@
 
 from dataclasses import replace
 from functools import partial
+from random import Random
 
 import pytest
 import torch
 from PIL import Image
 
 from mos_cli.datasets.captioned import bucket_shape, load_captioned
+from mos_cli.datasets.scenes.compositor import Compositor
 from mos_cli.errors import InputError, UsageError
+from mos_cli.evaluation.scenebench import bench_data
 from mos_cli.training import batches as training_batches
+from mos_cli.training import run as training_run
 from mos_cli.training.batches import Mixture, Picked, Share
 from mos_cli.training.run import captioned_source
 from tests.helpers import tiny_training as tiny
@@ -52,6 +56,39 @@ def test_what_other_processes_pick_are_tensors(understanding) -> None:
     states = understanding.encode(picked.captions)
     assert torch.equal(understanding.states(ids_BT, mask_BT), states.states_BTMS)
     assert torch.equal(mask_BT.bool(), states.mask_BT)
+
+
+def test_captions_are_read_before_anything_is_drawn(understanding, monkeypatch) -> None:
+    """What reads them waits for the device, and so for what is queued there."""
+    batches, order = tiny.batches(tiny.recipe(), understanding), []
+
+    def noting(what, function):
+        return lambda *given: (order.append(what), function(*given))[1]
+
+    monkeypatch.setattr(understanding, "states", noting("read", understanding.states))
+    kind, source = next(iter(batches.sources.items()))
+    batches.sources[kind] = replace(source, draw=noting("draw", source.draw))
+    batches.make(0)
+    assert order == ["read", "draw"]
+
+
+@pytest.mark.parametrize("spare", [0.0, 1.0])
+def test_scenes_are_drawn_where_the_sprites_fit(art_folder, monkeypatch, spare: float) -> None:
+    """A device without values stands for a GPU."""
+    data, device, places, said = bench_data(), torch.device("meta"), [], []
+
+    def placed(sprites_VHW4, *, compiled):
+        places.append(sprites_VHW4.device.type)
+        return Compositor(sprites_VHW4, compiled=compiled)
+
+    monkeypatch.setattr(training_run, "Compositor", placed)
+    for source in training_run.find_sources(data, art_folder, device, spare=spare, say=said.append):
+        picked = source.collate([source.pick(Random(0), 32)[0]])
+        drawn = [draw(picked, 32) for draw in (source.draw, source.draw_before) if draw is not None]
+        assert {(each.device.type, tuple(each.shape)) for each in drawn} == {("meta", (1, 3, 32, 32))}
+    assert places == ["meta" if spare else "cpu"]
+    assert len(said) == (not spare)
+    assert all("do not fit into the GPU" in line for line in said)
 
 
 def test_shares_make_up_the_whole_batch(understanding) -> None:

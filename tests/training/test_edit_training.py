@@ -39,7 +39,7 @@ def _editing(**train: object) -> TrainRecipe:
 def _trainer(recipe: TrainRecipe, understanding, art: Art, folder: Path) -> Trainer:
     assert isinstance(recipe.data, DataTable)
     vocabulary = load_vocabulary(art, recipe.data)
-    source = edit_source(vocabulary, Compositor(vocabulary.sprites_VHW4))
+    source = edit_source(vocabulary, Compositor(vocabulary.sprites_VHW4), torch.device("cpu"))
     # The tiny tower reads 24 tokens.
     short = replace(source, pick=lambda random, canvas: (source.pick(random, canvas)[0], "a dog"))
     torch.manual_seed(0)

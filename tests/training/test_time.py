@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mos_cli.errors import InputError, UsageError
+from mos_cli.training import batches as training_batches
 from mos_cli.training import timer as training_timer
 from mos_cli.training.checkpoint import newest, plan_of
 from mos_cli.training.metrics import METRICS
@@ -39,8 +40,12 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("stages", [(), tiny.STAGES])
-def test_steps_of_a_second_each_are_those_of_a_run_with_as_many_steps(understanding, tmp_path: Path, stages) -> None:
+@pytest.mark.parametrize(("stages", "workers"), [((), 0), (tiny.STAGES, 0), (tiny.STAGES, 2)])
+def test_steps_of_a_second_each_are_those_of_a_run_with_as_many_steps(
+    understanding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages, workers: int
+) -> None:
+    """Other processes pick ahead, for a stage that ends before."""
+    monkeypatch.setattr(training_batches, "_workers", lambda _: workers)
     by_steps = tiny.recipe(stages, steps=None if stages else 6)
     expected = tiny.run(tiny.trainer(by_steps, understanding, tmp_path / "steps"))
     trainer = tiny.trainer(timed(6, stages), understanding, tmp_path / "time")
