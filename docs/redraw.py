@@ -49,8 +49,8 @@ REPORT = {"width": 1360, "height": 790}
 def run(command: str, folder: Path) -> str:
     """Runs a command line as a reader would type it; returns what it prints, also where it ends in an error.
 
-    Its stdout is a terminal, without colours: into a pipe only the paths of pictures would be printed. It is wide: paths
-    are shorter in the documents. The log is one of the folder's own.
+    Its stdout is a terminal, without colours: into a pipe only the paths of pictures would be printed. It is wide,
+    since paths are shorter in the documents. The log is one of the folder's own.
     """
     terminal, end = pty.openpty()
     wide = os.environ | {"TERM": "xterm", "COLUMNS": "160", "MOS_DATA": str(folder / ".data")}
