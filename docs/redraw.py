@@ -39,6 +39,8 @@ TABLED = {
 EDITS = ("add", "remove", "replace", "move", "resize", "recolour", "style", "background", "swap")
 """Kinds of EditBench of which one is shown."""
 BASELINES = ("last", "uniform", "shuffle:7")
+HOME = "/home/me"
+"""What transcripts call the folder that they are made in."""
 SERVER = "http://127.0.0.1:8017"
 REPORT = {"width": 1360, "height": 790}
 """Pixels of the report's page, which is shown smaller."""
@@ -47,11 +49,12 @@ REPORT = {"width": 1360, "height": 790}
 def run(command: str, folder: Path) -> str:
     """Runs a command line as a reader would type it; returns what it prints, also where it ends in an error.
 
-    Its stdout is a terminal, without colours: into a pipe only the paths of pictures would be printed.
+    Its stdout is a terminal, without colours: into a pipe only the paths of pictures would be printed. It is wide,
+    since paths are shorter in the documents. The log is one of the folder's own.
     """
     terminal, end = pty.openpty()
-    plain = os.environ | {"TERM": "dumb"}
-    with subprocess.Popen(shlex.split(command), cwd=folder, stdout=end, stderr=subprocess.PIPE, env=plain) as process:
+    wide = os.environ | {"TERM": "xterm", "COLUMNS": "160", "MOS_DATA": str(folder / ".data")}
+    with subprocess.Popen(shlex.split(command), cwd=folder, stdout=end, stderr=subprocess.PIPE, env=wide) as process:
         os.close(end)
         printed = b""
         # Linux says by an error that the other end was closed.
@@ -61,7 +64,8 @@ def run(command: str, folder: Path) -> str:
         os.close(terminal)
         assert process.stderr is not None
         printed += process.stderr.read()
-    return "\n".join(line.rstrip() for line in printed.decode().strip().splitlines())
+    lines = re.sub(r"\x1b\[[\d;]*m", "", printed.decode()).replace(str(folder), HOME).strip().splitlines()
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def write_card_hash() -> None:

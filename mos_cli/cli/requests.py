@@ -96,7 +96,10 @@ def _with(request: Request, variation: Variation) -> Request:
                 raise UsageError(f"--vary strength: {dict(variation)['strength']} is no number") from None
         if "size" in values:
             edit = replace(edit, size=values.pop("size"))
-    flags = make_settings(**request.flags.model_dump(exclude_none=True) | values)
+    try:
+        flags = make_settings(**request.flags.model_dump(exclude_none=True) | values)
+    except UsageError as error:
+        raise UsageError(f"--vary {str(error).removeprefix('--')}") from None
     return replace(request, flags=flags, edit=edit, variation=variation)
 
 

@@ -57,6 +57,7 @@ def read_jobs(path: Path, flags: "Settings", count: int) -> list[Request | Refus
     from mos_cli.utils.validation import first_problem
 
     requests: list[Request | RefusedJob] = []
+    has_objects = False
     name = "stdin" if str(path) == "-" else str(path)
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip() or line.lstrip().startswith(b"#"):
@@ -64,11 +65,15 @@ def read_jobs(path: Path, flags: "Settings", count: int) -> list[Request | Refus
         subject = f"{name} line {number}"
         try:
             requests.append(_request(line, subject, flags, count))
+            has_objects = True
         except ValidationError as error:
+            # What is no object at all has no field that is wrong.
+            has_objects = has_objects or bool(error.errors()[0]["loc"])
             requests.append(RefusedJob(subject, InputError(first_problem(error, JobLine))))
         except MosError as error:
+            has_objects = True
             requests.append(RefusedJob(subject, error))
-    if not requests:
+    if not has_objects:
         raise InputError(f'{name} has no jobs: write a line for each, such as {{"prompt": "a red apple"}}')
     return requests
 

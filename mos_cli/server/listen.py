@@ -25,7 +25,8 @@ def open_socket(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
+        # create_server adds the address, which the message has already.
+        reason = (error.strerror or str(error)).partition(" (while")[0].lower()
         raise UsageError(f"cannot listen at {host} port {port}: {reason}; choose another --host or --port") from None
 
 

@@ -90,12 +90,12 @@ MISTAKES = {
     "source of a drawing": (["generate", PROMPT, "-o", "{tmp}/{source}.png"], 2, "{source}"),
     "vary nothing": (["generate", PROMPT, "--vary", "cfg"], 2, "NAME=VALUE"),
     "vary the model": (["generate", PROMPT, "--vary", "model=a,b"], 2, "one of seed, steps"),
-    "vary out of range": (["generate", PROMPT, "--vary", "steps=0,3"], 2, "--steps"),
+    "vary out of range": (["generate", PROMPT, "--vary", "steps=0,3"], 2, "--vary steps: "),
     "vary twice": (["generate", PROMPT, "--vary", "cfg=2", "--vary", "cfg=3"], 2, "once"),
     "vary an edit's": (["generate", PROMPT, "--vary", "strength=0.5"], 2, "edits"),
     "brace": (["generate", "a {red apple"], 2, "not closed"),
     "word file": (["generate", "a __nothing__"], 2, "nothing.txt"),
-    "no jobs": (["run", "{tmp}/config.toml"], 7, "line 1"),
+    "no jobs": (["run", "{tmp}/config.toml"], 3, "has no jobs"),
     "empty jobs": (["run", "{tmp}/none.jsonl"], 3, "has no jobs"),
     "jobs that are not there": (["run", "{tmp}/nowhere.jsonl"], 3, "nowhere.jsonl"),
     "resume nothing": (["generate", PROMPT, "--resume"], 2, "--manifest"),
@@ -113,8 +113,6 @@ def test_a_mistake_gets_one_line(mos, editor, photos, tmp_path, monkeypatch, mis
     monkeypatch.chdir(tmp_path / "empty")
     arguments, code, words = MISTAKES[mistake]
     result = mos(*(str(part).replace("{tmp}", str(tmp_path)).replace("{photos}", str(photos)) for part in arguments))
-    if mistake == "no jobs":
-        code = 3
     assert (result.exit_code, len(result.stderr.splitlines())) == (code, 1), result.stderr
     assert words in result.stderr
     assert (tmp_path / "notes").read_text() == "the user's"
@@ -170,6 +168,23 @@ def test_a_wrong_job_gets_one_line_and_the_others_are_drawn(mos, editor, photos,
         assert [line.split(" line ")[1].split(":")[0] for line in lines[:-1]] == [str(n) for n in range(2, 14)]
         assert "12 of 14 pictures failed" in lines[-1]
     assert names(tmp_path / "out") == ["0001_a-red-apple_s1.png", "0002_a-dog_s1.png"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x89PNG\n\x00\n\xff\n",
+        json.dumps([{"prompt": PROMPT}], indent=1).encode(),
+        b'[{"prompt": "a dog"}]',
+        b"a dog\na cat\n",
+    ],
+    ids=["a picture", "an array", "an array in a line", "prompts"],
+)
+def test_a_file_without_jobs_gets_one_line(mos, bundle, tmp_path, content: bytes) -> None:
+    (tmp_path / "jobs.json").write_bytes(content)
+    result = mos("run", tmp_path / "jobs.json")
+    assert (result.exit_code, len(result.stderr.splitlines())) == (3, 1)
+    assert 'has no jobs: write a line for each, such as {"prompt": "a red apple"}' in result.stderr
 
 
 def test_jobs_come_from_stdin(mos, bundle, tmp_path) -> None:

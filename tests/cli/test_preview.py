@@ -89,8 +89,8 @@ class TestInTerminals:
         assert names == ["1.png  (seed 1)", "2.png  (seed 2)", "sheet.png"]
 
 
-def test_every_command_that_draws_takes_it(drawn: Path, mos) -> None:
-    pytest.importorskip("textual_image")
+def test_every_command_that_draws_takes_it(drawn: Path, mos, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mos_cli.utils.extras.find_spec", lambda name: True)
     Path("jobs.jsonl").write_text('{"prompt": "a dog"}\n')
     options = ("--steps", 1, "-s", 1, "-o", "new/{seed}.png", "--overwrite", "--preview")
     for line in (

@@ -125,7 +125,7 @@ def test_beyond_loopback_a_token_is_needed(mos, bundle, host: str) -> None:
 def test_mistakes_of_mos_serve(mos, bundle, gated: RunningServer, monkeypatch) -> None:
     port = urlsplit(gated.url).port
     for line, told in {
-        f"--port {port}": "in use",
+        f"--port {port}": f"port {port}: address already in use; choose",
         "--token=a\tb": "--token",
         "-m nowhere": "nowhere",
         "--queue 0": "--queue",
