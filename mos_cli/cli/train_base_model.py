@@ -36,7 +36,7 @@ def train_on_base_model(
     from mos_cli.bundles.adapters import AdapterBundle
     from mos_cli.bundles.bundle import find_bundle
     from mos_cli.cli.unused import print_unused
-    from mos_cli.datasets.captioned import load_captioned
+    from mos_cli.datasets.captioned_folders import load_captioned
     from mos_cli.utils.extras import require
     from mos_cli.utils.files import check_folder, check_writable, expand
 

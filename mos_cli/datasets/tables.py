@@ -40,7 +40,7 @@ class MixedScenes(DataTable):
 
 
 class CaptionedTable(Frozen):
-    """Pictures with captions in files: a folder of both, or of webdataset shards; see `datasets.captioned`."""
+    """Pictures with captions in files: a folder of both, or of webdataset shards; see `datasets.captioned_folders`."""
 
     kind: Literal["captioned"]
     path: str

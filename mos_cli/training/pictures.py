@@ -6,7 +6,8 @@ from functools import partial
 from PIL import Image
 
 from mos_cli.bundles.bundle import find_bundle
-from mos_cli.datasets.captioned import Captioned, bucket_shape, load_captioned
+from mos_cli.datasets.captioned import Captioned, bucket_shape
+from mos_cli.datasets.captioned_folders import load_captioned
 from mos_cli.datasets.tables import CaptionedTable
 from mos_cli.errors import UsageError
 from mos_cli.images.sheets import contact_sheet

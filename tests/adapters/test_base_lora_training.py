@@ -14,7 +14,7 @@ from mos_cli.adapters.pipeline import AdapterPipeline
 from mos_cli.adapters.recipe import BaseLoraRecipe, load_base_model_recipe
 from mos_cli.bundles.adapters import read_adapter
 from mos_cli.bundles.loras import LoraFile, read_metadata
-from mos_cli.datasets.captioned import load_captioned
+from mos_cli.datasets.captioned_folders import load_captioned
 from mos_cli.planning.memory import Setting
 from mos_cli.training.base_loras import LoraTrainer
 from mos_cli.utils.folders import presets_folder

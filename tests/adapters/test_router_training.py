@@ -11,7 +11,7 @@ from typer.testing import Result
 from mos_cli.adapters.pipeline import AdapterPipeline
 from mos_cli.adapters.recipe import RouterRecipe, load_base_model_recipe
 from mos_cli.bundles.adapters import RouterShape, read_adapter
-from mos_cli.datasets.captioned import load_captioned
+from mos_cli.datasets.captioned_folders import load_captioned
 from mos_cli.planning.memory import Setting
 from mos_cli.training.router import FITS, RouterTrainer, StaticAdapter
 from mos_cli.utils.folders import presets_folder

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from mos_cli.datasets import captioned as captioned_module
-from mos_cli.datasets.captioned import bucket_shape, collate, load_captioned, to_device
+from mos_cli.datasets.captioned import bucket_shape, collate, to_device
+from mos_cli.datasets.captioned_folders import load_captioned
 from mos_cli.datasets.tables import CaptionedTable
 from mos_cli.errors import InputError
 from mos_cli.training.recipe import load_recipe

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mos_cli.datasets.captioned import bucket_shape, load_captioned
+from mos_cli.datasets.captioned import bucket_shape
+from mos_cli.datasets.captioned_folders import load_captioned
 from mos_cli.datasets.scenes.compositor import Compositor
 from mos_cli.errors import InputError, UsageError
 from mos_cli.evaluation.scenebench import bench_data

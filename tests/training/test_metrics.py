@@ -10,7 +10,7 @@ from accelerate.tracking import GeneralTracker
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mos_cli.datasets.captioned import load_captioned
+from mos_cli.datasets.captioned_folders import load_captioned
 from mos_cli.training.batches import kind_of
 from mos_cli.training.loop import Trainer
 from mos_cli.training.metrics import METRICS, TENSORBOARD
