@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mos_cli.datasets import captioned as captioned_module
+from mos_cli.datasets import captioned_folders
 from mos_cli.datasets.captioned import bucket_shape, collate, to_device
 from mos_cli.datasets.captioned_folders import load_captioned
 from mos_cli.datasets.tables import CaptionedTable
@@ -231,8 +231,8 @@ def test_pictures_are_what_they_look_like(tmp_path: Path) -> None:
 
 def test_what_was_checked_is_remembered_until_it_changes(discs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, opened = load_captioned(discs), []
-    real = captioned_module._opened
-    monkeypatch.setattr(captioned_module, "_opened", lambda blob, _: opened.append(blob.name) or real(blob, "white"))
+    real = captioned_folders.open_blob
+    monkeypatch.setattr(captioned_folders, "open_blob", lambda blob, _: opened.append(blob.name) or real(blob, "white"))
     assert load_captioned(discs).examples == first.examples
     assert not opened
     (discs / "red.png").write_bytes(b"damaged since")
