@@ -6,6 +6,7 @@ tests          the tests marked `cuda`
 command line   a picture with every attention, precision, quantisation and offload; edits; each replayed with --verify
 bench          `mos bench`
 performance    the parts of performance.py, and its caps one by one
+host           training.py: what the processors do for a batch
 throughput     training.py: images/s of the recipe beside those of a repeated batch
 train          `mos train --time` for what is left, in OUT/run: a run that ends with its learning rates
 
@@ -109,7 +110,9 @@ def parts(options: argparse.Namespace) -> list[Part]:
     performance = [python, str(ROOT / "benchmarks" / "performance.py")]
     listed += [Part(name, [*performance, name, *tiny], 60) for name in PERFORMANCE]
     listed += [Part(f"cap-{gib}", [*performance, "caps", "--gib", str(gib), *tiny], 90) for gib in (8, 12, 16, 24)]
-    listed.append(Part("throughput", [python, str(ROOT / "benchmarks" / "training.py"), options.recipe], 120))
+    training = [python, str(ROOT / "benchmarks" / "training.py")]
+    listed.append(Part("host", [*training, "host", options.recipe], 40))
+    listed.append(Part("throughput", [*training, options.recipe], 120))
     listed.append(Part("train", [*mos, "train", options.recipe, "--run", "run"], float("inf"), takes_time=True))
     return listed
 

@@ -72,7 +72,7 @@ def narrow_tower(folder: Path, narrow: Path) -> None:
 
 @torch.no_grad()
 def host(name: str, art: Path) -> None:
-    """Prints a row for scenes, one for edits and one for Muon."""
+    """Prints a row for scenes and one for edits, as far as the recipe has them, and one for Muon."""
     from mos_cli.datasets.scenes.compositor import Compositor
     from mos_cli.datasets.tables import DataTable
     from mos_cli.towers import efficientnet, image_encoder
@@ -118,7 +118,9 @@ def host(name: str, art: Path) -> None:
         print(f"| what | a worker, ms for {BATCH} | operations | host, ms for a batch |")
         print("| --- | ---: | ---: | ---: |")
         for what, edits in (("scenes", False), ("edits", True)):
-            step = next(s for s in range(1000) if kind_of(plan, recipe.train.seed, s)[1] == edits)
+            step = next((s for s in range(plan.steps) if kind_of(plan, recipe.train.seed, s)[1] == edits), None)
+            if step is None:
+                continue
             many, one = batches(BATCH), batches(1)
             worker = cpu_milliseconds(lambda many=many, step=step: many.picks[step], 5)
             handed = pickle.dumps(many.picks[step])
