@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from mos_cli.server.state import read_state, remove_state, state_file, write_state
 from mos_cli.utils.threads import cpu_threads
@@ -126,6 +127,22 @@ def test_replays_are_the_same(both, mos, options: list) -> None:
     results, (here, there) = both("replay", "first.png", *options, prepare=prepare)
     assert [result.exit_code for result in results] == [0, 0], results[1].output
     assert (results[0].stdout, here) == (results[1].stdout, there)
+
+
+def test_the_numbers_of_threads_are_those_of_the_picture(both, mos) -> None:
+    def prepare() -> None:
+        assert mos("generate", "a red dog", "-s", 1, "--steps", 3, "-o", "first.png").exit_code == 0
+        with Image.open("first.png") as image:
+            record, info = json.loads(image.info["mos"]), PngInfo()
+            record["made"] |= {"threads": 2, "thread_changes": [[1, 1], [2, 2]]}
+            info.add_itxt("mos", json.dumps(record))
+            image.save("forged.png", pnginfo=info)
+
+    results, (here, there) = both("replay", "forged.png", "-o", "again.png", prepare=prepare)
+    assert [result.exit_code for result in results] == [0, 0], results[1].output
+    assert here["again.png"] == there["again.png"]
+    made = json.loads(here["again.json"])["made"]
+    assert (made["threads"], made["thread_changes"]) == (2, [[1, 1], [2, 2]])
 
 
 def test_replays_of_what_else_a_picture_was_made_from(both, mos, tmp_path: Path) -> None:
