@@ -70,6 +70,7 @@ def show(name: Name, as_json: AsJson = False) -> None:
     """Show what a model is: what it needs, what it can draw, where it comes from."""
     from mos_cli.bundles.adapters import AdapterBundle
     from mos_cli.bundles.bundle import Bundle, find_model
+    from mos_cli.bundles.taught import taught_scenes
 
     model = find_model(name)
     if isinstance(model, AdapterBundle):
@@ -103,6 +104,8 @@ def show(name: Name, as_json: AsJson = False) -> None:
         stdout.print(f"{heading:<9} {text}", markup=False, soft_wrap=True)
     if isinstance(model, Bundle):
         _print_card(model)
+        if (taught := taught_scenes(model)) is not None:
+            stdout.print(f"\nobjects: {', '.join(taught.objects)}", markup=False)
 
 
 @models_app.command("pull")

@@ -171,7 +171,23 @@ class Plan:
                 if not request.own:
                     raise
                 jobs.append(RefusedJob(request.subject, error))
+        self._note_unknown(jobs)
         return jobs
+
+    def _note_unknown(self, jobs: Sequence[Job | RefusedJob]) -> None:
+        """Says which prompts name nothing that the model was taught to draw."""
+        from mos_cli.bundles.taught import taught_scenes
+
+        taught = taught_scenes(self.bundle)
+        if taught is None or not taught.alone:
+            return
+        prompts = {job.recipe.prompt for job in jobs if isinstance(job, Job) and job.recipe.edit is None}
+        unknown = sorted(prompt for prompt in prompts if not taught.names_one(prompt))
+        if unknown:
+            first, model = repr(shortened(unknown[0])), self.bundle.ref
+            which = f"{first} names" if len(unknown) == 1 else f"{len(unknown)} prompts, such as {first}, name"
+            objects = f"none of the {len(taught.words)} objects that {model} was taught"
+            self._note(f"{which} {objects}: mos models show {model} lists them")
 
     def _add(
         self,

@@ -1,6 +1,5 @@
 """A training recipe: everything that determines a run, read from one TOML file."""
 
-import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -10,6 +9,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, field_
 from mos_cli.bundles.bundle import Bundle, find_bundle
 from mos_cli.bundles.shapes import GenerationShape, read_config
 from mos_cli.bundles.specs import Canvas, Defaults, EditDefaults
+from mos_cli.bundles.taught import taught_scenes
 from mos_cli.datasets.tables import Data, edit_share, with_words
 from mos_cli.errors import InputError, UsageError
 from mos_cli.utils.durations import parse_duration
@@ -242,24 +242,14 @@ def continued(table: dict[str, Any], bundle: Bundle) -> dict[str, Any]:
     table = {"generation": shape, **table, "bundle": {**whole, **table.get("bundle", {})}}
     data = table.get("data")
     if isinstance(data, dict) and isinstance(data.get("scenes"), dict) and "words" not in data["scenes"]:
-        scenes = _scenes_of(bundle)
-        mixed = None if scenes is None else {**scenes, **data["scenes"]}
+        taught = taught_scenes(bundle)
+        mixed = None if taught is None else {"words": taught.words, "styles": taught.styles, **data["scenes"]}
         if mixed is not None and "edits" not in whole:
             mixed["edits"] = 0.0
         table["data"] = {name: value for name, value in data.items() if name != "scenes"}
         if mixed is not None:
             table["data"]["scenes"] = mixed
     return table
-
-
-def _scenes_of(bundle: Bundle) -> dict[str, Any] | None:
-    """The words and styles of the scenes that a model was trained on, as its recipe says."""
-    try:
-        data = json.loads((bundle.folder / "recipe.json").read_bytes())["data"]
-        scenes = data if data.get("kind", "scenes") == "scenes" else data["scenes"]
-        return {"words": scenes["words"], "styles": scenes["styles"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
 
 
 def _validated(table: dict[str, Any], path: Path) -> TrainRecipe:
