@@ -3,15 +3,13 @@
 Picture `index` of a step depends only on (seed, step, index). So batches do not depend on the number of processes, each
 of which makes its share.
 
-Shapes: B pictures of this process, T context tokens, V image tokens, M layers, S width of a state, Z widest state of an
-image token, C channels, H x W the latent's size.
+Shapes: B examples of this process, N pictures of each, T context tokens, V image tokens, M layers, S width of a state,
+Z widest state of an image token, C channels, H x W the latent's size.
 """
 
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
-from operator import attrgetter
 from random import Random
 from typing import Any
 
@@ -65,14 +63,14 @@ class Source:
     """A source of pictures and captions, or of edits and instructions.
 
     `pick` chooses one for a canvas, and `collate` turns a batch of them into tensors. Both need no device and may run
-    in another process. `draw` makes the pictures of the tensors, [B, 3, H, W] in -1..1 on the device, H = W = canvas;
-    `draw_before` makes the pictures before the edit. Neither works through the pictures one by one.
+    in another process. `draw` makes the pictures of the tensors on the device, [B, N, 3, H, W] in -1..1, H = W =
+    canvas: N = 1, or 2 with `edits`, the second before the edit. It does not work through the pictures one by one.
     """
 
     pick: Pick
     collate: Collate
     draw: Draw
-    draw_before: Draw | None = None
+    edits: bool = False
     name: Callable[[Random], str] | None = None
     """The name of the file that `pick` would choose."""
     captions: tuple[str, ...] = ()
@@ -95,15 +93,13 @@ class Mixture:
 
     def source(self) -> Source:
         """The mixture as a source."""
-        edits = self.first.draw_before is not None
         # Pictures of another shape cannot be in one batch with those of the second source.
         apart = self.first.bucket is not None
         return replace(
             self.first,
             pick=self._pick,
             collate=self._collate,
-            draw=partial(self._drawn, attrgetter("draw")),
-            draw_before=partial(self._drawn, attrgetter("draw_before")) if edits else None,
+            draw=self._draw,
             name=self._name,
             held_out=None if self.first.held_out is None else self._held_out,
             bucket=self._bucket if apart else None,
@@ -137,11 +133,11 @@ class Mixture:
         parts = [source.collate(pictures) if pictures else None for source, pictures in sources]
         return parts, torch.tensor([which for which, _ in picked]).argsort(stable=True).argsort()
 
-    def _drawn(self, draw_of: Callable[[Source], Draw], collated: tuple[list[Any], Tensor], canvas: int) -> Tensor:
+    def _draw(self, collated: tuple[list[Any], Tensor], canvas: int) -> Tensor:
         """The pictures of both sources, in the order in which they were picked."""
         parts, places = collated
         sources = zip((self.first, self.second), parts, strict=True)
-        drawn = torch.cat([draw_of(source)(part, canvas) for source, part in sources if part is not None])
+        drawn = torch.cat([source.draw(part, canvas) for source, part in sources if part is not None])
         return drawn[places.to(drawn.device, non_blocking=True)]
 
 
@@ -361,16 +357,17 @@ class Batches:
         part: slice = slice(None),
     ) -> Batch:
         """The batch of pictures at times `t`, with the `part` that is theirs of the noise for `whole` pictures."""
-        reads_pictures = source.draw_before is not None and self.image_encoder is None
+        reads_pictures = source.edits and self.image_encoder is None
         # First of all: transformers looks at the mask on the host, which waits for what is queued before.
         words = None if reads_pictures else self._read(picked)
-        z0 = self.autoencoder.encode(source.draw(picked.pictures, canvas))
+        drawn_BN3HW = source.draw(picked.pictures, canvas)
+        z0 = self.autoencoder.encode(drawn_BN3HW[:, 0])
         z1 = torch.randn(whole, *z0.shape[1:], generator=noise, device=self.device)[part]
         noisy = noised(z0, z1, t)
-        if source.draw_before is None:
+        if not source.edits:
             assert words is not None
             return Batch(z0, noisy, t, *words)
-        before = source.draw_before(picked.pictures, canvas)
+        before = drawn_BN3HW[:, 1]
         references = self.autoencoder.encode(before)
         if words is not None:
             assert self.image_encoder is not None

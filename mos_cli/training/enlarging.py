@@ -40,7 +40,7 @@ def train_enlarger(
     noise = torch.Generator(device).manual_seed(seed)
     for step in range(steps):
         scenes = [source.pick(Random(f"{seed}/{step}/{index}"), CANVAS)[0] for index in range(batch)]
-        pictures = source.draw(source.collate(scenes), CANVAS)
+        pictures = source.draw(source.collate(scenes), CANVAS)[:, 0]
         z = with_noise(enlarger.encode(pictures), noise).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             drawn = enlarger.decode(z)

@@ -336,11 +336,10 @@ def captioned_source(
 ) -> Source:
     """The source of captioned pictures or edits, with `shape_of` in shapes of their own, one for all of a step."""
 
-    def draw(pictures_BNHW3: torch.Tensor, _canvas: int, which: int = 0) -> torch.Tensor:
-        return to_device(pictures_BNHW3, device, which)
+    def draw(pictures_BNHW3: torch.Tensor, _canvas: int) -> torch.Tensor:
+        return torch.stack([to_device(pictures_BNHW3, device, which) for which in range(1 + edits)], dim=1)
 
-    before = partial(draw, which=1) if edits else None
-    source = Source(captioned.pick, collate, draw, before, name=_names(captioned), held_out=captioned.load_held_out)
+    source = Source(captioned.pick, collate, draw, edits, name=_names(captioned), held_out=captioned.load_held_out)
     shapes = () if shape_of is None else captioned.buckets(shape_of)
     if all(bucket.shape == bucket.shape[::-1] for bucket in shapes if bucket.shape):
         return source
@@ -396,7 +395,7 @@ def scene_source(
 
     def draw(packed_BN: torch.Tensor, canvas: int) -> torch.Tensor:
         drawn = compositor.draw_packed(packed_BN.to(compositor.device, non_blocking=True), canvas)
-        return drawn.to(device, non_blocking=True)
+        return drawn.to(device, non_blocking=True)[:, None]
 
     return Source(pick, partial(pack_scenes, objects=MOST_OBJECTS), draw)
 
@@ -404,11 +403,11 @@ def scene_source(
 def edit_source(vocabulary: Vocabulary, compositor: Compositor, device: torch.device) -> Source:
     """The source of edits of scenes with the words of a vocabulary, drawn by a compositor, for a device."""
 
-    def draw(packed_B2N: torch.Tensor, canvas: int, which: int = 0) -> torch.Tensor:
-        drawn = compositor.draw_packed(packed_B2N[:, which].to(compositor.device, non_blocking=True), canvas)
-        return drawn.to(device, non_blocking=True)
+    def draw(packed_B2N: torch.Tensor, canvas: int) -> torch.Tensor:
+        drawn = compositor.draw_packed(packed_B2N.flatten(0, 1).to(compositor.device, non_blocking=True), canvas)
+        return drawn.to(device, non_blocking=True).unflatten(0, (-1, 2))
 
-    return Source(EditPicker(EditWriter(vocabulary)), _pack_edits, draw, partial(draw, which=1))
+    return Source(EditPicker(EditWriter(vocabulary)), _pack_edits, draw, edits=True)
 
 
 def _pack_edits(edits: list[Edit]) -> torch.Tensor:

@@ -71,9 +71,8 @@ def _pick_edits(trainer: Trainer) -> list[tuple[Tensor, str]]:
     # Scenes that are mixed in are no one's own edits.
     for index in range(EDITS if stage.data.edits else 0):
         source = trainer.batches.sources[stage.name, True]
-        assert source.draw_before is not None
         edit, instruction = source.pick(Random(f"sample/{index}"), stage.canvas)
-        picked.append((source.draw_before(source.collate([edit]), stage.canvas), instruction))
+        picked.append((source.draw(source.collate([edit]), stage.canvas)[:, 1], instruction))
     return picked
 
 

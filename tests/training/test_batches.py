@@ -85,8 +85,8 @@ def test_scenes_are_drawn_where_the_sprites_fit(art_folder, monkeypatch, spare: 
     monkeypatch.setattr(training_run, "Compositor", placed)
     for source in training_run.find_sources(data, art_folder, device, spare=spare, say=said.append):
         picked = source.collate([source.pick(Random(0), 32)[0]])
-        drawn = [draw(picked, 32) for draw in (source.draw, source.draw_before) if draw is not None]
-        assert {(each.device.type, tuple(each.shape)) for each in drawn} == {("meta", (1, 3, 32, 32))}
+        drawn = source.draw(picked, 32)
+        assert (drawn.device.type, tuple(drawn.shape)) == ("meta", (1, 1 + source.edits, 3, 32, 32))
     assert places == ["meta" if spare else "cpu"]
     assert len(said) == (not spare)
     assert all("do not fit into the GPU" in line for line in said)

@@ -265,15 +265,15 @@ def test_mixed_sources_are_drawn_in_the_order_in_which_they_were_picked() -> Non
         return Source(
             lambda random, canvas: (random.random(), f"{value:g}"),
             torch.tensor,
-            lambda picked, canvas: torch.full((len(picked), 3, 2, 2), value),
+            lambda picked, canvas: torch.full((len(picked), 1, 3, 2, 2), value),
         )
 
     mixed = Mixture(source(1.0), source(2.0), 0.25).source()
     picked = [mixed.pick(Random(seed), 2) for seed in range(200)]
     drawn = mixed.draw(mixed.collate([picture for picture, _ in picked]), 2)
-    assert drawn[:, 0, 0, 0].tolist() == [float(caption) for _, caption in picked]
-    assert 0.15 < (drawn[:, 0, 0, 0] == 2).float().mean() < 0.35
-    assert mixed.draw_before is None
+    assert drawn[:, 0, 0, 0, 0].tolist() == [float(caption) for _, caption in picked]
+    assert 0.15 < (drawn[:, 0, 0, 0, 0] == 2).float().mean() < 0.35
+    assert not mixed.edits
 
 
 def test_the_scenes_that_are_mixed_in_are_those_of_the_model(bundle: Bundle, tmp_path: Path) -> None:

@@ -44,8 +44,8 @@ def edit_batch(understanding: VisionLanguageTower, before_B3HW: Tensor) -> Batch
     source = Source(
         pick=lambda random, canvas: (None, INSTRUCTION),
         collate=lambda picked: None,
-        draw=lambda picked, canvas: before_B3HW.flip(3),
-        draw_before=lambda picked, canvas: before_B3HW,
+        draw=lambda picked, canvas: torch.stack([before_B3HW.flip(3), before_B3HW], dim=1),
+        edits=True,
     )
     batches = Batches(
         Curriculum((stage,), 0, 1.0),
