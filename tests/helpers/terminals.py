@@ -76,11 +76,13 @@ def in_terminal(
     terminal, side = os.openpty()
     rows, columns = size
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 10 * columns, 20 * rows))
+    # The runner of tests in parallel says of its own terminal how large it is.
+    inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
     code = "from mos_cli.__main__ import main; main()" if kind == "none" else PATIENT
     typed = ["bash", "-c", line] if isinstance(line, str) else [sys.executable, "-c", code, *map(str, line)]
     process = subprocess.Popen(
         typed,
-        env=os.environ | {"TERM": "xterm-256color"} | (environment or {}),
+        env=inherited | {"TERM": "xterm-256color"} | (environment or {}),
         start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(side, termios.TIOCSCTTY, 0),
         **{"stdin": side, "stdout": side, "stderr": side} | streams,
