@@ -78,7 +78,7 @@ def host(name: str, art: Path) -> None:
     from mos_cli.towers import efficientnet, image_encoder
     from mos_cli.towers.generation import GenerationTower
     from mos_cli.towers.vision_language import load_understanding
-    from mos_cli.training import run as training_run
+    from mos_cli.training import sources as training_sources
     from mos_cli.training.batches import Batches, kind_of
     from mos_cli.training.optimiser import build_optimisers, start_states
     from mos_cli.training.recipe import load_recipe
@@ -104,10 +104,10 @@ def host(name: str, art: Path) -> None:
         for module in (efficientnet, image_encoder):
             stack.enter_context(patch.object(module, "STAGES", stages))
         stack.enter_context(patch.object(image_encoder, "SIDE", 32))
-        stack.enter_context(patch.object(training_run, "Compositor", small))
+        stack.enter_context(patch.object(training_sources, "Compositor", small))
         stack.enter_context(patch("mos_cli.datasets.scenes.compositor._rows", lambda _: slice(None)))
         encoder = image_encoder.ImageEncoder(layers=understanding.layers)
-        sources = dict(zip((False, True), training_run.find_sources(data, art, device), strict=True))
+        sources = dict(zip((False, True), training_sources.find_sources(data, art, device), strict=True))
 
         def batches(batch: int) -> Batches:
             stages = tuple(replace(stage, batch=batch, canvas=32) for stage in plan.stages)

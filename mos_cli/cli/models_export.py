@@ -31,6 +31,6 @@ def export(
         check_folder(expand(out), INDEX, "card.md")
     require("training", "train", "inflect", "matplotlib", "tensorboard")
     quieten()
-    from mos_cli.training.run import export_run
+    from mos_cli.training.export import export_run
 
     stdout.print(f"{export_run(run, None if out is None else expand(out))}", soft_wrap=True, markup=False)

@@ -34,7 +34,7 @@ def train_enlarger(
     quieten()
     from mos_cli.datasets.art.file import data_folder
     from mos_cli.training.enlarging import train_enlarger as run_training
-    from mos_cli.training.run import find_sources
+    from mos_cli.training.sources import find_sources
     from mos_cli.utils.devices import choose_device
     from mos_cli.utils.files import check_folder
 

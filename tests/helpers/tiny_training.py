@@ -22,7 +22,7 @@ from mos_cli.training.batches import Batches, Share, Source
 from mos_cli.training.launch import start_accelerator
 from mos_cli.training.loop import Trainer
 from mos_cli.training.recipe import TrainRecipe
-from mos_cli.training.run import ScenePicker, scene_source
+from mos_cli.training.sources import ScenePicker, scene_source
 from mos_cli.training.stages import curriculum
 from tests.helpers.tiny_bundle import tower_spec
 

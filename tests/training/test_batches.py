@@ -14,9 +14,9 @@ from mos_cli.datasets.scenes.compositor import Compositor
 from mos_cli.errors import InputError, UsageError
 from mos_cli.evaluation.scenebench import bench_data
 from mos_cli.training import batches as training_batches
-from mos_cli.training import run as training_run
+from mos_cli.training import sources as training_sources
 from mos_cli.training.batches import Mixture, Picked, Share
-from mos_cli.training.run import captioned_source
+from mos_cli.training.sources import captioned_source
 from tests.helpers import tiny_training as tiny
 
 
@@ -82,8 +82,8 @@ def test_scenes_are_drawn_where_the_sprites_fit(art_folder, monkeypatch, spare: 
         places.append(sprites_VHW4.device.type)
         return Compositor(sprites_VHW4, compiled=compiled)
 
-    monkeypatch.setattr(training_run, "Compositor", placed)
-    for source in training_run.find_sources(data, art_folder, device, spare=spare, say=said.append):
+    monkeypatch.setattr(training_sources, "Compositor", placed)
+    for source in training_sources.find_sources(data, art_folder, device, spare=spare, say=said.append):
         picked = source.collate([source.pick(Random(0), 32)[0]])
         drawn = source.draw(picked, 32)
         assert (drawn.device.type, tuple(drawn.shape)) == ("meta", (1, 1 + source.edits, 3, 32, 32))

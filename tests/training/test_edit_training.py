@@ -19,8 +19,8 @@ from mos_cli.training.batches import Batches, kind_of
 from mos_cli.training.launch import start_accelerator
 from mos_cli.training.loop import Trainer
 from mos_cli.training.recipe import TrainRecipe
-from mos_cli.training.run import edit_source
 from mos_cli.training.samples import draw_samples
+from mos_cli.training.sources import edit_source
 from mos_cli.training.stages import curriculum
 from tests.helpers import tiny_training as tiny
 

@@ -6,7 +6,7 @@ from mos_cli.towers.autoencoder import Enlarger, load_autoencoder
 from mos_cli.towers.understanding import UnderstandingTower
 from mos_cli.training import references
 from mos_cli.training.enlarging import train_enlarger
-from mos_cli.training.run import export
+from mos_cli.training.export import export
 from tests.helpers import tiny_training
 from tests.helpers.tiny_bundle import tower_spec
 from tests.helpers.tiny_training import scenes

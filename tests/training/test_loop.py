@@ -11,11 +11,12 @@ from PIL import Image
 from mos_cli.bundles.bundle import find_bundle, verify_bundle
 from mos_cli.errors import InputError, UsageError
 from mos_cli.training import references
-from mos_cli.training import run as training_run
 from mos_cli.training.checkpoint import CHECKPOINTS, newest
+from mos_cli.training.export import export
 from mos_cli.training.loop import Trainer
 from mos_cli.training.metrics import METRICS, PLOT, TENSORBOARD
 from mos_cli.training.recipe import load_recipe
+from mos_cli.training.samples import draw_samples
 from mos_cli.utils.threads import cpu_threads
 from tests.helpers import tiny_training as tiny
 
@@ -142,9 +143,9 @@ def test_a_damaged_checkpoint_and_an_impossible_network_say_so(understanding, tm
 def test_what_was_trained_is_a_bundle_that_draws(mos, bundle, understanding, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(references, "load_tower_spec", lambda _: bundle.index.understanding)
     trainer: Trainer = tiny.trainer(tiny.recipe(), understanding, tmp_path / "run")
-    trainer.run(lambda _: None, training_run.draw_samples)
+    trainer.run(lambda _: None, draw_samples)
     assert (tmp_path / "run" / "samples" / "000008.png").exists()
-    exported = training_run.export(trainer, tmp_path / "bundle")
+    exported = export(trainer, tmp_path / "bundle")
     assert exported is not None
     verify_bundle(find_bundle(str(exported)))
     result = mos("generate", "a dog", "-m", exported, "-o", tmp_path / "dog.png")

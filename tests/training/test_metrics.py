@@ -15,7 +15,7 @@ from mos_cli.training.batches import kind_of
 from mos_cli.training.loop import Trainer
 from mos_cli.training.metrics import METRICS, TENSORBOARD
 from mos_cli.training.pace import EDIT, Pace
-from mos_cli.training.run import captioned_source
+from mos_cli.training.sources import captioned_source
 from mos_cli.training.stages import curriculum
 from tests.helpers import tiny_training as tiny
 
