@@ -203,6 +203,7 @@ def test_a_feature_cache_is_told_once(opened: Callable[..., Any], tmp_path: Path
     assert note.text_content().count("eature cache 3") == 1
 
 
+@pytest.mark.slow
 def test_rules_are_shown_as_asked_and_done(opened: Callable[..., Any], tmp_path: Path) -> None:
     recording = record(tmp_path, routes=("cat=1-2",))
     branch = recording.trace.branches["positive"]
