@@ -1,4 +1,4 @@
-"""LoRA for the generation tower (arXiv 2106.09685): trained by peft, merged into the weights for drawing.
+"""LoRA of linear layers (arXiv 2106.09685): trained by peft, in a generation tower merged into the weights for drawing.
 
 A linear layer with the weight W becomes W + scale * alpha / rank * B A.
 Shapes: I inputs and O outputs of a linear layer, R rank.
