@@ -42,6 +42,7 @@ class GenerationShape(Migrated):
     top_k: int = Field(default=2, gt=0)
     renormalise: bool = True
     rope_theta: float = Field(default=100.0, gt=0)
+    guidance_max: float | None = Field(default=None, gt=1)
 
     @property
     def in_sequence(self) -> bool:
@@ -90,7 +91,7 @@ class GenerationShape(Migrated):
         D, P = self.width, self._patch_values
         images = sum(self.image_state_widths) * D + (P * D if self.image_state_widths or self.has_vision else 0)
         ends = self.states_width * D + P * D + D + D * P + P
-        time = _time_parameters(D) + 6 * D * D + 6 * D + 2 * D * D + 2 * D
+        time = (1 if self.guidance_max is None else 2) * _time_parameters(D) + 6 * D * D + 6 * D + 2 * D * D + 2 * D
         return images + ends + time + self.block_parameters + self.router_parameters
 
     @property

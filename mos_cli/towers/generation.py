@@ -57,6 +57,7 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
         routing: "token" for a route of its own for every token, "sample" for one route for all tokens of a prompt.
         router_width, router_depth, router_heads, top_k, renormalise: the router; see `choose_route`.
         rope_theta: base of the rotary frequencies.
+        guidance_max: where guidance is distilled into the network, the largest scale that is an input of it.
 
     Raises:
         ValueError: an unknown or impossible value, or values that exclude each other; see `_check`.
@@ -89,6 +90,7 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
         top_k: int = 2,
         renormalise: bool = True,
         rope_theta: float = 100.0,
+        guidance_max: float | None = None,
     ) -> None:
         super().__init__()
         _check(self.config)
@@ -106,6 +108,7 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
         self.patches_in = nn.Linear(patch_values, width)
         self.reference_in = nn.Linear(patch_values, width, bias=False) if image_state_widths or has_vision else None
         self.time_in = TimeEmbedding(width)
+        self.guidance_in = None if guidance_max is None else TimeEmbedding(width)
         self.modulation = nn.Linear(width, 6 * width)
         self.blocks = nn.ModuleList(
             GenerationBlock(width, heads, hidden, context_mode(context, block)) for block in range(depth)
@@ -144,6 +147,9 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
             if linear is None:
                 continue
             nn.init.zeros_(linear.weight)
+        if self.guidance_in is not None:
+            # So that distillation starts with the prediction without guidance, at every scale.
+            nn.init.zeros_(self.guidance_in.mlp.linear_2.weight)
         if self.router is not None:
             # With a one-hot start the layers that are not read would have no gradient.
             nn.init.trunc_normal_(self.router.head.weight, std=0.02)
@@ -210,9 +216,13 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
         spacing = (self.patch_spacing, self.patch_spacing)
         return TokenGrid(z_BCHW.shape[-2] // self.patch, z_BCHW.shape[-1] // self.patch, order, spacing)
 
-    def _time(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
-        """The embedding of the time, [B, D], and the modulation that all blocks share, [B, 6, D]."""
-        time = F.silu(self.time_in(t_B))
+    def _time(self, t_B: Tensor, guidance_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The embedding of time and guidance, [B, D], and the modulation that all blocks share, [B, 6, D]."""
+        time = self.time_in(t_B)
+        if self.guidance_in is not None:
+            # The range of the scales is small for the sinusoids, so that few of them turn more than once in it.
+            time = time + self.guidance_in(torch.zeros_like(t_B) if guidance_B is None else (guidance_B - 1) / 100)
+        time = F.silu(time)
         return time, self.modulation(time).unflatten(-1, (6, -1))
 
     def forward(
@@ -223,6 +233,7 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
         *,
         epsilon: float = 0.0,
         steering: Steering | Route | None = None,
+        guidance_B: Tensor | None = None,
     ) -> tuple[Tensor, Route]:
         """Predicts the clean latent from the noised one, with a route chosen for this call.
 
@@ -231,6 +242,7 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
             t_B: times in [0, 1], 1 = noise.
             epsilon: probability of exploring a random route (training only).
             steering: changes to the router's choice, or a route that replaces it.
+            guidance_B: scales of guidance from 1 to `guidance_max`, which the prediction then includes; None is 1.
         """
         patch, size = self.patch, (z_BCHW.shape[-2], z_BCHW.shape[-1])
         patches = patchify(z_BCHW, patch).to(self.patches_in.weight.dtype)
@@ -244,7 +256,7 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
             x = x + bank.references.reference_BND
         if self.in_sequence:
             x = torch.cat([x, x.new_zeros(x.shape[0], tokens, x.shape[2])], dim=1)
-        time, modulation = self._time(t_B)
+        time, modulation = self._time(t_B, guidance_B)
         references = () if bank.references is None else bank.references.layout
         layout = (grid, TokenSequence(tokens - total(images)), *images, *references)
         positions = rotary(layout, self.head_width, self.rope_theta, z_BCHW.device)

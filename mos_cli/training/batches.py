@@ -10,6 +10,7 @@ Z widest state of an image token, C channels, H x W the latent's size.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from random import Random
 from typing import Any
 
@@ -29,6 +30,8 @@ from mos_cli.towers.vision_language import VisionLanguageTower
 from mos_cli.training.recipe import TrainTable
 from mos_cli.training.stages import Curriculum
 
+WITHOUT_GUIDANCE = 0.2
+"""The share of pictures with the scale 1 where guidance is distilled."""
 VALIDATION_TIMES = (0.2, 0.4, 0.6, 0.8)
 """The times at which the loss of held-out pictures is measured."""
 
@@ -39,6 +42,8 @@ class Batch:
 
     For edits also the clean latents of the pictures before the edit, and the states of their image tokens if there is
     an image encoder. With vision the image tokens, on `grid`, come after the words in `states_BTMS`.
+
+    Where guidance is distilled also its scales, and the states of as many empty prompts.
     """
 
     z0_BCHW: Tensor
@@ -49,6 +54,9 @@ class Batch:
     references_BCHW: Tensor | None = None
     image_states_BVMZ: Tensor | None = None
     grid: Grid = (IMAGE_GRID, IMAGE_GRID)
+    guidance_B: Tensor | None = None
+    empty_BTMS: Tensor | None = None
+    empty_mask_BT: Tensor | None = None
 
 
 Kind = tuple[str, bool]
@@ -220,6 +228,7 @@ class Batches:
         sources: one for every kind of step.
         share: the part of each batch that is made here.
         image_encoder: encodes the pictures before an edit, for an understanding tower without vision.
+        guidance_max: the largest scale, where guidance is distilled.
 
     Raises:
         UsageError: a stage's batch cannot be shared out evenly.
@@ -235,11 +244,12 @@ class Batches:
         device: torch.device,
         share: Share = Share(),
         image_encoder: ImageEncoder | None = None,
+        guidance_max: float | None = None,
     ) -> None:
         for stage in curriculum.stages:
             if stage.batch % share.processes:
                 raise UsageError(f"a batch of {stage.batch} cannot be shared by {share.processes} processes")
-        self.train, self.sources, self.share = train, sources, share
+        self.train, self.sources, self.share, self.guidance_max = train, sources, share, guidance_max
         self.understanding, self.autoencoder, self.image_encoder, self.device = (
             understanding,
             autoencoder,
@@ -323,7 +333,12 @@ class Batches:
         noise = torch.Generator(self.device).manual_seed(random.getrandbits(63))
         t = logit_normal(stage.batch, stage.time_mean, self.train.time_std, times)[part].to(self.device)
         # Noise for the whole batch costs an accelerator less than a generator for each picture.
-        return self._noised(picked, source, stage.canvas, t, noise, stage.batch, part)
+        batch = self._noised(picked, source, stage.canvas, t, noise, stage.batch, part)
+        if self.guidance_max is None:
+            return batch
+        draws_2B = torch.rand(2, stage.batch, generator=times)[:, part].to(self.device)
+        scales = 1 + (self.guidance_max - 1) * draws_2B[0]
+        return self._distilled(batch, scales.where(draws_2B[1] > WITHOUT_GUIDANCE, 1.0))
 
     def validation(self, step: int) -> Iterator[Batch]:
         """The held-out pictures, each at the same times with the same noise after every step; raises as `make`."""
@@ -344,7 +359,27 @@ class Batches:
                         t = torch.full((len(pairs),), time, device=self.device)
                         seed = Random(f"{self.train.seed}/validation/{edits}/{number}/{first}/{place}").getrandbits(63)
                         noise = torch.Generator(self.device).manual_seed(seed)
-                        yield self._noised(picked, one, stage.canvas, t, noise, len(pairs))
+                        batch = self._noised(picked, one, stage.canvas, t, noise, len(pairs))
+                        if self.guidance_max is not None:
+                            batch = self._distilled(batch, torch.full_like(t, (1 + self.guidance_max) / 2))
+                        yield batch
+
+    def _distilled(self, batch: Batch, guidance_B: Tensor) -> Batch:
+        """The batch with what distillation needs. A tower with vision reads the pictures with the empty prompts."""
+        count = len(guidance_B)
+        if batch.references_BCHW is not None and self.image_encoder is None:
+            before_B3HW = self.autoencoder.decode(batch.references_BCHW)
+            states, mask, _ = self._read_with_images([""] * count, before_B3HW)
+        else:
+            states, mask = (self._padded(part) for part in self._empty)
+            states, mask = states.expand(count, -1, -1, -1), mask.expand(count, -1)
+        return replace(batch, guidance_B=guidance_B, empty_BTMS=states, empty_mask_BT=mask)
+
+    @cached_property
+    def _empty(self) -> tuple[Tensor, Tensor]:
+        """States and mask of the empty prompt."""
+        states = self.understanding.encode([""])
+        return states.states_BTMS, states.mask_BT
 
     def _noised(
         self,

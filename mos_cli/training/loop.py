@@ -32,7 +32,7 @@ from mos_cli.training.optimiser import build_optimisers, rates_at, set_rates, st
 from mos_cli.training.pace import Pace
 from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.stages import Curriculum
-from mos_cli.training.start import start_tower
+from mos_cli.training.start import guidance_teacher, start_tower
 from mos_cli.training.timer import Timer, TimeUsed
 from mos_cli.utils.durations import as_clock
 from mos_cli.utils.files import atomic_write, make_folder
@@ -83,7 +83,8 @@ class Trainer:
         self.tower = start_tower(recipe)
         if recipe.lora is not None:
             add_lora(self.tower, recipe.lora.rank, recipe.lora.scaling)
-        objective, optimisers = Objective(self.tower, recipe.train.epsilon), build_optimisers(self.tower)
+        objective = Objective(self.tower, recipe.train.epsilon, guidance_teacher(recipe))
+        optimisers = build_optimisers(self.tower)
         if recipe.train.compile:
             # Shapes of stages and numbers of threads are compiled apart; past the limit nothing is.
             torch._dynamo.config.recompile_limit = 64

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mos_cli.sampling.flow import velocity_loss
-from mos_cli.towers.bank import Grid
+from mos_cli.towers.bank import Grid, References, StateBank
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.router import Route
 from mos_cli.training.batches import Batch
@@ -26,13 +26,15 @@ class Objective(nn.Module):
 
     Args:
         epsilon: probability of exploring a random route.
+        teacher: the frozen network whose guided prediction the tower learns, instead of the clean image (distillation
+            of guidance, arXiv 2210.03142, section 3.1).
     """
 
     _no_split_modules: ClassVar = GenerationTower._no_split_modules
 
-    def __init__(self, tower: GenerationTower, epsilon: float) -> None:
+    def __init__(self, tower: GenerationTower, epsilon: float, teacher: GenerationTower | None = None) -> None:
         super().__init__()
-        self.tower, self.epsilon = tower, epsilon
+        self.tower, self.epsilon, self.teacher = tower, epsilon, teacher
         self._compute: Any = self._uncompiled
 
     def compile_whole(self) -> None:
@@ -56,6 +58,9 @@ class Objective(nn.Module):
             batch.references_BCHW,
             batch.image_states_BVMZ,
             batch.grid,
+            batch.guidance_B,
+            batch.empty_BTMS,
+            batch.empty_mask_BT,
         )
 
     def _uncompiled(
@@ -68,19 +73,49 @@ class Objective(nn.Module):
         references_BCHW: Tensor | None,
         image_states_BVMZ: Tensor | None,
         grid: Grid,
+        guidance_B: Tensor | None,
+        empty_BTMS: Tensor | None,
+        empty_mask_BT: Tensor | None,
         validate: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        bank, importance = self.tower.project_states(states_BTMS, mask_BT), 1.0
+        references, importance, target = _references(self.tower, references_BCHW, grid), 1.0, z0_BCHW
+        bank = _bank(self.tower, states_BTMS, mask_BT, references, image_states_BVMZ)
         if references_BCHW is not None:
-            references = self.tower.cache_references([references_BCHW], [grid])
-            if image_states_BVMZ is None:
-                bank = replace(bank, references=references)
-            else:
-                bank = self.tower.add_image_tokens(bank, image_states_BVMZ, references)
-            assert isinstance(bank.padding, Tensor)
-            mask_BT, importance = bank.padding, importance_of_change(z0_BCHW, references_BCHW)
-        x_hat, route = self.tower(z_BCHW, t_B, bank, epsilon=0.0 if validate else self.epsilon)
-        return velocity_loss(x_hat, z0_BCHW, t_B, importance), layer_use(route, mask_BT, states_BTMS.shape[2])
+            importance = importance_of_change(z0_BCHW, references_BCHW)
+        if self.teacher is not None:
+            assert guidance_B is not None
+            assert empty_BTMS is not None
+            assert empty_mask_BT is not None
+            with torch.no_grad():
+                pictures = _references(self.teacher, references_BCHW, grid), image_states_BVMZ
+                words = _bank(self.teacher, states_BTMS, mask_BT, *pictures)
+                without = _bank(self.teacher, empty_BTMS, empty_mask_BT, *pictures)
+                x_positive, x_negative = (self.teacher(z_BCHW, t_B, each)[0] for each in (words, without))
+                target = torch.lerp(x_negative, x_positive, guidance_B[:, None, None, None])
+        epsilon = 0.0 if validate else self.epsilon
+        x_hat, route = self.tower(z_BCHW, t_B, bank, epsilon=epsilon, guidance_B=guidance_B)
+        assert isinstance(bank.padding, Tensor)
+        return velocity_loss(x_hat, target, t_B, importance), layer_use(route, bank.padding, states_BTMS.shape[2])
+
+
+def _references(tower: GenerationTower, references_BCHW: Tensor | None, grid: Grid) -> References | None:
+    return None if references_BCHW is None else tower.cache_references([references_BCHW], [grid])
+
+
+def _bank(
+    tower: GenerationTower,
+    states_BTMS: Tensor,
+    mask_BT: Tensor,
+    references: References | None,
+    image_states_BVMZ: Tensor | None,
+) -> StateBank:
+    """The state bank of captions, with the pictures before an edit."""
+    bank = tower.project_states(states_BTMS, mask_BT)
+    if references is None:
+        return bank
+    if image_states_BVMZ is None:
+        return replace(bank, references=references)
+    return tower.add_image_tokens(bank, image_states_BVMZ, references)
 
 
 def importance_of_change(z0_BCHW: Tensor, before_BCHW: Tensor) -> Tensor:

@@ -67,6 +67,16 @@ class LoraTable(Frozen):
         return float(self.rank if self.alpha is None else self.alpha)
 
 
+class DistilTable(Frozen):
+    """The network learns what the model that it starts from predicts with guidance, the scale being an input of it.
+
+    Pictures then need one branch of guidance instead of two.
+    """
+
+    guidance_max: float = Field(gt=1)
+    """The largest scale; in one of five pictures of a step it is 1, in the others evenly distributed from 1 on."""
+
+
 class TrainTable(Frozen):
     """The optimisation. After `1 - decay` of the run the learning rates fall linearly to 0."""
 
@@ -119,6 +129,7 @@ class TrainRecipe(Migrated):
     start_from: str | None = None
     """The bundle whose weights the run starts with; see `training.start`."""
     lora: LoraTable | None = None
+    distil: DistilTable | None = None
     bundle: BundleTable
     data: Data
     generation: GenerationConfig
@@ -148,6 +159,10 @@ class TrainRecipe(Migrated):
             raise ValueError("understanding is missing: the language model that reads the captions")
         if self.lora is not None and self.start_from is None:
             raise ValueError("[lora] changes a model: name it with start_from")
+        if self.distil is not None and self.start_from is None:
+            raise ValueError("[distil] learns from a model: name it with start_from")
+        if self.distil is not None and self.lora is not None:
+            raise ValueError("[distil] changes the inputs of the network, and a LoRA cannot: leave out one of them")
         has_images = self.image_encoder or self.generation.get("has_vision")
         if self.start_from is not None:
             has_images = has_images or self.generation.get("image_state_widths")
@@ -238,6 +253,8 @@ def continued(table: dict[str, Any], bundle: Bundle) -> dict[str, Any]:
     """
     index, config = bundle.index, read_config(bundle.folder / "generation")
     shape = {name: value for name, value in config.items() if not name.startswith("_")}
+    if isinstance(distil := table.get("distil"), dict):
+        shape["guidance_max"] = distil.get("guidance_max")
     whole = index.model_dump(mode="json", include={"license", "canvas", "defaults", "edits"}, exclude_none=True)
     table = {"generation": shape, **table, "bundle": {**whole, **table.get("bundle", {})}}
     data = table.get("data")

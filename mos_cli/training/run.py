@@ -81,7 +81,15 @@ def prepare(
                 found[key] = loader.sources(stage, art)
         sources |= {(stage.name, index == 1): source for index, source in enumerate(found[key])}
     batches = Batches(
-        plan, recipe.train, sources, parts.understanding, parts.autoencoder, device, share, parts.image_encoder
+        plan,
+        recipe.train,
+        sources,
+        parts.understanding,
+        parts.autoencoder,
+        device,
+        share,
+        parts.image_encoder,
+        None if recipe.distil is None else recipe.distil.guidance_max,
     )
     if accelerator.is_main_process:
         make_folder(folder)

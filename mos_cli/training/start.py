@@ -34,10 +34,12 @@ def start_tower(recipe: TrainRecipe) -> GenerationTower:
         _check_shape(recipe, read_generation(bundle.folder / "generation"))
         start = load_generation(bundle.folder / "generation", device=torch.device("cpu"), dtype=torch.float32)
         weights = enlarged_weights(start, tower.patch)
-        if not start.image_state_widths:
-            # A bundle that draws from words alone has no weights for pictures: the network keeps its fresh ones.
-            inputs = ("image_states_in", "reference_in")
-            weights |= {n: fresh for n, fresh in tower.state_dict().items() if any(part in n for part in inputs)}
+        # A bundle that draws from words alone has no weights for pictures: the network keeps its fresh ones. So it does
+        # for an input that only distillation adds.
+        inputs = [] if start.image_state_widths else ["image_states_in", "reference_in"]
+        if start.guidance_in is None:
+            inputs.append("guidance_in")
+        weights |= {n: fresh for n, fresh in tower.state_dict().items() if any(part in n for part in inputs)}
         try:
             tower.load_state_dict(weights)
         except (RuntimeError, ValueError) as error:
@@ -46,10 +48,27 @@ def start_tower(recipe: TrainRecipe) -> GenerationTower:
     return tower
 
 
+def guidance_teacher(recipe: TrainRecipe) -> GenerationTower | None:
+    """The frozen network whose guidance the recipe distils, that of the bundle it starts from; None if it does not.
+
+    Raises:
+        UsageError: guidance is distilled into that one already.
+    """
+    if recipe.distil is None or recipe.start_from is None:
+        return None
+    folder = find_bundle(recipe.start_from).folder / "generation"
+    teacher = load_generation(folder, device=torch.device("cpu"), dtype=torch.float32)
+    if teacher.guidance_in is not None:
+        raise UsageError(f"guidance is distilled into {recipe.start_from} already: start from the model before that")
+    return teacher.requires_grad_(False)
+
+
 def _check_shape(recipe: TrainRecipe, start: GenerationShape) -> None:
     """Raises UsageError if the recipe's network is another than that of the bundle, apart from what may differ."""
     own = GenerationShape.model_validate(recipe.generation)
     may_differ = {"patch", "top_k", "renormalise", "rope_theta"}
+    if recipe.distil is not None:
+        may_differ.add("guidance_max")
     if not start.image_state_widths and not start.has_vision:
         may_differ |= {"image_state_widths", "has_vision"}
     for name in GenerationShape.model_fields:
