@@ -84,13 +84,15 @@ class Bench:
     @torch.inference_mode()
     def draw_with(self, scheduler: Any, prompt: str, seed: int, steps: int) -> Image.Image:
         recipe, pipeline = self.recipe(prompt, seed, steps, DEFAULT_SOLVER), self.pipeline
-        guidance = Guidance(recipe.cfg, recipe.cfg_interval)
+        maximum = pipeline.tower.guidance_max
+        guidance = Guidance.with_network(maximum, recipe.cfg, recipe.cfg_interval, negative=recipe.negative)
         texts = {POSITIVE: recipe.prompt, NEGATIVE: recipe.negative}
         banks = {name: pipeline.prompt_encoder.encode(text).bank for name, text in texts.items()}
         branches = Branches(pipeline.tower, [banks], batched_guidance=pipeline.setting.batched_guidance)
 
         def predict(z: Tensor, t: float) -> Tensor:
-            return guidance.guided(branches(guidance.branches(t), z, t, lambda picture, branch: None)[0])
+            names, scale = guidance.branches(t), guidance.network_scale(t)
+            return guidance.guided(branches(names, z, t, lambda picture, branch: None, scale)[0])
 
         z = integrate(
             scheduler, steps, make_noise(pipeline.autoencoder, recipe.working_size, recipe.seed, self.device), predict

@@ -108,8 +108,8 @@ class Network:
 
     @property
     def guided(self) -> bool:
-        """Whether guidance needs a second branch; with references one is counted in any case."""
-        return self.defaults.cfg != 1 or self.references > 0
+        """Whether guidance needs a second branch; with references one is counted, unless guidance is distilled."""
+        return self.generation.guidance_max is None and (self.defaults.cfg != 1 or self.references > 0)
 
 
 def find_blueprint(ref: str) -> Blueprint:

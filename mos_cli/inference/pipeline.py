@@ -40,6 +40,7 @@ from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, WITHOUT_IMAGE, Guidanc
 from mos_cli.sampling.sampler import Observer, make_sigmas, sample_batch
 from mos_cli.towers.attention import AttentionBackend
 from mos_cli.towers.autoencoder import Autoencoder, to_image
+from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.lora import LoraSet
 from mos_cli.towers.router import Router
 from mos_cli.utils.devices import device_name
@@ -54,12 +55,13 @@ def encode_branches(
     conditioning: EditConditioning | None = None,
 ) -> dict[str, PromptEncoding]:
     """The encoded prompt of each guidance branch; in an edit with its pictures, except in the branch without them."""
-    encodings = {POSITIVE: prompt_encoder.encode(prompt), NEGATIVE: prompt_encoder.encode(negative)}
-    if conditioning is not None:
-        pictures, references = conditioning.pictures, conditioning.references
-        without = {WITHOUT_IMAGE: encodings[NEGATIVE]}
-        encodings = prompt_encoder.encode_with_images(encodings, pictures, references) | without
-    return {branch: encodings[branch] for branch in guidance.branches(guidance.interval[0])}
+    prompts = {POSITIVE: prompt, NEGATIVE: negative, WITHOUT_IMAGE: negative}
+    branches = guidance.branches(guidance.interval[0])
+    encodings = {branch: prompt_encoder.encode(prompts[branch]) for branch in branches}
+    if conditioning is None:
+        return encodings
+    seeing = {branch: encoding for branch, encoding in encodings.items() if branch != WITHOUT_IMAGE}
+    return encodings | prompt_encoder.encode_with_images(seeing, conditioning.pictures, conditioning.references)
 
 
 def make_noise(autoencoder: Autoencoder, size: tuple[int, int], seed: int, device: torch.device) -> Tensor:
@@ -271,7 +273,7 @@ class MoSPipeline:
         route_from: Recording | None,
     ) -> _Row:
         check_blocks(recipe, compiled=self.compiled, regions=recorder.record_options.regions)
-        guidance = _guidance(recipe)
+        guidance = _guidance(recipe, self.tower)
         encodings = encode_branches(self.prompt_encoder, recipe.prompt, recipe.negative, guidance, conditioning)
         encodings = weigh(encodings, recipe)
         times = self._sigmas(recipe)[:-1].tolist()
@@ -310,7 +312,7 @@ class MoSPipeline:
                 seeds=[by_place[place].recipe.seed if place in by_place else 0 for place in range(pictures)],
                 sigmas=self._sigmas(recipe),
                 solver=recipe.solver,
-                guidance=_guidance(recipe),
+                guidance=_guidance(recipe, self.tower),
                 batched_guidance=self.setting.batched_guidance,
                 observers=observing,
                 initial=None if conditioning is None else conditioning.initial,
@@ -439,8 +441,9 @@ class MoSPipeline:
         )
 
 
-def _guidance(recipe: Recipe) -> Guidance:
-    return Guidance(recipe.cfg, recipe.cfg_interval, 1.0 if recipe.edit is None else recipe.edit.image_cfg)
+def _guidance(recipe: Recipe, tower: GenerationTower) -> Guidance:
+    image_scale = 1.0 if recipe.edit is None else recipe.edit.image_cfg
+    return Guidance.with_network(tower.guidance_max, recipe.cfg, recipe.cfg_interval, image_scale, recipe.negative)
 
 
 def _with_fillers(rows: Mapping[int, _Row], pictures: int, max_tokens: int) -> list[dict[str, PromptEncoding]]:

@@ -192,7 +192,7 @@ def _seconds(network: Network, setting: Setting, size: tuple[int, int]) -> dict[
     """The estimate for one picture: encoding both prompts, copying weights, and all passes of the generation tower."""
     g, defaults, made = network.generation, network.defaults, weights(network, setting)
     low, high = defaults.cfg_interval
-    forwards = defaults.steps * (1 + (high - low) * (defaults.cfg != 1))
+    forwards = defaults.steps * (1 + (high - low) * (network.guided and defaults.cfg != 1))
     # A batch of branches unpacks and copies the weights once.
     passes = defaults.steps if setting.batched_guidance else forwards
     tokens, patches = context_tokens(network, size), patches_of(network, size)

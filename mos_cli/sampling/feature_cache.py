@@ -63,10 +63,16 @@ class CachedTower:
         tower.enable_cache(config)
 
     def __call__(
-        self, z_BCHW: Tensor, t_B: Tensor, bank: StateBank, *, steering: SteeringInput
+        self,
+        z_BCHW: Tensor,
+        t_B: Tensor,
+        bank: StateBank,
+        *,
+        steering: SteeringInput,
+        guidance_B: Tensor | None = None,
     ) -> tuple[Tensor, Route]:
         with self.tower.cache_context(str(id(bank))):
-            return self.tower(z_BCHW, t_B, bank, steering=steering)
+            return self.tower(z_BCHW, t_B, bank, steering=steering, guidance_B=guidance_B)
 
     def reset_cache(self) -> None:
         """Empties the cache and restarts the count of steps."""

@@ -27,18 +27,45 @@ class Guidance:
 
     In an edit x_negative is guided as well: x_without + image_scale * (x_negative - x_without), where x_without is
     predicted without the pictures (InstructPix2Pix, arXiv 2211.09800). A branch without effect is not computed.
+
+    Args:
+        distilled: the network has the scale as an input, and its prediction from the prompt is the guided one.
     """
 
     scale: float
     interval: tuple[float, float] = (0.0, 1.0)
     image_scale: float = 1.0
+    distilled: bool = False
+
+    @classmethod
+    def with_network(
+        cls,
+        guidance_max: float | None,
+        scale: float,
+        interval: tuple[float, float],
+        image_scale: float = 1.0,
+        negative: str = "",
+    ) -> "Guidance":
+        """Guidance as a network allows it: distilled up to its scale `guidance_max`, away from the empty prompt."""
+        distilled = guidance_max is not None and scale <= guidance_max and image_scale == 1.0 and not negative
+        return cls(scale, interval, image_scale, distilled)
+
+    def network_scale(self, t: float) -> float | None:
+        """The scale that is an input of the network at time t; None if the branches are guided."""
+        if not self.distilled:
+            return None
+        return self.scale if self._acts(t) else 1.0
+
+    def _acts(self, t: float) -> bool:
+        return self.interval[0] <= t <= self.interval[1]
 
     def branches(self, t: float) -> tuple[str, ...]:
         """The branches that are needed at time t."""
-        inside = self.interval[0] <= t <= self.interval[1]
+        if self.distilled:
+            return (POSITIVE,)
         negative = self.scale != 1.0 or self.image_scale != 1.0
         needed = (POSITIVE, NEGATIVE, WITHOUT_IMAGE)[: 1 + negative + (self.image_scale != 1.0)]
-        return needed if inside else (POSITIVE,)
+        return needed if self._acts(t) else (POSITIVE,)
 
     def guided(self, x_hats: dict[str, Tensor]) -> Tensor:
         """The guided clean latent, from the predictions of the branches."""
@@ -55,7 +82,13 @@ class Predictor(Protocol):
     """The interface of a generation tower for the sampler: (z_t, t, bank) -> (clean latent, route)."""
 
     def __call__(
-        self, z_BCHW: Tensor, t_B: Tensor, bank: StateBank, *, steering: SteeringInput
+        self,
+        z_BCHW: Tensor,
+        t_B: Tensor,
+        bank: StateBank,
+        *,
+        steering: SteeringInput,
+        guidance_B: Tensor | None,
     ) -> tuple[Tensor, Route]: ...
 
 
@@ -74,32 +107,49 @@ class Branches:
         self._steerings: dict[tuple[str, ...], tuple[list[SteeringInput], SteeringInput]] = {}
 
     def __call__(
-        self, names: Sequence[str], z_PCHW: Tensor, t: float, steer: Callable[[int, str], SteeringInput]
+        self,
+        names: Sequence[str],
+        z_PCHW: Tensor,
+        t: float,
+        steer: Callable[[int, str], SteeringInput],
+        scale: float | None = None,
     ) -> tuple[dict[str, Tensor], list[dict[str, Route]]]:
         """The clean latents [P, C, H, W] that each branch predicts, and for each picture the route of each branch.
 
         Args:
             steer: the steering of a branch of a picture, by its number.
+            scale: see `Guidance.network_scale`.
         """
         x_hats: dict[str, Tensor] = {}
         routes: list[dict[str, Route]] = [{} for _ in self.banks]
         for group in self._groups(names):
             predict = self._one if len(group) == len(self.banks) == 1 else self._batch
-            x_hat_BCHW, rows = predict(group, z_PCHW, t, steer)
+            x_hat_BCHW, rows = predict(group, z_PCHW, t, steer, scale)
             x_hats |= zip(group, x_hat_BCHW.split(len(self.banks)), strict=True)
             for (name, number), row in zip(self._rows(group), rows, strict=True):
                 routes[number][name] = row
         return x_hats, routes
 
     def _one(
-        self, group: Sequence[str], z_1CHW: Tensor, t: float, steer: Callable[[int, str], SteeringInput]
+        self,
+        group: Sequence[str],
+        z_1CHW: Tensor,
+        t: float,
+        steer: Callable[[int, str], SteeringInput],
+        scale: float | None,
     ) -> tuple[Tensor, list[Route]]:
         (name,), t_1 = group, z_1CHW.new_full((1,), t)
-        x_hat_1CHW, route = self.tower(z_1CHW, t_1, self.banks[0][name], steering=steer(0, name))
+        guidance_1 = None if scale is None else z_1CHW.new_full((1,), scale)
+        x_hat_1CHW, route = self.tower(z_1CHW, t_1, self.banks[0][name], steering=steer(0, name), guidance_B=guidance_1)
         return x_hat_1CHW, [route]
 
     def _batch(
-        self, group: tuple[str, ...], z_PCHW: Tensor, t: float, steer: Callable[[int, str], SteeringInput]
+        self,
+        group: tuple[str, ...],
+        z_PCHW: Tensor,
+        t: float,
+        steer: Callable[[int, str], SteeringInput],
+        scale: float | None,
     ) -> tuple[Tensor, list[Route]]:
         rows = self._rows(group)
         if group not in self._joined:
@@ -112,7 +162,8 @@ class Branches:
             # Most steps have the same steering as the one before.
             steering = _join_steerings(steerings, [self.banks[number][name] for name, number in rows], bank.padding)
             self._steerings[group] = (steerings, steering)
-        x_hat_BCHW, route = self.tower(z_BCHW, t_B, bank, steering=steering)
+        guidance_B = None if scale is None else z_PCHW.new_full((len(rows),), scale)
+        x_hat_BCHW, route = self.tower(z_BCHW, t_B, bank, steering=steering, guidance_B=guidance_B)
         found = []
         for number, steering_inputs in enumerate(steerings):
             row = route.row(bank.padding, number)

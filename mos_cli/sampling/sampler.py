@@ -106,10 +106,10 @@ def sample_batch(
         banks, observers, steer: those of each picture; see `sample`.
         sigmas: the times of the run; see `make_sigmas`.
         solver: "euler", or "ab2", the two-step Adams-Bashforth method. Its first step is an Euler step; so is a step
-            with other branches than the one before, since the velocity jumps there and cannot be extrapolated.
+            at which guidance begins or ends, since the velocity jumps there and cannot be extrapolated.
         batched_guidance: compute the branches as one batch; see `Branches`.
         initial: the latent to start from; without it the run starts from noise alone.
-        reset_cache: called before a step with other branches than the one before it.
+        reset_cache: called before a step at which guidance begins or ends.
     """
     times = sigmas.tolist()
     z, steps = noise_PCHW, len(times) - 1
@@ -117,14 +117,15 @@ def sample_batch(
         z = noised(initial.z0_BCHW, z, torch.full((z.shape[0],), times[0], device=z.device))
     steer = steer or [None] * len(banks)
     predict = Branches(tower, banks, batched_guidance=batched_guidance)
-    names = guidance.branches(times[0])
+    guides = guidance.branches(times[0]), guidance.network_scale(times[0])
     v_before: Tensor | None = None
     for index, (t, t_next) in enumerate(pairwise(times)):
-        before, names = names, guidance.branches(t)
-        if names != before:
+        before, guides = guides, (guidance.branches(t), guidance.network_scale(t))
+        names, scale = guides
+        if guides != before:
             reset_cache()
             v_before = None
-        x_hats, routes = predict(names, z, t, partial(_steering, steer, index))
+        x_hats, routes = predict(names, z, t, partial(_steering, steer, index), scale)
         x_hat = guidance.guided(x_hats)
         if initial is not None and initial.mask_11HW is not None:
             x_hat = torch.lerp(initial.z0_BCHW, x_hat, initial.mask_11HW)

@@ -100,6 +100,7 @@ class GenerationTower(ModelMixin, ConfigMixin, CacheMixin):
         self.top_k, self.renormalise, self.rope_theta = top_k, renormalise, rope_theta
         self.patch_spacing = 1.0
         """The distance of neighbouring patches in the rotary positions; training on a smaller canvas raises it."""
+        self.guidance_max = guidance_max
         self.kept_layers = {"routed": top_k, "mean": states_layers}.get(fusion, 1)
         patch_values = channels * patch * patch
         self.image_state_widths, self.has_vision = tuple(image_state_widths), has_vision

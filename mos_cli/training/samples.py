@@ -90,12 +90,12 @@ def _draw(trainer: Trainer, tower: GenerationTower, prompt: str, before: Tensor 
     if before is None or bundle.edits is None:
         defaults, guidance, conditioning = (
             bundle.defaults,
-            Guidance(bundle.defaults.cfg, bundle.defaults.cfg_interval),
+            Guidance.with_network(tower.guidance_max, bundle.defaults.cfg, bundle.defaults.cfg_interval),
             None,
         )
     else:
         latent, defaults = autoencoder.encode(before), bundle.edits
-        guidance = Guidance(defaults.cfg, defaults.cfg_interval, defaults.image_cfg)
+        guidance = Guidance.with_network(tower.guidance_max, defaults.cfg, defaults.cfg_interval, defaults.image_cfg)
         conditioning = EditConditioning((before,), (latent,), InitialLatent(latent))
     z = generate_latents(
         tower,

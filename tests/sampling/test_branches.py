@@ -114,7 +114,9 @@ def test_rules_of_one_branch_leave_the_others_alone() -> None:
 def test_rules_are_joined_anew_only_where_they_change() -> None:
     tower, said = small_tower(), []
     predict = Branches(
-        lambda *asked, steering: (said.append(steering), tower(*asked))[1], [banks(tower)], batched_guidance=True
+        lambda *asked, steering, guidance_B: (said.append(steering), tower(*asked))[1],
+        [banks(tower)],
+        batched_guidance=True,
     )
     one, other = (Steering(torch.ones(1, TOKENS["negative"], J, M, dtype=torch.bool)) for _ in range(2))
     for steering in (one, one, other):

@@ -34,11 +34,11 @@ def run(tower, *, steps: int, solver: Solver = "ab2", guidance=Guidance(1.0), sh
 @given(st.integers(1, 60), st.sampled_from([1.0, 3.0]), st.sampled_from(get_args(Solver)))
 def test_a_perfect_predictor_lands_on_the_image(steps: int, shift: float, solver: Solver) -> None:
     image = torch.rand(1, 3, 8, 8) * 2 - 1
-    landed = run(lambda z, t, bank, steering: (image, ROUTE), steps=steps, shift=shift, solver=solver)
+    landed = run(lambda z, t, bank, steering, guidance_B: (image, ROUTE), steps=steps, shift=shift, solver=solver)
     torch.testing.assert_close(landed, image, atol=2e-6, rtol=0)
 
 
-def smooth(z, t, bank, steering):
+def smooth(z, t, bank, steering, guidance_B=None):
     """A predictor that is smooth in time and picture: the sampler follows dz/dt = cos(3 t) - sin(z)."""
     return z - t.item() * (torch.cos(3 * t) - torch.sin(z)), ROUTE
 
@@ -56,7 +56,7 @@ def test_the_error_falls_with_the_order_of_the_solver(solver: Solver, order: int
 def test_with_even_steps_ab2_is_three_halves_and_minus_one_half() -> None:
     velocities: list[torch.Tensor] = []
 
-    def tower(z, t, bank, steering):
+    def tower(z, t, bank, steering, guidance_B):
         x_hat, route = smooth(z, t, bank, steering)
         velocities.append(velocity(z, x_hat, t))
         return x_hat, route
@@ -71,7 +71,7 @@ def test_with_even_steps_ab2_is_three_halves_and_minus_one_half() -> None:
 def test_nothing_is_extrapolated_over_a_jump_of_guidance(interval: tuple[float, float]) -> None:
     """Within and outside the interval the velocity is constant: any solver follows it, unless it mixes the two."""
 
-    def tower(z, t, bank, steering):
+    def tower(z, t, bank, steering, guidance_B):
         return z - t.item() * bank.bank_BTMD.item(), ROUTE
 
     guidance, steps = Guidance(3.0, interval), 20
@@ -109,7 +109,7 @@ def test_times_fall_evenly_and_the_shift_is_applied_once() -> None:
 def test_guidance_leads_away_from_the_negative_only_inside_its_interval() -> None:
     asked = []
 
-    def tower(z, t, bank, steering):
+    def tower(z, t, bank, steering, guidance_B):
         asked.append((round(t.item(), 3), bank is BANKS[POSITIVE]))
         return torch.full_like(z, bank.bank_BTMD.item()), ROUTE
 
