@@ -1,6 +1,6 @@
 """Draws scenes on the device that holds the sprites.
 
-A layer is one object of each scene. What objects need before they are drawn is computed for those of all layers at once.
+A layer is one object of each scene. The objects of all layers are prepared at once, and the layers drawn one by one.
 
 Shapes: B batch, V pictures, P objects, N numbers of a scene, H x W the canvas, h x w a sprite.
 """
@@ -23,7 +23,7 @@ from mos_cli.datasets.scenes.packed import (
 EDGE = 16
 """Width of the transparent border around a sprite for the filter, in sprite pixels."""
 CPU_SCENES = 16
-"""Scenes that a CPU draws at once: more at once take twice the time for each, as their sprites do not fit into its cache."""
+"""Scenes that a CPU draws at once. The sprites of many do not fit into its cache: each then takes twice the time."""
 LUMA = (0.299, 0.587, 0.114)
 
 
