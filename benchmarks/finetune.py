@@ -19,9 +19,9 @@ from PIL import Image
 
 from mos_cli.datasets.art.file import Art, data_folder, load_art
 from mos_cli.datasets.scenes.backgrounds import WHITE, named_background
-from mos_cli.datasets.scenes.compositor import Compositor
+from mos_cli.datasets.scenes.compositor import Compositor, scaled
 from mos_cli.datasets.scenes.layout import Placed, Scene
-from mos_cli.datasets.scenes.packed import pack_scenes, unpack_objects
+from mos_cli.datasets.scenes.packed import pack_scenes, split_objects
 from mos_cli.datasets.scenes.vocabulary import COLOURS
 from mos_cli.towers.autoencoder import to_image
 
@@ -64,8 +64,8 @@ def character(art: Art) -> Image.Image:
     compositor, layers = Compositor(sprites), []
     for index, (_, colour, (x, y, side)) in enumerate(PARTS):
         scene = Scene((Placed(index, x, y, side, COLOURS[colour][0]),), WHITE)
-        (objects,) = unpack_objects(pack_scenes([scene], objects=1))
-        layers.append(compositor._layer(objects, SPRITE)[0])
+        (packed,) = split_objects(pack_scenes([scene], objects=1))
+        layers.append(scaled(*compositor.prepared(packed, SPRITE))[0])
     body, hat = layers
     premultiplied_4HW = body * (1 - hat[3:]) + hat
     alpha = premultiplied_4HW[3:].clamp_min(1e-6)

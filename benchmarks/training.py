@@ -125,11 +125,10 @@ def host(name: str, art: Path) -> None:
             worker = cpu_milliseconds(lambda many=many, step=step: many.picks[step], 5)
             handed = pickle.dumps(many.picks[step])
             taken = cpu_milliseconds(lambda handed=handed: pickle.loads(handed), 20)
-            picking = cpu_milliseconds(lambda one=one, step=step: one.picks[step], 100)
-            making = cpu_milliseconds(lambda one=one, step=step: one.make(step), 100)
+            picked = one.picks[step]
+            host = taken + cpu_milliseconds(lambda one=one, picked=picked: one.finish(picked), 100)
             with Operations() as operations:
-                one.make(step)
-            host = taken + making - picking
+                one.finish(picked)
             print(f"| {what} | {worker:.0f} | {operations.computing.total()} | {host:.1f} |", flush=True)
         tower = GenerationTower(**recipe.generation)
         muon = build_optimisers(tower)[0]

@@ -70,8 +70,8 @@ class _Block(nn.Module):
         self._bn2 = norm(after)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
-        inner = F.relu6(self._bn1(_same(self._depthwise_conv, inner)))
+        inner = F.relu6(self._bn0(self._expand_conv(x)), inplace=True) if self.expands else x
+        inner = F.relu6(self._bn1(_same(self._depthwise_conv, inner)), inplace=True)
         inner = self._bn2(self._project_conv(inner))
         return x + inner if self.residual else inner
 
@@ -84,7 +84,10 @@ def _same(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """Pads as TensorFlow does, with which the weights were trained: an odd pixel goes to the right and the bottom."""
     kernel, stride = conv.kernel_size[0], conv.stride[0]
     missing = max((-(-x.shape[-1] // stride) - 1) * stride + kernel - x.shape[-1], 0)
-    return conv(F.pad(x, (missing // 2, missing - missing // 2) * 2))
+    padding, odd = divmod(missing, 2)
+    if odd:
+        x, padding = F.pad(x, (padding, padding + 1) * 2), 0
+    return F.conv2d(x, conv.weight, conv.bias, stride, padding, groups=conv.groups)
 
 
 class FeaturesSpec(TowerSpec):

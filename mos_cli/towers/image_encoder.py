@@ -41,8 +41,13 @@ class ImageEncoder(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def encode_images(self, pictures_B3HW: Tensor) -> Tensor:
         """Image tokens, row by row, of pictures in -1..1 of any size: [B, V, M, Z], narrow states padded with zeros."""
-        sized = F.interpolate(pictures_B3HW, (SIDE, SIDE), mode="bilinear", antialias=True).to(self.dtype)
+        # The dtype that diffusers gives goes through all modules each time.
+        dtype = self.trunk._conv_stem.weight.dtype
+        sized = F.interpolate(pictures_B3HW, (SIDE, SIDE), mode="bilinear", antialias=True).to(dtype)
         # Depthwise convolutions are three times as fast on a CPU with the channels last.
         stages = self.trunk.stages(sized.contiguous(memory_format=torch.channels_last))
         cells = [F.adaptive_avg_pool2d(stage.float(), IMAGE_GRID).flatten(2).mT for stage in stages]
-        return torch.stack([F.pad(cells[s], (0, max(self.widths) - cells[s].shape[-1])) for s in self.stages_read], 2)
+        states = sized.new_zeros(len(sized), IMAGE_GRID**2, len(self.widths), max(self.widths), dtype=torch.float32)
+        for layer, (stage, width) in enumerate(zip(self.stages_read, self.widths, strict=True)):
+            states[:, :, layer, :width] = cells[stage]
+        return states

@@ -165,17 +165,17 @@ class Share:
 class Picked:
     """The pictures of a step for this process, before they are drawn, and their captions.
 
-    `tokens` are the token numbers of the captions and their mask, [B, T] each; None if a tower with vision reads them.
+    `captions` are their token numbers and their mask, [2, B, T]; for a tower with vision, which reads them with
+    pictures, the captions themselves.
     """
 
     step: int
     pictures: Any
-    captions: list[str]
-    tokens: tuple[Tensor, Tensor] | None
+    captions: Tensor | list[str]
 
     def pin_memory(self) -> "Picked":
         """With tensors in memory that a GPU reads by itself; called by the DataLoader."""
-        return replace(self, pictures=_pinned(self.pictures), tokens=_pinned(self.tokens))
+        return replace(self, pictures=_pinned(self.pictures), captions=_pinned(self.captions))
 
 
 @dataclass(frozen=True)
@@ -203,22 +203,22 @@ class Picks:
                 picture, caption = source.pick(random, stage.canvas)
                 pictures.append(picture)
                 captions.append("" if random.random() < self.train.drop_caption else caption)
-            tokens = None if self.tokenizer is None else self.tokens(captions)
+            return Picked(step, source.collate(pictures), self.readable(captions))
         except MosError as error:
             return error
-        return Picked(step, source.collate(pictures), captions, tokens)
 
-    def tokens(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Token numbers and mask of captions, [B, T] each; raises UsageError for one that is too long."""
+    def readable(self, captions: list[str]) -> Tensor | list[str]:
+        """Captions as in `Picked`; raises UsageError for one that is too long."""
         tokenizer = self.tokenizer
-        assert tokenizer is not None
+        if tokenizer is None:
+            return captions
         try:
             batch = tokenizer([""] * len(captions), captions)
         except InputError:
             batch = None
         if batch is None or batch["input_ids"].shape[1] > self.train.context_tokens:
             raise too_long(captions, tokenizer, self.train.context_tokens)
-        return batch["input_ids"], batch["attention_mask"]
+        return torch.stack([batch["input_ids"], batch["attention_mask"]])  # type: ignore[list-item]
 
 
 class Batches:
@@ -274,7 +274,7 @@ class Batches:
             InputError: a picture cannot be read.
             UsageError: a caption does not fit into `context_tokens`.
         """
-        return self._finish(self.picks[step])
+        return self.finish(self.picks[step])
 
     def names(self, step: int) -> list[str]:
         """The names of the files of a step's pictures, or where they have none the captions."""
@@ -308,13 +308,13 @@ class Batches:
             pin_memory=self.device.type == "cuda",
         )
         if self.device.type != "cuda":
-            yield from map(self._finish, picked)
+            yield from map(self.finish, picked)
             return
         side = torch.cuda.Stream(self.device, priority=-1)
         side.wait_stream(torch.cuda.current_stream(self.device))
         for each in picked:
             with torch.cuda.stream(side):
-                batch = self._finish(each)
+                batch = self.finish(each)
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(side)
             for field in fields(batch):
@@ -322,7 +322,8 @@ class Batches:
                     tensor.record_stream(current)
             yield batch
 
-    def _finish(self, picked: Picked | MosError) -> Batch:
+    def finish(self, picked: Picked | MosError) -> Batch:
+        """The batch of what was picked, the part of `make` that needs the device; raises an error that was returned."""
         if isinstance(picked, MosError):
             raise picked
         stage = self.curriculum.stage_at(picked.step)
@@ -352,9 +353,8 @@ class Batches:
                 held_out = [] if one.held_out is None else one.held_out(stage.canvas)
                 for first in range(0, len(held_out), stage.batch):
                     pairs = held_out[first : first + stage.batch]
-                    captions = [caption for _, caption in pairs]
-                    tokens = None if self.picks.tokenizer is None else self.picks.tokens(captions)
-                    picked = Picked(step, one.collate([picture for picture, _ in pairs]), captions, tokens)
+                    captions = self.picks.readable([caption for _, caption in pairs])
+                    picked = Picked(step, one.collate([picture for picture, _ in pairs]), captions)
                     for place, time in enumerate(VALIDATION_TIMES):
                         t = torch.full((len(pairs),), time, device=self.device)
                         seed = Random(f"{self.train.seed}/validation/{edits}/{number}/{first}/{place}").getrandbits(63)
@@ -394,7 +394,7 @@ class Batches:
         """The batch of pictures at times `t`, with the `part` that is theirs of the noise for `whole` pictures."""
         reads_pictures = source.edits and self.image_encoder is None
         # First of all: transformers looks at the mask on the host, which waits for what is queued before.
-        words = None if reads_pictures else self._read(picked)
+        words = None if reads_pictures else self._read(picked.captions)
         drawn_BN3HW = source.draw(picked.pictures, canvas)
         z0 = self.autoencoder.encode(drawn_BN3HW[:, 0])
         z1 = torch.randn(whole, *z0.shape[1:], generator=noise, device=self.device)[part]
@@ -407,6 +407,7 @@ class Batches:
         if words is not None:
             assert self.image_encoder is not None
             return Batch(z0, noisy, t, *words, references, self.image_encoder.encode_images(before))
+        assert isinstance(picked.captions, list)
         states, mask, grid = self._read_with_images(picked.captions, before)
         return Batch(z0, noisy, t, states, mask, references, grid=grid)
 
@@ -425,12 +426,12 @@ class Batches:
 
         return words_first(states.states_BTMS), words_first(states.mask_BT), (span.rows, span.columns)
 
-    def _read(self, picked: Picked) -> tuple[Tensor, Tensor]:
+    def _read(self, captions: Tensor | list[str]) -> tuple[Tensor, Tensor]:
         """States and mask of captions, padded."""
-        if picked.tokens is None:
-            states = self._checked(picked.captions)
+        if isinstance(captions, list):
+            states = self._checked(captions)
             return self._padded(states.states_BTMS), self._padded(states.mask_BT)
-        ids_BT, mask_BT = (each.to(self.device, non_blocking=True) for each in picked.tokens)
+        ids_BT, mask_BT = captions.to(self.device, non_blocking=True)
         return self._padded(self.understanding.states(ids_BT, mask_BT)), self._padded(mask_BT.bool())
 
     def _padded(self, words: Tensor) -> Tensor:

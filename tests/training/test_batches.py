@@ -49,12 +49,14 @@ def test_other_processes_pick_the_same(understanding, monkeypatch) -> None:
 
 def test_what_other_processes_pick_are_tensors(understanding) -> None:
     """The process that has the device does nothing for each picture."""
-    picked = tiny.batches(tiny.recipe(), understanding).picks[0]
+    picks = tiny.batches(tiny.recipe(), understanding).picks
+    picked, with_vision = picks[0], replace(picks, tokenizer=None)[0]
     assert isinstance(picked, Picked)
+    assert isinstance(with_vision, Picked)
     assert (picked.pictures.dtype, len(picked.pictures)) == (torch.float32, 8)
-    assert picked.tokens is not None
-    ids_BT, mask_BT = picked.tokens
-    states = understanding.encode(picked.captions)
+    assert isinstance(picked.captions, torch.Tensor)
+    ids_BT, mask_BT = picked.captions
+    states = understanding.encode(with_vision.captions)
     assert torch.equal(understanding.states(ids_BT, mask_BT), states.states_BTMS)
     assert torch.equal(mask_BT.bool(), states.mask_BT)
 
@@ -107,7 +109,7 @@ def test_shares_make_up_the_whole_batch(understanding) -> None:
 def test_a_caption_that_is_too_long_is_named(understanding, room: int) -> None:
     batches = tiny.batches(tiny.recipe(context_tokens=room), understanding)
     with pytest.raises(UsageError, match=r"'a (dog ){15,}.* has 42 tokens.*context_tokens"):
-        batches.picks.tokens(["a cat", "a " + "dog " * 39])
+        batches.picks.readable(["a cat", "a " + "dog " * 39])
 
 
 def test_a_step_has_pictures_of_one_shape_and_mixed_scenes_are_steps_of_their_own(understanding, tmp_path) -> None:

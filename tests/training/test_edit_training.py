@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from paired_steps import Operations
 from PIL import Image
 
 from mos_cli.datasets.art.file import Art
+from mos_cli.datasets.scenes import compositor
 from mos_cli.datasets.scenes.compositor import Compositor
 from mos_cli.datasets.scenes.vocabulary import load_vocabulary
 from mos_cli.datasets.tables import DataTable
@@ -73,6 +75,21 @@ def test_a_run_learns_both_and_shows_both(understanding, art: Art, tmp_path: Pat
     assert {"reference_in.weight", "image_states_in.0.weight", "router.image_states_in.weight"} <= set(changed)
     width, height = Image.open(tmp_path / "samples" / "000008.png").size
     assert width > height
+
+
+@pytest.mark.parametrize(("edits", "most"), [(False, 211), (True, 410)])
+def test_the_process_with_the_gpu_starts_few_operations_for_a_batch(
+    understanding, art: Art, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edits: bool, most: int
+) -> None:
+    """At most a tenth above the count when this was written; `benchmarks/training.py host` shows the time they take."""
+    monkeypatch.setattr(compositor, "_rows", lambda _: slice(None))
+    recipe = _editing()
+    batches = _trainer(recipe, understanding, art, tmp_path).batches
+    step = next(step for step in range(8) if kind_of(batches.curriculum, recipe.train.seed, step)[1] == edits)
+    picked = batches.picks[step]
+    with Operations() as operations:
+        batches.finish(picked)
+    assert operations.computing.total() <= most
 
 
 def test_a_run_stopped_before_its_first_edit_goes_on(understanding, art: Art, tmp_path: Path) -> None:

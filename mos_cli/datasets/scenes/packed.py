@@ -1,6 +1,7 @@
 """Scenes as an array of numbers, which worker processes write and the compositor draws from.
 
-Shapes: B scenes, O objects, N = 7 + 10 * O numbers of a scene: its background, then its objects from back to front.
+Shapes: B scenes, O objects of a scene, N = 7 + 10 * O numbers of a scene: its background, then its objects from back to
+front. P objects of several scenes.
 """
 
 from collections.abc import Sequence
@@ -12,8 +13,10 @@ from torch import Tensor
 from mos_cli.datasets.scenes.layout import Placed, Scene
 
 BACKGROUND_WIDTHS = (3, 3, 1)
-OBJECT_WIDTHS = (1, 1, 1, 1, 1, 1, 1, 3)
+OBJECT_WIDTHS = (1, 1, 2, 1, 1, 1, 3)
 BACKGROUND, OBJECT = sum(BACKGROUND_WIDTHS), sum(OBJECT_WIDTHS)
+ABSENT = (0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+"""The numbers of an object that is not there. It has a side because sides are divided by."""
 NO_HORIZON = -1.0
 
 
@@ -26,28 +29,26 @@ class PackedBackgrounds(NamedTuple):
 
 
 class PackedObjects(NamedTuple):
-    """One object of each scene, as `Placed`; `present_B` is 0 for a scene that has fewer objects."""
+    """Objects, as `Placed`; `present_P` is 0 where a scene has fewer objects, and `centre_P2` is x and y."""
 
-    present_B: Tensor
-    picture_B: Tensor
-    x_B: Tensor
-    y_B: Tensor
-    side_B: Tensor
-    mirrored_B: Tensor
-    tinted_B: Tensor
-    tint_B3: Tensor
+    present_P: Tensor
+    picture_P: Tensor
+    centre_P2: Tensor
+    side_P: Tensor
+    mirrored_P: Tensor
+    tinted_P: Tensor
+    tint_P3: Tensor
 
 
 def pack_scenes(scenes: Sequence[Scene], objects: int) -> Tensor:
     """Scenes of at most `objects` objects, float32 [B, N]."""
-    absent = (0.0,) * OBJECT
     rows = []
     for scene in scenes:
         top, bottom, horizon = scene.background.top, scene.background.bottom, scene.background.horizon
         row = [*top, *bottom, NO_HORIZON if horizon is None else horizon]
         for placed in scene.objects:
             row += _numbers(placed)
-        rows.append([*row, *absent * (objects - len(scene.objects))])
+        rows.append([*row, *ABSENT * (objects - len(scene.objects))])
     return torch.tensor(rows)
 
 
@@ -56,9 +57,14 @@ def unpack_backgrounds(packed_BN: Tensor) -> PackedBackgrounds:
     return PackedBackgrounds(*_columns(packed_BN[:, :BACKGROUND], BACKGROUND_WIDTHS))
 
 
-def unpack_objects(packed_BN: Tensor) -> list[PackedObjects]:
-    """The objects of packed scenes from back to front, one of each scene at a time."""
-    return [PackedObjects(*_columns(each, OBJECT_WIDTHS)) for each in packed_BN[:, BACKGROUND:].split(OBJECT, dim=1)]
+def split_objects(packed_BN: Tensor) -> tuple[Tensor, ...]:
+    """The numbers of the objects of packed scenes from back to front, one of each scene at a time: O times [B, 10]."""
+    return packed_BN[:, BACKGROUND:].split(OBJECT, dim=1)
+
+
+def unpack_objects(packed_PN: Tensor) -> PackedObjects:
+    """Objects from their numbers, [P, 10]."""
+    return PackedObjects(*_columns(packed_PN, OBJECT_WIDTHS))
 
 
 def _numbers(placed: Placed) -> tuple[float, ...]:
