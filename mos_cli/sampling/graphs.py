@@ -28,7 +28,8 @@ BUCKETED_PATCHES = 1024
 KEPT = 4
 """Graphs that are kept. A picture with guidance in an interval needs two, an edit with three branches three."""
 LEFT, OFTEN = 4, 8
-_NAME = "mos_step_graphs"
+"""The fewest steps of a picture after a capture, and the passes of a kind after which fewer will do; see `_pays`."""
+HOOK = "mos_step_graphs"
 
 
 def prompt_bucket(device: torch.device, attention: str, patches: int) -> int | None:
@@ -125,7 +126,7 @@ class StepGraphs(ModelHook):
     def add_to(self, tower: GenerationTower) -> "StepGraphs":
         """Adds the hook to a tower; returns itself."""
         self.tower = tower
-        HookRegistry.check_if_exists_or_initialize(tower).register_hook(self, _NAME)
+        HookRegistry.check_if_exists_or_initialize(tower).register_hook(self, HOOK)
         return self
 
     def begin(self, steps: int) -> None:
