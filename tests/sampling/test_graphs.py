@@ -1,7 +1,6 @@
 """Replayed passes are the passes themselves: nothing stale is read and nothing kept is overwritten.
 
-A capture of the test's own stands in for CUDA graphs: a replay computes from the memory that was captured and writes
-into the memory of the first result, as a graph does, whatever the inputs of the call are.
+`Recomputed` stands in for CUDA graphs; those marked `cuda` capture them.
 """
 
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.trace import RecordOptions
 from mos_cli.sampling.feature_cache import caching
-from mos_cli.sampling.graphs import KEPT, LEFT, OFTEN, CudaCapture, StepGraphs, mapped, prompt_bucket, same, tensors_of
+from mos_cli.sampling.graphs import KEPT, LEFT, OFTEN, CudaCapture, StepGraphs, prompt_bucket, same
 from mos_cli.sampling.guidance import Guidance
 from mos_cli.sampling.sampler import make_sigmas, sample
 from mos_cli.towers.bank import join
@@ -22,29 +21,9 @@ from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.layers import kept_tables, rotary
 from mos_cli.towers.router import Steering, uniform_route
 from tests.helpers.generation_towers import FIXED, ROUTED, WIDTHS, J, M, S, V, inputs, name_of, small_tower
+from tests.helpers.recomputed import Recomputed
 
 CPU = torch.device("cpu")
-
-
-class Recomputed:
-    """Replays by computing again, from and into the memory that was captured."""
-
-    def __init__(self) -> None:
-        self.captured = 0
-
-    def warm_up(self, function: Callable[[], Any]) -> Any:
-        return function()
-
-    def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:
-        self.captured += 1
-        # In memory of its own: a fixed route is expanded, and cannot be written.
-        result = mapped(function(), torch.clone)
-
-        def replay() -> None:
-            for into, tensor in zip(tensors_of(result), tensors_of(function()), strict=True):
-                into.copy_(tensor)
-
-        return result, replay
 
 
 def graphed(tower: GenerationTower, capture: Any = None) -> StepGraphs:
@@ -165,7 +144,7 @@ def test_replayed_pictures_are_the_same_whatever_was_drawn_before(bucket: int | 
     tower, other = (small_tower(image_state_widths=WIDTHS) for _ in range(2))
     graphs = graphed(other)
     for positive, seed in ((6, 1), (6, 2), (3, 3), (9, 4), (6, 1)):
-        how: dict[str, Any] = {"steps": 8, "bucket": bucket, "pictures": pictures}
+        how: dict[str, Any] = {"steps": LEFT + 2, "bucket": bucket, "pictures": pictures}
         check_same(drawn(other, positive, seed, graphs=graphs, **how), drawn(tower, positive, seed, **how))
     # One graph for all these prompts, or one for each length; and one for the branch that does not see the pictures.
     graphs_made = (1 if bucket else 3) + pictures
@@ -180,8 +159,8 @@ def test_the_fixed_routes_and_the_input_of_guidance_are_replayed_too() -> None:
         tower, other = small_tower(**changes), small_tower(**changes)
         graphs = graphed(other)
         for seed in (1, 2):
-            check_same(drawn(other, seed=seed, graphs=graphs), drawn(tower, seed=seed))
-        assert graphs.replayed == 22
+            check_same(drawn(other, seed=seed, steps=LEFT + 2, graphs=graphs), drawn(tower, seed=seed, steps=LEFT + 2))
+        assert graphs.replayed == 2 * LEFT + 2
     tower, other = (small_tower(guidance_max=8.0) for _ in range(2))
     graphs, z = graphed(other), inputs(1)[0]
     torch.nn.init.normal_(tower.guidance_in.mlp.linear_2.weight)
@@ -271,16 +250,16 @@ def test_only_the_last_used_graphs_are_kept() -> None:
     tower = small_tower()
     graphs = graphed(tower)
     for positive in range(3, 3 + KEPT):
-        drawn(tower, positive, bucket=None, graphs=graphs)
-    drawn(tower, 3, bucket=None, graphs=graphs)
+        drawn(tower, positive, steps=LEFT + 2, bucket=None, graphs=graphs)
+    drawn(tower, 3, steps=LEFT + 2, bucket=None, graphs=graphs)
     assert graphs.capture.captured == KEPT
-    drawn(tower, 20, bucket=None, graphs=graphs)
+    drawn(tower, 20, steps=LEFT + 2, bucket=None, graphs=graphs)
     before = graphs.replayed
     # The first was used again, the second is the one that was dropped.
-    drawn(tower, 3, bucket=None, graphs=graphs)
-    assert graphs.replayed - before == 12
+    drawn(tower, 3, steps=LEFT + 2, bucket=None, graphs=graphs)
+    assert graphs.replayed - before == LEFT + 2
     assert len(graphs._graphs) == KEPT
-    drawn(tower, 4, bucket=None, graphs=graphs)
+    drawn(tower, 4, steps=LEFT + 2, bucket=None, graphs=graphs)
     assert graphs.capture.captured == KEPT + 2
 
 
