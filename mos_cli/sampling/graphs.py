@@ -16,6 +16,7 @@ import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
+from mos_cli.towers.attention import SDPA
 from mos_cli.towers.bank import StateBank
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.layers import VariableLengths, kept_tables, mask_of
@@ -35,10 +36,12 @@ HOOK = "mos_step_graphs"
 def prompt_bucket(device: torch.device, attention: str, patches: int) -> int | None:
     """The bucket of the prompts of a picture; None for rows of their own lengths, whose graphs serve one length each.
 
+    `attention` names the backends that are used, as `choose_attention` does.
+
     It depends on what is recorded with a picture, not on whether a graph is used: the mask changes the last bits.
     """
     # xformers has another format of masks.
-    return BUCKET if device.type == "cuda" and attention == "sdpa" and patches <= BUCKETED_PATCHES else None
+    return BUCKET if device.type == "cuda" and attention == SDPA.value and patches <= BUCKETED_PATCHES else None
 
 
 class Capture(Protocol):
@@ -82,10 +85,8 @@ class CudaCapture:
     def _check_memory(self) -> None:
         """The memory of a graph is not planned, and no other part of a picture can use it."""
         free, total = torch.cuda.mem_get_info(self.device)
-        limit, used = (
-            total * torch.cuda.get_per_process_memory_fraction(self.device),
-            torch.cuda.memory_allocated(self.device),
-        )
+        limit = total * torch.cuda.get_per_process_memory_fraction(self.device)
+        used = torch.cuda.memory_allocated(self.device)
         room = min(limit - used, free + torch.cuda.memory_reserved(self.device) - used)
         if room < limit / 4:
             raise RuntimeError("less than a quarter of the memory of the GPU is free")
@@ -188,6 +189,9 @@ class StepGraphs(ModelHook):
                 if not same(graph(given), result):
                     raise RuntimeError("a replay differs from the pass itself")
             except RuntimeError as error:
+                while isinstance(error.__context__, RuntimeError):
+                    # An error within a capture makes its end fail as well.
+                    error = error.__context__
                 self.failure = f"not captured: {str(error).strip().splitlines()[0]}"
                 return result
         self._graphs[key] = graph

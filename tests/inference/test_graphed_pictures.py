@@ -36,7 +36,6 @@ def recipe(prompt: str, seed: int = 1, **changes):
     return make_recipe(prompt=prompt, model="tiny", seed=seed, precision="fp32", **{**sizes, **changes})
 
 
-@pytest.mark.slow
 def test_pictures_are_those_of_eager_passes(bundle: Bundle, encoder_folder: Path, replaying) -> None:
     replayed, eager = (MoSPipeline(bundle, encoder_folder, device=CPU, precision="fp32") for _ in range(2))
     eager.graphs._always = "to compare"

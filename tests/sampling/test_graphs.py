@@ -16,6 +16,7 @@ from mos_cli.sampling.feature_cache import caching
 from mos_cli.sampling.graphs import KEPT, LEFT, OFTEN, CudaCapture, StepGraphs, prompt_bucket, same
 from mos_cli.sampling.guidance import Guidance
 from mos_cli.sampling.sampler import make_sigmas, sample
+from mos_cli.towers.attention import choose_attention
 from mos_cli.towers.bank import join
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.layers import kept_tables, rotary
@@ -130,12 +131,12 @@ def test_prompts_of_a_bucket_have_the_same_shapes_and_a_full_one_no_mask() -> No
 
 
 def test_buckets_are_for_cuda_and_for_attention_that_takes_a_mask() -> None:
-    cuda = torch.device("cuda")
-    assert prompt_bucket(cuda, "sdpa", 1024) == 16
-    assert prompt_bucket(cuda, "sdpa", 4096) is None
+    cuda, used = torch.device("cuda"), choose_attention(small_tower(), "sdpa")
+    assert prompt_bucket(cuda, used, 1024) == 16
+    assert prompt_bucket(cuda, used, 4096) is None
     assert prompt_bucket(cuda, "xformers", 1024) is None
-    assert prompt_bucket(cuda, "xformers, sdpa", 1024) is None
-    assert prompt_bucket(CPU, "sdpa", 1024) is None
+    assert prompt_bucket(cuda, f"xformers, {used}", 1024) is None
+    assert prompt_bucket(CPU, used, 1024) is None
 
 
 @pytest.mark.parametrize("bucket", [None, 16])
@@ -287,7 +288,11 @@ def test_where_a_capture_fails_eager_goes_on_and_the_reason_is_kept(wrong: str, 
         def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:
             if wrong == "raises":
                 self.captured += 1
-                raise RuntimeError("no such thing\nand more")
+                try:
+                    raise RuntimeError("no such thing\nand more")
+                finally:
+                    # As where a capture ends after an error.
+                    raise RuntimeError("the capture is invalid")
             result, replay = super().record(function)
             return result, lambda: (replay(), result[0].add_(1e-3))
 
