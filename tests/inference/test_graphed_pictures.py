@@ -91,6 +91,10 @@ def test_why_passes_are_not_replayed_is_known(bundle: Bundle, encoder_folder: Pa
     ):
         pipeline.setting = setting
         assert said in pipeline._make_graphs().note
+    pipeline.setting = Setting()
+    # As weights of bitsandbytes have it.
+    pipeline.tower.blocks[0].mlp.down.weight.SCB = None
+    assert "int8" in pipeline._make_graphs().note
 
 
 def test_the_command_says_so_in_one_line(mos, bundle: Bundle, tmp_path: Path, replaying, monkeypatch) -> None:
