@@ -78,8 +78,9 @@ def compiled(run: Run) -> list[Row]:
                 if graph and run.device.type != "cuda":
                     rows.append({**name, "why": NO_CUDA})
                     continue
-                with _replayed(model.tower, run.device, graph):
+                with _replayed(model.tower, run.device, graph) as passes:
                     rows.append({**name, **_costs(model, expected, graph=graph)})
+                    rows[-1]["passes"] = "eager" if passes is None else passes.note
     torch._dynamo.reset()
     eager, compiling = rows[0], rows[2]["cost_seconds"]
     for row in rows:
