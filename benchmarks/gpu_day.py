@@ -45,7 +45,7 @@ WAYS: dict[str, list[str]] = {
 }
 """Ways to draw the same picture."""
 CUDA_ONLY = {"xformers", "offload-blocks", "offload-towers"}
-PERFORMANCE = ("share", "router", "nf4", "attention", "sync", "batched_guidance", "compile", "rivals")
+PERFORMANCE = ("share", "router", "nf4", "attention", "sync", "graphs", "batched_guidance", "compile", "rivals")
 STOPS = 20.0
 """Seconds that a part gets after SIGINT to save what it has."""
 BESIDE = 90.0

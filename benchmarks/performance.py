@@ -1,4 +1,4 @@
-"""MoS-L on a GPU, with random weights: the cells of the table in docs/performance.md.
+"""MoS-L on a GPU, with random weights, and the default model in one part: cells of the table in docs/performance.md.
 
 caps       28 steps with guidance at 1024 px under hard memory caps, in the setting `mos plan` chooses for each
 router     the router's time in a step
@@ -8,6 +8,7 @@ nf4        a forward with quantised blocks beside bf16
 attention  a forward with xformers' attention beside PyTorch's
 batched_guidance   a step with guidance, both branches as one batch, compared with one after the other
 compile    a step with blocks compiled, and as one CUDA graph, beside an eager one: what it costs and when it has paid
+graphs     pictures with passes replayed as CUDA graphs, beside eager ones: the first, the next, another prompt's
 sync       whether the host waits for the device within the steps of a picture
 
 Prints a markdown table and one JSON object per row. Networks are made on the device from configs alone. `--tiny` runs
@@ -27,7 +28,7 @@ import performance_networks as networks
 import torch
 from performance_caps import draw_under
 from performance_model import MoSL, Row, Run, difference, matmul_rate, seconds
-from performance_steps import batched_guidance, compiled, sync
+from performance_steps import batched_guidance, compiled, graphs, sync
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mos_cli.errors import DeviceError, MemoryLimitError
@@ -152,7 +153,7 @@ def attention(run: Run) -> list[Row]:
     return rows
 
 
-PARTS = {part.__name__: part for part in (caps, router, rivals, share, nf4, attention, batched_guidance, sync)}
+PARTS = {part.__name__: part for part in (caps, router, rivals, share, nf4, attention, batched_guidance, sync, graphs)}
 PARTS["compile"] = compiled
 
 

@@ -68,10 +68,12 @@ class MoSL:
     def seconds(self) -> float:
         return seconds(self.forward, self.run)
 
-    def step(self, tokens: int = TOKENS, *, batched_guidance: bool = True) -> Callable[[], Tensor]:
+    def step(
+        self, tokens: int = TOKENS, *, batched_guidance: bool = True, bucket: int | None = None
+    ) -> Callable[[], Tensor]:
         """What predicts both branches of a step, [2, C, H, W]."""
         banks = self.banks(tokens)
-        predict = Branches(self.tower, [banks], batched_guidance=batched_guidance)
+        predict = Branches(self.tower, [banks], batched_guidance=batched_guidance, bucket=bucket)
 
         @torch.inference_mode()
         def predicted() -> Tensor:

@@ -1,4 +1,4 @@
-"""A step of MoS-L with guidance: its branches in one pass, compiled, as one CUDA graph; and whether the host waits.
+"""Steps with guidance: branches in one pass, compiled, replayed as CUDA graphs; and whether the host waits.
 
 Shapes: B branches, T context tokens, J generation blocks, M understanding layers.
 """
@@ -6,24 +6,32 @@ Shapes: B branches, T context tokens, J generation blocks, M understanding layer
 import math
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import performance_networks as networks
 import torch
+from diffusers.hooks.hooks import HookRegistry
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-from performance_model import MoSL, Row, Run, difference, seconds
+from performance_model import SHORT, MoSL, Row, Run, difference, seconds
 from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
+from mos_cli.bundles.bundle import find_bundle
 from mos_cli.inference.offload import StreamedBlocks
 from mos_cli.planning.memory import TOKENS
 from mos_cli.quantization.method import Method
 from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.trace import RecordOptions
-from mos_cli.sampling.guidance import POSITIVE, Guidance
+from mos_cli.sampling.graphs import BUCKET, HOOK, CudaCapture, StepGraphs
+from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, Guidance
 from mos_cli.sampling.sampler import make_sigmas, sample
+from mos_cli.towers.bank import StateBank
+from mos_cli.towers.generation import GenerationTower
+from mos_cli.towers.quantized import load_generation
 from mos_cli.towers.router import Steering
 from mos_cli.utils.validation import DEFAULT_SOLVER
 
@@ -54,7 +62,7 @@ def batched_guidance(run: Run) -> list[Row]:
 
 
 def compiled(run: Run) -> list[Row]:
-    """A step eagerly, with its blocks compiled, and either as one CUDA graph, which holds for one length of prompt.
+    """A step eagerly, with its blocks compiled, and either replayed as a CUDA graph, of which each length has its own.
 
     What a row costs is its first calls for prompts of three lengths, from empty caches, less three steady ones.
     """
@@ -70,7 +78,9 @@ def compiled(run: Run) -> list[Row]:
                 if graph and run.device.type != "cuda":
                     rows.append({**name, "why": NO_CUDA})
                     continue
-                rows.append({**name, **_costs(model, expected, graph=graph)})
+                with _replayed(model.tower, run.device, graph) as passes:
+                    rows.append({**name, **_costs(model, expected, graph=graph)})
+                    rows[-1]["passes"] = "eager" if passes is None else passes.note
     torch._dynamo.reset()
     eager, compiling = rows[0], rows[2]["cost_seconds"]
     for row in rows:
@@ -86,14 +96,26 @@ def compiled(run: Run) -> list[Row]:
 
 def _costs(model: MoSL, expected: Tensor, *, graph: bool) -> Row:
     """The time of the first calls, the steady time of the last, and its difference from the expected result."""
-    steps, began = [model.step(tokens) for tokens in LENGTHS], time.perf_counter()
-    for number, step in enumerate(steps):
-        steps[number] = _captured(step, model.run.device) if graph else step
-        _finished(steps[number], model.run.device)
+    steps = [model.step(tokens) for tokens in LENGTHS]
+    # The second call of a kind is captured.
+    calls, began = 2 if graph else 1, time.perf_counter()
+    for step in steps:
+        for _ in range(calls):
+            _finished(step, model.run.device)
     first, step = time.perf_counter() - began, steps[-1]
     steady = seconds(step, model.run)
-    times = {"step_seconds": steady, "cost_seconds": max(0.0, first - len(LENGTHS) * steady)}
+    times = {"step_seconds": steady, "cost_seconds": max(0.0, first - calls * len(LENGTHS) * steady)}
     return {**times, "difference": difference(step(), expected)}
+
+
+@contextmanager
+def _replayed(tower: GenerationTower, device: torch.device, graph: bool) -> Iterator[StepGraphs | None]:
+    """Passes are replayed as CUDA graphs within the context, or none."""
+    if not graph:
+        yield None
+        return
+    yield StepGraphs(CudaCapture(device)).add_to(tower)
+    HookRegistry.check_if_exists_or_initialize(tower).remove_hook(HOOK, recurse=False)
 
 
 def _finished(action: Callable[[], object], device: torch.device) -> None:
@@ -102,23 +124,86 @@ def _finished(action: Callable[[], object], device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """The step as a CUDA graph, which runs on the same memory; its result is overwritten by the next."""
-    beside = torch.cuda.Stream(device)
-    beside.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(beside):
-        step()
-    torch.cuda.current_stream(device).wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        said = step()
+def graphs(run: Run) -> list[Row]:
+    """Whole pictures of the default model and of MoS-L, eagerly and with replayed passes, with and without buckets.
 
-    def replayed(_read: object = step) -> Tensor:
-        # The graph reads memory that the step holds, and does not hold it itself.
-        graph.replay()
-        return said
+    Of each way the first picture, the next, and the first of a prompt of another length.
+    """
+    rows: list[Row] = []
+    for name, make in (("default", _default_model), ("MoS-L", _mos_l)):
+        draw, tower, steps = make(run)
+        draw(TOKENS, None)
+        expected: Tensor | None = None
+        for graph, bucket in product((False, True), (None, BUCKET)):
+            row: Row = {"model": name, "cuda_graph": graph, "bucket": bucket or "none"}
+            if graph and run.device.type != "cuda":
+                rows.append({**row, "why": NO_CUDA})
+                continue
+            with _replayed(tower, run.device, graph) as passes:
+                for kind, tokens in (("first", TOKENS), ("next", TOKENS), ("other_prompt", TOKENS - 2)):
+                    began = time.perf_counter()
+                    if passes is not None:
+                        passes.begin(steps)
+                    z = draw(tokens, bucket)
+                    row[f"{kind}_seconds"] = time.perf_counter() - began
+                    if kind == "next":
+                        expected = z if expected is None else expected
+                        row["difference"] = difference(z, expected)
+            rows.append({**row, "passes": "eager" if passes is None else passes.note})
+        del draw, tower
+        networks.free(run.device)
+    return rows
 
-    return replayed
+
+def _default_model(run: Run) -> "Picture":
+    """The default model's weights, its prompts of noise."""
+    bundle = find_bundle("emoji")
+    tower = load_generation(bundle.folder / "generation", device=run.device, dtype=torch.bfloat16)
+    z_1CHW = torch.randn(1, tower.config["channels"], 128, 128, device=run.device)
+
+    def banks(tokens: int) -> dict[str, StateBank]:
+        counts = {POSITIVE: tokens, NEGATIVE: SHORT}
+        states = {name: torch.randn(1, count, *tower.states_shape, device=run.device) for name, count in counts.items()}
+        return {name: tower.project_states(each) for name, each in states.items()}
+
+    return _picture(tower, z_1CHW, banks, 2 if run.tiny else bundle.index.defaults.steps, run.device)
+
+
+def _mos_l(run: Run) -> "Picture":
+    model = MoSL(run)
+    return _picture(model.tower, model.z_BCHW, model.banks, model.network.defaults.steps, run.device)
+
+
+Picture = tuple[Callable[[int, int | None], Tensor], GenerationTower, int]
+"""What draws a picture of a prompt of so many tokens, in a bucket; its tower, and its steps."""
+
+
+def _picture(
+    tower: GenerationTower,
+    z_1CHW: Tensor,
+    banks: Callable[[int], dict[str, StateBank]],
+    steps: int,
+    device: torch.device,
+) -> Picture:
+    @torch.inference_mode()
+    def draw(tokens: int, bucket: int | None) -> Tensor:
+        torch.manual_seed(tokens)
+        z = sample(
+            tower,
+            z_1CHW,
+            banks(tokens),
+            sigmas=make_sigmas(FlowMatchEulerDiscreteScheduler(), steps),
+            solver=DEFAULT_SOLVER,
+            guidance=Guidance(3.0),
+            batched_guidance=True,
+            bucket=bucket,
+            observers=[Recorder(RecordOptions())],
+        )
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return z
+
+    return draw, tower, steps
 
 
 def sync(run: Run) -> list[Row]:

@@ -65,6 +65,7 @@ class AdapterPipeline:
 
     attention = "sdpa"
     compiled = False
+    graphs = None
 
     def __init__(
         self,

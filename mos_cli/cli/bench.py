@@ -128,6 +128,7 @@ def measure_preset(flags: "Settings", preset: str | None, rounds: int) -> dict[s
         "device": device_name(device),
         "threads": device_threads(device),
         "attention": pipeline.attention,
+        "cuda_graphs": timing.graphs,
         "rounds": rounds,
         **{name: value for name, value in measured.items() if value is not None},
     }
@@ -169,6 +170,8 @@ def _print_table(results: list[dict[str, Any]]) -> None:
         settings["feature cache"] = lambda r: str(r["feature_cache"] or 1)
     if any(result["compiled"] for result in results):
         settings["compiled"] = lambda r: "yes" if r["compiled"] else "no"
+    if any(result["device"] != "cpu" and result["cuda_graphs"] for result in results):
+        settings["CUDA graphs"] = lambda r: r["cuda_graphs"] or "none"
     for name, text in settings.items():
         table.add_row(name, *map(text, results))
     table.add_section()

@@ -89,7 +89,18 @@ class JobDrawer:
                 for number, job in batch.items():
                     if not job.done:
                         self._write(job, number, drawings[number], seconds, bars)
+        self._note_graphs()
         return self.failed
+
+    def _note_graphs(self) -> None:
+        graphs = self.pipeline.graphs
+        if graphs is None:
+            return
+        if graphs.failure is not None:
+            note = f"steps are not replayed as CUDA graphs: {graphs.failure}"
+            self.report.note("note", note, note=note)
+        if graphs.passes:
+            self.report.lines["graphs"] = graphs.note
 
     def _note_lost_metadata(self, missing: Sequence[Job]) -> None:
         if self.settings.metadata == "none" and missing:

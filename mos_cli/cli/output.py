@@ -135,6 +135,8 @@ class Report:
     quiet: bool = False
     verbose: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
+    lines: dict[str, str] = field(default_factory=dict)
+    """What --verbose prints after the seconds."""
 
     def __post_init__(self) -> None:
         if self.json + self.quiet + self.verbose > 1:
@@ -182,10 +184,12 @@ class Report:
                 self.event("file", str(file))
 
     def times(self) -> None:
-        """Prints the seconds of each stage, with --verbose."""
+        """Prints the seconds of each stage and `lines`, with --verbose."""
         if self.verbose:
             for name, seconds in self.seconds.items():
                 stderr.print(f"  {name:<10}{seconds:6.2f} s")
+            for name, line in self.lines.items():
+                stderr.print(f"  {name:<12}{line}")
 
 
 def _escaped(text: str) -> str:

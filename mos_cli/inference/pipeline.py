@@ -36,6 +36,7 @@ from mos_cli.routing.steering import Steerer
 from mos_cli.routing.trace import Recording, RecordOptions, Routes, Trace, make_branch
 from mos_cli.routing.transfer import check_model, choices_hash, transfer_routes
 from mos_cli.sampling.feature_cache import caching
+from mos_cli.sampling.graphs import CudaCapture, StepGraphs, prompt_bucket
 from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, WITHOUT_IMAGE, Guidance, Predictor
 from mos_cli.sampling.sampler import Observer, make_sigmas, sample_batch
 from mos_cli.towers.attention import AttentionBackend
@@ -155,6 +156,7 @@ class MoSPipeline:
         self.scheduler, self.autoencoder, self.image_encoder = parts.scheduler, parts.autoencoder, parts.image_encoder
         if compiled:
             self._compile()
+        self.graphs = self._make_graphs()
         self._offloaded_tower = OffloadedTower(self.understanding, self.offloader)
         self.prompt_encoder = PromptEncoder(
             self.understanding, self.image_encoder, self.tower, bundle.index.name, encode=self._offloaded_tower.encode
@@ -171,6 +173,25 @@ class MoSPipeline:
             raise DeviceError("NF4 weights cannot be compiled on a CPU: draw with --no-compile")
         # With dynamic lengths of prompts, so that a picture does not depend on those drawn before it.
         self.tower.compile_repeated_blocks(dynamic=True)
+
+    def _make_graphs(self) -> StepGraphs:
+        """What replays the passes of the generation tower as CUDA graphs, where they can be captured."""
+        reasons = {
+            "there is no CUDA device": self.device.type != "cuda",
+            "offloaded weights have no fixed place": self.setting.offload != "none",
+            "the branches of guidance are computed one by one to save memory": not self.setting.batched_guidance,
+            "bitsandbytes reads values of int8 products": any(hasattr(w, "SCB") for w in self.tower.parameters()),
+        }
+        reason = next((reason for reason, holds in reasons.items() if holds), None)
+        if reason is not None:
+            return StepGraphs(None, reason)
+        return StepGraphs(CudaCapture(self.device)).add_to(self.tower)
+
+    def _bucket(self, recipe: Recipe) -> int | None:
+        """The bucket of the prompts of a picture."""
+        width, height = (side // (self.autoencoder.factor * self.tower.patch) for side in recipe.working_size)
+        bucket = prompt_bucket(self.device, self.attention, width * height)
+        return bucket if self.setting.batched_guidance else None
 
     def encode_ahead(self, recipes: Sequence[Recipe]) -> None:
         """Encodes the prompts of a run at once where the understanding tower is offloaded; else does nothing.
@@ -302,6 +323,7 @@ class MoSPipeline:
             for row in rows:
                 stack.enter_context(row.recorder.attached(self.tower))
             tower, reset_cache = stack.enter_context(caching(self.tower, recipe.feature_cache, recipe.steps))
+            self.graphs.begin(recipe.steps)
             z_PCHW = generate_latents(
                 tower,
                 encodings,
@@ -314,6 +336,7 @@ class MoSPipeline:
                 solver=recipe.solver,
                 guidance=_guidance(recipe, self.tower),
                 batched_guidance=self.setting.batched_guidance,
+                bucket=self._bucket(recipe),
                 observers=observing,
                 initial=None if conditioning is None else conditioning.initial,
                 steer=[by_place[place].steerer if place in by_place else None for place in range(pictures)],

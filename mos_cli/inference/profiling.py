@@ -6,7 +6,7 @@ Times are taken on the device's own clock, so that measuring does not synchronis
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,9 +31,11 @@ class Timing:
             then, and `--compile` compiles.
         first_step: from a new prompt to the end of the first step.
         step: of one step, its guidance included; over all steps of all pictures.
-        router_share: the router's part of the time of the steps; None where there is no router.
+        router_share: the router's part of the time of the steps; None where there is no router. Measured in one more
+            picture where passes are replayed as CUDA graphs, since it is not seen in these.
         decode: from the latent to pixels.
         picture: from a new prompt to the picture with its record.
+        graphs: how many passes were replayed as CUDA graphs, or why none; None for base models.
     """
 
     first_picture: float
@@ -43,6 +45,7 @@ class Timing:
     decode: float
     picture: float
     joules: float | None
+    graphs: str | None
 
     @property
     def pictures_per_minute(self) -> float:
@@ -93,20 +96,32 @@ def measure(pipeline: MoSPipeline, recipe: Recipe, rounds: int) -> Timing:
     started = time.perf_counter()
     pipeline.draw(recipe)
     first_picture = time.perf_counter() - started
+    eager = pipeline.graphs is None or pipeline.graphs.reason is not None
     before = joules() if joules else 0.0
-    moments = [_timed(pipeline, recipe.model_copy(update={"seed": recipe.seed + n})) for n in range(rounds)]
+    moments = [
+        _timed(pipeline, recipe.model_copy(update={"seed": recipe.seed + n}), inside=eager) for n in range(rounds)
+    ]
     spent = (joules() - before) / rounds if joules else None
     clock = Clock(pipeline.device)
-    steps = [clock.between(a, b) for m in moments for a, b in zip([m.entered[0], *m.stepped], m.stepped, strict=False)]
-    routed = [clock.between(a, b) for m in moments for a, b in m.routed]
+
+    def step_seconds(moments: Sequence[_Moments]) -> list[float]:
+        return [
+            clock.between(a, b) for m in moments for a, b in zip([m.entered[0], *m.stepped], m.stepped, strict=False)
+        ]
+
+    # Before a picture without them.
+    note = None if pipeline.graphs is None else pipeline.graphs.note
+    inside = moments if eager else [_timed(pipeline, recipe, inside=True)]
+    steps, routed = step_seconds(moments), [clock.between(a, b) for m in inside for a, b in m.routed]
     return Timing(
         first_picture=first_picture,
         first_step=statistics.median(clock.between(m.began, m.stepped[0]) for m in moments),
         step=statistics.median(steps),
-        router_share=sum(routed) / sum(steps) if routed else None,
+        router_share=sum(routed) / sum(step_seconds(inside)) if routed else None,
         decode=statistics.median(clock.between(*m.decoded[-1]) for m in moments),
         picture=statistics.median(m.seconds for m in moments),
         joules=spent,
+        graphs=note,
     )
 
 
@@ -143,12 +158,13 @@ class Clock:
         return first.elapsed_time(then) / 1000
 
 
-def _timed(pipeline: MoSPipeline, recipe: Recipe) -> _Moments:
+def _timed(pipeline: MoSPipeline, recipe: Recipe, *, inside: bool) -> _Moments:
+    """The times of a picture; with `inside` those of the router, too."""
     clock, entered = Clock(pipeline.device), []
     pipeline.prompt_encoder.clear_cache()
     started, moments = time.perf_counter(), _Moments(began=clock.now())
     hooks = [pipeline.tower.register_forward_pre_hook(lambda *_: moments.entered.append(clock.now()))]
-    if (router := pipeline.router) is not None:
+    if inside and (router := pipeline.router) is not None:
         hooks.append(router.register_forward_pre_hook(lambda *_: entered.append(clock.now())))
         hooks.append(router.register_forward_hook(lambda *_: moments.routed.append((entered.pop(), clock.now()))))
     try:

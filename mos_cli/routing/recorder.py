@@ -134,7 +134,7 @@ class _Pass:
 
     def __init__(self, patches: int, tokens: int, padding: VariableLengths) -> None:
         self.patches, self.padding = patches, padding
-        self.tokens = [tokens - max(padding.lengths) + length for length in padding.lengths]
+        self.tokens = [tokens - padding.longest + length for length in padding.lengths]
         self.rows = [_Row() for _ in padding.lengths]
 
     def record_logits(self, logits_BTMJ: Tensor) -> None:

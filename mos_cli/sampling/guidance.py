@@ -97,12 +97,20 @@ class Branches:
 
     Args:
         banks: for each picture the state bank of each branch. With several pictures there are no references.
-        batched_guidance: compute the branches with references as one batch and those without as another. Attention is
-            computed row by row, so padding has no effect.
+        batched_guidance: compute the branches with references as one batch and those without as another.
+        bucket: prompts are padded to a multiple of so many tokens, with a mask, so that prompts of different lengths
+            have the same shapes. Without it, attention is computed row by row where the rows differ in length.
     """
 
-    def __init__(self, tower: Predictor, banks: Sequence[Mapping[str, StateBank]], *, batched_guidance: bool) -> None:
-        self.tower, self.banks, self.batched_guidance = tower, banks, batched_guidance
+    def __init__(
+        self,
+        tower: Predictor,
+        banks: Sequence[Mapping[str, StateBank]],
+        *,
+        batched_guidance: bool,
+        bucket: int | None = None,
+    ) -> None:
+        self.tower, self.banks, self.batched_guidance, self.bucket = tower, banks, batched_guidance, bucket
         self._joined: dict[tuple[str, ...], StateBank] = {}
         self._steerings: dict[tuple[str, ...], tuple[list[SteeringInput], SteeringInput]] = {}
 
@@ -123,7 +131,8 @@ class Branches:
         x_hats: dict[str, Tensor] = {}
         routes: list[dict[str, Route]] = [{} for _ in self.banks]
         for group in self._groups(names):
-            predict = self._one if len(group) == len(self.banks) == 1 else self._batch
+            alone = len(group) == len(self.banks) == 1 and self.bucket is None
+            predict = self._one if alone else self._batch
             x_hat_BCHW, rows = predict(group, z_PCHW, t, steer, scale)
             x_hats |= zip(group, x_hat_BCHW.split(len(self.banks)), strict=True)
             for (name, number), row in zip(self._rows(group), rows, strict=True):
@@ -153,7 +162,7 @@ class Branches:
     ) -> tuple[Tensor, list[Route]]:
         rows = self._rows(group)
         if group not in self._joined:
-            self._joined[group] = join([self.banks[number][name] for name, number in rows])
+            self._joined[group] = join([self.banks[number][name] for name, number in rows], self.bucket)
         bank, steerings = self._joined[group], [steer(number, name) for name, number in rows]
         assert isinstance(bank.padding, VariableLengths)
         z_BCHW, t_B = z_PCHW.expand(len(group), *z_PCHW.shape).flatten(0, 1), z_PCHW.new_full((len(rows),), t)

@@ -96,6 +96,7 @@ def sample_batch(
     observers: Sequence[Sequence[Observer]] = (),
     steer: Sequence[Steer | None] | None = None,
     batched_guidance: bool = False,
+    bucket: int | None = None,
     initial: InitialLatent | None = None,
     reset_cache: Callable[[], None] = lambda: None,
 ) -> Tensor:
@@ -107,7 +108,7 @@ def sample_batch(
         sigmas: the times of the run; see `make_sigmas`.
         solver: "euler", or "ab2", the two-step Adams-Bashforth method. Its first step is an Euler step; so is a step
             at which guidance begins or ends, since the velocity jumps there and cannot be extrapolated.
-        batched_guidance: compute the branches as one batch; see `Branches`.
+        batched_guidance, bucket: compute the branches as one batch, with prompts in buckets; see `Branches`.
         initial: the latent to start from; without it the run starts from noise alone.
         reset_cache: called before a step at which guidance begins or ends.
     """
@@ -116,7 +117,7 @@ def sample_batch(
     if initial is not None:
         z = noised(initial.z0_BCHW, z, torch.full((z.shape[0],), times[0], device=z.device))
     steer = steer or [None] * len(banks)
-    predict = Branches(tower, banks, batched_guidance=batched_guidance)
+    predict = Branches(tower, banks, batched_guidance=batched_guidance, bucket=bucket)
     guides = guidance.branches(times[0]), guidance.network_scale(times[0])
     v_before: Tensor | None = None
     for index, (t, t_next) in enumerate(pairwise(times)):

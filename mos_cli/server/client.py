@@ -96,6 +96,7 @@ class RemotePipeline:
     """
 
     compiled = False
+    graphs = None
 
     def __init__(self, url: str, token: str | None) -> None:
         self.url = url

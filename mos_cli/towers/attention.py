@@ -13,7 +13,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch import Tensor, nn
 
 from mos_cli.errors import DeviceError
-from mos_cli.towers.layers import EPS, Padding, Rotary, VariableLengths
+from mos_cli.towers.layers import EPS, Padding, Rotary, VariableLengths, mask_of
 
 AttentionBackend = Literal["auto", "xformers", "sdpa"]
 SDPA, XFORMERS = AttentionBackendName.NATIVE, AttentionBackendName.XFORMERS
@@ -69,7 +69,8 @@ def xformers_supports(device: torch.device, dtype: torch.dtype, head_width: int)
 class Attention(nn.Module):
     """Self-attention with QK-norm and rotary positions; keys and values of a context may be put after its own.
 
-    A mask is used only for batches with a padding mask (training). With `VariableLengths` each row is computed alone.
+    A mask is used only for batches with a padding mask (training, and prompts in buckets). With `VariableLengths`
+    without a mask each row is computed alone.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -150,6 +151,7 @@ def _keys_values(x_BL2D: Tensor, heads: int) -> tuple[Tensor, ...]:
 
 def _attend(q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, padding: Padding, backend: AttentionBackendName) -> Tensor:
     """Attention, [B, L, D]. A mask covers the keys. xformers has another format of masks."""
+    padding = mask_of(padding)
     if isinstance(padding, VariableLengths):
         return _attend_rows(q_BHLE, k_BHLE, v_BHLE, padding, backend)
     mask = padding[:, None, None] if isinstance(padding, Tensor) else None

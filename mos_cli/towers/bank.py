@@ -62,16 +62,25 @@ class StateBank:
         return weights_BTJM.to(self.bank_BTMD.dtype) @ self.bank_BTMD
 
 
-def join(banks: Sequence[StateBank]) -> StateBank:
+def join(banks: Sequence[StateBank], bucket: int | None = None) -> StateBank:
     """The banks of the guidance branches of one picture as one bank, with a row for each.
 
     The branches have the same references, or none.
 
     Shorter prompts are padded with zeros; image tokens stay the last.
+
+    Args:
+        bucket: pad to a multiple of so many tokens, with a mask where there is padding. By default to the longest row,
+            without a mask.
     """
     references, router_inputs = banks[0].references, [bank.router_BTR for bank in banks]
     image_tokens = 0 if references is None else references.tokens
     padding = VariableLengths(tuple(bank.bank_BTMD.shape[1] - image_tokens for bank in banks))
+    if bucket is not None:
+        padding = replace(padding, bucket=-(-padding.longest // bucket) * bucket)
+        if not padding.equal:
+            real = [bank.bank_BTMD.new_ones(bank.bank_BTMD.shape[:2], dtype=torch.bool) for bank in banks]
+            padding = replace(padding, mask_BL=padding.join(real, fill=False))
     if references is not None:
         references = replace(references, kv=tuple(kv.expand(len(banks), -1, -1) for kv in references.kv))
     scale_BT = None

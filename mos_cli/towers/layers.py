@@ -3,9 +3,11 @@
 Shapes: B batch, L sequence, T context tokens, N patches, D width, H heads, E width of a head, F = E / 2 pairs.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +98,7 @@ def rotary(layout: TokenLayout, head_width: int, theta: float, device: torch.dev
     Cached, so that it is computed and copied to the device once for all steps of a picture.
     """
     # In training it is compiled as a part of the graph.
-    make = _rotary if torch.compiler.is_compiling() else _cached_rotary
+    make = _rotary if torch.compiler.is_compiling() else _kept_rotary.get() or _cached_rotary
     return make(layout, head_width, theta, device)
 
 
@@ -112,7 +114,23 @@ def _rotary(layout: TokenLayout, head_width: int, theta: float, device: torch.de
 
 
 # A tensor made in inference mode could not be used in training.
-_cached_rotary = lru_cache(maxsize=8)(torch.inference_mode(False)(_rotary))
+_normal_rotary = torch.inference_mode(False)(_rotary)
+_cached_rotary = lru_cache(maxsize=8)(_normal_rotary)
+_kept_rotary: ContextVar[Callable[..., Rotary] | None] = ContextVar("kept_rotary", default=None)
+
+
+@contextmanager
+def kept_tables() -> Iterator[Callable[..., Rotary]]:
+    """Yields an object that keeps the rotary embeddings that are used within the context, for as long as it is kept.
+
+    A captured graph reads their memory, which the shared cache may free.
+    """
+    kept = cache(_normal_rotary)
+    token = _kept_rotary.set(kept)
+    try:
+        yield kept
+    finally:
+        _kept_rotary.reset(token)
 
 
 class TimeEmbedding(nn.Module):
@@ -148,18 +166,26 @@ def normed(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class VariableLengths:
-    """The padding of a batch whose rows differ in length, without a mask.
+    """The padding of a batch whose rows differ in length.
 
-    From token `first` on, row b has lengths[b] tokens and then padding, up to the longest row.
+    From token `first` on, row b has lengths[b] tokens and then padding, up to the longest row or to `bucket` tokens.
+    With `mask_BL` (True = a real token) attention takes the mask; without, it computes each row alone.
     """
 
     lengths: tuple[int, ...]
     first: int = 0
+    bucket: int = 0
+    mask_BL: Tensor | None = field(default=None, compare=False)
+
+    @property
+    def longest(self) -> int:
+        """The tokens of a row with its padding."""
+        return max(*self.lengths, self.bucket)
 
     @property
     def equal(self) -> bool:
-        """Whether all rows have one length."""
-        return len(set(self.lengths)) == 1
+        """Whether there is no padding."""
+        return set(self.lengths) == {self.longest}
 
     def row(self, x_BL: Tensor, number: int) -> Tensor:
         """A row of [B, L, ...] without its padding, [1, L', ...]."""
@@ -167,7 +193,7 @@ class VariableLengths:
 
     def without(self, x_1L: Tensor, number: int, dim: int) -> Tensor:
         """This row, whose tokens are dimension `dim`, without its padding."""
-        end, after = self.first + self.lengths[number], self.first + max(self.lengths)
+        end, after = self.first + self.lengths[number], self.first + self.longest
         if end == after:
             return x_1L
         kept = x_1L.narrow(dim, 0, end)
@@ -178,7 +204,7 @@ class VariableLengths:
         """The inverse of `row`: rows [1, L', ...] as one [B, L, ...]."""
         padded = []
         for x_1L, length in zip(rows, self.lengths, strict=True):
-            padding = x_1L.new_full((1, max(self.lengths) - length, *x_1L.shape[2:]), fill)
+            padding = x_1L.new_full((1, self.longest - length, *x_1L.shape[2:]), fill)
             end = self.first + length
             padded.append(torch.cat([x_1L[:, :end], padding, x_1L[:, end:]], dim=1))
         return torch.cat(padded)
@@ -188,10 +214,16 @@ Padding = Tensor | VariableLengths | None
 """The padding of a batch: none, a mask [B, L] (True = a real token), or the lengths of the rows."""
 
 
+def mask_of(padding: Padding) -> Padding:
+    """The padding as a mask where it has one, else as it is."""
+    return padding.mask_BL if isinstance(padding, VariableLengths) and padding.mask_BL is not None else padding
+
+
 def extended(padding: Padding, *, before: int, after: int) -> Padding:
     """The padding of a sequence with more tokens before and after, none of them padding; with fewer where negative."""
     if isinstance(padding, VariableLengths):
-        return replace(padding, first=padding.first + before)
+        mask_BL = extended(padding.mask_BL, before=before, after=after)
+        return replace(padding, first=padding.first + before, mask_BL=mask_BL)
     return None if padding is None else F.pad(padding, (before, after), value=True)
 
 

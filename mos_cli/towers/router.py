@@ -7,6 +7,7 @@ last state, R router width, P values of a patch, M understanding layers, J gener
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from mos_cli.towers.layers import (
     TokenSequence,
     VariableLengths,
     extended,
+    mask_of,
     rotary,
     total,
 )
@@ -122,7 +124,13 @@ def fixed_route(fusion: str, layers: int, blocks: int, device: torch.device) -> 
     """The route of a fusion that is not learned, [1, 1, J, K].
 
     "last": every block reads the last layer. "aligned": block j reads layer round(j * M / J). "mean": all of them.
+    Cached, so that no step copies it to the device.
     """
+    make = _fixed_route if torch.compiler.is_compiling() else _cached_fixed_route
+    return make(fusion, layers, blocks, device)
+
+
+def _fixed_route(fusion: str, layers: int, blocks: int, device: torch.device) -> Route:
     return uniform_route(
         {
             "last": [[layers - 1]] * blocks,
@@ -131,6 +139,10 @@ def fixed_route(fusion: str, layers: int, blocks: int, device: torch.device) -> 
         }[fusion],
         device,
     )
+
+
+# A tensor made in inference mode could not be used in training.
+_cached_fixed_route = cache(torch.inference_mode(False)(_fixed_route))
 
 
 def uniform_route(layers_JK: Sequence[Sequence[int]], device: torch.device) -> Route:
@@ -239,6 +251,7 @@ class Router(nn.Module):
 
 def _mean(x_BTR: Tensor, padding: Padding) -> Tensor:
     """Mean over the tokens that are not padding, [B, 1, R]."""
+    padding = mask_of(padding)
     if isinstance(padding, VariableLengths):
         return torch.cat([_mean(padding.row(x_BTR, b), None) for b in range(x_BTR.shape[0])])
     if padding is None:

@@ -49,7 +49,7 @@ def _rows(part: str, lines: list[str]) -> list[dict]:
     return rows
 
 
-@pytest.mark.parametrize("part", ["router", "rivals", "share", "nf4", "attention"])
+@pytest.mark.parametrize("part", ["router", "rivals", "share", "nf4", "attention", "graphs"])
 def test_every_part_of_the_table_can_be_filled(part: str, fill: Callable[[str], list[dict]]) -> None:
     fill(part)
 
