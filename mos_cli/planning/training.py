@@ -8,9 +8,12 @@ from mos_cli.errors import MemoryLimitError
 from mos_cli.planning.memory import GIB, RESERVE
 
 
-def state_bytes(shape: GenerationShape, learned: int) -> int:
-    """Bytes of the weights in fp32 and, for those that learn, of gradients, two moments and two moving averages."""
-    return 4 * shape.parameters + 20 * learned
+def state_bytes(shape: GenerationShape, learned: int, *, teacher: bool = False) -> int:
+    """Bytes of the weights in fp32 and, for those that learn, of gradients, two moments and two moving averages.
+
+    A teacher has weights of its own.
+    """
+    return 4 * shape.parameters * (2 if teacher else 1) + 20 * learned
 
 
 def activation_bytes(shape: GenerationShape, batch: int, patches: int, context: int, *, edits: bool) -> int:
@@ -25,7 +28,15 @@ def activation_bytes(shape: GenerationShape, batch: int, patches: int, context: 
 
 
 def check_memory(
-    shape: GenerationShape, learned: int, batch: int, patches: int, context: int, available: float, *, edits: bool
+    shape: GenerationShape,
+    learned: int,
+    batch: int,
+    patches: int,
+    context: int,
+    available: float,
+    *,
+    edits: bool,
+    teacher: bool = False,
 ) -> float:
     """The GiB that a run needs; raises MemoryLimitError if that is more than is available, with the batch that fits.
 
@@ -33,8 +44,9 @@ def check_memory(
         learned: the parameters that learn.
         batch: pictures of a step in this process.
         available: GiB.
+        teacher: whether the network learns from another of its shape.
     """
-    state = state_bytes(shape, learned) + RESERVE
+    state = state_bytes(shape, learned, teacher=teacher) + RESERVE
     one = activation_bytes(shape, 1, patches, context, edits=edits)
     needed, there = state + batch * one, available * GIB
     if needed <= there:

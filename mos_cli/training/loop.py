@@ -337,8 +337,8 @@ class Trainer:
     def _keep_recipe(self) -> None:
         """Compares the recipe with the one in the run's folder, apart from `MAY_CHANGE`, and writes it there."""
         path, recipe, timed = self.folder / RECIPE, self.recipe.model_dump(mode="json"), self.timer is not None
-        if self.recipe.lora is not None and self.recipe.start_from is not None:
-            # The weights that the state does not have.
+        if (self.recipe.lora or self.recipe.distil) and self.recipe.start_from is not None:
+            # The weights that the state does not have: those that a LoRA changes, and those of a teacher.
             recipe["start_hash"] = find_bundle(self.recipe.start_from).hash
         if path.exists():
             there = read_recipe(path, recipe)

@@ -86,6 +86,7 @@ class Objective(nn.Module):
             assert guidance_B is not None
             assert empty_BTMS is not None
             assert empty_mask_BT is not None
+            self.teacher.patch_spacing = self.tower.patch_spacing
             with torch.no_grad():
                 pictures = _references(self.teacher, references_BCHW, grid), image_states_BVMZ
                 words = _bank(self.teacher, states_BTMS, mask_BT, *pictures)

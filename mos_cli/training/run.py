@@ -175,7 +175,8 @@ def _check_memory(
         batch, edits = max(1, stage.batch // processes), stage.edits > 0
         # With sharding, each process has its part of the state.
         context = recipe.train.context_tokens
-        needed = max(needed, check_memory(shape, learned // sharded, batch, patches, context, available, edits=edits))
+        sizes = shape, learned // sharded, batch, patches, context, available
+        needed = max(needed, check_memory(*sizes, edits=edits, teacher=recipe.distil is not None))
     return learned, needed, available
 
 

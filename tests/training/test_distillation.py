@@ -95,6 +95,15 @@ def test_the_loss_compares_with_both_branches_of_the_teacher(edits: bool) -> Non
     assert loss >= 0.99 * velocity_loss(positive, guided, each.t_B) > 0
 
 
+@torch.no_grad()
+def test_the_teacher_sees_the_patches_at_the_same_places() -> None:
+    """Also on the smaller canvas of a stage."""
+    teacher = random_tower()
+    objective = Objective(student_of(teacher), 0.0, teacher)
+    objective.tower.patch_spacing = 2.0
+    assert objective(batch(1.0))[0] < 1e-9
+
+
 def test_the_network_learns_guidance_at_all_scales() -> None:
     teacher = random_tower()
     objective = Objective(student_of(teacher), 0.0, teacher)
