@@ -86,6 +86,9 @@ def transcripts(page: Path, folder: Path) -> None:
     def again(block: re.Match[str]) -> str:
         typed = re.findall(r"^\$ (.*)$", block[1], re.MULTILINE)
         printed = [f"$ {line}\n{run(line, folder)}".rstrip() for line in typed]
+        if "\n...\n" in block[0]:
+            # Shortened by hand.
+            return block[0]
         return "```console\n" + "".join(f"{text}\n" for text in printed) + "```"
 
     text = page.read_text(encoding="utf-8")
