@@ -31,7 +31,8 @@ from mos_cli.cli.progress import fetch_with_progress
 from mos_cli.config.recipe import Recipe, make_recipe
 from mos_cli.config.settings import RunSettings
 from mos_cli.images.sheets import COLUMNS, contact_sheet
-from mos_cli.inference.pipeline import MoSPipeline, make_noise
+from mos_cli.inference.latents import make_noise
+from mos_cli.inference.pipeline import MoSPipeline
 from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.trace import RecordOptions, Routes
 from mos_cli.sampling.feature_cache import CacheConfig, CachedTower

@@ -28,7 +28,8 @@ from mos_cli.cli.progress import fetch_with_progress
 from mos_cli.config.recipe import Recipe, make_recipe
 from mos_cli.config.settings import RunSettings
 from mos_cli.inference.drawing import Drawing
-from mos_cli.inference.pipeline import MoSPipeline, make_noise
+from mos_cli.inference.latents import make_noise
+from mos_cli.inference.pipeline import MoSPipeline
 from mos_cli.quantization.layers import assembled, bitsandbytes, quantised_parts
 from mos_cli.quantization.method import METHODS, Method, Quantisation
 from mos_cli.routing.diff import compare

@@ -29,7 +29,8 @@ from mos_cli.cli.progress import fetch_with_progress
 from mos_cli.config.recipe import Recipe, make_recipe
 from mos_cli.config.settings import RunSettings
 from mos_cli.inference.ablation import difference
-from mos_cli.inference.pipeline import MoSPipeline, make_noise
+from mos_cli.inference.latents import make_noise
+from mos_cli.inference.pipeline import MoSPipeline
 from mos_cli.sampling.flow import velocity
 from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, Branches, Guidance
 from mos_cli.towers.autoencoder import to_image

@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from mos_cli.images.companions import TRACE_SCHEMA
 from mos_cli.images.inputs import Inputs
 from mos_cli.inference.drawing import Drawing
 from mos_cli.inference.edit_canvas import EditConditioning, prepare_edit, restore_size
+from mos_cli.inference.latents import encode_branches, generate_latents
 from mos_cli.inference.loading import load_parts
 from mos_cli.inference.offload import OffloadedTower, Offloader, memory_limit
 from mos_cli.inference.prompt_encoding import PromptEncoder, PromptEncoding, filler, weigh
@@ -37,63 +37,15 @@ from mos_cli.routing.trace import Recording, RecordOptions, Routes, Trace, make_
 from mos_cli.routing.transfer import check_model, choices_hash, transfer_routes
 from mos_cli.sampling.feature_cache import caching
 from mos_cli.sampling.graphs import CudaCapture, StepGraphs, prompt_bucket
-from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, WITHOUT_IMAGE, Guidance, Predictor
-from mos_cli.sampling.sampler import Observer, make_sigmas, sample_batch
+from mos_cli.sampling.guidance import Guidance
+from mos_cli.sampling.sampler import Observer, make_sigmas
 from mos_cli.towers.attention import AttentionBackend
-from mos_cli.towers.autoencoder import Autoencoder, to_image
+from mos_cli.towers.autoencoder import to_image
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.lora import LoraSet
 from mos_cli.towers.router import Router
 from mos_cli.utils.devices import device_name
 from mos_cli.utils.threads import ThreadRecorder
-
-
-def encode_branches(
-    prompt_encoder: PromptEncoder,
-    prompt: str,
-    negative: str,
-    guidance: Guidance,
-    conditioning: EditConditioning | None = None,
-) -> dict[str, PromptEncoding]:
-    """The encoded prompt of each guidance branch; in an edit with its pictures, except in the branch without them."""
-    prompts = {POSITIVE: prompt, NEGATIVE: negative, WITHOUT_IMAGE: negative}
-    branches = guidance.branches(guidance.interval[0])
-    encodings = {branch: prompt_encoder.encode(prompts[branch]) for branch in branches}
-    if conditioning is None:
-        return encodings
-    seeing = {branch: encoding for branch, encoding in encodings.items() if branch != WITHOUT_IMAGE}
-    return encodings | prompt_encoder.encode_with_images(seeing, conditioning.pictures, conditioning.references)
-
-
-def make_noise(autoencoder: Autoencoder, size: tuple[int, int], seed: int, device: torch.device) -> Tensor:
-    """The noise z_1 of a picture of `size` (width, height) in pixels, [1, C, H, W].
-
-    It is drawn on the CPU, so that it does not depend on the device.
-    """
-    width, height = (side // autoencoder.factor for side in size)
-    shape = (1, autoencoder.channels, height, width)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
-
-
-def generate_latents(
-    tower: Predictor,
-    encodings: Sequence[Mapping[str, PromptEncoding]],
-    autoencoder: Autoencoder,
-    device: torch.device,
-    *,
-    size: tuple[int, int],
-    seeds: Sequence[int],
-    **sampling: Any,
-) -> Tensor:
-    """The latents of one or several pictures, [P, C, H, W], from their seeds and the encoded prompts of their branches.
-
-    Args:
-        size: width and height in pixels.
-        sampling: the other arguments of `sample_batch`.
-    """
-    banks = [{branch: encoding.bank for branch, encoding in each.items()} for each in encodings]
-    noise_PCHW = torch.cat([make_noise(autoencoder, size, seed, device) for seed in seeds])
-    return sample_batch(tower, noise_PCHW, banks, **sampling)
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,9 @@ class Trainer:
         self.network, *self.optimisers = accelerator.prepare(objective, *optimisers)
         start_states(self._bare_optimisers())
         if accelerator.is_fsdp2:
-            for block in self.tower.blocks:
-                register_fsdp_forward_method(block, "cache_reference")
+            for network in (self.tower, objective.teacher):
+                for block in () if network is None else network.blocks:
+                    register_fsdp_forward_method(block, "cache_reference")
         self.ema = PowerEMA(self._parameters())
         self.step = 0
         self.rates = (0.0, 0.0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from mos_cli.images.outputs import png
 from mos_cli.images.sheets import contact_sheet
 from mos_cli.inference.edit_canvas import EditConditioning
-from mos_cli.inference.pipeline import encode_branches, generate_latents
+from mos_cli.inference.latents import encode_branches, generate_latents
 from mos_cli.inference.prompt_encoding import PromptEncoder
 from mos_cli.sampling.guidance import Guidance
 from mos_cli.sampling.sampler import InitialLatent, make_sigmas
