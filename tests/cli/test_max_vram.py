@@ -9,7 +9,6 @@ from mos_cli.bundles.bundle import Bundle, write_index
 from mos_cli.bundles.sources import fetch_tower
 from mos_cli.config.settings import RunSettings, fitted
 from mos_cli.errors import UsageError
-from mos_cli.inference import pipeline as pipeline_module
 from mos_cli.planning.candidates import candidates
 from mos_cli.towers.generation import GenerationTower
 from tests.helpers.memory import no_memory
@@ -41,7 +40,7 @@ def test_what_a_model_is_already_is_not_asked_for(bundle: Bundle, mos, tmp_path:
 def test_out_of_memory_names_the_setting_that_should_fit(
     mos, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline_module, "sample_batch", no_memory)
+    monkeypatch.setattr("mos_cli.inference.latents.sample_batch", no_memory)
     large = find_network("mos-l")
     monkeypatch.setattr("mos_cli.inference.pipeline.network_of", lambda bundle, **run: large)
     result = mos("generate", "a dog", "-o", tmp_path / "a.png")
