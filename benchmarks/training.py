@@ -6,8 +6,8 @@ python benchmarks/training.py host RECIPE [ART]
 `host` shows on any machine what a batch costs the processors, with one thread: the milliseconds of a worker process for
 512 pictures, and of the process with the GPU the operations that it starts and its CPU time for a batch. That time is
 measured with nearly no arithmetic in it: one small picture, and towers with as many layers as the real ones, a few
-values wide. What depends on the number of pictures, taking over what a worker made, is measured with 512. Of Muon only
-the operations are counted.
+values wide. What depends on the number of pictures, taking over what a worker made, is measured with 512. Only the
+operations are counted of Muon and of steps from the loss to the moving averages: computed, and replayed as a CUDA graph.
 """
 
 import pickle
@@ -15,10 +15,11 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -29,9 +30,9 @@ from mos_cli.utils.quiet import quieten
 BATCH = 512
 
 
-def seconds(step: Callable[[], object], steps: int, device: torch.device) -> float:
-    """Mean time of a step, after three for warming up."""
-    for _ in range(3):
+def seconds(step: Callable[[], object], steps: int, device: torch.device, warm_up: int) -> float:
+    """Mean time of a step, after some for warming up."""
+    for _ in range(warm_up):
         step()
     _wait(device)
     started = time.perf_counter()
@@ -70,7 +71,6 @@ def narrow_tower(folder: Path, narrow: Path) -> None:
             shutil.copy(path, narrow)
 
 
-@torch.no_grad()
 def host(name: str, art: Path) -> None:
     """Prints a row for scenes and one for edits, as far as the recipe has them, and one for Muon."""
     from mos_cli.datasets.scenes.compositor import Compositor
@@ -79,8 +79,11 @@ def host(name: str, art: Path) -> None:
     from mos_cli.towers.generation import GenerationTower
     from mos_cli.towers.vision_language import load_understanding
     from mos_cli.training import sources as training_sources
-    from mos_cli.training.batches import Batches, kind_of
-    from mos_cli.training.optimiser import build_optimisers, start_states
+    from mos_cli.training.batches import Batch, Batches, kind_of
+    from mos_cli.training.ema import PowerEMA
+    from mos_cli.training.graphs import WARM_UP, TrainingGraphs
+    from mos_cli.training.objective import Objective
+    from mos_cli.training.optimiser import build_optimisers, set_rates, start_states
     from mos_cli.training.recipe import load_recipe
     from mos_cli.training.references import find_autoencoder, find_understanding
     from mos_cli.training.stages import curriculum
@@ -117,6 +120,7 @@ def host(name: str, art: Path) -> None:
 
         print(f"| what | a worker, ms for {BATCH} | operations | host, ms for a batch |")
         print("| --- | ---: | ---: | ---: |")
+        made: list[tuple[str, Batch]] = []
         for what, edits in (("scenes", False), ("edits", True)):
             step = next((s for s in range(plan.steps) if kind_of(plan, recipe.train.seed, s)[1] == edits), None)
             if step is None:
@@ -128,16 +132,48 @@ def host(name: str, art: Path) -> None:
             picked = one.picks[step]
             host = taken + cpu_milliseconds(lambda one=one, picked=picked: one.finish(picked), 100)
             with Operations() as operations:
-                one.finish(picked)
+                made.append((what, one.finish(picked)))
             print(f"| {what} | {worker:.0f} | {operations.computing.total()} | {host:.1f} |", flush=True)
-        tower = GenerationTower(**recipe.generation)
-        muon = build_optimisers(tower)[0]
-        start_states([muon])
+        widths = {"states_width": understanding.width, "image_state_widths": encoder.widths}
+        tower = GenerationTower(**recipe.generation | widths)
+        optimisers = build_optimisers(tower, capturable=True)
+        start_states(optimisers)
         for parameter in tower.parameters():
             parameter.grad = torch.ones_like(parameter)
         with Operations() as operations:
-            muon.step()
+            optimisers[0].step()
         print(f"| Muon | - | {operations.computing.total()} | - |")
+        objective, weights = Objective(tower, recipe.train.epsilon), dict(tower.named_parameters())
+        ema = PowerEMA(weights)
+
+        def learn(batch: Batch, rates: Sequence[torch.Tensor]) -> torch.Tensor:
+            """As `Trainer` does."""
+            set_rates(optimisers, rates)
+            loss, use_JM = objective(batch)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(tower.parameters(), recipe.train.clip)
+            for optimiser in optimisers:
+                optimiser.step()
+                optimiser.zero_grad()
+            return torch.cat([loss.detach()[None], norm[None], use_JM.flatten()])
+
+        for what, batch in made:
+            for way, step in ("computed", learn), ("replayed", TrainingGraphs(learn, Uncomputed(), print)):
+                for number in range(WARM_UP + 2):
+                    with Operations() as operations:
+                        step(batch, tuple(torch.full((), 1e-3) for _ in range(2)))
+                        ema.update(weights, number + 1)
+                print(f"| a step of {what}, {way} | - | {operations.computing.total()} | - |")
+
+
+class Uncomputed:
+    """A capture whose replays compute nothing: what is counted is what the host starts around them."""
+
+    def warm_up(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+    def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:
+        return function().clone(), lambda: None
 
 
 def main() -> None:
@@ -161,9 +197,12 @@ def main() -> None:
             trainer.step = stage.first
             batches = trainer.batches.stream(stage.first)
             fixed = next(batches)
-            pure = stage.batch / seconds(lambda batch=fixed: trainer.advance(batch), steps, trainer.device)
-            trainer.step = stage.first
-            whole = stage.batch / seconds(lambda source=batches: trainer.advance(next(source)), steps, trainer.device)
+            # With graphs, until all kinds of steps of the stage are captured.
+            device, warm_up = trainer.device, 3 if trainer.graphs is None else 24
+            pure = stage.batch / seconds(lambda batch=fixed: trainer.advance(batch), steps, device, warm_up)
+            # Not its first step, at which the graphs are freed.
+            trainer.step = stage.first + 1
+            whole = stage.batch / seconds(lambda data=batches: trainer.advance(next(data)), steps, device, warm_up)
             print(f"| {stage.name} | {stage.canvas} | {stage.batch} | {whole:.0f} | {pure:.0f} | {whole / pure:.2f} |")
 
 

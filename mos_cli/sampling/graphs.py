@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mos_cli.towers.attention import SDPA
 from mos_cli.towers.bank import StateBank
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.towers.layers import VariableLengths, kept_tables, mask_of
+from mos_cli.towers.layers import RotaryTables, VariableLengths, mask_of
 from mos_cli.towers.router import Route, Steering
 
 BUCKET = 16
@@ -57,10 +57,15 @@ class Capture(Protocol):
 
 
 class CudaCapture:
-    """Captures CUDA graphs, on a stream of their own."""
+    """Captures CUDA graphs, on a stream of their own and with one pool of memory: they are never replayed side by side.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.stream = device, torch.cuda.Stream(device)
+    Args:
+        free: the share of the GPU's memory that must be free for a capture.
+    """
+
+    def __init__(self, device: torch.device, free: float = 0.25) -> None:
+        self.device, self.free = device, free
+        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def warm_up(self, function: Callable[[], Any]) -> Any:
         before = torch.cuda.current_stream(self.device)
@@ -75,8 +80,13 @@ class CudaCapture:
         before, graph = torch.cuda.current_stream(self.device), torch.cuda.CUDAGraph()
         try:
             # Only this thread may do nothing else meanwhile.
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 result = function()
+        except RuntimeError:
+            # torch leaves the random number generator in the capture, where every other use of it fails.
+            generator = torch.cuda.default_generators[self.stream.device_index]
+            generator.graphsafe_set_state(generator.clone_state())
+            raise
         finally:
             # torch does not go back to it after an error.
             torch.cuda.set_stream(before)
@@ -88,8 +98,8 @@ class CudaCapture:
         limit = total * torch.cuda.get_per_process_memory_fraction(self.device)
         used = torch.cuda.memory_allocated(self.device)
         room = min(limit - used, free + torch.cuda.memory_reserved(self.device) - used)
-        if room < limit / 4:
-            raise RuntimeError("less than a quarter of the memory of the GPU is free")
+        if room < self.free * limit:
+            raise RuntimeError(f"less than {self.free:.0%} of the memory of the GPU are free")
 
 
 class StepGraphs(ModelHook):
@@ -114,7 +124,7 @@ class StepGraphs(ModelHook):
         self._always = reason
         self._steps: float = math.inf
         self._calls, self._in_picture = Counter[object](), Counter[object]()
-        self._graphs: dict[object, _Graph] = {}
+        self._graphs: dict[object, Graph] = {}
 
     @property
     def note(self) -> str:
@@ -182,31 +192,33 @@ class StepGraphs(ModelHook):
         assert self.capture is not None
         while len(self._graphs) >= KEPT:
             del self._graphs[next(iter(self._graphs))]
-        with kept_tables() as tables:
+        with RotaryTables() as tables:
             result = self.capture.warm_up(lambda: run(given))
             try:
-                graph = _Graph(self.capture, run, given, tables)
+                graph = Graph(self.capture, run, given, tables)
                 if not same(graph(given), result):
                     raise RuntimeError("a replay differs from the pass itself")
             except RuntimeError as error:
-                while isinstance(error.__context__, RuntimeError):
-                    # An error within a capture makes its end fail as well.
-                    error = error.__context__
-                self.failure = f"not captured: {str(error).strip().splitlines()[0]}"
+                self.failure = f"not captured: {first_cause(error)}"
                 return result
         self._graphs[key] = graph
         return result
 
 
-class _Graph:
-    """A captured pass, and the memory that it reads.
+class Graph:
+    """A captured function, and the memory that it reads.
 
     Args:
+        run: the function, of the inputs as a sequence.
+        given: inputs of the same shapes as all later ones.
         tables: what else it reads beside its inputs and the weights.
+
+    Raises:
+        RuntimeError: it cannot be captured.
     """
 
     def __init__(
-        self, capture: Capture, run: Callable[[Sequence[Any]], Any], given: Sequence[Any], tables: object
+        self, capture: Capture, run: Callable[[Sequence[Any]], Any], given: Sequence[Any], tables: RotaryTables
     ) -> None:
         # A tensor made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
@@ -232,6 +244,13 @@ class _Graph:
             for source, buffer in zip(tensors_of(value), tensors_of(into), strict=True):
                 buffer.copy_(source)
             self._copied[number] = weakref.ref(value) if isinstance(value, StateBank | Steering | Route) else None
+
+
+def first_cause(error: BaseException) -> str:
+    """Why a capture failed, in a line. An error within a capture makes its end fail as well."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
+    return str(error).strip().splitlines()[0]
 
 
 def mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:

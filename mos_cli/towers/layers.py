@@ -3,8 +3,7 @@
 Shapes: B batch, L sequence, T context tokens, N patches, D width, H heads, E width of a head, F = E / 2 pairs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
@@ -51,9 +50,9 @@ class TokenSequence:
 
     count: int
 
-    def positions(self) -> Tensor:
+    def positions(self, device: torch.device | None = None) -> Tensor:
         """(order, row, column), [T, 3]."""
-        return F.pad(torch.arange(1.0, self.count + 1)[:, None], (0, 2))
+        return F.pad(torch.arange(1.0, self.count + 1, device=device)[:, None], (0, 2))
 
 
 @dataclass(frozen=True)
@@ -73,11 +72,11 @@ class TokenGrid:
     def count(self) -> int:
         return self.rows * self.columns
 
-    def positions(self) -> Tensor:
+    def positions(self, device: torch.device | None = None) -> Tensor:
         """(order, row, column), [rows * columns, 3]."""
         row, column = torch.meshgrid(
-            (torch.arange(self.rows) - (self.rows - 1) / 2) * self.spacing[0],
-            (torch.arange(self.columns) - (self.columns - 1) / 2) * self.spacing[1],
+            (torch.arange(self.rows, device=device) - (self.rows - 1) / 2) * self.spacing[0],
+            (torch.arange(self.columns, device=device) - (self.columns - 1) / 2) * self.spacing[1],
             indexing="ij",
         )
         return torch.stack([torch.full_like(row, self.order), row, column], dim=-1).flatten(0, 1)
@@ -97,40 +96,51 @@ def rotary(layout: TokenLayout, head_width: int, theta: float, device: torch.dev
 
     Cached, so that it is computed and copied to the device once for all steps of a picture.
     """
-    # In training it is compiled as a part of the graph.
-    make = _rotary if torch.compiler.is_compiling() else _kept_rotary.get() or _cached_rotary
+    if torch.compiler.is_compiling():
+        # In training it is a part of the compiled step, in which a copy would make the host wait for the device.
+        return _rotary(layout, head_width, theta, device)
+    make = _kept_rotary.get() or _cached_rotary
     return make(layout, head_width, theta, device)
 
 
 def _rotary(layout: TokenLayout, head_width: int, theta: float, device: torch.device) -> Rotary:
     order_width = head_width // 4
     grid_width = (head_width - order_width) // 2
-    positions_L3 = torch.cat([part.positions() for part in layout])
+    positions_L3 = torch.cat([part.positions(device) for part in layout])
     axes = zip((order_width, grid_width, grid_width), positions_L3.unbind(1), strict=True)
     tables = [get_1d_rotary_pos_embed(width, position, theta, use_real=True) for width, position in axes]  # type: ignore[arg-type]
     cos, sin = (torch.cat(parts, dim=-1) for parts in zip(*tables, strict=True))
     # Both values of a pair have the same angle.
-    return Rotary(torch.stack([cos[:, ::2], sin[:, ::2]], dim=-1).to(device))
+    return Rotary(torch.stack([cos[:, ::2], sin[:, ::2]], dim=-1))
 
 
 # A tensor made in inference mode could not be used in training.
-_normal_rotary = torch.inference_mode(False)(_rotary)
-_cached_rotary = lru_cache(maxsize=8)(_normal_rotary)
+@torch.inference_mode(False)
+def _copied_rotary(layout: TokenLayout, head_width: int, theta: float, device: torch.device) -> Rotary:
+    """Computed on the CPU, so that all devices have the same values."""
+    return Rotary(_rotary(layout, head_width, theta, torch.device("cpu")).turns_LF2.to(device))
+
+
+_cached_rotary = lru_cache(maxsize=8)(_copied_rotary)
 _kept_rotary: ContextVar[Callable[..., Rotary] | None] = ContextVar("kept_rotary", default=None)
 
 
-@contextmanager
-def kept_tables() -> Iterator[Callable[..., Rotary]]:
-    """Yields an object that keeps the rotary embeddings that are used within the context, for as long as it is kept.
+class RotaryTables:
+    """Keeps the rotary embeddings that are used within its context, for as long as it is kept itself.
 
-    A captured graph reads their memory, which the shared cache may free.
+    A captured graph reads their memory, which the shared cache may free. The context may be entered again, but not
+    within itself.
     """
-    kept = cache(_normal_rotary)
-    token = _kept_rotary.set(kept)
-    try:
-        yield kept
-    finally:
-        _kept_rotary.reset(token)
+
+    def __init__(self) -> None:
+        self._make = cache(_copied_rotary)
+
+    def __enter__(self) -> "RotaryTables":
+        self._before = _kept_rotary.set(self._make)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _kept_rotary.reset(self._before)
 
 
 class TimeEmbedding(nn.Module):

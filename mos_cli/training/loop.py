@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,6 +26,7 @@ from mos_cli.towers.lora import add_lora, merge_lora
 from mos_cli.training import checkpoint
 from mos_cli.training.batches import Batch, Batches
 from mos_cli.training.ema import PowerEMA
+from mos_cli.training.graphs import TrainingGraphs, step_capture
 from mos_cli.training.metrics import Journal, Metrics
 from mos_cli.training.objective import Objective
 from mos_cli.training.optimiser import build_optimisers, rates_at, set_rates, start_states
@@ -84,7 +85,9 @@ class Trainer:
         if recipe.lora is not None:
             add_lora(self.tower, recipe.lora.rank, recipe.lora.scaling)
         objective = Objective(self.tower, recipe.train.epsilon, guidance_teacher(recipe))
-        optimisers = build_optimisers(self.tower)
+        capture = step_capture(accelerator)
+        self.graphs = None if capture is None else TrainingGraphs(self._learn, capture, self.say)
+        optimisers = build_optimisers(self.tower, capturable=capture is not None)
         if recipe.train.compile:
             # Shapes of stages and numbers of threads are compiled apart; past the limit nothing is.
             torch._dynamo.config.recompile_limit = 64
@@ -175,16 +178,31 @@ class Trainer:
         # The random routes depend on the step alone, so that a resumed run equals an uninterrupted one.
         torch.manual_seed(Random(f"{self.recipe.train.seed}/{self.step}/{self.batches.share.rank}").getrandbits(63))
         self.rates = rates_at(self.curriculum, self.step, 0.0 if self.timer is None else self.timer.used)
-        set_rates(self.optimisers, self.rates)
-        self.tower.patch_spacing = self.curriculum.stage_at(self.step).patch_spacing
-        loss, use_JM = self.network(batch)
-        self.accelerator.backward(loss)
-        norm: Any = self.accelerator.clip_grad_norm_(self.network.parameters(), self.recipe.train.clip)
-        for optimiser in self.optimisers:
-            optimiser.step()
-            optimiser.zero_grad()
+        stage = self.curriculum.stage_at(self.step)
+        self.tower.patch_spacing = stage.patch_spacing
+        if self.graphs is None:
+            numbers = self._learn(batch, self.rates)
+        else:
+            if stage.first == self.step:
+                self.graphs.clear()
+            # Filled, not copied from the host, which would make it wait.
+            numbers = self.graphs(batch, tuple(torch.full((), rate, device=self.device) for rate in self.rates))
         self.step += 1
         self.ema.update(self._parameters(), self.step)
+        return numbers
+
+    def _learn(self, batch: Batch, rates: Sequence[float | Tensor]) -> Tensor:
+        """The part of a step that a CUDA graph may be captured of: loss, gradients and new weights."""
+        set_rates(self.optimisers, rates)
+        try:
+            loss, use_JM = self.network(batch)
+            self.accelerator.backward(loss)
+            norm: Any = self.accelerator.clip_grad_norm_(self.network.parameters(), self.recipe.train.clip)
+            for optimiser in self.optimisers:
+                optimiser.step()
+        finally:
+            for optimiser in self.optimisers:
+                optimiser.zero_grad()
         return torch.cat([loss.detach()[None], _full(norm)[None], use_JM.detach().flatten()])
 
     def validate(self) -> float | None:
@@ -309,6 +327,7 @@ class Trainer:
 
     def _load(self, path: Path) -> None:
         state = checkpoint.load(path, self._state(), self.accelerator.num_processes)
+        settings = [dict(group) for optimiser in self._bare_optimisers() for group in optimiser.param_groups]
         set_state_dict(
             self.tower,
             self._bare_optimisers(),
@@ -316,10 +335,16 @@ class Trainer:
             optim_state_dict=state["optimisers"],
             options=self._state_options(),
         )
+        groups = [group for optimiser in self._bare_optimisers() for group in optimiser.param_groups]
+        for group, setting in zip(groups, settings, strict=True):
+            # Those of this run: another device may have another kind of AdamW.
+            group.update(setting)
         self.step = checkpoint.step_of(path)
 
     def _state(self) -> dict[str, Any]:
         """The content of a checkpoint. Loading fills its tensors in place, those of the averages included."""
+        # Numbers, on whatever device the run goes on.
+        set_rates(self.optimisers, self.rates)
         tower, optimisers = get_state_dict(self.tower, self._bare_optimisers(), options=self._state_options())
         return {"tower": tower, "optimisers": optimisers, "ema": self.ema.averages}
 

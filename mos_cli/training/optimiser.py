@@ -70,8 +70,12 @@ def orthogonalised(
     return X.mT.contiguous() if tall else X
 
 
-def build_optimisers(tower: nn.Module) -> list[torch.optim.Optimizer]:
-    """The optimisers, with every parameter in exactly one of them; `set_rates` sets their learning rates."""
+def build_optimisers(tower: nn.Module, *, capturable: bool = False) -> list[torch.optim.Optimizer]:
+    """The optimisers, with every parameter in exactly one of them; `set_rates` sets their learning rates.
+
+    Args:
+        capturable: their steps can be part of a CUDA graph, where learning rates are tensors.
+    """
     muon, adamw = [], []
     for name, parameter in tower.named_parameters():
         if parameter.requires_grad:
@@ -81,7 +85,9 @@ def build_optimisers(tower: nn.Module) -> list[torch.optim.Optimizer]:
     optimisers: list[torch.optim.Optimizer] = []
     if muon:
         optimisers.append(Muon(muon))
-    return [*optimisers, torch.optim.AdamW(adamw, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)]
+    # Of the kinds that can be captured, the fused one takes a learning rate that is a tensor on every device.
+    kind = {"capturable": True, "fused": True} if capturable else {}
+    return [*optimisers, torch.optim.AdamW(adamw, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, **kind)]
 
 
 def start_states(optimisers: list[torch.optim.Optimizer]) -> None:
@@ -92,10 +98,11 @@ def start_states(optimisers: list[torch.optim.Optimizer]) -> None:
                 optimiser.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
             else:
                 moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                optimiser.state[parameter] = {"step": torch.tensor(0.0), **moments}
+                counts_on = parameter.device if optimiser.defaults["capturable"] else None
+                optimiser.state[parameter] = {"step": torch.zeros((), device=counts_on), **moments}
 
 
-def set_rates(optimisers: list[torch.optim.Optimizer], rates: tuple[float, float]) -> None:
+def set_rates(optimisers: list[torch.optim.Optimizer], rates: Sequence[float | Tensor]) -> None:
     """Sets the learning rates of `rates_at` in the optimisers of `build_optimisers`."""
     # A LoRA has AdamW alone.
     for optimiser, rate in zip(optimisers, rates[-len(optimisers) :], strict=True):

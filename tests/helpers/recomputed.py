@@ -27,3 +27,23 @@ class Recomputed:
                 into.copy_(tensor)
 
         return result, replay
+
+
+class Restored(Recomputed):
+    """For functions that change weights or states in place: a capture leaves them as they were.
+
+    Attributes:
+        state: returns all tensors that the function changes.
+    """
+
+    state: Callable[[], list[torch.Tensor]]
+
+    def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:
+        before, random = [tensor.detach().clone() for tensor in self.state()], torch.get_rng_state()
+        try:
+            return super().record(function)
+        finally:
+            torch.set_rng_state(random)
+            with torch.no_grad():
+                for tensor, value in zip(self.state(), before, strict=True):
+                    tensor.copy_(value)

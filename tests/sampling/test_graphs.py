@@ -19,7 +19,7 @@ from mos_cli.sampling.sampler import make_sigmas, sample
 from mos_cli.towers.attention import choose_attention
 from mos_cli.towers.bank import join
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.towers.layers import kept_tables, rotary
+from mos_cli.towers.layers import RotaryTables, TokenSequence, rotary
 from mos_cli.towers.router import Steering, uniform_route
 from tests.helpers.generation_towers import FIXED, ROUTED, WIDTHS, J, M, S, V, inputs, name_of, small_tower
 from tests.helpers.recomputed import Recomputed
@@ -318,12 +318,12 @@ def test_an_error_of_the_pass_itself_is_no_failed_capture() -> None:
 
 
 def test_kept_tables_outlive_the_shared_cache() -> None:
-    from mos_cli.towers.layers import TokenSequence
-
-    with kept_tables() as kept:
-        table = rotary((TokenSequence(3),), 16, 100.0, CPU)
-    assert kept((TokenSequence(3),), 16, 100.0, CPU) is table
-    assert rotary((TokenSequence(3),), 16, 100.0, CPU) is not table
+    layout, kept = (TokenSequence(3),), RotaryTables()
+    with kept:
+        table = rotary(layout, 16, 100.0, CPU)
+    assert rotary(layout, 16, 100.0, CPU) is not table
+    with kept:
+        assert rotary(layout, 16, 100.0, CPU) is table
 
 
 @pytest.mark.cuda
@@ -332,10 +332,7 @@ def test_kept_tables_outlive_the_shared_cache() -> None:
 def test_cuda_graphs_are_the_passes_themselves(variant: dict[str, Any], bucket: int | None) -> None:
     device = torch.device("cuda")
     tower, other = (small_tower(**variant).to(device).bfloat16() for _ in range(2))
-    capture = CudaCapture(device)
-    # A small test on a busy card is no reason for the rule about memory.
-    capture._check_memory = lambda: None
-    graphs = graphed(other, capture)
+    graphs = graphed(other, CudaCapture(device, free=0.0))
     with torch.inference_mode():
         z, t_2 = torch.randn(2, 3, 32, 24, device=device), torch.full((2,), 0.5, device=device)
         for tokens in (6, 3, 6):

@@ -1,7 +1,5 @@
 """A training run that learns to draw and to edit, with random art."""
 
-import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,55 +9,16 @@ from PIL import Image
 
 from mos_cli.datasets.art.file import Art
 from mos_cli.datasets.scenes import compositor
-from mos_cli.datasets.scenes.compositor import Compositor
-from mos_cli.datasets.scenes.vocabulary import load_vocabulary
-from mos_cli.datasets.tables import DataTable
-from mos_cli.evaluation.scenebench import bench_data
-from mos_cli.towers.autoencoder import Pixels
-from mos_cli.towers.image_encoder import ImageEncoder
-from mos_cli.training.batches import Batches, kind_of
-from mos_cli.training.launch import start_accelerator
-from mos_cli.training.loop import Trainer
+from mos_cli.training.batches import kind_of
 from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.samples import draw_samples
-from mos_cli.training.sources import edit_source
-from mos_cli.training.stages import curriculum
+from tests.helpers import edit_training
 from tests.helpers import tiny_training as tiny
 
 
-def _editing(**train: object) -> TrainRecipe:
-    table = json.loads(json.dumps(tiny.TABLE))
-    data = bench_data()
-    table["data"] = {"styles": list(data.styles), "words": {k: list(v) for k, v in data.words.items()}, "edits": 0.5}
-    table["image_encoder"] = "efficientnet-lite0"
-    table["bundle"]["edits"] = {"steps": 2, "cfg": 2.0, "cfg_interval": [0.0, 1.0], "image_cfg": 1.0}
-    table["generation"] |= {"image_state_widths": list(ImageEncoder(layers=4).widths)}
-    table["train"] |= train
-    return TrainRecipe.model_validate(table)
-
-
-def _trainer(recipe: TrainRecipe, understanding, art: Art, folder: Path) -> Trainer:
-    assert isinstance(recipe.data, DataTable)
-    vocabulary = load_vocabulary(art, recipe.data)
-    source = edit_source(vocabulary, Compositor(vocabulary.sprites_VHW4), torch.device("cpu"))
-    # The tiny tower reads 24 tokens.
-    short = replace(source, pick=lambda random, canvas: (source.pick(random, canvas)[0], "a dog"))
-    torch.manual_seed(0)
-    batches = Batches(
-        curriculum(recipe),
-        recipe.train,
-        {("train", False): tiny.scenes(), ("train", True): short},
-        understanding,
-        Pixels(),
-        torch.device("cpu"),
-        image_encoder=ImageEncoder(layers=4),
-    )
-    return Trainer(recipe, batches, folder, start_accelerator(recipe.train, folder))
-
-
 def test_a_run_learns_both_and_shows_both(understanding, art: Art, tmp_path: Path) -> None:
-    recipe = _editing()
-    trainer = _trainer(recipe, understanding, art, tmp_path)
+    recipe = edit_training.recipe()
+    trainer = edit_training.trainer(recipe, understanding, art, tmp_path)
     kinds = [kind_of(trainer.curriculum, recipe.train.seed, step)[1] for step in range(trainer.curriculum.steps)]
     assert set(kinds) == {False, True}
     batches = list(trainer.batches.stream(0))
@@ -83,8 +42,8 @@ def test_the_process_with_the_gpu_starts_few_operations_for_a_batch(
 ) -> None:
     """At most a tenth above the count when this was written; `benchmarks/training.py host` shows the time they take."""
     monkeypatch.setattr(compositor, "_rows", lambda _: slice(None))
-    recipe = _editing()
-    batches = _trainer(recipe, understanding, art, tmp_path).batches
+    recipe = edit_training.recipe()
+    batches = edit_training.trainer(recipe, understanding, art, tmp_path).batches
     step = next(step for step in range(8) if kind_of(batches.curriculum, recipe.train.seed, step)[1] == edits)
     picked = batches.picks[step]
     with Operations() as operations:
@@ -94,10 +53,10 @@ def test_the_process_with_the_gpu_starts_few_operations_for_a_batch(
 
 def test_a_run_stopped_before_its_first_edit_goes_on(understanding, art: Art, tmp_path: Path) -> None:
     """Parts that only edits use have no gradient until the first of them; seed 4 begins with two steps without."""
-    recipe = _editing(seed=4, save_every=2, steps=6)
-    whole = _trainer(recipe, understanding, art, tmp_path / "whole")
+    recipe = edit_training.recipe(seed=4, save_every=2, steps=6)
+    whole = edit_training.trainer(recipe, understanding, art, tmp_path / "whole")
     assert [kind_of(whole.curriculum, 4, step)[1] for step in range(3)] == [False, False, True]
-    stopped = _trainer(recipe, understanding, art, tmp_path / "stopped")
+    stopped = edit_training.trainer(recipe, understanding, art, tmp_path / "stopped")
 
     def stop(metrics) -> None:
         if metrics.step == 2:
@@ -105,20 +64,20 @@ def test_a_run_stopped_before_its_first_edit_goes_on(understanding, art: Art, tm
 
     with pytest.raises(KeyboardInterrupt):
         stopped.run(stop, lambda _: None)
-    resumed = _trainer(recipe, understanding, art, tmp_path / "stopped")
+    resumed = edit_training.trainer(recipe, understanding, art, tmp_path / "stopped")
     assert resumed.step == 2
     assert tiny.run(resumed) == tiny.run(whole)[2:]
 
 
 def test_steps_that_edit_ask_for_words_and_styles() -> None:
-    table = _editing().model_dump(exclude_none=True)
+    table = edit_training.recipe().model_dump(exclude_none=True)
     for less in ({"styles": ["noto"]}, {"words": dict(list(table["data"]["words"].items())[:7])}):
         with pytest.raises(ValueError, match="eight words and two styles"):
             TrainRecipe.model_validate({**table, "data": table["data"] | less})
 
 
 def test_steps_that_edit_ask_for_eyes() -> None:
-    table = _editing().model_dump(exclude_none=True)
+    table = edit_training.recipe().model_dump(exclude_none=True)
     for left_out in ("image_encoder", "bundle"):
         less = {name: value for name, value in table.items() if name != left_out}
         if left_out == "bundle":
