@@ -6,8 +6,8 @@ python benchmarks/training.py host RECIPE [ART]
 `host` shows on any machine what a batch costs the processors, with one thread: the milliseconds of a worker process for
 512 pictures, and of the process with the GPU the operations that it starts and its CPU time for a batch. That time is
 measured with nearly no arithmetic in it: one small picture, and towers with as many layers as the real ones, a few
-values wide. What depends on the number of pictures, taking over what a worker made, is measured with 512. Only the
-operations are counted of Muon and of steps from the loss to the moving averages: computed, and replayed as a CUDA graph.
+values wide. What depends on the number of pictures, taking over what a worker made, is measured with 512. Of Muon, and
+of steps from the loss to the moving averages, computed and replayed as a CUDA graph, only the operations are counted.
 """
 
 import pickle
@@ -143,7 +143,7 @@ def host(name: str, art: Path) -> None:
         with Operations() as operations:
             optimisers[0].step()
         print(f"| Muon | - | {operations.computing.total()} | - |")
-        objective, weights = Objective(tower, recipe.train.epsilon), dict(tower.named_parameters())
+        objective, weights = Objective(tower, recipe.train.epsilon), dict[str, torch.Tensor](tower.named_parameters())
         ema = PowerEMA(weights)
 
         def learn(batch: Batch, rates: Sequence[torch.Tensor]) -> torch.Tensor:
