@@ -9,7 +9,6 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from mos_cli.utils.folders import presets_folder
 from mos_cli.utils.validation import Frozen, read_toml
 
-
 LEAST_COMMON = 8
 """The least number of common words, and of the others: all objects of a picture may be of either."""
 

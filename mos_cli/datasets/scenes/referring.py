@@ -57,6 +57,7 @@ def confusable(words: Iterable[tuple[str, tuple[str, ...]]]) -> frozenset[frozen
         words: names in the art file with the names captions use.
     """
     ends: dict[str, set[str]] = {}
+    known = {word for word, _ in words}
     for word, names in words:
         for called in names:
             parts = called.split()
@@ -66,7 +67,7 @@ def confusable(words: Iterable[tuple[str, tuple[str, ...]]]) -> frozenset[frozen
         frozenset((word, other))
         for word, names in words
         for called in names
-        for other in ends[called].union(*groups().get(called, ()))
+        for other in ends[called].union(*groups().get(called, ())) & known
         if other != word
     )
     return frozenset(pairs)
