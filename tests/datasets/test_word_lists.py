@@ -30,7 +30,7 @@ from mos_cli.datasets.scenes.writer import SceneWriter
 from mos_cli.datasets.tables import CommonWords, DataTable
 from mos_cli.errors import InputError, UsageError
 from mos_cli.evaluation.scenebench import bench_words
-from mos_cli.training.recipe import load_recipe, recipe_path
+from mos_cli.training.recipe import TrainRecipe, load_recipe, recipe_path
 
 RECIPE = load_recipe("train-emoji-more")
 BENCH = bench_words()
@@ -207,6 +207,10 @@ def test_a_list_of_common_words_that_is_not_there_is_told(tmp_path: Path) -> Non
     (tmp_path / "mine.toml").write_text(text.replace('"words/emoji.toml"', '"words/mine.toml"'), encoding="utf-8")
     with pytest.raises(InputError, match=r"mine\.toml is not there"):
         load_recipe(str(tmp_path / "mine.toml"))
+
+
+def test_a_run_keeps_its_common_words_in_its_recipe() -> None:
+    assert TrainRecipe.model_validate_json(RECIPE.model_dump_json()) == RECIPE
 
 
 @pytest.mark.slow
