@@ -1,6 +1,7 @@
 """What a model was taught to draw, by the recipe of its training. Imports no torch."""
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +31,9 @@ class TaughtScenes:
         return sorted(names[0] for names in self.words.values())
 
     def names_one(self, prompt: str) -> bool:
-        """Whether a prompt names one of the objects, in the singular or plural."""
-        text = prompt.casefold()
-        return any(name[: max(3, len(name) - ENDING)] in text for names in self.words.values() for name in names)
+        """Whether words of a prompt begin as the name of one of the objects: it may be in the plural."""
+        stems = [name[: max(3, len(name) - ENDING)] for names in self.words.values() for name in names]
+        return re.search(rf"\b({'|'.join(map(re.escape, stems))})", prompt.casefold()) is not None
 
 
 def taught_scenes(bundle: Bundle) -> TaughtScenes | None:

@@ -9,6 +9,18 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from mos_cli.utils.folders import presets_folder
 from mos_cli.utils.validation import Frozen, read_toml
 
+LEAST_COMMON = 8
+"""The least number of common words, and of the others: all objects of a picture may be of either."""
+
+
+class CommonWords(Frozen):
+    """Words that scenes and edits show more often than the others."""
+
+    words: tuple[str, ...]
+    """Names in the art file; in a recipe also a TOML file of words, its own or a preset."""
+    share: float = Field(gt=0, lt=1)
+    """Share of the objects that are of these words."""
+
 
 class DataTable(Frozen):
     """Scenes composed from the art file: their words and styles."""
@@ -17,6 +29,7 @@ class DataTable(Frozen):
     styles: tuple[str, ...] = Field(min_length=1)
     words: dict[str, tuple[str, ...]]
     """Names in the art file to the names captions use; in a recipe also a TOML file, its own or a preset."""
+    common: CommonWords | None = None
     edits: float = Field(default=0.0, ge=0, le=1)
     """Share of the steps that train edits of scenes."""
 
@@ -26,6 +39,12 @@ class DataTable(Frozen):
             raise ValueError("a pair takes two words at least")
         if self.edits and (len(self.words) < 8 or len(self.styles) < 2):
             raise ValueError("edits take eight words and two styles at least")
+        if self.common is not None:
+            common = set(self.common.words)
+            if stray := sorted(common - self.words.keys()):
+                raise ValueError(f"common has {stray[0]!r}, which is none of the words")
+            if min(len(common), len(self.words) - len(common)) < LEAST_COMMON:
+                raise ValueError(f"common words and the others are {LEAST_COMMON} each at least")
         return self
 
 
@@ -87,14 +106,21 @@ def edit_share(data: DataTable | CaptionedTable) -> float:
 
 
 def with_words(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A `[data]` table with its words read from the file that it names, in `folder` or among the presets.
+    """A `[data]` table with its words read from the files that it names, in `folder` or among the presets.
 
     Raises:
-        InputError: the file does not exist, or it is not TOML.
+        InputError: a file does not exist, or it is not TOML.
     """
     if isinstance(data.get("scenes"), dict):
         data = data | {"scenes": with_words(data["scenes"], folder)}
-    if not isinstance(data.get("words"), str):
-        return data
-    own = folder / data["words"]
-    return data | {"words": read_toml(own if own.is_file() else presets_folder() / data["words"])}
+    common = data.get("common")
+    if isinstance(common, dict) and isinstance(common.get("words"), str):
+        data = data | {"common": common | {"words": tuple(_word_file(common["words"], folder))}}
+    if isinstance(data.get("words"), str):
+        data = data | {"words": _word_file(data["words"], folder)}
+    return data
+
+
+def _word_file(name: str, folder: Path) -> dict[str, Any]:
+    own = folder / name
+    return read_toml(own if own.is_file() else presets_folder() / name)

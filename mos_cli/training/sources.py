@@ -213,8 +213,10 @@ def find_sources(
         place = torch.device("cpu")
         say(f"the sprites, {size:.1f} GiB, do not fit into the GPU beside the network: scenes are drawn on the CPU")
     compositor = Compositor(vocabulary.sprites_VHW4.to(place), compiled=compiled and place.type == "cuda")
-    scenes = scene_source(ScenePicker(SceneWriter(vocabulary)), compositor, device)
-    return scenes, edit_source(vocabulary, compositor, device)
+    # Who picks needs no sprites; in this process and in the workers they would be a second copy.
+    words = replace(vocabulary, sprites_VHW4=torch.empty(0))
+    scenes = scene_source(ScenePicker(SceneWriter(words)), compositor, device)
+    return scenes, edit_source(words, compositor, device)
 
 
 def scene_source(

@@ -66,3 +66,11 @@ def test_the_shipped_model_knows_what_its_card_says() -> None:
     assert len(taught.objects) == 205
     assert all(taught.names_one(f"a {name}") for name in taught.objects)
     assert not taught.names_one("ein roter Hund")
+
+
+def test_short_names_are_not_found_inside_of_other_words() -> None:
+    taught = TaughtScenes({"ant": ["ant"], "rat": ["rat"], "ox": ["ox"], "pen": ["pen"]}, ["noto"], alone=True)
+    for prompt in ("a giant elephant", "a pirate with a box", "an open door"):
+        assert not taught.names_one(prompt), prompt
+    for prompt in ("an ant", "two RATS", "oxen at night", "a (pen)"):
+        assert taught.names_one(prompt), prompt

@@ -86,6 +86,8 @@ def test_scenes_are_drawn_where_the_sprites_fit(art_folder, monkeypatch, spare: 
 
     monkeypatch.setattr(training_sources, "Compositor", placed)
     for source in training_sources.find_sources(data, art_folder, device, spare=spare, say=said.append):
+        # Workers get what picks: no copy of the sprites.
+        assert not source.pick.writer.vocabulary.sprites_VHW4.numel()
         picked = source.collate([source.pick(Random(0), 32)[0]])
         drawn = source.draw(picked, 32)
         assert (drawn.device.type, tuple(drawn.shape)) == ("meta", (1, 1 + source.edits, 3, 32, 32))

@@ -40,7 +40,7 @@ class Composer:
     def words(self, count: int, styles: Sequence[str], random: Random) -> list[str]:
         """Different words with names that cannot be confused, all of them trained in all of these styles."""
         while True:
-            chosen = random.sample(self._words, count - 2 if self.held_out_pairs else count)
+            chosen = self.vocabulary.sample(count - 2 if self.held_out_pairs else count, random)
             if self.held_out_pairs:
                 chosen = [*random.sample(random.choice(self._untrained_pairs), 2), *chosen]
             if any(held_out_style(word, style) for word in chosen for style in styles):
@@ -107,16 +107,12 @@ class Composer:
         return frozenset(w for w, word in self.vocabulary.words.items() if word.names_for(counted=True, painted=True))
 
     @cached_property
-    def _words(self) -> tuple[str, ...]:
-        return tuple(self.vocabulary.words)
-
-    @cached_property
     def _confusable(self) -> frozenset[frozenset[str]]:
         return confusable([(word, known.names) for word, known in self.vocabulary.words.items()])
 
     @cached_property
     def _untrained_pairs(self) -> tuple[tuple[str, str], ...]:
-        return tuple(pair for pair in combinations(self._words, 2) if held_out(*pair))
+        return tuple(pair for pair in combinations(self.vocabulary.words, 2) if held_out(*pair))
 
 
 def background_for(items: Sequence[Item], random: Random) -> str | None:

@@ -49,19 +49,26 @@ def colour_name(colour: str, random: Random) -> str:
 
 
 def confusable(words: Iterable[tuple[str, tuple[str, ...]]]) -> frozenset[frozenset[str]]:
-    """Pairs of words in which a name of one ends with a name of the other, as 'tropical fish' with 'fish'.
+    """Pairs of words of which one name may mean both, as 'fish' a tropical fish, or 'bird' an owl.
+
+    A name of one ends with a name of the other, or is the kind of the other in `groups`.
 
     Args:
         words: names in the art file with the names captions use.
     """
     ends: dict[str, set[str]] = {}
+    known = {word for word, _ in words}
     for word, names in words:
         for called in names:
             parts = called.split()
             for start in range(len(parts)):
                 ends.setdefault(" ".join(parts[start:]), set()).add(word)
     pairs = (
-        frozenset((word, other)) for word, names in words for called in names for other in ends[called] if other != word
+        frozenset((word, other))
+        for word, names in words
+        for called in names
+        for other in ends[called].union(*groups().get(called, ())) & known
+        if other != word
     )
     return frozenset(pairs)
 
@@ -155,8 +162,9 @@ def _between(item: Item, pool: Others) -> bool:
 
 @cache
 def groups() -> dict[str, tuple[frozenset[str], frozenset[str]]]:
-    """Kinds of things: their members, and words that could be one."""
+    """Kinds of things: their members, and words that could be one. A kind may also be the name of a word."""
     tables = tomllib.loads((presets_folder() / "words" / "groups.toml").read_text(encoding="utf-8"))
     return {
-        group: (frozenset(table["members"]), frozenset(table.get("arguable", ()))) for group, table in tables.items()
+        group: (frozenset(table.get("members", ())), frozenset(table.get("arguable", ())))
+        for group, table in tables.items()
     }

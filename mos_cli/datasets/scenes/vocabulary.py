@@ -4,14 +4,15 @@ Shapes: V pictures, H x W a picture's size.
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
+from random import Random
 
 import inflect
 from torch import Tensor
 
 from mos_cli.datasets.art.file import Art
 from mos_cli.datasets.scenes.description import DEFAULT_STYLE, held_out_style
-from mos_cli.datasets.tables import DataTable
+from mos_cli.datasets.tables import CommonWords, DataTable
 from mos_cli.errors import InputError
 
 RGB = tuple[float, float, float]
@@ -42,7 +43,7 @@ COLOURS: dict[str, tuple[RGB, tuple[str, ...]]] = {
     "white": ((0.97, 0.97, 0.97), ("white",)),
 }
 """The colours a thing can be painted in: the paint and its names."""
-COLOUR_NAMES = {name for _, names in COLOURS.values() for name in names}
+COLOUR_NAMES = {name for _, names in COLOURS.values() for name in names} | {"gold", "silver", "bronze"}
 
 NO_SINGULAR = {
     "cherries",
@@ -56,9 +57,16 @@ NO_SINGULAR = {
     "books",
 }
 NO_SINGULAR |= {"scissors", "dice"}
+NO_SINGULAR |= {"lips", "paw prints", "clinking beer mugs", "clinking glasses", "champagne glasses", "fireworks"}
+NO_SINGULAR |= {"sparkles", "japanese dolls", "skis", "theater masks", "theatre masks", "jeans", "shopping bags"}
+NO_SINGULAR |= {"prayer beads", "control knobs", "crossed swords", "chains"}
 NO_PLURAL = {"bread", "corn", "milk", "coffee", "beer", "sushi", "fire", "chocolate", "cheese", "poo"}
+NO_PLURAL |= {"bacon", "popcorn", "onigiri", "rice", "ramen", "spaghetti", "dango", "shaved ice", "tea", "sake"}
+NO_PLURAL |= {"whiskey", "cutlery", "earth", "tokyo tower", "statue of liberty", "kaaba", "flying money", "moai"}
 
 _english = inflect.engine()
+_english.defnoun("burrito", "burritos")
+_english.defan("suv")
 
 
 @dataclass(frozen=True)
@@ -79,15 +87,36 @@ class VocabularyWord:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Words by their names in the art file, their styles, and their sprites, uint8 [V, H, W, 4]."""
+    """Words by their names in the art file, their styles, and their sprites, uint8 [V, H, W, 4].
+
+    Attributes:
+        common: the words that are drawn more often; without them, all are drawn equally often.
+    """
 
     words: dict[str, VocabularyWord]
     styles: tuple[str, ...]
     sprites_VHW4: Tensor
+    common: CommonWords | None = None
 
-    def learned(self, style: str) -> list[str]:
-        """The words that training may draw in a style."""
-        return [word for word in self.words if not held_out_style(word, style)]
+    def sample(self, count: int, random: Random, style: str | None = None) -> list[str]:
+        """Different words in random order; with a style, words that training may draw in it."""
+        common, others = self._pools[style]
+        if self.common is None:
+            return random.sample(others, count)
+        of_common = sum(random.random() < self.common.share for _ in range(count))
+        chosen = random.sample(common, of_common) + random.sample(others, count - of_common)
+        random.shuffle(chosen)
+        return chosen
+
+    @cached_property
+    def _pools(self) -> dict[str | None, tuple[list[str], list[str]]]:
+        """The common and the other words that may be drawn in each style, and of all words (None)."""
+        common = frozenset(self.common.words if self.common else ())
+        pools = {}
+        for style in (None, *self.styles):
+            drawn = [word for word in self.words if style is None or not held_out_style(word, style)]
+            pools[style] = [word for word in drawn if word in common], [word for word in drawn if word not in common]
+        return pools
 
 
 def load_vocabulary(art: Art, data: DataTable) -> Vocabulary:
@@ -106,7 +135,7 @@ def load_vocabulary(art: Art, data: DataTable) -> Vocabulary:
             raise InputError(f"the art file has no '{name}' in {', '.join(missing)}: drop the word or the style")
         words[name] = VocabularyWord(names, {style: len(rows) + offset for offset, style in enumerate(data.styles)})
         rows += [found[name, style] for style in data.styles]
-    return Vocabulary(words, data.styles, art.pixels[rows])
+    return Vocabulary(words, data.styles, art.pixels[rows], data.common)
 
 
 @cache

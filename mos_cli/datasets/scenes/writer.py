@@ -80,9 +80,8 @@ class SceneWriter:
 
     def _words(self, count: int, style: str, random: Random, *, countable: bool = False) -> list[str]:
         """Different words, without held-out pairs, that are trained in a style."""
-        words = self.vocabulary.learned(style)
         while True:
-            chosen = random.sample(words, count)
+            chosen = self.vocabulary.sample(count, random, style)
             allowed = not any(held_out(a, b) for i, a in enumerate(chosen) for b in chosen[:i])
             words_fit = all(self.vocabulary.words[word].names_for(counted=countable, painted=False) for word in chosen)
             if allowed and words_fit:
