@@ -25,7 +25,7 @@ from mos_cli.towers.generation import GenerationTower
 from mos_cli.training.batches import Batch
 from mos_cli.training.ema import PowerEMA
 from mos_cli.training.objective import Objective, layer_use
-from mos_cli.training.optimiser import build_optimisers, rates_at, set_rates
+from mos_cli.training.optimiser import build_optimisers, rates_at, set_rates, start_states
 from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.stages import curriculum
 
@@ -100,6 +100,7 @@ def _trained(recipe: TrainRecipe, library: Library, bench: Bench, router_rate: f
         objective.compile_blocks()
     if tower.router is not None:
         _part(optimisers, tower.router)
+    start_states(optimisers)
     named: dict[str, Tensor] = dict(tower.named_parameters())
     average, took = PowerEMA(named), []
     for step, batch in enumerate(_batches(recipe, library, bench)):

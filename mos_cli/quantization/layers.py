@@ -5,6 +5,7 @@ a scale for every row; its inputs are quantised row by row, too.
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from math import ceil
 from typing import Any
@@ -31,6 +32,8 @@ def bitsandbytes() -> Any:
         import bitsandbytes as library
     except ImportError:
         raise DeviceError("quantised models need bitsandbytes, which is not installed here") from None
+    # An int8 layer warns at every call that it computes in half precision, as it always does.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return library
 
 

@@ -1,6 +1,7 @@
 """Quantised towers: they reload bit by bit, keep what the policy keeps, and stay near the network they were."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,19 @@ def test_pieces_make_what_bitsandbytes_makes_in_one(method: Any, monkeypatch: py
     expected = layer.to("cpu").state_dict()
     assert parts.keys() == expected.keys()
     assert all(torch.equal(parts[name], expected[name]) for name in parts)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_says_nothing_at_its_calls(method: Any, caplog: pytest.LogCaptureFixture, recwarn) -> None:
+    """In a notebook, where nothing else silences the library."""
+    caplog.set_level(logging.WARNING, logger="bitsandbytes")
+    layer = nn.Linear(64, 64).eval()
+    parts = quantised_linear.quantised_parts(layer.weight.detach(), method)
+    made = quantised_linear.assembled(layer, method, parts, torch.device("cpu"))
+    with torch.inference_mode():
+        made(torch.randn(2, 64))
+    assert not caplog.records
+    assert not [str(warning.message) for warning in recwarn]
 
 
 @pytest.mark.parametrize("method", METHODS)
