@@ -8,7 +8,7 @@ from random import Random
 import fusion
 import pytest
 import torch
-from fusion_run import handed_sizes, parameters
+from fusion_run import Bench, _trained, handed_sizes, parameters
 from fusion_world import CATEGORIES, Library, World
 
 from mos_cli.datasets.scenes.description import held_out
@@ -74,3 +74,19 @@ def test_states_that_no_block_reads_change_nothing(choice: str, context: str) ->
     expected, _ = whole(z, t, whole.project_states(states, mask))
     found, _ = short(z, t, short.project_states(handed, mask))
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["MiniLM: MoS", "MiniLM: mean of all layers"])
+def test_a_variant_is_trained(world: World, name: str) -> None:
+    recipe = fusion.variant(name, 0, 31)
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch": 2})})
+    train = world.scenes(8, 24, "train")
+    rows = {text: row for row, text in enumerate(dict.fromkeys(["", *train.captions]))}
+    library = Library(torch.randn(len(rows), T, M, 384), torch.ones(len(rows), T, dtype=torch.bool), rows)
+    # What is judged is not looked at.
+    bench = Bench(train, train, train, [], {}, None, torch.device("cpu"))  # type: ignore[arg-type]
+    handed = library.handed(recipe.generation.get("fusion", "routed"), recipe.generation["depth"])
+    tower, _ = _trained(recipe, handed, bench, 1.0)
+    torch.manual_seed(recipe.train.seed)
+    fresh = GenerationTower(**handed_sizes(recipe.generation)).state_dict()  # type: ignore[arg-type]
+    assert all(not torch.equal(weight, fresh[each]) for each, weight in tower.state_dict().items())
