@@ -30,6 +30,7 @@ from mos_cli.datasets.scenes.layout import JITTER, Placed, Scene, lay_out
 from mos_cli.datasets.scenes.packed import pack_scenes
 from mos_cli.datasets.scenes.vocabulary import COLOURS, STYLES, Vocabulary, VocabularyWord, plural, with_article
 from mos_cli.datasets.scenes.writer import OPEN_ARRANGEMENTS, OPEN_PAIRS, SceneWriter
+from mos_cli.errors import InputError
 
 NAMES = ("dog", "apple", "cat", "owl", "unicorn", "bus", "key", "cheese")
 HANDS = (DEFAULT_STYLE, "noto")
@@ -343,3 +344,29 @@ def test_paint_gives_every_sprite_its_colour() -> None:
         drawn = Compositor(VOCABULARY.sprites_VHW4).draw([Scene((Placed(picture, 0.5, 0.5, 0.8, paint),), WHITE)], 32)
         middle = (drawn[0, :, 16, 16] + 1) / 2
         assert middle.tolist() == pytest.approx(list(paint), abs=0.05)
+
+
+def few(*names: str) -> Vocabulary:
+    rows = dict.fromkeys(HANDS, 0)
+    return Vocabulary({name: VocabularyWord((name,), rows) for name in names}, HANDS, sprites()[:1])
+
+
+@pytest.mark.parametrize(
+    ("names", "takes"),
+    [
+        (("dog", "apple", "cat"), "takes 4 words"),
+        (("milk", "bread", "fire", "coffee", "dog"), "takes 2 words with a plural"),
+    ],
+)
+def test_words_that_are_too_few_are_refused(names: tuple[str, ...], takes: str) -> None:
+    with pytest.raises(InputError, match=takes):
+        SceneWriter(few(*names))
+
+
+def test_words_that_never_meet_are_too_few() -> None:
+    """Without the check, words would be drawn for ever."""
+    first = "dog"
+    strangers = [name for name in map("{}-thing".format, range(400)) if held_out(first, name)][:3]
+    assert len(strangers) == 3
+    with pytest.raises(InputError, match="beside another"):
+        SceneWriter(few(first, *strangers))

@@ -100,7 +100,7 @@ class Vocabulary:
 
     def sample(self, count: int, random: Random, style: str | None = None) -> list[str]:
         """Different words in random order; with a style, words that training may draw in it."""
-        common, others = self._pools[style]
+        common, others = self.pools[style]
         if self.common is None:
             return random.sample(others, count)
         of_common = sum(random.random() < self.common.share for _ in range(count))
@@ -109,7 +109,7 @@ class Vocabulary:
         return chosen
 
     @cached_property
-    def _pools(self) -> dict[str | None, tuple[list[str], list[str]]]:
+    def pools(self) -> dict[str | None, tuple[list[str], list[str]]]:
         """The common and the other words that may be drawn in each style, and of all words (None)."""
         common = frozenset(self.common.words if self.common else ())
         pools = {}

@@ -1,6 +1,8 @@
 """Random scenes for training, without combinations that are held out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from random import Random
 from typing import Any, Literal, get_args
 
@@ -19,6 +21,7 @@ from mos_cli.datasets.scenes.description import (
 )
 from mos_cli.datasets.scenes.layout import Scene, lay_out
 from mos_cli.datasets.scenes.vocabulary import COLOURS, Vocabulary
+from mos_cli.errors import InputError
 
 KINDS = {"single": 0.4, "pair": 0.3, "count": 0.15, "group": 0.15}
 """The probability of each kind of scene."""
@@ -33,9 +36,24 @@ PAINTED, PAINTED_TWICE = 0.3, 0.2
 
 @dataclass(frozen=True)
 class SceneWriter:
-    """Makes random scenes with captions."""
+    """Makes random scenes with captions.
+
+    Raises:
+        InputError: there are too few words for the scenes with most of them.
+    """
 
     vocabulary: Vocabulary
+
+    def __post_init__(self) -> None:
+        for style in self.vocabulary.styles:
+            for count, countable in ((MOST_OBJECTS, False), (2, True)):
+                pool = (word for part in self.vocabulary.pools[style] for word in part)
+                if not any(self._fit(words, countable) for words in combinations(pool, count)):
+                    kind = "words with a plural" if countable else "words"
+                    raise InputError(
+                        f"the recipe's words are too few: a picture in {style} takes {count} {kind}, none of which is "
+                        "held out of training in that style or beside another. Add words"
+                    )
 
     def write(self, random: Random) -> tuple[Scene, str]:
         """One scene and its caption; all randomness comes from `random`."""
@@ -82,10 +100,13 @@ class SceneWriter:
         """Different words, without held-out pairs, that are trained in a style."""
         while True:
             chosen = self.vocabulary.sample(count, random, style)
-            allowed = not any(held_out(a, b) for i, a in enumerate(chosen) for b in chosen[:i])
-            words_fit = all(self.vocabulary.words[word].names_for(counted=countable, painted=False) for word in chosen)
-            if allowed and words_fit:
+            if self._fit(chosen, countable):
                 return chosen
+
+    def _fit(self, words: Sequence[str], countable: bool) -> bool:
+        """Whether training may show words in one picture, each several times if they must be countable."""
+        named = all(self.vocabulary.words[word].names_for(counted=countable, painted=False) for word in words)
+        return named and not any(held_out(a, b) for a, b in combinations(words, 2))
 
     def _thing(self, word: str, random: Random, count: int = 1, painted: float = PAINTED) -> Thing:
         paint = random.random() < painted and self.vocabulary.words[word].names_for(counted=count > 1, painted=True)
