@@ -100,6 +100,7 @@ def replay(
     from mos_cli.bundles.bundle import edit_defaults, find_bundle, find_recorded
     from mos_cli.config.recipe import check_guidance, pixels_hash
     from mos_cli.config.settings import check_size, make_settings, resolve
+    from mos_cli.images.differences import psnr
     from mos_cli.images.inputs import Finder
     from mos_cli.images.manifest import Manifest
     from mos_cli.images.naming import naming
@@ -233,10 +234,12 @@ def replay(
         report.event("verified", "exact", verdict="exact")
     else:
         # The loss of the file's format is no difference between the two.
-        psnr = _psnr(image, drawn if record.stored is None else as_stored(drawn, record.stored.format))
-        verdict = "close" if psnr >= CLOSE_PSNR else "different"
-        measured = f"PSNR {psnr:.1f} dB" if isfinite(psnr) else "the same in the file's format"
-        number = round(psnr, 2) if isfinite(psnr) else None
+        again = drawn if record.stored is None else as_stored(drawn, record.stored.format)
+        alike = (image.size, image.mode) == (again.size, again.mode)
+        decibels = psnr(image, again) if alike else 0.0
+        verdict = "close" if decibels >= CLOSE_PSNR else "different"
+        measured = f"PSNR {decibels:.1f} dB" if isfinite(decibels) else "the same in the file's format"
+        number = round(decibels, 2) if isfinite(decibels) else None
         report.event("verified", f"{verdict} ({measured})", verdict=verdict, psnr=number)
         if verdict == "different":
             raise typer.Exit(1)
@@ -268,10 +271,3 @@ def _changes(assignments: list[str]) -> dict[str, str]:
             raise UsageError("--set route_from: draw anew with `mos generate --route-from` to follow another run")
         pairs[key.strip()] = value.strip()
     return pairs
-
-
-def _psnr(first: "Image", second: "Image") -> float:
-    """Peak signal-to-noise ratio of two 8-bit pictures in dB; infinite for equal ones, 0 for those of another kind."""
-    from mos_cli.inference.ablation import difference
-
-    return difference(first, second)[1] if (first.size, first.mode) == (second.size, second.mode) else 0.0
