@@ -78,7 +78,7 @@ def test_a_missing_mask_of_a_chain_is_told_before_anything_is_drawn(mos, editor,
     Image.new("L", (64, 64), 255).save(tmp_path / "all.png")
     assert mos("edit", first, WORDS, "--mask", tmp_path / "all.png", "-o", second).exit_code == 0
     assert mos("edit", second, WORDS, "-o", third).exit_code == 0
-    monkeypatch.setattr("mos_cli.cli.replay.load_with_progress", None)
+    monkeypatch.setattr("mos_cli.cli.redrawing.load_with_progress", None)
     result = mos("replay", third, "-o", tmp_path / "d.png")
     assert (result.exit_code, result.stderr.count("give it with --mask FILE")) == (3, 1)
 
