@@ -23,7 +23,7 @@ from mos_cli.cli.jobs import (
 from mos_cli.cli.loading import find_server, load_with_progress
 from mos_cli.cli.options import DrawOptions
 from mos_cli.cli.output import Report
-from mos_cli.cli.requests import Plan, Request, vary
+from mos_cli.cli.requests import JobMaker, Request, vary
 from mos_cli.cli.terminal_pictures import picture_printer
 from mos_cli.errors import UsageError
 
@@ -75,9 +75,9 @@ def draw_requests(
     bundle = find_bundle(settings.model)
     if all(isinstance(request, Request) and request.edit for request in requests):
         edit_defaults(bundle)
-    plan = Plan(requests, bundle, options, record_options, names, report)
+    maker = JobMaker(requests, bundle, options, record_options, names, report)
     remote = None if options.dry_run else find_server(settings, bundle, report)
-    settings = plan.fit(settings) if remote is None else remote.adopt(settings)
+    settings = maker.fit(settings) if remote is None else remote.adopt(settings)
     recording, route_from = route_source(options.route_from, parse_percent(options.route_until), bundle)
     random = processes.agreed(random_seed())
     with ExitStack() as stack:
@@ -87,7 +87,7 @@ def draw_requests(
             opened = Manifest(options.manifest, resume=options.resume, write=not options.dry_run, joins=not first)
             manifest = stack.enter_context(opened)
             seed = random if manifest.seed is None else manifest.seed
-            jobs = plan.jobs(settings, manifest, seed, {"route_from": route_from})
+            jobs = maker.jobs(settings, manifest, seed, {"route_from": route_from})
             if len(jobs) == 1 and isinstance(jobs[0], RefusedJob):
                 raise jobs[0].error
             drawable = [job for job in jobs if isinstance(job, Job)]
