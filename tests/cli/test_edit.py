@@ -10,6 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from mos_cli.config.recipe import EarlierPicture, make_recipe
 from mos_cli.images.outputs import png, read_drawing
+from tests.helpers.pictures import pixels
 
 WORDS = "a red apple"
 
@@ -29,10 +30,6 @@ def left_half(tmp_path: Path) -> Path:
     mask.paste(255, (0, 0, 30, 45))
     mask.save(tmp_path / "mask.png")
     return tmp_path / "mask.png"
-
-
-def pixels(path: Path) -> np.ndarray:
-    return np.asarray(Image.open(path))
 
 
 def test_the_result_is_as_large_as_the_picture_and_says_what_it_was_made_from(mos, editor, photo, tmp_path) -> None:
