@@ -20,7 +20,7 @@ _DECODED = {2: 8, 4: 7}
 _BUS, _MEMORY, _FLOPS = 25e9, 500e9, 50e12
 
 
-def settings(network: BaseNetwork, size: tuple[int, int], quant: tuple[Quant, Quant] | None) -> list[Setting]:
+def all_settings(network: BaseNetwork, size: tuple[int, int], quant: tuple[Quant, Quant] | None) -> list[Setting]:
     """All settings of a base model at a size; `quant` only those with this quantisation."""
     texts: tuple[Quant, ...] = get_args(Quant) if quant is None else quant[:1]
     transformers: tuple[Quant, ...] = get_args(Quant) if quant is None else quant[1:]

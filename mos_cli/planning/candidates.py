@@ -129,7 +129,7 @@ def candidates(
 
 def _base_candidates(network: BaseNetwork, size: tuple[int, int], quant: tuple[Quant, Quant] | None) -> list[Candidate]:
     found = []
-    for setting in base_models.settings(network, size, quant):
+    for setting in base_models.all_settings(network, size, quant):
         u, g = setting.understanding, setting.generation
         found.append(
             Candidate(

@@ -12,10 +12,9 @@ from mos_cli.bundles.bundle import Bundle
 from mos_cli.bundles.shapes import read_generation
 from mos_cli.config.recipe import EarlierPicture, Provenance, Recipe
 from mos_cli.config.settings import OF_LOADED, Metadata, RunSettings, TraceLevel
-from mos_cli.errors import UsageError
+from mos_cli.errors import MosError, UsageError
 from mos_cli.images.inputs import Inputs, Redraw
 from mos_cli.routing.trace import Recording, RecordOptions
-from mos_cli.server.answers import NotServedError
 from mos_cli.server.queue import StepLike
 from mos_cli.utils.heap import return_freed_memory
 
@@ -26,6 +25,10 @@ if TYPE_CHECKING:
 
 NAME = "picture"
 """The name that the files of a picture have in answers, without their suffixes."""
+
+
+class NotServedError(MosError):
+    """What is asked for belongs to another model than that of the server."""
 
 
 def no_inputs(_redraw: Redraw) -> Inputs | None:
