@@ -230,8 +230,8 @@ def _print_memory(memory: _Memory, best: "Candidate", command: str) -> None:
 
 
 def _print_foot(network: "Network", understanding: str | None, *, on_cpu: bool, numbered: bool) -> None:
-    from mos_cli.planning.candidates import BUS, FLOPS, MEMORY
     from mos_cli.planning.memory import TOKENS
+    from mos_cli.planning.rates import BUS, FLOPS, MEMORY
 
     counted = f"Prompts of {TOKENS} tokens, one picture at a time."
     if not on_cpu:
