@@ -30,6 +30,7 @@ from mos_cli.bundles.bundle import find_bundle
 from mos_cli.cli.progress import fetch_with_progress
 from mos_cli.config.recipe import Recipe, make_recipe
 from mos_cli.config.settings import RunSettings
+from mos_cli.images.differences import psnr
 from mos_cli.images.sheets import COLUMNS, contact_sheet
 from mos_cli.inference.latents import make_noise
 from mos_cli.inference.pipeline import MoSPipeline
@@ -164,13 +165,6 @@ class Bench:
             lines = [line for line in printed.getvalue().splitlines() if line.startswith("[") and line.endswith("]")]
             found += [[float(number) for number in line.strip("[]").split(",")] for line in lines]
         return np.mean(found, axis=0).tolist()
-
-
-def psnr(a: Image.Image, b: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two 8-bit pictures, in dB."""
-    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    squared = float((difference**2).mean())
-    return float(10 * np.log10(255**2 / squared)) if squared else float("inf")
 
 
 def same_layers(a: dict[str, Routes], b: dict[str, Routes]) -> float:

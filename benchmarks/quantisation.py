@@ -19,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +26,7 @@ from mos_cli.bundles.bundle import find_bundle
 from mos_cli.cli.progress import fetch_with_progress
 from mos_cli.config.recipe import Recipe, make_recipe
 from mos_cli.config.settings import RunSettings
+from mos_cli.images.differences import psnr
 from mos_cli.inference.drawing import Drawing
 from mos_cli.inference.latents import make_noise
 from mos_cli.inference.pipeline import MoSPipeline
@@ -162,18 +162,11 @@ class Bench:
         choices = sum(tally.choices for tally in tallies)
         agree = sum(tally.agree for tally in tallies) / choices
         near = sum(tally.near_ties for tally in tallies) / choices
-        psnr = [_psnr(a, b) for a, b in pairs]
+        decibels = [psnr(a.image, b.image) for a, b in pairs]
         return (
-            f"{error:.4f} | {statistics.mean(psnr):.1f} | {min(psnr):.1f} | {agree:.3f} | {near:.3f} | "
+            f"{error:.4f} | {statistics.mean(decibels):.1f} | {min(decibels):.1f} | {agree:.3f} | {near:.3f} | "
             f"{size / 1e6:.2f} | {outcome.seconds:.2f}"
         )
-
-
-def _psnr(a: Drawing, b: Drawing) -> float:
-    """Peak signal-to-noise ratio of two 8-bit pictures, in dB."""
-    difference = np.asarray(a.image, dtype=np.float64) - np.asarray(b.image, dtype=np.float64)
-    squared = float((difference**2).mean())
-    return float(10 * np.log10(255**2 / squared)) if squared else float("inf")
 
 
 @torch.no_grad()

@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from caching import psnr
 from torch import nn
 from torch._inductor.utils import fresh_cache
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -28,6 +27,7 @@ from mos_cli.bundles.bundle import Bundle, find_bundle
 from mos_cli.cli.progress import fetch_with_progress
 from mos_cli.config.recipe import Recipe, make_recipe
 from mos_cli.config.settings import RunSettings
+from mos_cli.images.differences import psnr
 from mos_cli.inference.loading import DTYPES
 from mos_cli.inference.pipeline import MoSPipeline
 from mos_cli.planning.memory import Setting

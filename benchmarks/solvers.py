@@ -28,7 +28,7 @@ from mos_cli.bundles.bundle import find_bundle
 from mos_cli.cli.progress import fetch_with_progress
 from mos_cli.config.recipe import Recipe, make_recipe
 from mos_cli.config.settings import RunSettings
-from mos_cli.inference.ablation import difference
+from mos_cli.images.differences import psnr
 from mos_cli.inference.latents import make_noise
 from mos_cli.inference.pipeline import MoSPipeline
 from mos_cli.sampling.flow import velocity
@@ -151,7 +151,7 @@ def main() -> None:
     for seed, prompt in enumerate(prompts):
         reference = bench.draw(prompt, seed, REFERENCE, DEFAULT_SOLVER)
         for (name, count), psnrs in found.items():
-            psnrs.append(difference(reference, draws[name](prompt, seed, count))[1])
+            psnrs.append(psnr(reference, draws[name](prompt, seed, count)))
     print(f"{bench.bundle.ref}, {len(prompts)} prompts, {bench.precision}, {device_name(bench.device)}")
     print(f"\n| PSNR, dB | {' | '.join(map(str, arguments.steps))} |")
     print("| --- |" + " ---: |" * len(arguments.steps))

@@ -23,7 +23,7 @@ from mos_cli.cli.jobs import (
 from mos_cli.cli.loading import find_server, load_with_progress
 from mos_cli.cli.options import DrawOptions
 from mos_cli.cli.output import Report
-from mos_cli.cli.requests import Plan, Request, vary
+from mos_cli.cli.requests import JobMaker, Request, vary
 from mos_cli.cli.terminal_pictures import picture_printer
 from mos_cli.errors import UsageError
 
@@ -75,11 +75,12 @@ def draw_requests(
     bundle = find_bundle(settings.model)
     if all(isinstance(request, Request) and request.edit for request in requests):
         edit_defaults(bundle)
-    plan = Plan(requests, bundle, options, record_options, names, report)
+    maker = JobMaker(requests, bundle, options, record_options, names, report)
     remote = None if options.dry_run else find_server(settings, bundle, report)
-    settings = plan.fit(settings) if remote is None else remote.adopt(settings)
+    settings = maker.fit(settings) if remote is None else remote.adopt(settings)
     recording, route_from = route_source(options.route_from, parse_percent(options.route_until), bundle)
     random = processes.agreed(random_seed())
+    sheets = _Sheets(options, strip, report)
     with ExitStack() as stack:
         # All have the same jobs, under the same names: no picture is written before all have theirs.
         with processes.one_after_the_other():
@@ -87,29 +88,19 @@ def draw_requests(
             opened = Manifest(options.manifest, resume=options.resume, write=not options.dry_run, joins=not first)
             manifest = stack.enter_context(opened)
             seed = random if manifest.seed is None else manifest.seed
-            jobs = plan.jobs(settings, manifest, seed, {"route_from": route_from})
+            jobs = maker.jobs(settings, manifest, seed, {"route_from": route_from})
             if len(jobs) == 1 and isinstance(jobs[0], RefusedJob):
                 raise jobs[0].error
             drawable = [job for job in jobs if isinstance(job, Job)]
             if drawable and remote is None:
                 check_device(settings, drawable[0].recipe, bundle)
-            for option, sheet in {"--strip": strip, "--sheet": options.sheet}.items():
-                if sheet is not None:
-                    check_sheet(option, sheet, names.returned, options.overwrite)
+            sheets.check(names.returned)
             if not options.dry_run:
                 manifest.begin(seed if settings.seed is None else settings.seed)
         if options.dry_run:
             if first:
                 print_jobs(jobs, bundle, settings, report)
             return
-        pictures: dict[int, Image] = {}
-
-        def drawn(job: Job, image: "Image") -> None:
-            if options.sheet is not None:
-                pictures[id(job)] = image
-            if strip is not None and job.inputs is not None:
-                write_strip(strip, job.inputs(), image, job.recipe.prompt, options.overwrite, report)
-
         groups = processes.share(group_jobs(jobs))
         own = [job for group in groups for _, job in group]
         if any(isinstance(job, Job) and not job.done for job in own):
@@ -123,7 +114,7 @@ def draw_requests(
                 record_options=record_options,
                 observers=observers,
                 route_from=recording,
-                drawn=drawn,
+                drawn=sheets.add,
                 show=show,
             ).draw(groups)
         else:
@@ -136,8 +127,7 @@ def draw_requests(
         if there := sum(job.done for job in drawable):
             note = f"{there} of {len(jobs)} pictures were there already"
             report.note("there", note, pictures=there)
-        if options.sheet is not None:
-            _write_pictures(drawable, pictures, options.sheet, bool(options.vary), options.overwrite, report)
+        sheets.write(drawable)
     report.times()
     exit_if_failed(failed, jobs, said=first)
 
@@ -165,27 +155,47 @@ def _load(
     return pipeline, () if pipeline.compiled else (adapt_threads,)
 
 
-def _write_pictures(
-    jobs: Sequence[Job], pictures: "dict[int, Image]", sheet: Path, in_grid: bool, overwrite: bool, report: Report
-) -> None:
-    """Writes the sheet of a run: a grid with axes, or all pictures with their prompts."""
-    from mos_cli.images.outputs import read_stored
-    from mos_cli.images.sheets import contact_sheet, grid
+class _Sheets:
+    """The pictures of a run that are shown together: all in a sheet, or the only edit before and after in a strip."""
 
-    shown = {}
-    for job in jobs:
-        if (image := pictures.get(id(job))) is None and job.done:
-            image = read_stored(job.path)[0]
-        if image is not None:
-            shown[id(job)] = (job, image)
-    if shown:
-        listed = list(shown.values())
-        laid_out = (
-            grid({job.cell: image for job, image in listed})
-            if in_grid
-            else contact_sheet([(image, _caption(job, jobs)) for job, image in listed])
-        )
-        write_sheet("sheet", sheet, laid_out, overwrite, report)
+    def __init__(self, options: DrawOptions, strip: Path | None, report: Report) -> None:
+        self.sheet, self.strip, self.overwrite, self.report = options.sheet, strip, options.overwrite, report
+        self.in_grid = bool(options.vary)
+        self._images: dict[int, Image] = {}
+
+    def check(self, taken: set[Path]) -> None:
+        """Raises UsageError or InputError if one cannot be written; `taken` are the paths of the pictures."""
+        for option, path in {"--strip": self.strip, "--sheet": self.sheet}.items():
+            if path is not None:
+                check_sheet(option, path, taken, self.overwrite)
+
+    def add(self, job: Job, image: "Image") -> None:
+        """Takes a picture that was drawn; a strip is written at once."""
+        if self.sheet is not None:
+            self._images[id(job)] = image
+        if self.strip is not None and job.inputs is not None:
+            write_strip(self.strip, job.inputs(), image, job.recipe.prompt, self.overwrite, self.report)
+
+    def write(self, jobs: Sequence[Job]) -> None:
+        """Writes the sheet: a grid with axes, or all pictures with their prompts; also those that were there before."""
+        if self.sheet is None:
+            return
+        from mos_cli.images.outputs import read_stored
+        from mos_cli.images.sheets import contact_sheet, grid
+
+        shown = []
+        for job in jobs:
+            if (image := self._images.get(id(job))) is None and job.done:
+                image = read_stored(job.path)[0]
+            if image is not None:
+                shown.append((job, image))
+        if shown:
+            laid_out = (
+                grid({job.cell: image for job, image in shown})
+                if self.in_grid
+                else contact_sheet([(image, _caption(job, jobs)) for job, image in shown])
+            )
+            write_sheet("sheet", self.sheet, laid_out, self.overwrite, self.report)
 
 
 def _caption(job: Job, jobs: Sequence[Job]) -> str:

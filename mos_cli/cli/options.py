@@ -125,6 +125,10 @@ Models = Annotated[
         help="Where the model that drew it is, if it is not found by its hash; repeatable for a chain of edits.",
     ),
 ]
+EditedPictures = Annotated[
+    list[Path] | None,
+    typer.Option("--input", "-i", metavar="FILE", help="A picture that was edited; repeatable."),
+]
 Preset = Annotated[
     str | None,
     typer.Option(
@@ -192,6 +196,10 @@ RouteFrom = Annotated[
         autocompletion=trace_paths,
         help="Take the layers that every word read in another run; the weights stay the router's.",
     ),
+]
+RouteSource = Annotated[
+    Path | None,
+    typer.Option("--route-from", metavar="TRACE", help="The run that the picture took its routes from."),
 ]
 RouteUntil = Annotated[
     str | None,

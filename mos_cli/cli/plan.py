@@ -98,15 +98,15 @@ def plan(
         memory, precision = _memory_of(max_vram, precision)
         memories = [memory]
     network = find_network(model, understanding, precision=precision or "bf16", references=references)
-    canvas = parse_size(size, network.canvas)
-    found = candidates(network, canvas, quant=None if quant is None else parse_quant(quant))
+    pixels = parse_size(size, network.canvas)
+    found = candidates(network, pixels, quant=None if quant is None else parse_quant(quant))
     answers = [(memory, _answer(found, memory)) for memory in memories]
     none_fits = all(isinstance(answer, MemoryLimitError) for _, answer in answers)
     if as_json:
         for memory, answer in answers:
-            print_json([{"model": model, "size": list(canvas), "card": memory.gib, **_row(answer, memory)}])
+            print_json([{"model": model, "size": list(pixels), "card": memory.gib, **_row(answer, memory)}])
     else:
-        _print_head(network, canvas)
+        _print_head(network, pixels)
         if len(answers) > 1 and len({id(answer) for _, answer in answers}) == 1:
             # A model that fits the smallest GPU with its fastest setting needs the same on all of them.
             answers = [(replace(memories[0], up_to=memories[-1].gib), answers[0][1])]
@@ -179,13 +179,13 @@ def _row(best: "Candidate | MemoryLimitError", memory: _Memory) -> dict[str, Any
     }
 
 
-def _print_head(network: "Network", canvas: tuple[int, int]) -> None:
+def _print_head(network: "Network", size: tuple[int, int]) -> None:
     from mos_cli.bundles.adapters import BaseNetwork
 
     print_line = stdout.print
     shown = network.references
     edited = f" from {shown} picture{'' if shown == 1 else 's'} as large" if shown else ""
-    print_line(f"[bold]{network.ref}[/] at {canvas[0]} x {canvas[1]} px{edited}, {network.defaults.steps} steps")
+    print_line(f"[bold]{network.ref}[/] at {size[0]} x {size[1]} px{edited}, {network.defaults.steps} steps")
     if isinstance(network, BaseNetwork):
         shape = network.shape
         print_line(f"  transformer    {_millions(shape.transformer.parameters)}, {network.index.blocks} blocks")
@@ -230,8 +230,8 @@ def _print_memory(memory: _Memory, best: "Candidate", command: str) -> None:
 
 
 def _print_foot(network: "Network", understanding: str | None, *, on_cpu: bool, numbered: bool) -> None:
-    from mos_cli.planning.candidates import BUS, FLOPS, MEMORY
     from mos_cli.planning.memory import TOKENS
+    from mos_cli.planning.rates import BUS, FLOPS, MEMORY
 
     counted = f"Prompts of {TOKENS} tokens, one picture at a time."
     if not on_cpu:

@@ -2,17 +2,18 @@
 
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mos_cli.cli.drawing import JobDrawer
-from mos_cli.cli.jobs import Job, check_format, group_jobs, make_record_options, shortened
-from mos_cli.cli.loading import find_server, fit_to_memory, load_route_source, load_with_progress
+from mos_cli.cli.jobs import Job, check_format, group_jobs, make_record_options
+from mos_cli.cli.loading import load_route_source
 from mos_cli.cli.options import (
     Attention,
     Compile,
     Device,
+    EditedPictures,
     Json,
     Log,
     Loras,
@@ -25,27 +26,22 @@ from mos_cli.cli.options import (
     PreviewSteps,
     Quiet,
     Regions,
+    RouteSource,
     Server,
     Trace,
     Verbose,
     as_text,
 )
 from mos_cli.cli.output import Report
+from mos_cli.cli.redrawing import Redrawer, threads_of
 from mos_cli.cli.standard_files import check_one_input, check_output, picture_file
 from mos_cli.cli.terminal_pictures import picture_printer
 from mos_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from contextlib import AbstractContextManager
-
     from PIL.Image import Image
 
-    from mos_cli.bundles.bundle import Bundle
-    from mos_cli.config.recipe import EarlierPicture, Provenance, Recipe
-    from mos_cli.images.inputs import Inputs
-    from mos_cli.inference.pipeline import MoSPipeline
-    from mos_cli.server.client import RemotePipeline
+    from mos_cli.config.recipe import PictureRecord
 
 CLOSE_PSNR = 40.0
 """Decibels above which two pictures look the same; bf16 against fp32 lies beyond it, another seed far below."""
@@ -62,19 +58,13 @@ def replay(
         bool,
         typer.Option("--verify", help="Write nothing; say whether the picture comes out exact, close or different."),
     ] = False,
-    source_files: Annotated[
-        list[Path] | None,
-        typer.Option("--input", "-i", metavar="FILE", help="A picture that was edited; repeatable."),
-    ] = None,
+    source_files: EditedPictures = None,
     mask: Annotated[
         list[Path] | None, typer.Option("--mask", metavar="FILE", help="A mask that an edit was made with; repeatable.")
     ] = None,
     models: Models = None,
     lora: Loras = None,
-    route_from: Annotated[
-        Path | None,
-        typer.Option("--route-from", metavar="TRACE", help="The run that the picture took its routes from."),
-    ] = None,
+    route_from: RouteSource = None,
     output: Output = None,
     overwrite: Overwrite = False,
     trace: Trace = None,
@@ -98,12 +88,12 @@ def replay(
     too, if mos made it; other pictures are to be given with --input.
     """
     from mos_cli.bundles.bundle import edit_defaults, find_bundle, find_recorded
-    from mos_cli.config.recipe import check_guidance, pixels_hash
+    from mos_cli.config.recipe import check_guidance
     from mos_cli.config.settings import check_size, make_settings, resolve
     from mos_cli.images.inputs import Finder
     from mos_cli.images.manifest import Manifest
     from mos_cli.images.naming import naming
-    from mos_cli.images.outputs import as_stored, drawn_hash, read_drawing
+    from mos_cli.images.outputs import read_drawing
     from mos_cli.inference.requests import check_recipe, vary_recipe, with_loras
 
     report = Report(json=json, quiet=quiet, verbose=verbose)
@@ -130,9 +120,6 @@ def replay(
     guidances = {f"--set {key}": changed.get(key) for key in ("negative", "cfg_interval")}
     check_guidance(recipe.cfg, guidances, 1.0 if recipe.edit is None else recipe.edit.image_cfg)
 
-    def compiles(made: "Provenance") -> bool:
-        return made.compiled if compiled is None else compiled
-
     flags = make_settings(
         output=output,
         trace=trace,
@@ -145,62 +132,20 @@ def replay(
         server=server,
     )
     settings = resolve(flags, None)
-    with_loras(settings, recipe, lora or [])
+    redrawer = Redrawer(settings, report, compiled=compiled, models=models or (), loras=lora or ())
+    # A LoRA that is missing is told before anything is loaded.
+    with_loras(settings, recipe, lora or ())
     check_size(*recipe.working_size, bundle.index.canvas)
     record_options = make_record_options(settings.trace, regions=regions, previews=preview_steps)
-    check_recipe(recipe, bundle, compiled=compiles(record.made), regions=regions, options=record_options)
+    check_recipe(recipe, bundle, compiled=redrawer.compiles(record.made), regions=regions, options=record_options)
     routes = load_route_source(picture, recipe, route_from)
     if not verify:
         check_output(settings.output, json=json, trace=trace, regions=regions, previews=preview_steps)
     show = picture_printer(settings.preview and not verify, report)
     names = naming(settings.output, suffix=settings.format, overwrite=overwrite)
     path = None if verify else names.path(recipe)
-    loaded: dict[tuple[Any, ...], MoSPipeline | RemotePipeline] = {}
-
-    def pipeline_of(bundle: "Bundle", recipe: "Recipe", made: "Provenance") -> "MoSPipeline | RemotePipeline":
-        key = (
-            *(bundle.hash, recipe.precision, recipe.quant, recipe.loras),
-            *(made.tiled, made.batched_guidance, compiles(made)),
-        )
-        if key not in loaded:
-            # One at a time: together two models might not fit.
-            loaded.clear()
-            as_made = {"tiled": made.tiled, "batched_guidance": made.batched_guidance, "compile": compiles(made)}
-            alike = settings.model_copy(update=as_made | {"batch_size": 1})
-            if (remote := find_server(alike, bundle, report, recipe)) is not None:
-                loaded[key] = remote
-                return remote
-            quant, size = recipe.quant or "none", recipe.working_size
-            shown = 0 if recipe.edit is None else len(recipe.edit.sources)
-            placed = fit_to_memory(
-                bundle, settings, size, report, quant=quant, precision=recipe.precision, references=shown
-            )
-            # As it was made, where that fits: otherwise it would round differently, and only come out close.
-            how = {
-                "tiled": placed.tiled or made.tiled,
-                "batched_guidance": placed.batched_guidance and made.batched_guidance,
-            }
-            how["compile"] = compiles(made)
-            placed = with_loras(placed.model_copy(update=how), recipe, lora or [])
-            loaded[key] = load_with_progress(bundle, placed, report, precision=recipe.precision, quant=recipe.quant)
-        return loaded[key]
-
-    def redraw(earlier: "EarlierPicture", inputs: "Inputs | None") -> "Image":
-        if earlier.recipe.route_from is not None:
-            prompt = shortened(earlier.recipe.prompt)
-            raise UsageError(f"{prompt!r} took its routes from another run: give the picture with --input FILE")
-        otherwise = "name it with --model FOLDER, or give the picture with --input FILE"
-        subject = repr(shortened(earlier.recipe.prompt))
-        bundle = find_recorded(earlier.recipe.model, earlier.made.bundle_hash, subject, otherwise, models or ())
-        check_size(*earlier.recipe.working_size, bundle.index.canvas)
-        if inputs is not None:
-            edit_defaults(bundle)
-        pipeline = pipeline_of(bundle, earlier.recipe, earlier.made)
-        with _threads_of(pipeline, earlier.made) as follow:
-            return pipeline.draw(earlier.recipe, [follow], inputs).image
-
     pictures, masks = ([picture_file(path) for path in paths or []] for paths in (source_files, mask))
-    finder = Finder(pictures, masks, redraw)
+    finder = Finder(pictures, masks, redrawer.redraw)
     finder.check_given(recipe, record.earlier)
     inputs = finder.inputs_of(recipe, record.earlier)
     finder.check_all_used()
@@ -209,9 +154,8 @@ def replay(
         check_format(job.path, recipe, inputs, settings.metadata)
     for note in () if inputs is None else inputs.notes:
         report.note("note", note, note=note)
-    pipeline = pipeline_of(bundle, recipe, record.made)
-    # Other numbers of threads would round differently: the picture would only come out close.
-    with _threads_of(pipeline, record.made) as follow:
+    pipeline = redrawer.pipeline(bundle, recipe, record.made)
+    with threads_of(pipeline, record.made) as follow:
         if job is not None:
             JobDrawer(
                 pipeline,
@@ -229,28 +173,7 @@ def replay(
         with report.stage("sampling"):
             drawn = pipeline.draw(recipe, [follow], inputs, route_from=routes).image
     report.times()
-    if pixels_hash(drawn) == drawn_hash(image, record):
-        report.event("verified", "exact", verdict="exact")
-    else:
-        # The loss of the file's format is no difference between the two.
-        psnr = _psnr(image, drawn if record.stored is None else as_stored(drawn, record.stored.format))
-        verdict = "close" if psnr >= CLOSE_PSNR else "different"
-        measured = f"PSNR {psnr:.1f} dB" if isfinite(psnr) else "the same in the file's format"
-        number = round(psnr, 2) if isfinite(psnr) else None
-        report.event("verified", f"{verdict} ({measured})", verdict=verdict, psnr=number)
-        if verdict == "different":
-            raise typer.Exit(1)
-
-
-def _threads_of(
-    pipeline: "MoSPipeline | RemotePipeline", made: "Provenance"
-) -> "AbstractContextManager[Callable[[Any], None]]":
-    """Sets the numbers of CPU threads that a picture was made with, here or in the server."""
-    from mos_cli.server.client import RemotePipeline
-    from mos_cli.utils.threads import cpu_threads
-
-    set_threads = pipeline.cpu_threads if isinstance(pipeline, RemotePipeline) else cpu_threads
-    return set_threads(made.threads, made.thread_changes)
+    _say_verdict(image, drawn, record, report)
 
 
 def _changes(assignments: list[str]) -> dict[str, str]:
@@ -270,8 +193,22 @@ def _changes(assignments: list[str]) -> dict[str, str]:
     return pairs
 
 
-def _psnr(first: "Image", second: "Image") -> float:
-    """Peak signal-to-noise ratio of two 8-bit pictures in dB; infinite for equal ones, 0 for those of another kind."""
-    from mos_cli.inference.ablation import difference
+def _say_verdict(image: "Image", drawn: "Image", record: "PictureRecord", report: Report) -> None:
+    """Says whether a picture, as its file has it, came out exact, close or different (exit code 1)."""
+    from mos_cli.config.recipe import pixels_hash
+    from mos_cli.images.differences import psnr
+    from mos_cli.images.outputs import as_stored, drawn_hash
 
-    return difference(first, second)[1] if (first.size, first.mode) == (second.size, second.mode) else 0.0
+    if pixels_hash(drawn) == drawn_hash(image, record):
+        report.event("verified", "exact", verdict="exact")
+        return
+    # The loss of the file's format is no difference between the two.
+    again = drawn if record.stored is None else as_stored(drawn, record.stored.format)
+    alike = (image.size, image.mode) == (again.size, again.mode)
+    decibels = psnr(image, again) if alike else 0.0
+    verdict = "close" if decibels >= CLOSE_PSNR else "different"
+    measured = f"PSNR {decibels:.1f} dB" if isfinite(decibels) else "the same in the file's format"
+    number = round(decibels, 2) if isfinite(decibels) else None
+    report.event("verified", f"{verdict} ({measured})", verdict=verdict, psnr=number)
+    if verdict == "different":
+        raise typer.Exit(1)

@@ -103,7 +103,7 @@ def _with(request: Request, variation: Variation) -> Request:
     return replace(request, flags=flags, edit=edit, variation=variation)
 
 
-class Plan:
+class JobMaker:
     """Turns requests into jobs."""
 
     def __init__(
@@ -135,7 +135,7 @@ class Plan:
             if isinstance(request, Request):
                 try:
                     inputs = self._inputs(request)
-                    sizes.append(self._canvas(request, self._settings(request, settings), inputs))
+                    sizes.append(self._working_size(request, self._settings(request, settings), inputs))
                 except MosError:
                     # It is told when the jobs are made.
                     continue
@@ -207,10 +207,10 @@ class Plan:
         with _unreadable():
             inputs = self._inputs(request)
         interval = request.flags.cfg_interval
-        canvas = self._canvas(request, settings, inputs)
+        size = self._working_size(request, settings, inputs)
         with self.report.stage("libraries"):
             if request.edit is None or inputs is None:
-                fields = generation_fields(settings, self.bundle, canvas, cfg_interval=interval)
+                fields = generation_fields(settings, self.bundle, size, cfg_interval=interval)
             else:
                 edit = replace(request.edit, image_cfg=settings.image_cfg)
                 fields = edit_fields(settings, self.bundle, edit, inputs, cfg_interval=interval)
@@ -290,7 +290,7 @@ class Plan:
                 settings = self._settings(request, run)
                 interval = request.flags.cfg_interval
                 fields = generation_fields(
-                    settings, self.bundle, self._canvas(request, settings, None), cfg_interval=interval
+                    settings, self.bundle, self._working_size(request, settings, None), cfg_interval=interval
                 )
                 first = seed if settings.seed is None else settings.seed
                 for number, recipe in self._recipes(request, first, fields | shared):
@@ -329,7 +329,7 @@ class Plan:
             self._settings_of[key] = resolve(flags, self.options.preset)
         return self._settings_of[key]
 
-    def _canvas(self, request: Request, settings: "RunSettings", inputs: "Inputs | None") -> tuple[int, int]:
+    def _working_size(self, request: Request, settings: "RunSettings", inputs: "Inputs | None") -> tuple[int, int]:
         from mos_cli.config.settings import parse_size
 
         canvas = self.bundle.index.canvas

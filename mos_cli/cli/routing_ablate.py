@@ -11,7 +11,19 @@ import typer
 
 from mos_cli.cli.jobs import shortened
 from mos_cli.cli.loading import load_route_source, load_with_progress
-from mos_cli.cli.options import Attention, Device, Json, Loras, Models, Overwrite, Quiet, Verbose, as_text
+from mos_cli.cli.options import (
+    Attention,
+    Device,
+    EditedPictures,
+    Json,
+    Loras,
+    Models,
+    Overwrite,
+    Quiet,
+    RouteSource,
+    Verbose,
+    as_text,
+)
 from mos_cli.cli.output import Report
 from mos_cli.cli.progress import sampling_bars, stop_between_steps
 from mos_cli.errors import InputError, UsageError
@@ -41,19 +53,13 @@ def ablate(
     only: Annotated[
         bool, typer.Option("--only", help="Let the word read one layer at a time, instead of all but one.")
     ] = False,
-    source_files: Annotated[
-        list[Path] | None,
-        typer.Option("--input", "-i", metavar="FILE", help="A picture that was edited; repeatable."),
-    ] = None,
+    source_files: EditedPictures = None,
     mask: Annotated[
         Path | None, typer.Option("--mask", metavar="FILE", help="The mask that an edit was made with.")
     ] = None,
     models: Models = None,
     lora: Loras = None,
-    route_from: Annotated[
-        Path | None,
-        typer.Option("--route-from", metavar="TRACE", help="The run that the picture took its routes from."),
-    ] = None,
+    route_from: RouteSource = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="PNG", help="The strip of pictures.", show_default="beside the picture"),

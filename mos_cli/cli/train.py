@@ -128,6 +128,7 @@ def train(
         return
     from mos_cli.adapters.recipe import is_base_model_recipe
 
+    pictures = None if data is None else str(data)
     if is_base_model_recipe(path := recipe_path(recipe)):
         if tracker or processes > 1 or duration is not None or ema is not None or extend or art is not None:
             raise UsageError(
@@ -137,10 +138,8 @@ def train(
         from mos_cli.cli.train_base_model import train_on_base_model
 
         quieten()
-        fields = {"data": data, "base": start_from, "name": name, "caption": caption, "steps": steps}
-        given = {
-            field: str(value) if field == "data" else value for field, value in fields.items() if value is not None
-        }
+        values = {"data": pictures, "base": start_from, "name": name, "caption": caption, "steps": steps}
+        given = {field: value for field, value in values.items() if value is not None}
         train_on_base_model(path, given, run=run, export=export, strict=strict)
         return
     require("training", "train", "inflect", "matplotlib", "tensorboard")
@@ -151,7 +150,7 @@ def train(
         recipe,
         {name: value for name, value in overrides.items() if value is not None},
         start_from=start_from,
-        data=None if data is None else str(data),
+        data=pictures,
         caption=caption,
         name=name,
     )
@@ -183,7 +182,6 @@ def train(
 
     for each in tracker or ():
         check_tracker(each)
-    steps_of_run, time_of_run = curriculum(loaded).steps, loaded.train.time
     main_process = os.environ.get("RANK", "0") == "0"
     if main_process:
         check_folder(folder, RECIPE, LOCK)
@@ -194,27 +192,10 @@ def train(
         _progress(main_process) as show_progress,
         stop_between_steps() as check_interrupt,
     ):
-        validation = ""
-
-        def advance(what: str, done: int, total: int, shown: str = "") -> None:
-            show_progress(what, done, total, shown)
-            check_interrupt()
-
-        def log(metrics: "Metrics") -> None:
-            nonlocal validation
-            if metrics.validation_loss is not None:
-                validation = f"  validation {metrics.validation_loss:.4f}"
-            left = "" if metrics.seconds_left is None else f"  {as_clock(metrics.seconds_left)} left"
-            shown = f"loss {metrics.loss:.4f}{validation}  {metrics.images_per_second:.3g} images/s{left}"
-            if time_of_run is None:
-                advance("training", metrics.step, steps_of_run, shown)
-            elif metrics.seconds_left is not None:
-                used = time_of_run - metrics.seconds_left
-                advance("seconds of training", round(used), round(time_of_run), f"step {metrics.step}  {shown}")
-
+        display = _Display(show_progress, check_interrupt, curriculum(loaded).steps, loaded.train.time)
         reports = Reports(
             say=lambda line: _say(line) if main_process else None,
-            progress=lambda done, total: advance("checking the pictures", done, total),
+            progress=lambda done, total: display.advance("checking the pictures", done, total),
             unused=print_unused if main_process else lambda _: None,
         )
         reports.say(f"training {loaded.bundle.name} in {folder}")
@@ -222,7 +203,7 @@ def train(
             loaded,
             art or data_folder(),
             folder,
-            log,
+            display.log,
             extend=extend,
             strict=strict,
             trackers=tracker or (),
@@ -234,8 +215,42 @@ def train(
         stdout.print(f"{made}", soft_wrap=True)
 
 
+ShowProgress = Callable[[str, int, int, str], None]
+"""Shows what is done, how much of it, of how much, and a text beside it."""
+
+
+class _Display:
+    """Shows how far a training is, and stops it between steps.
+
+    Args:
+        steps: of the run.
+        time: seconds of the run, where it ends by the clock.
+    """
+
+    def __init__(self, show: ShowProgress, check_interrupt: Callable[[], None], steps: int, time: float | None) -> None:
+        self.show, self.check_interrupt, self.steps, self.time = show, check_interrupt, steps, time
+        self._validation = ""
+
+    def advance(self, what: str, done: int, total: int, shown: str = "") -> None:
+        """Raises KeyboardInterrupt after Ctrl-C."""
+        self.show(what, done, total, shown)
+        self.check_interrupt()
+
+    def log(self, metrics: "Metrics") -> None:
+        """Shows the metrics of a step, with the newest validation loss."""
+        if metrics.validation_loss is not None:
+            self._validation = f"  validation {metrics.validation_loss:.4f}"
+        left = "" if metrics.seconds_left is None else f"  {as_clock(metrics.seconds_left)} left"
+        shown = f"loss {metrics.loss:.4f}{self._validation}  {metrics.images_per_second:.3g} images/s{left}"
+        if self.time is None:
+            self.advance("training", metrics.step, self.steps, shown)
+        elif metrics.seconds_left is not None:
+            used = round(self.time - metrics.seconds_left)
+            self.advance("seconds of training", used, round(self.time), f"step {metrics.step}  {shown}")
+
+
 @contextmanager
-def _progress(main_process: bool) -> Iterator[Callable[[str, int, int, str], None]]:
+def _progress(main_process: bool) -> Iterator[ShowProgress]:
     """Shows how far work is: in a terminal as bars, else in a line every few seconds."""
     if not main_process:
         yield lambda what, done, total, shown: None

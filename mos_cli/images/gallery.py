@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 from typing import Any
 from urllib.parse import quote
 
@@ -17,8 +16,9 @@ from mos_cli.images.companions import PREVIEWS_SUFFIX
 from mos_cli.images.outputs import SUFFIXES
 from mos_cli.images.pictures import opened_picture
 from mos_cli.images.records import record_text
+from mos_cli.utils.pages import fill_page
 
-_PARTS = Path(__file__).with_name("gallery_page")
+PARTS = Path(__file__).with_name("gallery_page")
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,7 @@ def gallery_page(pictures: list[GalleryPicture], folder: Path, page: Path) -> st
     Its content security policy forbids loading anything but files beside it, and all text of recipes is put in as text.
     """
     shown = [_shown(picture, folder, page) for picture in pictures]
-    # "<" is escaped, so that a prompt cannot close the script element.
-    data = json.dumps({"folder": folder.name or str(folder), "pictures": shown}, separators=(",", ":"))
-    parts = {
-        name: (_PARTS / f"page.{kind}").read_text("utf-8") for name, kind in {"style": "css", "script": "js"}.items()
-    }
-    return Template((_PARTS / "page.html").read_text("utf-8")).substitute(**parts, data=data.replace("<", "\\u003c"))
+    return fill_page(PARTS, data={"folder": folder.name or str(folder), "pictures": shown})
 
 
 def _record(text: str | None) -> PictureRecord | None:

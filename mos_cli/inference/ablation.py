@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mos_cli.errors import UsageError
+from mos_cli.images.differences import mean_difference, psnr
 from mos_cli.routing.rules import Rule, tokens_of
 
 if TYPE_CHECKING:
@@ -82,8 +83,7 @@ def ablate(before: "Drawing", rule: Rule, draw: "Callable[[Recipe], Image]") -> 
         except UsageError as error:
             yield Ablated(layer, share, before.image, 0.0, float("inf"), str(error))
             continue
-        change, psnr = difference(before.image, image)
-        yield Ablated(layer, share, image, change, psnr)
+        yield Ablated(layer, share, image, mean_difference(before.image, image), psnr(before.image, image))
 
 
 def shares_read(trace: "Trace", routes: "dict[str, Routes]", rule: Rule) -> list[float]:
@@ -105,10 +105,3 @@ def shares_read(trace: "Trace", routes: "dict[str, Routes]", rule: Rule) -> list
 def with_layer(recipe: "Recipe", rule: Rule, layer: int) -> "Recipe":
     """The recipe with the rule for one layer added to its rules."""
     return recipe.model_copy(update={"routes": (*(recipe.routes or ()), str(replace(rule, layers=(layer,))))})
-
-
-def difference(before: "Image", after: "Image") -> tuple[float, float]:
-    """Mean absolute difference of two 8-bit pictures of one size, in levels, and their PSNR in dB."""
-    error = np.asarray(before, np.float64) - np.asarray(after, np.float64)
-    squared = np.square(error).mean()
-    return float(np.abs(error).mean()), float("inf") if squared == 0 else float(10 * np.log10(255**2 / squared))

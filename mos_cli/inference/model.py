@@ -200,8 +200,8 @@ class Model:
             feature_cache=feature_cache,
             routes=routes,
         )
-        canvas = parse_size(_size_text(size), self.bundle.index.canvas)
-        fields = generation_fields(settings, self.bundle, canvas, cfg_interval=cfg_interval)
+        pixels = parse_size(_size_text(size), self.bundle.index.canvas)
+        fields = generation_fields(settings, self.bundle, pixels, cfg_interval=cfg_interval)
         options = RecordOptions(probabilities, regions, previews)
         return self._draw(prompt, seed, fields, options, route_from, route_until)
 

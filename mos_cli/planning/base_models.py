@@ -10,6 +10,7 @@ from typing import get_args
 from mos_cli.bundles.adapters import BaseNetwork
 from mos_cli.bundles.base_models import PartShape
 from mos_cli.planning.memory import TILE, TOKENS, MemoryStage, Quant, Setting, quantised_bytes
+from mos_cli.planning.rates import BUS, FLOPS, MEMORY
 
 PATCH = 16
 """Pixels along a patch: eight of the autoencoder, and patches of 2 x 2 latents."""
@@ -17,10 +18,9 @@ ACTIVATIONS = {"Flux2KleinPipeline": (21.0, 25), "ZImagePipeline": (15.5, 16), "
 """At the peak of a pass: values of the blocks' width, and bytes for each value of a head, for every token."""
 _DECODED = {2: 8, 4: 7}
 """Values of the decoder's last width for every pixel, by the bytes of a value."""
-_BUS, _MEMORY, _FLOPS = 25e9, 500e9, 50e12
 
 
-def settings(network: BaseNetwork, size: tuple[int, int], quant: tuple[Quant, Quant] | None) -> list[Setting]:
+def all_settings(network: BaseNetwork, size: tuple[int, int], quant: tuple[Quant, Quant] | None) -> list[Setting]:
     """All settings of a base model at a size; `quant` only those with this quantisation."""
     texts: tuple[Quant, ...] = get_args(Quant) if quant is None else quant[:1]
     transformers: tuple[Quant, ...] = get_args(Quant) if quant is None else quant[1:]
@@ -115,21 +115,21 @@ def seconds(network: BaseNetwork, setting: Setting, size: tuple[int, int]) -> di
     length = patches(size) * (1 + network.references) + (shape.text_tokens if shape.joint else 0)
     passes = network.defaults.steps * (2 if network.guided else 1)
     attention = 4 * length * length * shape.width * network.index.blocks
-    compute = passes * (2 * shape.transformer.linear * length + attention) * each / (2 * _FLOPS)
+    compute = passes * (2 * shape.transformer.linear * length + attention) * each / (2 * FLOPS)
     moved = part_bytes(shape.transformer, setting.generation, each)
     parts = {
-        "reading": 2 * shape.text_encoder.linear * shape.text_tokens / _FLOPS,
-        "drawing": max(compute, passes * moved / _MEMORY),
+        "reading": 2 * shape.text_encoder.linear * shape.text_tokens / FLOPS,
+        "drawing": max(compute, passes * moved / MEMORY),
     }
     if setting.generation == "nf4":
         # Unpacked to bf16 in every pass.
-        parts["quantised layers"] = passes * 2.5 * shape.transformer.linear / _MEMORY
+        parts["quantised layers"] = passes * 2.5 * shape.transformer.linear / MEMORY
     if setting.generation == "int8":
         # Inputs are rounded, outputs rescaled.
-        parts["quantised layers"] = passes * length * 13 * shape.transformer.rows / _MEMORY
+        parts["quantised layers"] = passes * length * 13 * shape.transformer.rows / MEMORY
     if setting.offload != "none":
         text = part_bytes(shape.text_encoder, setting.understanding, each)
-        parts["networks over the bus"] = (text + moved + each * shape.vae.parameters) / _BUS
+        parts["networks over the bus"] = (text + moved + each * shape.vae.parameters) / BUS
     return parts
 
 

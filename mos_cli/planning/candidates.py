@@ -26,13 +26,8 @@ from mos_cli.planning.memory import (
     stages,
     weights,
 )
+from mos_cli.planning.rates import BUS, FLOPS, MEMORY
 
-BUS = 25e9
-"""Bytes per second from main memory, PCIe 4.0 x16."""
-MEMORY = 500e9
-"""Bytes per second of the GPU's memory."""
-FLOPS = 50e12
-"""Operations per second of bf16 products."""
 GPU_SIZES = (8, 12, 16, 24)
 """GiB of the GPUs that plans and presets are made for."""
 _ALIKE = 1.08
@@ -129,7 +124,7 @@ def candidates(
 
 def _base_candidates(network: BaseNetwork, size: tuple[int, int], quant: tuple[Quant, Quant] | None) -> list[Candidate]:
     found = []
-    for setting in base_models.settings(network, size, quant):
+    for setting in base_models.all_settings(network, size, quant):
         u, g = setting.understanding, setting.generation
         found.append(
             Candidate(

@@ -8,6 +8,7 @@ from typing import Any
 from starlette.responses import JSONResponse, StreamingResponse
 
 from mos_cli.errors import DeviceError, InputError, MemoryLimitError, ModelError, MosError, UsageError
+from mos_cli.server.drawing import NotServedError
 from mos_cli.server.queue import QueueFullError, StoppingError
 
 KEEP_ALIVE = 10.0
@@ -16,15 +17,12 @@ _STATUS: dict[type[Exception], int] = {
     UsageError: 400,
     InputError: 400,
     ModelError: 400,
+    NotServedError: 409,
     QueueFullError: 429,
     StoppingError: 503,
     MemoryLimitError: 503,
     DeviceError: 503,
 }
-
-
-class NotServedError(MosError):
-    """What is asked for belongs to another model than that of the server."""
 
 
 def error_answer(
@@ -41,7 +39,7 @@ def answer_of(error: Exception) -> JSONResponse:
     """The answer for an error of this package, or for one that should not be."""
     if not isinstance(error, MosError):
         return error_answer(500, f"the server failed: {type(error).__name__}")
-    status = 409 if isinstance(error, NotServedError) else _STATUS.get(type(error), 500)
+    status = _STATUS.get(type(error), 500)
     headers = {"Retry-After": "1"} if status == 429 else None
     return error_answer(status, str(error), kind=type(error).__name__, headers=headers)
 

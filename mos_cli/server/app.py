@@ -40,15 +40,15 @@ from mos_cli.server.bodies import (
     GenerationBody,
     ReplayBody,
     Upload,
-    plan_drawing,
-    plan_edit,
-    plan_generation,
-    plan_replay,
+    check_drawing,
+    check_edit,
+    check_generation,
+    check_replay,
     presets_of_requests,
     read_body,
     read_fields,
 )
-from mos_cli.server.drawing import NAME, Plan, Result, ServedModel
+from mos_cli.server.drawing import NAME, CheckedRequest, Result, ServedModel
 from mos_cli.server.guard import Guard
 from mos_cli.server.page import page, page_policy
 from mos_cli.server.queue import Job, JobQueue
@@ -148,8 +148,8 @@ class _Server:
 
     async def generations(self, request: Request) -> Response:
         body = read_body(GenerationBody, await _json(request, MAX_JSON))
-        plans = await run_in_threadpool(plan_generation, body, self.served)
-        return await self._answer(request, body, plans, "image_generation.completed")
+        asked = await run_in_threadpool(check_generation, body, self.served)
+        return await self._answer(request, body, asked, "image_generation.completed")
 
     async def edits(self, request: Request) -> Response:
         async with _form(request) as (fields, files):
@@ -158,8 +158,8 @@ class _Server:
             if not pictures or len(masks) > 1 or files:
                 raise UsageError("an edit has an image, may have further ones, and one mask")
             body = read_fields(EditBody, fields)
-        plans = await run_in_threadpool(plan_edit, body, pictures, masks[0] if masks else None, self.served)
-        return await self._answer(request, body, plans, "image_edit.completed")
+        asked = await run_in_threadpool(check_edit, body, pictures, masks[0] if masks else None, self.served)
+        return await self._answer(request, body, asked, "image_edit.completed")
 
     async def replays(self, request: Request) -> Response:
         async with _form(request) as (fields, files):
@@ -167,13 +167,13 @@ class _Server:
             if len(pictures) != 1 or files:
                 raise UsageError("a replay has one image, and may have inputs and masks")
             body = read_fields(ReplayBody, fields)
-        plan = await run_in_threadpool(plan_replay, body, pictures[0], inputs, masks, self.served)
-        return await self._answer(request, body, [plan], "image_generation.completed")
+        asked = await run_in_threadpool(check_replay, body, pictures[0], inputs, masks, self.served)
+        return await self._answer(request, body, [asked], "image_generation.completed")
 
     async def draw(self, request: Request) -> Response:
         data = await _json(request, None)
         body = await run_in_threadpool(read_body, DrawBody, data)
-        (job,) = self.queue.add([await run_in_threadpool(plan_drawing, body, self.served)])
+        (job,) = self.queue.add([await run_in_threadpool(check_drawing, body, self.served)])
         return self._stream([job], lambda job: {"type": "drawn", "job": job.id, **_drawn(job)})
 
     async def jobs(self, _request: Request) -> Response:
@@ -207,8 +207,10 @@ class _Server:
             raise HTTPException(404, "there is no such job; the server keeps the last ones only")
         return job
 
-    async def _answer(self, request: Request, body: Answering, plans: Sequence[Plan], completed: str) -> Response:
-        jobs = self.queue.add(plans)
+    async def _answer(
+        self, request: Request, body: Answering, asked: Sequence[CheckedRequest], completed: str
+    ) -> Response:
+        jobs = self.queue.add(asked)
         if body.stream:
             return self._stream(jobs, lambda job: {"type": completed, "created_at": int(time()), **_picture(job)})
         if not body.wait:
@@ -217,7 +219,7 @@ class _Server:
         for job in jobs:
             if job.error is not None:
                 return answer_of(job.error) if job.status == "failed" else error_answer(503, str(job.error))
-        size = "{width}x{height}".format(**plans[0].recipe.model_dump())
+        size = "{width}x{height}".format(**asked[0].recipe.model_dump())
         answer = {"created": int(time()), "output_format": body.output_format, "size": size}
         return JSONResponse(answer | {"data": [_picture(job) for job in jobs]})
 
@@ -268,7 +270,7 @@ class _Server:
 def _picture(job: Job) -> dict[str, Any]:
     assert job.result is not None
     data = next(iter(job.result.files.values()))
-    recipe = job.plan.recipe
+    recipe = job.request.recipe
     return {"b64_json": _base64(data), "job": job.id, "seed": recipe.seed, "prompt": recipe.prompt}
 
 

@@ -1,4 +1,4 @@
-"""What clients send, and the plans that come of it: by the functions that `mos generate` and `mos edit` use."""
+"""What clients send, checked by the functions that `mos generate` and `mos edit` use."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -47,7 +47,7 @@ from mos_cli.inference.requests import (
 from mos_cli.inference.wildcards import expand_prompt
 from mos_cli.routing.prompt_weights import parse_weights
 from mos_cli.routing.trace import Recording, RecordOptions, Trace, read_routes
-from mos_cli.server.drawing import Plan, ServedModel
+from mos_cli.server.drawing import CheckedRequest, ServedModel
 from mos_cli.utils.validation import Frozen, Interval, PlainName, RouteRules, Solver, first_problem
 
 MAX_PROMPT = 10_000
@@ -188,20 +188,22 @@ def read_fields(kind: type[_Body], fields: Mapping[str, Sequence[str]]) -> _Body
         raise UsageError(first_problem(error, kind)) from None
 
 
-def plan_generation(body: GenerationBody, served: ServedModel) -> list[Plan]:
+def check_generation(body: GenerationBody, served: ServedModel) -> list[CheckedRequest]:
     """The pictures of a request.
 
     Raises:
         MosError: they cannot be drawn.
     """
     settings = _settings(body, served)
-    canvas = parse_size(body.asked_size or settings.size, served.bundle.index.canvas)
-    fields = generation_fields(settings, served.bundle, canvas, cfg_interval=body.cfg_interval)
-    return _plans(body, served, settings, fields, None)
+    size = parse_size(body.asked_size or settings.size, served.bundle.index.canvas)
+    fields = generation_fields(settings, served.bundle, size, cfg_interval=body.cfg_interval)
+    return _checked(body, served, settings, fields, None)
 
 
-def plan_edit(body: EditBody, files: Sequence[BytesIO], mask: BytesIO | None, served: ServedModel) -> list[Plan]:
-    """The pictures of an edit; see `plan_generation`.
+def check_edit(
+    body: EditBody, files: Sequence[BytesIO], mask: BytesIO | None, served: ServedModel
+) -> list[CheckedRequest]:
+    """The pictures of an edit; see `check_generation`.
 
     Args:
         files: the edited picture, and further ones to draw from.
@@ -223,12 +225,12 @@ def plan_edit(body: EditBody, files: Sequence[BytesIO], mask: BytesIO | None, se
     )
     inputs = request.with_mask(make_inputs([read_picture(file) for file in files]))
     fields = edit_fields(settings, served.bundle, request, inputs, cfg_interval=body.cfg_interval)
-    return _plans(body, served, settings, fields, inputs)
+    return _checked(body, served, settings, fields, inputs)
 
 
-def plan_replay(
+def check_replay(
     body: ReplayBody, file: BytesIO, files: Sequence[BytesIO], masks: Sequence[BytesIO], served: ServedModel
-) -> Plan:
+) -> CheckedRequest:
     """A picture drawn again from the recipe in its file.
 
     Args:
@@ -265,7 +267,7 @@ def plan_replay(
         finder.check_all_used()
         return found
 
-    plan = Plan(
+    checked = CheckedRequest(
         recipe,
         body.suffix,
         body.trace,
@@ -275,12 +277,12 @@ def plan_replay(
         threads=record.made.threads,
         thread_changes=record.made.thread_changes,
     )
-    _check(plan, served)
-    return plan
+    _check(checked, served)
+    return checked
 
 
-def plan_drawing(body: DrawBody, served: ServedModel) -> Plan:
-    """The picture of a recipe that a command has made; see `plan_generation`."""
+def check_drawing(body: DrawBody, served: ServedModel) -> CheckedRequest:
+    """The picture of a recipe that a command has made; see `check_generation`."""
     recipe = body.recipe
     if body.model_hash != served.bundle.hash:
         served.check(recipe)
@@ -306,7 +308,7 @@ def plan_drawing(body: DrawBody, served: ServedModel) -> Plan:
         head = body.route_from.head
         routes = read_routes(head, body.route_from.arrays, "the arrays of route_from", "its head")
         recording = Recording(Path("route_from"), head, routes, None, None)
-    plan = Plan(
+    checked = CheckedRequest(
         recipe,
         record_options=RecordOptions(body.probabilities, body.regions, body.previews),
         logged=False,
@@ -315,8 +317,8 @@ def plan_drawing(body: DrawBody, served: ServedModel) -> Plan:
         threads=body.threads,
         thread_changes=body.thread_changes,
     )
-    _check(plan, served)
-    return plan
+    _check(checked, served)
+    return checked
 
 
 def presets_of_requests() -> dict[str, str]:
@@ -340,16 +342,16 @@ def _settings(body: GenerationBody, served: ServedModel) -> RunSettings:
     return settings.model_copy(update={name: getattr(served.settings, name) for name in OF_LOADED})
 
 
-def _plans(
+def _checked(
     body: GenerationBody, served: ServedModel, settings: RunSettings, fields: dict[str, Any], inputs: Inputs | None
-) -> list[Plan]:
-    plans = []
+) -> list[CheckedRequest]:
+    checked = []
     first = random_seed() if settings.seed is None else settings.seed
     for seed in range(first, first + body.n):
         expanded, template = expand_prompt(body.prompt, seed)
         prompt, weights = parse_weights(expanded)
         recipe = make_recipe(prompt=prompt, template=template, weights=weights, seed=seed, **fields)
-        plan = Plan(
+        one = CheckedRequest(
             recipe,
             body.suffix,
             body.trace,
@@ -357,17 +359,17 @@ def _plans(
             body.record_options,
             inputs=lambda _redraw: inputs,
         )
-        check_recipe_fits(Path(plan.file_name), recipe, inputs, with_earlier=True)
-        _check(plan, served)
-        plans.append(plan)
-    return plans
+        check_recipe_fits(Path(one.file_name), recipe, inputs, with_earlier=True)
+        _check(one, served)
+        checked.append(one)
+    return checked
 
 
-def _check(plan: Plan, served: ServedModel) -> None:
-    recipe, options = plan.recipe, plan.record_options
+def _check(request: CheckedRequest, served: ServedModel) -> None:
+    recipe, options = request.recipe, request.record_options
     check_size(*recipe.working_size, served.bundle.index.canvas)
-    if options.regions and plan.trace not in ("topk", "full"):
-        raise UsageError(f"regions are written into the trace's arrays, which trace {plan.trace} leaves out")
+    if options.regions and request.trace not in ("topk", "full"):
+        raise UsageError(f"regions are written into the trace's arrays, which trace {request.trace} leaves out")
     check_recipe(recipe, served.bundle, compiled=served.settings.compile, regions=options.regions, options=options)
 
 

@@ -1,4 +1,4 @@
-"""What a server draws with: its model, and the plan of a picture, from which `MoSPipeline.draw` makes it."""
+"""What a server draws with: its model, and the checked requests from which `MoSPipeline.draw` makes pictures."""
 
 import gc
 from collections.abc import Callable
@@ -12,10 +12,9 @@ from mos_cli.bundles.bundle import Bundle
 from mos_cli.bundles.shapes import read_generation
 from mos_cli.config.recipe import EarlierPicture, Provenance, Recipe
 from mos_cli.config.settings import OF_LOADED, Metadata, RunSettings, TraceLevel
-from mos_cli.errors import UsageError
+from mos_cli.errors import MosError, UsageError
 from mos_cli.images.inputs import Inputs, Redraw
 from mos_cli.routing.trace import Recording, RecordOptions
-from mos_cli.server.answers import NotServedError
 from mos_cli.server.queue import StepLike
 from mos_cli.utils.heap import return_freed_memory
 
@@ -28,13 +27,17 @@ NAME = "picture"
 """The name that the files of a picture have in answers, without their suffixes."""
 
 
+class NotServedError(MosError):
+    """What is asked for belongs to another model than that of the server."""
+
+
 def no_inputs(_redraw: Redraw) -> Inputs | None:
     return None
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A picture that was asked for, checked before it is queued.
+class CheckedRequest:
+    """A picture that is asked for, checked before it is queued.
 
     Attributes:
         suffix: the format of its file.
@@ -139,8 +142,8 @@ class ServedModel:
             if getattr(recipe, name) != value:
                 raise NotServedError(f"{name} of the recipe is not that of this server: draw it with mos")
 
-    def draw(self, plan: Plan, on_step: Callable[[StepLike], None]) -> Result:
-        """Draws what is planned, and makes its files.
+    def draw(self, request: CheckedRequest, on_step: Callable[[StepLike], None]) -> Result:
+        """Draws what is asked for, and makes its files.
 
         Raises:
             MosError: as `MoSPipeline.draw` does.
@@ -148,9 +151,9 @@ class ServedModel:
         from mos_cli.utils.threads import cpu_threads
 
         pipeline = self.load()
-        if plan.threads is None:
+        if request.threads is None:
             self._adapt_threads()
-        adapting = () if plan.threads is not None or pipeline.compiled else (self._adapt_threads,)
+        adapting = () if request.threads is not None or pipeline.compiled else (self._adapt_threads,)
 
         def redraw(earlier: EarlierPicture, inputs: Inputs | None) -> "Image":
             self.check(earlier.recipe, earlier.made)
@@ -159,17 +162,17 @@ class ServedModel:
             with cpu_threads(earlier.made.threads, earlier.made.thread_changes) as follow:
                 return pipeline.draw(earlier.recipe, [on_step, follow], inputs).image
 
-        inputs = plan.inputs(redraw)
-        with cpu_threads(plan.threads, plan.thread_changes) as follow:
+        inputs = request.inputs(redraw)
+        with cpu_threads(request.threads, request.thread_changes) as follow:
             drawing = pipeline.draw(
-                plan.recipe,
+                request.recipe,
                 [on_step, *adapting, follow],
                 inputs,
-                record_options=plan.record_options,
-                route_from=plan.route_from,
+                record_options=request.record_options,
+                route_from=request.route_from,
             )
-        files = drawing.files(Path(plan.file_name), trace=plan.trace, metadata=plan.metadata)
-        if plan.logged and plan.metadata != "none":
+        files = drawing.files(Path(request.file_name), trace=request.trace, metadata=request.metadata)
+        if request.logged and request.metadata != "none":
             self._log(drawing.record.recipe)
         return Result({path.name: data for path, data in files.items()}, tuple(map(_png, drawing.previews)))
 

@@ -6,10 +6,14 @@ import re
 from functools import cache
 from pathlib import Path
 
+from mos_cli.utils.pages import fill_page
+
+PARTS = Path(__file__).with_name("web_page")
+
 
 @cache
 def page() -> str:
-    return Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    return fill_page(PARTS)
 
 
 @cache

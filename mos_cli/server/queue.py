@@ -18,7 +18,7 @@ from mos_cli.errors import InputError, MosError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mos_cli.server.drawing import Plan, Result
+    from mos_cli.server.drawing import CheckedRequest, Result
 
 KEPT = 32
 """Finished jobs whose pictures are kept in memory."""
@@ -55,9 +55,9 @@ class Job:
         watched: how many connections wait for it.
     """
 
-    def __init__(self, plan: "Plan") -> None:
+    def __init__(self, request: "CheckedRequest") -> None:
         self.id = secrets.token_hex(8)
-        self.plan, self.created = plan, time()
+        self.request, self.created = request, time()
         self.status: Status = "waiting"
         self.result: Result | None = None
         self.error: Exception | None = None
@@ -123,10 +123,10 @@ class Job:
             "status": self.status,
             "created": int(self.created),
             # As text, too: JavaScript rounds large numbers.
-            "seed": str(self.plan.recipe.seed),
+            "seed": str(self.request.recipe.seed),
             "step": 0 if steps is None else steps["step"],
             "error": None if self.error is None else str(self.error),
-            "recipe": self.plan.recipe.model_dump(mode="json", exclude_none=True),
+            "recipe": self.request.recipe.model_dump(mode="json", exclude_none=True),
         }
 
 
@@ -142,7 +142,7 @@ class JobQueue:
 
     def __init__(
         self,
-        draw: "Callable[[Plan, Callable[[StepLike], None]], Result]",
+        draw: "Callable[[CheckedRequest, Callable[[StepLike], None]], Result]",
         release: Callable[[], None] = lambda: None,
         *,
         limit: int,
@@ -158,7 +158,7 @@ class JobQueue:
         # Always the same thread: the number of threads of a computation belongs to it.
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="draw")
 
-    def add(self, plans: "Sequence[Plan]") -> list[Job]:
+    def add(self, requests: "Sequence[CheckedRequest]") -> list[Job]:
         """Adds jobs, all or none.
 
         Raises:
@@ -167,11 +167,11 @@ class JobQueue:
         """
         if self.stopping:
             raise StoppingError("the server is stopping")
-        if len(plans) > self.limit:
-            raise QueueFullError(f"{len(plans)} pictures at once: the queue holds {self.limit}")
-        if len(self.waiting) + len(plans) > self.limit:
+        if len(requests) > self.limit:
+            raise QueueFullError(f"{len(requests)} pictures at once: the queue holds {self.limit}")
+        if len(self.waiting) + len(requests) > self.limit:
             raise QueueFullError(f"{len(self.waiting)} pictures wait already: try again later")
-        jobs = [Job(plan) for plan in plans]
+        jobs = [Job(request) for request in requests]
         for job in jobs:
             self.jobs[job.id] = job
             self.waiting.append(job)
@@ -208,7 +208,7 @@ class JobQueue:
                 job = self.current = self.waiting.popleft()
                 self._tell_positions()
                 job.status = "drawing"
-                job.publish("drawing", steps=job.plan.recipe.steps)
+                job.publish("drawing", steps=job.request.recipe.steps)
                 await self._draw_one(job, loop)
                 self.current = None
                 drawn = True
@@ -230,7 +230,7 @@ class JobQueue:
 
         def draw() -> "Result":
             job.check()
-            return self._draw(job.plan, on_step)
+            return self._draw(job.request, on_step)
 
         try:
             job.result = await loop.run_in_executor(self.thread, draw)

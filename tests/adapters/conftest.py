@@ -33,6 +33,12 @@ def base_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     return folder
 
 
+@pytest.fixture
+def in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands draw in full precision."""
+    monkeypatch.setenv("MOS_PRECISION", "fp32")
+
+
 @pytest.fixture(scope="session")
 def loaded(base_folders: Callable[[str], Path]) -> Callable[..., AdapterPipeline]:
     """A loaded base model by name and precision, shared by the session: tests leave it as it is."""

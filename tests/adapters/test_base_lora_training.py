@@ -10,23 +10,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import Result
 
-from mos_cli.adapters.pipeline import AdapterPipeline
 from mos_cli.adapters.recipe import BaseLoraRecipe, load_base_model_recipe
-from mos_cli.bundles.adapters import read_adapter
 from mos_cli.bundles.loras import LoraFile, read_metadata
 from mos_cli.datasets.captioned_folders import load_captioned
-from mos_cli.planning.memory import Setting
 from mos_cli.training.base_loras import LoraTrainer
 from mos_cli.utils.folders import presets_folder
-from tests.helpers.adapted import PROMPT, plain_arguments, plain_pipeline, random_picture, recipe_of
+from tests.helpers.adapted import PROMPT, plain_arguments, plain_pipeline, random_picture, recipe_of, trainable
 
+pytestmark = pytest.mark.usefixtures("in_fp32")
 Mos = Callable[..., Result]
 Folders = Callable[[str], Path]
-
-
-@pytest.fixture(autouse=True)
-def in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOS_PRECISION", "fp32")
 
 
 @pytest.fixture
@@ -45,16 +38,9 @@ def lora_recipe(**changes: Any) -> BaseLoraRecipe:
     return BaseLoraRecipe(**fields | {"lr": 1e-2, "rank": 4} | changes)  # type: ignore[arg-type]
 
 
-def load(folder: Path, quant: Any = "none", loras: tuple[LoraFile, ...] = ()) -> AdapterPipeline:
-    """A pipeline of the test's own, whose transformer is put into training."""
-    precision, setting = "fp32" if quant == "none" else "bf16", Setting("none", quant)
-    bundle, device = read_adapter(folder), torch.device("cpu")
-    return AdapterPipeline(bundle, device=device, precision=precision, setting=setting, loras=loras)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("name", ["klein", "z-image"])
 def test_the_file_draws_what_was_trained(base_folders: Folders, folder: Path, tmp_path: Path, name: str) -> None:
-    pipeline = load(base_folders(name))
+    pipeline = trainable(base_folders(name))
     plain = pipeline.draw(recipe_of(pipeline)).image
     frozen = {key: one.clone() for key, one in pipeline.pipe.transformer.state_dict().items()}
     trainer = LoraTrainer(pipeline, lora_recipe(), load_captioned(folder))
@@ -70,7 +56,8 @@ def test_the_file_draws_what_was_trained(base_folders: Folders, folder: Path, tm
     trained = pipeline.draw(recipe_of(pipeline)).image
     assert trained.tobytes() != plain.tobytes()
     assert (
-        load(base_folders(name), loras=(LoraFile(file),)).draw(recipe_of(pipeline)).image.tobytes() == trained.tobytes()
+        trainable(base_folders(name), loras=(LoraFile(file),)).draw(recipe_of(pipeline)).image.tobytes()
+        == trained.tobytes()
     )
     diffusers = plain_pipeline(base_folders(name))
     diffusers.load_lora_weights(str(file))
@@ -80,7 +67,7 @@ def test_the_file_draws_what_was_trained(base_folders: Folders, folder: Path, tm
 @pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
 def test_the_loss_falls(base_folders: Folders, folder: Path, tmp_path: Path, quant: str) -> None:
     """On the pictures themselves, through quantised layers too."""
-    trainer = LoraTrainer(load(base_folders("klein"), quant), lora_recipe(steps=8), load_captioned(folder))
+    trainer = LoraTrainer(trainable(base_folders("klein"), quant), lora_recipe(steps=8), load_captioned(folder))
     trainer.held_out = trainer.samples
     result = trainer.train(tmp_path / "run")
     assert result.lora < 0.98 * result.without
@@ -88,7 +75,7 @@ def test_the_loss_falls(base_folders: Folders, folder: Path, tmp_path: Path, qua
 
 def distilling(base_folders: Folders, folder: Path, **changes: Any) -> LoraTrainer:
     fields = {"objective": "distil", "teacher": str(base_folders("klein-base"))}
-    return LoraTrainer(load(base_folders("klein")), lora_recipe(**fields | changes), load_captioned(folder))
+    return LoraTrainer(trainable(base_folders("klein")), lora_recipe(**fields | changes), load_captioned(folder))
 
 
 def test_the_steps_of_a_teacher_are_taken(base_folders: Folders, folder: Path) -> None:
@@ -125,7 +112,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_file(
     base_folders: Folders, folder: Path, tmp_path: Path, stop: int
 ) -> None:
     def train(run: Path, log: Any = lambda what, step, loss: None) -> dict[str, torch.Tensor]:
-        trainer = LoraTrainer(load(base_folders("z-image")), lora_recipe(), load_captioned(folder))
+        trainer = LoraTrainer(trainable(base_folders("z-image")), lora_recipe(), load_captioned(folder))
         trainer.train(run, log)
         trainer.export(run / "tiny.safetensors")
         return load_file(run / "tiny.safetensors")

@@ -17,15 +17,11 @@ from mos_cli.images.outputs import read_drawing
 from mos_cli.utils.files import sha256_of
 from tests.helpers.adapted import PROMPT, plain_arguments, plain_pipeline, recipe_of
 
+pytestmark = pytest.mark.usefixtures("in_fp32")
 Mos = Callable[..., Result]
 Folders = Callable[[str], Path]
 BLOCK = {"klein": "transformer_blocks.0.attn", "z-image": "layers.1.attention"}
 RANK = 2
-
-
-@pytest.fixture(autouse=True)
-def in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOS_PRECISION", "fp32")
 
 
 def write_lora(folder: Path, name: str, path: Path, seed: int = 0) -> Path:

@@ -10,8 +10,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel, PRXTransformer2DModel
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 from typer.testing import Result
 
 from mos_cli.adapters.pipeline import AdapterPipeline
@@ -20,8 +18,8 @@ from mos_cli.bundles.bundle import find_bundle
 from mos_cli.planning.base_models import drawing_activations, stages
 from mos_cli.planning.candidates import GPU_SIZES, candidates, fastest
 from mos_cli.planning.memory import Quant, Setting
-from mos_cli.utils.threads import cpu_threads
 from tests.helpers.base_model_sizes import shape_of
+from tests.helpers.memory import peak
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
@@ -44,19 +42,6 @@ def test_the_numbers_are_those_of_the_networks(name: str) -> None:
 def test_every_gpu_has_a_setting(name: str, gib: int) -> None:
     network = shipped(name)
     assert fastest(candidates(network, network.canvas.native), gib).needs <= gib * 2**30
-
-
-def peak(run: Callable[[], object]) -> int:
-    """The most bytes that tensors made within `run` took at once."""
-    fused = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
-    with fused, cpu_threads(1), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    live = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()  # type: ignore[attr-defined]
-        most = max(most, live)
-    return most
 
 
 def one_pass(name: str, heads: int, text: int, side: int, dtype: torch.dtype) -> Callable[[], object]:

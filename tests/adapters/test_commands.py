@@ -11,13 +11,9 @@ from typer.testing import Result
 from mos_cli.routing.trace import load_recording
 from tests.helpers.adapted import PROMPT
 
+pytestmark = pytest.mark.usefixtures("in_fp32")
 Mos = Callable[..., Result]
 Folders = Callable[[str], Path]
-
-
-@pytest.fixture(autouse=True)
-def in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOS_PRECISION", "fp32")
 
 
 @pytest.mark.parametrize("name", ["klein", "z-image", "prx"])

@@ -8,14 +8,12 @@ import pytest
 import torch
 from typer.testing import Result
 
-from mos_cli.adapters.pipeline import AdapterPipeline
 from mos_cli.adapters.recipe import RouterRecipe, load_base_model_recipe
-from mos_cli.bundles.adapters import RouterShape, read_adapter
+from mos_cli.bundles.adapters import RouterShape
 from mos_cli.datasets.captioned_folders import load_captioned
-from mos_cli.planning.memory import Setting
 from mos_cli.training.router import FITS, RouterTrainer, StaticAdapter
 from mos_cli.utils.folders import presets_folder
-from tests.helpers.adapted import PROMPT, random_picture, trained_adapter
+from tests.helpers.adapted import PROMPT, random_picture, trainable, trained_adapter
 
 Mos = Callable[..., Result]
 WORDS = ("fox", "dog", "chessboard", "morning", "light")
@@ -48,14 +46,6 @@ def recipe_of(**changes: Any) -> RouterRecipe:
     return RouterRecipe(**fields | changes)  # type: ignore[arg-type]
 
 
-def load(base_folders: Callable[[str], Path], name: str, quant: Any = "none") -> AdapterPipeline:
-    """A pipeline of the test's own, whose transformer is put into training."""
-    precision = "fp32" if quant == "none" else "bf16"
-    bundle = read_adapter(base_folders(name))
-    setting = Setting("none", quant)
-    return AdapterPipeline(bundle, device=torch.device("cpu"), precision=precision, setting=setting)  # type: ignore[arg-type]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["klein", "z-image", "prx"])
 def test_a_planted_route_is_found(base_folders: Callable[[str], Path], folder: Path, tmp_path: Path, name: str) -> None:
@@ -63,7 +53,7 @@ def test_a_planted_route_is_found(base_folders: Callable[[str], Path], folder: P
 
     What is scored is the prediction, not the name of the layer: two layers may be read alike.
     """
-    pipeline = load(base_folders, name)
+    pipeline = trainable(base_folders(name))
     routes = ("red=2", "blue=4", "a=1") if name != "klein" else ("red=2", "blue=25", "a=13")
     steps = {"klein": 16, "z-image": 40, "prx": 60}[name]
     recipe = recipe_of(objective="routes", routes=routes, steps=steps, gate_lr=0.08, epsilon=0.0)
@@ -80,7 +70,7 @@ def test_gradients_reach_router_and_gates(
     base_folders: Callable[[str], Path], folder: Path, name: str, quant: str
 ) -> None:
     """Through quantised layers and through checkpoints, which give the same gradients as without them."""
-    pipeline = load(base_folders, name, quant)
+    pipeline = trainable(base_folders(name), quant)
     trainer = RouterTrainer(pipeline, recipe_of(epsilon=0.0), load_captioned(folder))
     adapter = trained_adapter(pipeline, 0.4).train().requires_grad_(True)
     found = []
@@ -103,7 +93,7 @@ def test_gradients_reach_router_and_gates(
 
 
 def test_closed_gates_are_the_base_model_and_the_mean_is_not(base_folders: Callable[[str], Path], folder: Path) -> None:
-    pipeline = load(base_folders, "prx")
+    pipeline = trainable(base_folders("prx"))
     trainer = RouterTrainer(pipeline, recipe_of(objective="flow"), load_captioned(folder))
     closed = trainer.loss(None)
     assert closed == trainer.loss(None)
@@ -131,8 +121,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_router(
 ) -> None:
     """In the middle of the router, in that of its baseline, and from the checkpoint before a damaged one."""
     recipe = recipe_of(steps=3, epsilon=0.5)
-    straight, expected = RouterTrainer(load(base_folders, "prx"), recipe, load_captioned(folder)).train(tmp_path / "a")
-    trainer = RouterTrainer(load(base_folders, "prx"), recipe, load_captioned(folder))
+    whole = RouterTrainer(trainable(base_folders("prx")), recipe, load_captioned(folder))
+    straight, expected = whole.train(tmp_path / "a")
+    trainer = RouterTrainer(trainable(base_folders("prx")), recipe, load_captioned(folder))
     seen: list[tuple[str, int]] = []
 
     def stopping(what: str, step: int, loss: float) -> None:

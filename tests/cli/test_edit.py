@@ -10,6 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from mos_cli.config.recipe import EarlierPicture, make_recipe
 from mos_cli.images.outputs import png, read_drawing
+from tests.helpers.pictures import pixels
 
 WORDS = "a red apple"
 
@@ -29,10 +30,6 @@ def left_half(tmp_path: Path) -> Path:
     mask.paste(255, (0, 0, 30, 45))
     mask.save(tmp_path / "mask.png")
     return tmp_path / "mask.png"
-
-
-def pixels(path: Path) -> np.ndarray:
-    return np.asarray(Image.open(path))
 
 
 def test_the_result_is_as_large_as_the_picture_and_says_what_it_was_made_from(mos, editor, photo, tmp_path) -> None:
@@ -78,7 +75,7 @@ def test_a_missing_mask_of_a_chain_is_told_before_anything_is_drawn(mos, editor,
     Image.new("L", (64, 64), 255).save(tmp_path / "all.png")
     assert mos("edit", first, WORDS, "--mask", tmp_path / "all.png", "-o", second).exit_code == 0
     assert mos("edit", second, WORDS, "-o", third).exit_code == 0
-    monkeypatch.setattr("mos_cli.cli.replay.load_with_progress", None)
+    monkeypatch.setattr("mos_cli.cli.redrawing.load_with_progress", None)
     result = mos("replay", third, "-o", tmp_path / "d.png")
     assert (result.exit_code, result.stderr.count("give it with --mask FILE")) == (3, 1)
 

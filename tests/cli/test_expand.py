@@ -12,6 +12,7 @@ from mos_cli.config.recipe import Expansion
 from mos_cli.errors import UsageError
 from mos_cli.images.expansion import grown, new_area, parse_expansion
 from mos_cli.images.outputs import png, read_drawing
+from tests.helpers.pictures import pixels
 
 WORDS = "a red apple"
 
@@ -22,10 +23,6 @@ def photo(tmp_path: Path) -> Path:
     ImageDraw.Draw(image).rectangle((10, 10, 30, 20), fill="blue")
     image.save(tmp_path / "photo.png")
     return tmp_path / "photo.png"
-
-
-def pixels(path: Path) -> np.ndarray:
-    return np.asarray(Image.open(path))
 
 
 def test_the_picture_stays_and_its_surroundings_are_drawn(mos, editor, photo, tmp_path) -> None:

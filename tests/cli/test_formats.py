@@ -24,13 +24,6 @@ def names(folder: Path) -> set[str]:
 
 
 @pytest.fixture
-def out(tmp_path: Path) -> Path:
-    folder = tmp_path / "out"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
 def photo(tmp_path: Path) -> Path:
     Image.radial_gradient("L").resize((48, 40)).convert("RGB").save(tmp_path / "photo.tiff")
     return tmp_path / "photo.tiff"

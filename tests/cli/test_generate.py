@@ -19,10 +19,6 @@ from mos_cli.routing.trace import load_routes, load_trace
 PROMPT = "a red apple"
 
 
-def pixels(path: Path) -> np.ndarray:
-    return np.asarray(Image.open(path))
-
-
 def test_a_picture_its_recipe_and_its_trace(mos, bundle, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = mos("generate", PROMPT, "--seed", 42)

@@ -8,13 +8,9 @@ import pytest
 from PIL import Image
 
 from mos_cli.bundles.bundle import write_index
+from tests.helpers.printed import errors
 
 PROMPT = "a red apple"
-
-
-def errors(result) -> list[str]:
-    """The lines on stderr but for the notice that a tower is being fetched."""
-    return [line for line in result.stderr.splitlines() if not line.startswith("fetching")]
 
 
 MISTAKES = {

@@ -12,6 +12,7 @@ from mos_cli.bundles.bundle import FORMER, find_bundle
 from mos_cli.images.outputs import png, read_drawing
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.utils.threads import cpu_threads
+from tests.helpers.printed import errors
 
 PROMPT = "a red apple"
 
@@ -117,11 +118,6 @@ def test_verifying_does_not_mind_the_environment(mos, bundle, tmp_path, monkeypa
     assert mos("replay", tmp_path / "one.png", "--verify").stdout.strip() == "exact"
     assert mos("replay", tmp_path / "one.png", "--verify", "--trace", "off").exit_code == 2
     assert "sampling" in mos("replay", tmp_path / "one.png", "--verify", "-v").stderr
-
-
-def errors(result) -> list[str]:
-    """The lines on stderr but for the notice that a tower is being fetched."""
-    return [line for line in result.stderr.splitlines() if not line.startswith("fetching")]
 
 
 def test_an_unknown_setting_of_a_replay_is_called_that(mos, bundle, tmp_path) -> None:

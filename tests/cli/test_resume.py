@@ -21,10 +21,6 @@ def read(manifest: Path) -> list[dict]:
     return [json.loads(line) for line in manifest.read_text().splitlines()]
 
 
-def last(manifest: Path) -> dict[str, dict]:
-    return {line["job"]: line for line in read(manifest)[1:]}
-
-
 def test_the_manifest_says_what_became_of_every_job(mos, bundle, tmp_path) -> None:
     manifest = tmp_path / "run.jsonl"
     text = f"a dog\n{'apple ' * 40}\na {{cat\na cat\n"

@@ -12,6 +12,7 @@ from typer.models import OptionInfo
 from mos_cli.cli.edit import edit
 from mos_cli.cli.generate import generate
 from mos_cli.config.settings import Settings, UserSettings, list_presets, resolve
+from tests.helpers.printed import errors
 
 PROMPT = "a red apple"
 
@@ -48,11 +49,6 @@ def test_a_config_file_that_is_named_has_to_be_there(mos, bundle, tmp_path, monk
     monkeypatch.delenv("MOS_CONFIG")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "nowhere"))
     assert mos("generate", PROMPT, "--dry-run").exit_code == 0
-
-
-def errors(result) -> list[str]:
-    """The lines on stderr but for the notice that a tower is being fetched."""
-    return [line for line in result.stderr.splitlines() if not line.startswith("fetching")]
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,12 @@ from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 from mos_cli.adapters.adapter import Adapter
 from mos_cli.adapters.facts import TextSite, replaced
 from mos_cli.adapters.pipeline import AdapterPipeline
-from mos_cli.bundles.adapters import RouterShape
+from mos_cli.bundles.adapters import RouterShape, read_adapter
+from mos_cli.bundles.loras import LoraFile
 from mos_cli.config.recipe import Recipe, make_recipe
 from mos_cli.images.inputs import Inputs, describe_edit
 from mos_cli.images.pictures import Picture
+from mos_cli.planning.memory import Setting
 from mos_cli.routing.trace import load_recording
 from mos_cli.towers.layers import TokenGrid
 
@@ -46,6 +48,13 @@ def recipe_of(pipeline: AdapterPipeline, **changes: Any) -> Recipe:
         "precision": pipeline.precision,
     }
     return make_recipe(**settings | changes)
+
+
+def trainable(folder: Path, quant: Any = "none", loras: tuple[LoraFile, ...] = ()) -> AdapterPipeline:
+    """A pipeline of the test's own, whose transformer may be put into training."""
+    precision, setting = "fp32" if quant == "none" else "bf16", Setting("none", quant)
+    bundle, device = read_adapter(folder), torch.device("cpu")
+    return AdapterPipeline(bundle, device=device, precision=precision, setting=setting, loras=loras)  # type: ignore[arg-type]
 
 
 def random_picture(seed: int, size: tuple[int, int] = (SIZE, SIZE)) -> Picture:

@@ -24,12 +24,12 @@ from mos_cli.cli.output import Report
 from mos_cli.config.settings import make_settings, resolve
 from mos_cli.inference.requests import recipe_fields
 from mos_cli.server.app import make_app
-from mos_cli.server.drawing import Plan, Result, ServedModel
+from mos_cli.server.drawing import CheckedRequest, Result, ServedModel
 from mos_cli.server.listen import open_socket, url_of
 from mos_cli.server.queue import JobQueue, StepLike
 from mos_cli.server.state import remove_state, write_state
 
-Draw = Callable[[Plan, Callable[[StepLike], None]], Result]
+Draw = Callable[[CheckedRequest, Callable[[StepLike], None]], Result]
 
 
 @dataclass
@@ -157,14 +157,14 @@ class Gate:
         self.drawn: list[str] = []
         self.begun = 0
 
-    def __call__(self, plan: Plan, on_step) -> Result:
+    def __call__(self, request: CheckedRequest, on_step) -> Result:
         self.begun += 1
         for index in range(3):
             on_step(Step(index, 3, 1 - index / 3))
             if index == 0:
                 while not self.open.wait(0.01):
                     on_step(Step(index, 3, 1.0))
-        self.drawn.append(plan.recipe.prompt)
+        self.drawn.append(request.recipe.prompt)
         file = BytesIO()
         Image.new("RGB", (32, 32), "teal").save(file, format="PNG")
         return Result({"picture.png": file.getvalue()}, ())

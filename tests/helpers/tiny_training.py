@@ -1,5 +1,6 @@
 """A training run small enough for a test: discs for pictures, two blocks, sixteen pixels."""
 
+import csv
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from mos_cli.towers.understanding import UnderstandingTower
 from mos_cli.training.batches import Batches, Share, Source
 from mos_cli.training.launch import start_accelerator
 from mos_cli.training.loop import Trainer
+from mos_cli.training.metrics import METRICS
 from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.sources import ScenePicker, scene_source
 from mos_cli.training.stages import curriculum
@@ -98,6 +100,12 @@ def run(trainer: Trainer) -> list[float]:
     losses: list[float] = []
     trainer.run(lambda metrics: losses.append(metrics.loss), lambda _: None)
     return losses
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """The metrics of a run, a row a step."""
+    with (folder / METRICS).open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def write_discs(folder: Path, count: int = 6) -> None:

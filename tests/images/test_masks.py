@@ -11,15 +11,7 @@ from mos_cli.errors import InputError, UsageError
 from mos_cli.images.masks import composite, estimate_mask, read_mask
 from mos_cli.images.pictures import Fit, working_size
 from mos_cli.images.sheets import CELL, LARGEST_PANE, strip
-
-
-def noise(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
-    return Image.fromarray(pixels).convert(mode)
-
-
-def array(image: Image.Image) -> np.ndarray:
-    return np.asarray(image).astype(int)
+from tests.helpers.pictures import array, noise
 
 
 @pytest.fixture

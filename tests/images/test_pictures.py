@@ -12,6 +12,7 @@ from mos_cli.bundles.specs import Canvas
 from mos_cli.errors import InputError, UsageError
 from mos_cli.images.masks import read_mask
 from mos_cli.images.pictures import Fit, read_picture, working_size
+from tests.helpers.pictures import array, noise
 
 CANVAS = Canvas(native=(64, 64), multiple=8, min=32, max=128)
 SIZES = [(37, 91), (300, 200), (1, 1), (2000, 3), (3, 2000), (1, 40), (64, 64), (63, 65), (500, 501), (900, 671)]
@@ -28,11 +29,6 @@ def nearly_srgb() -> bytes:
     return bytes(profile)
 
 
-def noise(width: int = 24, height: int = 17, mode: str = "RGB", seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
-    return Image.fromarray(pixels).convert("RGBA" if mode == "P" else mode).convert(mode)
-
-
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
@@ -47,10 +43,6 @@ def raw_png(width: int, height: int, depth: int, kind: int, rows: bytes = b"", *
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + named + struct.pack(">I", zlib.crc32(named)) for named, data in body
     )
-
-
-def array(image: Image.Image) -> np.ndarray:
-    return np.asarray(image).astype(int)
 
 
 @pytest.fixture

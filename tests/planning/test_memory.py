@@ -1,6 +1,5 @@
 """What is counted of memory is what real networks take: measured on the CPU, tensor by tensor."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -8,8 +7,6 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaModel
 
 from mos_cli.bundles.blueprints import Network, find_network
@@ -19,24 +16,9 @@ from mos_cli.planning.memory import Setting, weights
 from mos_cli.towers.autoencoder import Enlarger
 from mos_cli.towers.bank import StateBank, join
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.utils.threads import cpu_threads
+from tests.helpers.memory import peak
 
 DTYPES = {4: torch.float32, 2: torch.bfloat16}
-
-
-def peak(run: Callable[[], object]) -> int:
-    """The most bytes that tensors made within `run` took at once, with the attention that pictures are drawn with."""
-    # Training, which other tests do, takes another kernel for the whole process.
-    fused = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
-    # On a CPU each thread takes room of its own, which a GPU has no like of.
-    with fused, cpu_threads(1), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    live = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()  # type: ignore[attr-defined]
-        most = max(most, live)
-    return most
 
 
 def network(generation: GenerationShape, **changes: Any) -> Network:

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import typer.main
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
 from mos_cli.cli.app import app
+from tests.helpers.generated import many
 
 EXIT_CODES = {0, 2, 3, 4, 5, 6, 7}
 """Those that the README lists, but for Ctrl-C and a closed output."""
@@ -123,13 +124,7 @@ def test_any_command(cases: int, own_files: Path, tmp_path: Path, monkeypatch: p
     place = tmp_path / "around" / "here"
     monkeypatch.setenv("HOME", str(place))
 
-    @settings(
-        max_examples=cases,
-        derandomize=cases < 1_000,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @many(cases)
     @given(typed(), st.sampled_from([b"", b"a dog\n", before[Path("photo.png")]]))
     def run(line: list[str], standard_input: bytes) -> None:
         shutil.copytree(own_files, place)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -19,6 +19,7 @@ from mos_cli.errors import MosError
 from mos_cli.images.masks import read_mask
 from mos_cli.routing.rules import check_numbers, parse_rule, parse_target
 from mos_cli.training.recipe import load_recipe, recipe_path
+from tests.helpers.generated import many
 
 CASES = pytest.mark.parametrize("cases", [200, pytest.param(10_000, marks=pytest.mark.stress)])
 
@@ -37,13 +38,7 @@ TYPED = st.text(st.sampled_from("red cat*#=!+-@,.:0123456789\"'[] \t") | st.char
 def check(cases: int, strategy: st.SearchStrategy[Any], accepts: Callable[[Any], object]) -> None:
     """Passes generated values to a function, which may return or raise a MosError."""
 
-    @settings(
-        max_examples=cases,
-        derandomize=cases < 1_000,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @many(cases)
     @given(strategy)
     def run(value: Any) -> None:
         with contextlib.suppress(MosError):

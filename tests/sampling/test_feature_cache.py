@@ -9,9 +9,9 @@ from PIL import Image
 from mos_cli.bundles.bundle import Bundle, find_bundle
 from mos_cli.bundles.sources import fetch_tower
 from mos_cli.config.recipe import Recipe, make_recipe
+from mos_cli.images.differences import psnr
 from mos_cli.images.inputs import describe_edit, read_inputs
 from mos_cli.images.outputs import read_drawing
-from mos_cli.inference.ablation import difference
 from mos_cli.inference.pipeline import MoSPipeline
 from mos_cli.planning.memory import Setting
 from mos_cli.sampling.feature_cache import caching
@@ -76,7 +76,7 @@ def test_a_picture_is_close_and_a_wider_distance_is_further_off(bundle: Bundle, 
         for parameter in block.parameters():
             parameter.data *= 0.3
     plain = pipeline.draw(asked(bundle)).image
-    near, far = (difference(plain, pipeline.draw(asked(bundle, feature_cache=every)).image)[1] for every in (2, 11))
+    near, far = (psnr(plain, pipeline.draw(asked(bundle, feature_cache=every)).image) for every in (2, 11))
     assert float("inf") > near > 15 > far
     assert pipeline.draw(asked(bundle, feature_cache=1)).image.tobytes() == plain.tobytes()
 
@@ -88,7 +88,7 @@ def test_the_default_bundle_draws_nearly_the_same() -> None:
     pipeline, native = loaded(bundle), dict(zip(("width", "height"), bundle.index.canvas.native, strict=True))
     recipe = asked(bundle, "a dog", **native, steps=24)
     cached = recipe.model_copy(update={"feature_cache": 2})
-    assert difference(pipeline.draw(recipe).image, pipeline.draw(cached).image)[1] > 36
+    assert psnr(pipeline.draw(recipe).image, pipeline.draw(cached).image) > 36
 
 
 def test_pictures_and_their_order_do_not_matter(bundle: Bundle) -> None:
@@ -122,7 +122,7 @@ def test_where_guidance_begins_or_ends_all_branches_begin_anew(bundle: Bundle) -
     """Guidance acts in the middle third. A picture with branches apart is the same, but for rounding."""
     recipe = asked(bundle, feature_cache=4, cfg_interval=(0.35, 0.7))
     joined, apart = loaded(bundle, batched_guidance=True), loaded(bundle, batched_guidance=False)
-    assert difference(joined.draw(recipe).image, apart.draw(recipe).image)[1] > 60
+    assert psnr(joined.draw(recipe).image, apart.draw(recipe).image) > 60
     # As many steps are computed from step 4, and from step 8, as at the beginning: the first quarter's worth.
     assert Passes(joined).of(recipe) == [3, 3, 3, 0] * 3
     assert Passes(apart).of(recipe) == [3, 3, 3, 0, 6, 6, 6, 0, 3, 3, 3, 0]

@@ -107,7 +107,7 @@ def hang_up(server: RunningServer, body: dict) -> None:
 
 
 def test_an_error_of_the_model_ends_one_job(bundle) -> None:
-    def draw(plan, on_step):
+    def draw(request, on_step):
         raise ZeroDivisionError("a secret of the server")
 
     with running_server(draw=draw) as server:

@@ -1,6 +1,5 @@
 """What a run tells: metrics, the loss of held-out pictures, trackers, and how long the rest takes."""
 
-import csv
 from pathlib import Path
 from random import Random
 
@@ -20,10 +19,6 @@ from mos_cli.training.stages import curriculum
 from tests.helpers import tiny_training as tiny
 
 
-def rows(folder: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader((folder / METRICS).open(newline="")))
-
-
 def with_pictures(understanding, folder: Path, **train) -> Trainer:
     """A trainer on discs, of which one is held out."""
     tiny.write_discs(folder / "discs")
@@ -35,7 +30,7 @@ def with_pictures(understanding, folder: Path, **train) -> Trainer:
 
 def test_the_rates_of_every_step_are_in_the_metrics_with_one_kind_of_line_ending(understanding, tmp_path: Path) -> None:
     tiny.run(tiny.trainer(tiny.recipe(warmup=2, muon_lr=1e-2, adamw_lr=1e-3), understanding, tmp_path))
-    found = rows(tmp_path)
+    found = tiny.rows(tmp_path)
     assert [float(row["muon_lr"]) for row in found[:3]] == [0.005, 0.01, 0.01]
     for row in found:
         assert float(row["adamw_lr"]) == pytest.approx(float(row["muon_lr"]) / 10)
@@ -50,11 +45,11 @@ def test_the_rates_of_every_step_are_in_the_metrics_with_one_kind_of_line_ending
 def test_metrics_of_an_earlier_version_get_the_present_columns(understanding, tmp_path: Path) -> None:
     tiny.run(tiny.trainer(tiny.recipe(), understanding, tmp_path))
     earlier = ["step", "loss", "gradient_norm", "images_per_second", "route_entropy", "layer_0", "threads"]
-    before = rows(tmp_path)
+    before = tiny.rows(tmp_path)
     lines = [",".join(earlier), *(",".join(row[name] for name in earlier) for row in before)]
     (tmp_path / METRICS).write_bytes("\r\n".join([*lines, ""]).encode())
     tiny.run(tiny.trainer(tiny.recipe(steps=9), understanding, tmp_path))
-    found = rows(tmp_path)
+    found = tiny.rows(tmp_path)
     assert [row["step"] for row in found] == [str(step) for step in range(1, 10)]
     assert [row["loss"] for row in found[:8]] == [row["loss"] for row in before]
     assert (found[7]["muon_lr"], found[8]["muon_lr"] != "") == ("", True)
@@ -64,7 +59,7 @@ def test_metrics_of_an_earlier_version_get_the_present_columns(understanding, tm
 def test_the_loss_of_held_out_pictures_is_measured_at_every_save(understanding, tmp_path: Path) -> None:
     trainer = with_pictures(understanding, tmp_path, steps=6, save_every=2, log_every=2)
     tiny.run(trainer)
-    found = rows(tmp_path / "run")
+    found = tiny.rows(tmp_path / "run")
     assert [row["step"] for row in found if row["validation_loss"]] == ["2", "4", "6"]
     last = float(found[-1]["validation_loss"])
     assert trainer.validate() == pytest.approx(last, rel=1e-4)

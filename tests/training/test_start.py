@@ -6,22 +6,15 @@ import torch.nn.functional as F
 
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.training.start import enlarged_weights
+from tests.helpers.tiny_bundle import randomised
 
 SIZES = {"width": 32, "depth": 2, "heads": 2, "hidden": 48, "states_layers": 4, "states_width": 32}
 SIZES |= {"router_width": 32, "router_heads": 2}
 
 
-def random_tower(patch: int) -> GenerationTower:
-    torch.manual_seed(patch)
-    tower = GenerationTower(patch=patch, **SIZES)
-    for parameter in tower.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return tower.eval()  # type: ignore[return-value]
-
-
 @pytest.mark.parametrize("factor", [1, 2, 4])
 def test_larger_patches_start_as_the_same_picture_enlarged(factor: int) -> None:
-    start, grown = random_tower(4), GenerationTower(patch=4 * factor, **SIZES).eval()
+    start, grown = randomised(GenerationTower(patch=4, **SIZES)), GenerationTower(patch=4 * factor, **SIZES).eval()
     grown.load_state_dict(enlarged_weights(start, 4 * factor))
     states, t = torch.randn(2, 5, 4, 32), torch.tensor([0.3, 0.8])
     small = torch.randn(2, 3, 16, 16)
@@ -33,4 +26,4 @@ def test_larger_patches_start_as_the_same_picture_enlarged(factor: int) -> None:
 
 def test_patches_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="no multiple"):
-        enlarged_weights(random_tower(4), 6)
+        enlarged_weights(randomised(GenerationTower(patch=4, **SIZES)), 6)

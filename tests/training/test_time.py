@@ -1,6 +1,5 @@
 """Runs that end when their time is over. A reading of the clock is a second after the one before."""
 
-import csv
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from mos_cli.errors import InputError, UsageError
 from mos_cli.training import batches as training_batches
 from mos_cli.training import timer as training_timer
 from mos_cli.training.checkpoint import newest, plan_of
-from mos_cli.training.metrics import METRICS
 from mos_cli.training.recipe import TrainRecipe, load_recipe
 from mos_cli.training.stages import NOT_BEGUN, curriculum
 from mos_cli.utils.durations import as_clock, parse_duration
@@ -35,11 +33,6 @@ def said_by(recipe: TrainRecipe, understanding, folder: Path) -> tuple[tiny.Trai
     return tiny.Trainer(recipe, batches, folder, accelerator, say=said.append), said
 
 
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / METRICS).open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.mark.parametrize(("stages", "workers"), [((), 0), (tiny.STAGES, 0), (tiny.STAGES, 2)])
 def test_steps_of_a_second_each_are_those_of_a_run_with_as_many_steps(
     understanding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages, workers: int
@@ -59,7 +52,8 @@ def test_steps_of_a_second_each_are_those_of_a_run_with_as_many_steps(
     trainer.run(log, lambda _: None)
     assert losses == expected
     assert left == [5, 4, 3, 2, 1, 0]
-    assert [row["muon_lr"] for row in rows(tmp_path / "time")] == [row["muon_lr"] for row in rows(tmp_path / "steps")]
+    timed_rows, counted_rows = tiny.rows(tmp_path / "time"), tiny.rows(tmp_path / "steps")
+    assert [row["muon_lr"] for row in timed_rows] == [row["muon_lr"] for row in counted_rows]
     assert trainer.curriculum.stages == curriculum(by_steps).stages or not stages
 
 
@@ -72,7 +66,7 @@ def test_the_rates_follow_the_clock_and_a_stage_may_take_no_step(
     trainer = tiny.trainer(timed(120, stages, decay=0.5), understanding, tmp_path)
     assert [stage.first for stage in trainer.curriculum.stages] == [0, NOT_BEGUN, NOT_BEGUN]
     tiny.run(trainer)
-    assert [float(row["muon_lr"]) / 1e-2 for row in rows(tmp_path)] == pytest.approx([1, 1, 1, 0.5])
+    assert [float(row["muon_lr"]) / 1e-2 for row in tiny.rows(tmp_path)] == pytest.approx([1, 1, 1, 0.5])
     assert [stage.first for stage in trainer.curriculum.stages] == [0, 2, 3]
     jump = curriculum(timed(120, stages))
     assert [jump.stages_begun(used) for used in (0, 39, 40, 79, 80, 119)] == [1, 1, 2, 2, 3, 3]
@@ -164,7 +158,7 @@ def test_the_command_trains_for_a_time_and_goes_on(mos, tmp_path: Path, encoder_
     result = mos("train", recipe, "--run", run, "--time", "0.1m")
     assert result.exit_code == 0, result.stderr
     assert "going on from step 5 with 0:00:01 left" in result.stderr
-    assert [row["step"] for row in rows(run)] == ["1", "2", "3", "4", "5", "6"]
+    assert [row["step"] for row in tiny.rows(run)] == ["1", "2", "3", "4", "5", "6"]
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,12 @@ Shapes: S steps, J generation blocks, T context tokens, K kept layers, M underst
 """
 
 import base64
-import json
 import zlib
 from collections import Counter
 from collections.abc import Sequence
 from io import BytesIO
 from math import ceil, sqrt
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import numpy as np
@@ -23,6 +21,7 @@ from mos_cli.routing.diff import compare
 from mos_cli.routing.prompt_weights import branch_weights, token_weights
 from mos_cli.routing.trace import Recording, Routes, Trace, TraceBranch, TraceToken
 from mos_cli.routing.views.difference import headline
+from mos_cli.utils.pages import fill_page
 
 PARTS = Path(__file__).with_name("report")
 SCRIPTS = ("routes.js", "charts.js", "page.js", "pictures.js", "story.js", "grid.js", "keys.js")
@@ -37,10 +36,7 @@ def html_report(first: Recording, second: Recording | None = None) -> str:
         InputError: a recording holds a summary only, or the two cannot be compared.
     """
     recordings = [first] if second is None else [first, second]
-    # "<" is escaped, so that a prompt cannot close the script element.
-    data = json.dumps(report_data(recordings), separators=(",", ":")).replace("<", "\\u003c")
-    script = "\n".join(_part(name) for name in SCRIPTS)
-    return Template(_part("page.html")).substitute(style=_part("page.css"), script=script, data=data)
+    return fill_page(PARTS, SCRIPTS, report_data(recordings))
 
 
 def report_data(recordings: Sequence[Recording]) -> dict[str, Any]:
@@ -191,7 +187,3 @@ def _bytes(parts: np.ndarray) -> np.ndarray:
 
 def _uri(kind: str, data: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _part(name: str) -> str:
-    return (PARTS / name).read_text(encoding="utf-8")
