@@ -9,6 +9,7 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Protocol
 
@@ -57,14 +58,10 @@ class Capture(Protocol):
 
 
 class CudaCapture:
-    """Captures CUDA graphs, on a stream of their own and with one pool of memory: they are never replayed side by side.
+    """Captures CUDA graphs on a stream of their own, with one pool of memory, as they are not replayed side by side."""
 
-    Args:
-        free: the share of the GPU's memory that must be free for a capture.
-    """
-
-    def __init__(self, device: torch.device, free: float = 0.25) -> None:
-        self.device, self.free = device, free
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def warm_up(self, function: Callable[[], Any]) -> Any:
@@ -76,30 +73,47 @@ class CudaCapture:
         return result
 
     def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:
-        self._check_memory()
+        self.check_memory()
         before, graph = torch.cuda.current_stream(self.device), torch.cuda.CUDAGraph()
         try:
             # Only this thread may do nothing else meanwhile.
             with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 result = function()
         except RuntimeError:
-            # torch leaves the random number generator in the capture, where every other use of it fails.
-            generator = torch.cuda.default_generators[self.stream.device_index]
-            generator.graphsafe_set_state(generator.clone_state())
+            self._leave()
             raise
         finally:
             # torch does not go back to it after an error.
             torch.cuda.set_stream(before)
         return result, graph.replay
 
-    def _check_memory(self) -> None:
-        """The memory of a graph is not planned, and no other part of a picture can use it."""
-        free, total = torch.cuda.mem_get_info(self.device)
-        limit = total * torch.cuda.get_per_process_memory_fraction(self.device)
+    def _leave(self) -> None:
+        """Ends what torch leaves begun after an error within a capture. Graphs from before must not be replayed."""
+        index = self.stream.device_index
+        # The random number generator, whose every other use would fail.
+        generator = torch.cuda.default_generators[index]
+        generator.graphsafe_set_state(generator.clone_state())
+        # Before torch 2.12 also the pool, without which memory that other streams used would never be free again.
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(index, self.pool)  # type: ignore[attr-defined]
+
+    def check_memory(self) -> None:
+        """The memory of a graph is not planned, and nothing else can use it. Raises RuntimeError if it is too much."""
+        if self.room < self.limit / 4:
+            raise RuntimeError("less than a quarter of the memory of the GPU is free")
+
+    @property
+    def limit(self) -> float:
+        """The bytes that this process may use."""
+        total = torch.cuda.mem_get_info(self.device)[1]
+        return total * torch.cuda.get_per_process_memory_fraction(self.device)
+
+    @property
+    def room(self) -> float:
+        """The bytes of them that hold no tensors."""
         used = torch.cuda.memory_allocated(self.device)
-        room = min(limit - used, free + torch.cuda.memory_reserved(self.device) - used)
-        if room < self.free * limit:
-            raise RuntimeError(f"less than {self.free:.0%} of the memory of the GPU are free")
+        free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
+        return min(self.limit, free) - used
 
 
 class StepGraphs(ModelHook):
@@ -200,6 +214,7 @@ class StepGraphs(ModelHook):
                     raise RuntimeError("a replay differs from the pass itself")
             except RuntimeError as error:
                 self.failure = f"not captured: {first_cause(error)}"
+                self._graphs.clear()
                 return result
         self._graphs[key] = graph
         return result

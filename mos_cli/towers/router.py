@@ -7,7 +7,6 @@ last state, R router width, P values of a patch, M understanding layers, J gener
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -124,25 +123,17 @@ def fixed_route(fusion: str, layers: int, blocks: int, device: torch.device) -> 
     """The route of a fusion that is not learned, [1, 1, J, K].
 
     "last": every block reads the last layer. "aligned": block j reads layer round(j * M / J). "mean": all of them.
-    Cached, so that no step copies it to the device.
+    Computed on the device: a copy would make the host wait for it at every step.
     """
-    make = _fixed_route if torch.compiler.is_compiling() else _cached_fixed_route
-    return make(fusion, layers, blocks, device)
-
-
-def _fixed_route(fusion: str, layers: int, blocks: int, device: torch.device) -> Route:
-    return uniform_route(
-        {
-            "last": [[layers - 1]] * blocks,
-            "aligned": [[min(round(block * layers / blocks), layers - 1)] for block in range(blocks)],
-            "mean": [list(range(layers))] * blocks,
-        }[fusion],
-        device,
-    )
-
-
-# A tensor made in inference mode could not be used in training.
-_cached_fixed_route = cache(torch.inference_mode(False)(_fixed_route))
+    if fusion == "mean":
+        ids_JK = torch.arange(layers, device=device).expand(blocks, -1)
+    elif fusion == "aligned":
+        nearest_J = torch.arange(blocks, dtype=torch.float64, device=device).mul(layers).div(blocks).round()
+        ids_JK = nearest_J.clamp(max=layers - 1).long()[:, None]
+    else:
+        ids_JK = torch.full((blocks, 1), layers - 1, device=device)
+    ids = ids_JK[None, None]
+    return Route(ids, torch.full(ids.shape, 1 / ids.shape[-1], device=device))
 
 
 def uniform_route(layers_JK: Sequence[Sequence[int]], device: torch.device) -> Route:

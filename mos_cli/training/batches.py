@@ -8,6 +8,7 @@ Z widest state of an image token, C channels, H x W the latent's size.
 """
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -32,6 +33,8 @@ from mos_cli.training.stages import Curriculum
 
 WITHOUT_GUIDANCE = 0.2
 """The share of pictures with the scale 1 where guidance is distilled."""
+AHEAD = 2
+"""The most steps that a GPU has still to compute when the next batch is made."""
 VALIDATION_TIMES = (0.2, 0.4, 0.6, 0.8)
 """The times at which the loss of held-out pictures is measured."""
 
@@ -312,7 +315,11 @@ class Batches:
             return
         side = torch.cuda.Stream(self.device, priority=-1)
         side.wait_stream(torch.cuda.current_stream(self.device))
+        steps: deque[Any] = deque()
         for each in picked:
+            if len(steps) > AHEAD:
+                # Batches far ahead would fill the memory, and a clock would be read long before its step.
+                steps.popleft().synchronize()
             with torch.cuda.stream(side):
                 batch = self.finish(each)
             current = torch.cuda.current_stream(self.device)
@@ -321,6 +328,7 @@ class Batches:
                 if isinstance(tensor := getattr(batch, field.name), Tensor):
                     tensor.record_stream(current)
             yield batch
+            steps.append(current.record_event())
 
     def finish(self, picked: Picked | MosError) -> Batch:
         """The batch of what was picked, the part of `make` that needs the device; raises an error that was returned."""

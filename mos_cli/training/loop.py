@@ -85,9 +85,8 @@ class Trainer:
         if recipe.lora is not None:
             add_lora(self.tower, recipe.lora.rank, recipe.lora.scaling)
         objective = Objective(self.tower, recipe.train.epsilon, guidance_teacher(recipe))
-        capture = step_capture(accelerator)
-        self.graphs = None if capture is None else TrainingGraphs(self._learn, capture, self.say)
-        optimisers = build_optimisers(self.tower, capturable=capture is not None)
+        self.graphs = self._make_graphs()
+        optimisers = build_optimisers(self.tower, capturable=self.graphs is not None)
         if recipe.train.compile:
             # Shapes of stages and numbers of threads are compiled apart; past the limit nothing is.
             torch._dynamo.config.recompile_limit = 64
@@ -180,16 +179,21 @@ class Trainer:
         self.rates = rates_at(self.curriculum, self.step, 0.0 if self.timer is None else self.timer.used)
         stage = self.curriculum.stage_at(self.step)
         self.tower.patch_spacing = stage.patch_spacing
+        if self.graphs is not None and stage.first == self.step and not self.graphs.failed:
+            # None of the kinds of the stage before comes again.
+            self.graphs = self._make_graphs()
         if self.graphs is None:
             numbers = self._learn(batch, self.rates)
         else:
-            if stage.first == self.step:
-                self.graphs.clear()
             # Filled, not copied from the host, which would make it wait.
             numbers = self.graphs(batch, tuple(torch.full((), rate, device=self.device) for rate in self.rates))
         self.step += 1
         self.ema.update(self._parameters(), self.step)
         return numbers
+
+    def _make_graphs(self) -> TrainingGraphs | None:
+        capture = step_capture(self.accelerator)
+        return None if capture is None else TrainingGraphs(self._learn, capture, self.say)
 
     def _learn(self, batch: Batch, rates: Sequence[float | Tensor]) -> Tensor:
         """The part of a step that a CUDA graph may be captured of: loss, gradients and new weights."""

@@ -332,7 +332,10 @@ def test_kept_tables_outlive_the_shared_cache() -> None:
 def test_cuda_graphs_are_the_passes_themselves(variant: dict[str, Any], bucket: int | None) -> None:
     device = torch.device("cuda")
     tower, other = (small_tower(**variant).to(device).bfloat16() for _ in range(2))
-    graphs = graphed(other, CudaCapture(device, free=0.0))
+    capture = CudaCapture(device)
+    # A small test on a busy card is no reason for the rule about memory.
+    capture.check_memory = lambda: None
+    graphs = graphed(other, capture)
     with torch.inference_mode():
         z, t_2 = torch.randn(2, 3, 32, 24, device=device), torch.full((2,), 0.5, device=device)
         for tokens in (6, 3, 6):

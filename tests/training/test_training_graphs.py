@@ -3,7 +3,8 @@
 `Restored` stands in for CUDA graphs; the test marked `cuda` captures them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,19 @@ from mos_cli.training.optimiser import build_optimisers, set_rates, start_states
 from tests.helpers import edit_training
 from tests.helpers import tiny_training as tiny
 from tests.helpers.generation_towers import WIDTHS, M, S, V, small_tower
-from tests.helpers.recomputed import Restored
+from tests.helpers.recomputed import Recomputed, Restored
 
 STAGES = tuple({**stage, "steps": WARM_UP + 3, "patch_spacing": 2 - n} for n, stage in enumerate(tiny.STAGES))
 REFUSED = "operation not permitted when stream is capturing"
 
 
 class Refused(Restored):
-    """Fails as CUDA does: within a capture, and again at its end."""
+    """Captures one kind of steps, then fails as CUDA does: within a capture, and again at its end."""
 
     def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:
-        super().record(function)
+        recorded = super().record(function)
+        if self.captured == 1:
+            return recorded
         try:
             raise RuntimeError(REFUSED)
         finally:
@@ -84,13 +87,16 @@ def test_replayed_steps_give_the_losses_and_weights_of_computed_ones(make, tmp_p
 
 def test_where_a_step_cannot_be_captured_the_run_goes_on_and_says_so_once(make, tmp_path: Path) -> None:
     lines: list[str] = []
-    one, other = make(tmp_path / "one", Restored()), make(tmp_path / "other", capture := Refused())
-    assert other.graphs is not None
-    other.graphs.say = lines.append
-    assert tiny.run(other) == tiny.run(one)
+    losses = tiny.run(one := make(tmp_path / "one", Restored()))
+    other = make(tmp_path / "other", capture := Refused())
+    other.say = lines.append
+    assert tiny.run(other) == losses
     check_same(one, other)
     assert lines == [f"training goes on without CUDA graphs, slower: {REFUSED}"]
-    assert capture.captured == 1
+    assert capture.captured == 2
+    # The random number generator is another one than that of the first kind's graph.
+    assert other.graphs.failed
+    assert all(kind.graph is None for kind in other.graphs._kinds.values())
 
 
 def test_a_run_stopped_and_taken_up_is_the_same(make, tmp_path: Path) -> None:
@@ -145,14 +151,11 @@ class Devices(TorchDispatchMode):
         return result
 
 
-@pytest.fixture
-def on_meta() -> Iterator[Callable[[], list[str]]]:
-    """Computes a training step where tensors have no values; the operations that had a tensor on the CPU.
-
-    A capture allows neither those nor reading a value, which fails here.
-    """
+@pytest.mark.parametrize("fusion", ["routed", "last", "aligned", "mean"])
+def test_a_step_is_computed_on_the_device_alone(fusion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture allows nothing else. Here tensors have no values, so that reading one fails."""
     with torch.device("meta"):
-        tower = small_tower(image_state_widths=WIDTHS)
+        tower = small_tower(image_state_widths=WIDTHS, fusion=fusion)
         objective, optimisers = Objective(tower, 0.05), build_optimisers(tower, capturable=True)
         start_states(optimisers)
         pictures = [torch.randn(4, 3, 32, 24) for _ in range(3)]
@@ -160,26 +163,50 @@ def on_meta() -> Iterator[Callable[[], list[str]]]:
         mask = torch.ones(4, 6, dtype=torch.bool)
         batch = Batch(*pictures[:2], torch.rand(4), states, mask, pictures[2], seen)
 
-        def compute() -> list[str]:
+        def on_the_cpu() -> list[str]:
             with Devices() as devices:
-                set_rates(optimisers, [torch.full((), 0.1)] * 2)
-                loss, _ = objective(batch)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
-                for optimiser in optimisers:
-                    optimiser.step()
-                    optimiser.zero_grad()
+                learn(objective, optimisers, batch, [torch.full((), 0.1)] * 2)
             return devices.on_the_cpu
 
-        yield compute
+        # The first step makes the tables of positions, which are kept.
+        on_the_cpu()
+        assert not on_the_cpu()
+        # In a compiled step nothing is kept.
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert not on_the_cpu()
 
 
-def test_a_step_is_computed_on_the_device_alone(on_meta, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert on_meta()  # the positions, which are kept
-    assert not on_meta()
-    # In a compiled step nothing is kept.
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not on_meta()
+def test_steps_before_a_capture_have_the_inputs_of_those_after() -> None:
+    """Their layout in memory too: a compiled step of another one would be compiled again, within the capture."""
+    seen: list[tuple[int, ...]] = []
+
+    def compute(pictures: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        seen.append((*pictures.stride(), *states.stride()))
+        return pictures.sum() + states.sum()
+
+    graphs = TrainingGraphs(compute, Recomputed(), lambda _: None)
+    for step in range(WARM_UP + 2):
+        pictures = torch.full((2, 3, 4, 4), float(step)).contiguous(memory_format=torch.channels_last)
+        assert graphs(pictures, torch.ones(1, 5).expand(2, 5)) == 96 * step + 10
+    assert len(seen) > WARM_UP
+    assert set(seen) == {(48, 16, 4, 1, 5, 1)}
+
+
+def learn(
+    objective: Objective,
+    optimisers: list[torch.optim.Optimizer],
+    batch: Batch,
+    rates: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """A step as `Trainer` computes it."""
+    set_rates(optimisers, rates)
+    loss, use_JM = objective(batch)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+    for optimiser in optimisers:
+        optimiser.step()
+        optimiser.zero_grad()
+    return torch.cat([loss.detach()[None], norm[None], use_JM.flatten()])
 
 
 @pytest.mark.cuda
@@ -196,45 +223,49 @@ def test_captured_steps_are_the_steps_themselves(compiled: bool) -> None:
         if compiled:
             objective.compile_whole()
 
-        def compute(batch: Batch, rates: tuple[torch.Tensor, ...]) -> torch.Tensor:
-            set_rates(optimisers, rates)
-            loss, use_JM = objective(batch)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
-            for optimiser in optimisers:
-                optimiser.step()
-                optimiser.zero_grad()
-            return torch.cat([loss.detach()[None], norm[None], use_JM.flatten()])
-
         lines: list[str] = []
-        learn = compute if capture is None else TrainingGraphs(compute, capture, lines.append)
+        compute = partial(learn, objective, optimisers)
+        step = compute if capture is None else TrainingGraphs(compute, capture, lines.append)
         results = []
-        for step in range(4 * WARM_UP):
-            torch.manual_seed(step)
-            tokens = 4 + 2 * (step % 2)
-            z0, z = torch.randn(2, 8, 3, 32, 24, device=device)
+        for number in range(4 * WARM_UP):
+            torch.manual_seed(number)
+            tokens = 4 + 2 * (number % 2)
+            pair = torch.randn(2, 8, 3, 32, 24, device=device)
+            z0, z = (each.contiguous(memory_format=torch.channels_last) for each in pair)
             mask = torch.ones(8, tokens, dtype=torch.bool, device=device)
             batch = Batch(z0, z, torch.rand(8, device=device), torch.randn(8, tokens, M, S, device=device), mask)
-            rates = tuple(torch.full((), 1e-2 / (1 + step), device=device) for _ in range(2))
-            results.append(learn(batch, rates))
+            rates = tuple(torch.full((), 1e-3 / (1 + number), device=device) for _ in range(2))
+            results.append(step(batch, rates))
         assert not lines
         return results, changed_by(optimisers)
 
-    captured, computed = trained(CudaCapture(device, free=0.0)), trained(None)
-    # Sums of gradients may be taken in another order.
+    capture = CudaCapture(device)
+    capture.check_memory = lambda: None
+    captured, computed = trained(capture), trained(None)
+    # Sums of gradients may be taken in another order, and a compiled step be another one.
     for ours, theirs in zip(captured, computed, strict=True):
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.cuda
-def test_random_numbers_can_be_drawn_after_a_capture_that_failed() -> None:
+def test_a_capture_that_failed_leaves_nothing_begun() -> None:
     device = torch.device("cuda")
 
     def waits() -> torch.Tensor:
         values = torch.rand(8, device=device)
         return values * values.sum().item()
 
+    capture = CudaCapture(device)
+    capture.check_memory = lambda: None
     with pytest.raises(RuntimeError):
-        CudaCapture(device, free=0.0).record(waits)
+        capture.record(waits)
     assert torch.rand(8, device=device).isfinite().all()
+    # Memory that another stream used is free again.
+    other, before = torch.cuda.Stream(device), torch.cuda.memory_allocated(device)
+    used = torch.zeros(2**20, device=device)
+    used.record_stream(other)
+    del used
+    torch.cuda.synchronize(device)
+    torch.zeros(8, device=device)
+    assert torch.cuda.memory_allocated(device) < before + 2**20
