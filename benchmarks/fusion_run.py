@@ -20,7 +20,8 @@ from mos_cli.evaluation.judge import Judge
 from mos_cli.evaluation.scenebench import Entry
 from mos_cli.sampling.flow import logit_normal, noised, velocity_loss
 from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, Guidance
-from mos_cli.sampling.sampler import make_sigmas, sample
+from mos_cli.sampling.sampler import make_sigmas, sample_batch
+from mos_cli.towers.bank import StateBank
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.training.batches import Batch
 from mos_cli.training.ema import PowerEMA
@@ -178,18 +179,18 @@ def _drawn(tower: GenerationTower, recipe: TrainRecipe, library: Library, bench:
     sigmas = make_sigmas(FlowMatchEulerDiscreteScheduler(), defaults.steps)
     for start in range(0, len(bench.entries), BATCH):
         entries = bench.entries[start : start + BATCH]
-        texts = {POSITIVE: [entry.prompt for entry in entries], NEGATIVE: [""] * len(entries)}
-        banks = {branch: _bank(tower, library, captions, bench.device) for branch, captions in texts.items()}
+        without = _bank(tower, library, "", bench.device)
+        banks = [{POSITIVE: _bank(tower, library, one.prompt, bench.device), NEGATIVE: without} for one in entries]
         noise = [torch.randn(3, side, side, generator=torch.Generator().manual_seed(one.seed)) for one in entries]
         z1 = torch.stack(noise).to(bench.device)
-        z = sample(tower, z1, banks, sigmas=sigmas, solver="euler", guidance=guidance)
+        z = sample_batch(tower, z1, banks, sigmas=sigmas, solver="euler", guidance=guidance)
         pictures.append(z.clamp(-1, 1).float().cpu())
     return torch.cat(pictures)
 
 
 @torch.no_grad()
-def _bank(tower: GenerationTower, library: Library, captions: list[str], device: torch.device) -> Any:
-    rows = library.rows_of(captions)
+def _bank(tower: GenerationTower, library: Library, caption: str, device: torch.device) -> StateBank:
+    rows = library.rows_of([caption])
     return tower.project_states(library.states_NTMS[rows].to(device), library.mask_NT[rows].to(device))
 
 

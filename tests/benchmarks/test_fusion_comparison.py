@@ -3,12 +3,13 @@
 Shapes: B batch, T context tokens, M layers, S width of a state, H x W a picture's size.
 """
 
+from dataclasses import replace
 from random import Random
 
 import fusion
 import pytest
 import torch
-from fusion_run import Bench, _trained, handed_sizes, parameters
+from fusion_run import Bench, _drawn, _trained, handed_sizes, parameters
 from fusion_world import CATEGORIES, Library, World
 
 from mos_cli.datasets.scenes.description import held_out
@@ -77,16 +78,22 @@ def test_states_that_no_block_reads_change_nothing(choice: str, context: str) ->
 
 
 @pytest.mark.parametrize("name", ["MiniLM: MoS", "MiniLM: mean of all layers"])
-def test_a_variant_is_trained(world: World, name: str) -> None:
+def test_a_variant_is_trained_and_draws(world: World, name: str) -> None:
     recipe = fusion.variant(name, 0, 31)
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch": 2})})
-    train = world.scenes(8, 24, "train")
-    rows = {text: row for row, text in enumerate(dict.fromkeys(["", *train.captions]))}
+    train, entries = world.scenes(8, 24, "train"), world.prompts(1)
+    prompts = [entry.prompt for entry in entries]
+    rows = {text: row for row, text in enumerate(dict.fromkeys(["", *train.captions, *prompts]))}
     library = Library(torch.randn(len(rows), T, M, 384), torch.ones(len(rows), T, dtype=torch.bool), rows)
     # What is judged is not looked at.
-    bench = Bench(train, train, train, [], {}, None, torch.device("cpu"))  # type: ignore[arg-type]
+    bench = Bench(train, train, train, entries, {}, None, torch.device("cpu"))  # type: ignore[arg-type]
     handed = library.handed(recipe.generation.get("fusion", "routed"), recipe.generation["depth"])
     tower, _ = _trained(recipe, handed, bench, 1.0)
     torch.manual_seed(recipe.train.seed)
     fresh = GenerationTower(**handed_sizes(recipe.generation)).state_dict()  # type: ignore[arg-type]
     assert all(not torch.equal(weight, fresh[each]) for each, weight in tower.state_dict().items())
+    pictures = _drawn(tower, recipe, handed, bench)
+    assert pictures.shape == (len(entries), 3, 24, 24)
+    # Each has its own prompt and seed.
+    alone = _drawn(tower, recipe, handed, replace(bench, entries=entries[1:2]))
+    torch.testing.assert_close(alone, pictures[1:2], rtol=0, atol=1e-4)
