@@ -4,9 +4,10 @@ Every prompt is drawn with every technique in turn, so that whatever else the ma
 that of a step as a share of the same without a cache, the median over prompts; on a CPU of the process's own time.
 "skipped" is the share of passes through a block that were not computed. PSNR is that of the picture against the one
 without a cache. "same layers" is the share of the layers read that are the same, step by step. MagCache's ratios are
-calibrated first, on three other prompts, as diffusers does it.
+calibrated first, on three other prompts, as diffusers does it. Guidance is on at every step: where it ends, a cache
+begins anew, and MagCache's calibration would not reach its end.
 
-python benchmarks/caching.py [--model NAME] [--prompts N] [--sheet PNG]
+python benchmarks/caching.py [--model NAME] [--prompts N] [--steps N] [--sheet PNG]
 """
 
 import argparse
@@ -89,7 +90,8 @@ class Found:
 class Bench:
     """A loaded bundle, with or without a cache."""
 
-    def __init__(self, model: str | None) -> None:
+    def __init__(self, model: str | None, steps: int) -> None:
+        self.steps = steps
         bundle, self.device = find_bundle(model or RunSettings().model), choose_device("auto")
         self.precision = choose_precision(self.device)
         tower = fetch_with_progress(bundle.index.understanding)
@@ -107,7 +109,7 @@ class Bench:
 
     def recipe(self, prompt: str, seed: int, steps: int | None = None) -> Recipe:
         width, height = self.bundle.index.canvas.native
-        settings = self.bundle.index.defaults.model_dump() | ({} if steps is None else {"steps": steps})
+        settings = self.bundle.index.defaults.model_dump() | {"steps": steps or self.steps, "cfg_interval": (0.0, 1.0)}
         return make_recipe(
             prompt=prompt,
             model=self.bundle.ref,
@@ -157,11 +159,11 @@ class Bench:
 
     def calibrate(self) -> list[float]:
         """MagCache's ratios, the mean over the calibration's prompts; diffusers prints them, pass by pass."""
-        steps, found = self.bundle.index.defaults.steps, []
+        found = []
         for seed, prompt in enumerate(CALIBRATION, start=1000):
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):
-                self.draw(self.recipe(prompt, seed), MagCacheConfig(calibrate=True, num_inference_steps=steps))
+                self.draw(self.recipe(prompt, seed), MagCacheConfig(calibrate=True, num_inference_steps=self.steps))
             lines = [line for line in printed.getvalue().splitlines() if line.startswith("[") and line.endswith("]")]
             found += [[float(number) for number in line.strip("[]").split(",")] for line in lines]
         return np.mean(found, axis=0).tolist()
@@ -205,11 +207,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model")
     parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=24, help="With few steps no cache pays.")
     parser.add_argument("--sheet", type=Path, help="Write the first pictures of every technique side by side.")
     arguments = parser.parse_args()
     quieten()
-    bench = Bench(arguments.model)
-    steps = bench.bundle.index.defaults.steps
+    bench, steps = Bench(arguments.model, arguments.steps), arguments.steps
     configs = techniques(steps, bench.tower.depth, bench.calibrate())
     draws: dict[str, Callable[[str, int], Outcome]] = {
         name: lambda prompt, seed, config=config: bench.draw(bench.recipe(prompt, seed), config)

@@ -64,7 +64,7 @@ def main() -> None:
     precision = choose_precision(device)
     pipeline = MoSPipeline(bundle, fetch_with_progress(bundle.index.understanding), device=device, precision=precision)
     plain = recipe_of(bundle, precision, 0)
-    ruled = plain.model_copy(update={"routes": ("dog!=0-2", "*+=0.5@4 steps 0-9")})
+    ruled = plain.model_copy(update={"routes": ("dog!=0-2", f"*+=0.5@4 steps 0-{plain.steps - 1}")})
     kinds: dict[str, Callable[[], Any]] = {
         "nothing but the decisions": lambda: pipeline.draw(plain),
         "two rules": lambda: pipeline.draw(ruled),
