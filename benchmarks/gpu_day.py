@@ -96,7 +96,7 @@ def parts(options: argparse.Namespace) -> list[Part]:
     mos = [python, "-m", "mos_cli"]
     model = ["-m", options.model] if options.model else []
     fast = ["--steps", "2"] if options.tiny else []
-    listed = [Part("tests", [python, "-m", "pytest", "-m", "cuda", "--rootdir", str(ROOT), str(ROOT / "tests")], 120)]
+    listed = [Part("tests", [python, "-m", "pytest", "-m", "cuda", "--rootdir", str(ROOT), str(ROOT / "tests")], 180)]
     ways = {name: way for name, way in WAYS.items() if not (options.tiny and name in CUDA_ONLY)}
     for name, way in ways.items():
         draw = [*mos, "generate", PROMPT, "--seed", "3", "-o", f"{name}.png", "--overwrite", *way, *model, *fast]
@@ -112,7 +112,7 @@ def parts(options: argparse.Namespace) -> list[Part]:
     listed += [Part(f"cap-{gib}", [*performance, "caps", "--gib", str(gib), *tiny], 90) for gib in (8, 12, 16, 24)]
     training = [python, str(ROOT / "benchmarks" / "training.py")]
     listed.append(Part("host", [*training, "host", options.recipe], 40))
-    listed.append(Part("throughput", [*training, options.recipe], 120))
+    listed.append(Part("throughput", [*training, options.recipe], 180))
     listed.append(Part("train", [*mos, "train", options.recipe, "--run", "run"], float("inf"), takes_time=True))
     return listed
 
