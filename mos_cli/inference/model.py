@@ -252,7 +252,7 @@ class Model:
             keep_alpha: make the result as transparent as the picture; otherwise it is opaque.
             strength: the time at which the edit begins: 1 redraws everything, 0.5 keeps the layout.
             image_cfg: guidance towards the picture.
-            size: width and height of the result, in pixels, or text as `--size` takes it; by default those of the picture.
+            size: width and height of the result, in pixels, or as `--size` takes it; by default the picture's.
             max_pixels: most pixels that the model works on; by default as many as its native size has.
             expand: pixels to draw beyond the picture, which stays: "left=64,top=32".
 
