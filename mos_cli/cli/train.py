@@ -198,16 +198,19 @@ def train(
             unused=print_unused if main_process else lambda _: None,
         )
         reports.say(f"training {loaded.bundle.name} in {folder}")
-        trainer = run_training(
-            loaded,
-            art or data_folder(),
-            folder,
-            display.log,
-            extend=extend,
-            strict=strict,
-            trackers=tracker or (),
-            reports=reports,
-        )
+        try:
+            trainer = run_training(
+                loaded,
+                art or data_folder(),
+                folder,
+                display.log,
+                extend=extend,
+                strict=strict,
+                trackers=tracker or (),
+                reports=reports,
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the same command goes on") from None
         made = export_bundle(trainer, target)
     trainer.accelerator.end_training()
     if made is not None:
