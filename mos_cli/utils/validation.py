@@ -106,7 +106,7 @@ def first_problem(error: ValidationError, model: type[BaseModel] | None = None) 
     first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
     where = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "string_pattern_mismatch" and first["ctx"]["pattern"] == PLAIN_NAME:
+    if first.get("ctx", {}).get("pattern") == PLAIN_NAME:
         message = f"{first['input']!r} cannot be a name: use letters from A to Z, digits, dots and dashes"
     if first["type"] == "extra_forbidden":
         known = [] if model is None else _fields_beside(model, first["loc"])
