@@ -16,5 +16,12 @@ __all__ = ["__version__", "load"]
 def __getattr__(name: str) -> Any:
     # Imported when it is used: PyTorch takes seconds, and the command line imports this package too.
     if name == "load":
+        # As the command line does, before PyTorch and what it comes with are imported.
+        import_module("mos_cli.utils.threads").limit_spinning()
+        import_module("mos_cli.utils.quiet").quieten()
         return import_module("mos_cli.adapters.model").load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

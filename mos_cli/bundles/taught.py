@@ -7,8 +7,8 @@ from typing import Any
 
 from mos_cli.bundles.bundle import Bundle
 
-ENDING = 2
-"""Letters at the end of a name that a plural may change: wolf, wolves."""
+PLURALS = {"y": "ies", "f": "ves", "fe": "ves", "man": "men", "mouse": "mice", "ox": "oxen", "die": "dice"}
+"""Ends of words and of their plurals, besides -s and -es."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,15 @@ class TaughtScenes:
         return sorted(names[0] for names in self.words.values())
 
     def names_one(self, prompt: str) -> bool:
-        """Whether words of a prompt begin as the name of one of the objects: it may be in the plural."""
-        stems = [name[: max(3, len(name) - ENDING)] for names in self.words.values() for name in names]
-        return re.search(rf"\b({'|'.join(map(re.escape, stems))})", prompt.casefold()) is not None
+        """Whether a prompt has the name of one of the objects, in the singular or the plural, as words of its own."""
+        names = ("[ -]?".join(map(_forms, name.split())) for names in self.words.values() for name in names)
+        return re.search(rf"\b({'|'.join(names)})\b", prompt.casefold()) is not None
+
+
+def _forms(word: str) -> str:
+    """The pattern of a word in the singular and the plural."""
+    plurals = [word.removesuffix(end) + plural for end, plural in PLURALS.items() if word.endswith(end)]
+    return f"(?:{'|'.join([f'{re.escape(word)}(?:e?s)?', *map(re.escape, plurals)])})"
 
 
 def taught_scenes(bundle: Bundle) -> TaughtScenes | None:

@@ -94,7 +94,13 @@ def _parse_error(message: str, error: Any, typed: Sequence[str]) -> str:
         if "--" in typed and any(argument.startswith("-") for argument in typed[typed.index("--") + 1 :]):
             return f"{message}: write the options before --"
         return f"{message}: put a text of several words in quotes"
-    return message if error.ctx is None else f"{message}: see {error.ctx.command_path} --help"
+    if error.ctx is None:
+        return message
+    if "Missing argument" in message:
+        arguments = [part for part in error.ctx.command.params if part.param_type_name == "argument"]
+        named = [(part.metavar or part.name).upper() for part in arguments]
+        message = f"{message} of {' '.join([error.ctx.command_path, *named])}"
+    return f"{message}: see {error.ctx.command_path} --help"
 
 
 app = App(

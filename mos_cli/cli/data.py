@@ -79,7 +79,8 @@ def look_at(
     atomic_write(output, png(sheet, None), overwrite)
     held_out = f", {len(captioned.held_out)} of them held out" if captioned.held_out else ""
     used = len(captioned.examples) + len(captioned.held_out)
-    stderr.print(f"{used} pictures and edits{held_out}, {len(captioned.unused)} files are not used", soft_wrap=True)
+    unused = f", {len(captioned.unused)} files are not used" if captioned.unused else ""
+    stderr.print(f"{used} pictures and edits{held_out}{unused}", soft_wrap=True)
     stderr.print(", ".join(f"{number} of {width}x{height}" for (width, height), number in shapes.items()))
     stdout.print(str(output), soft_wrap=True, markup=False)
 

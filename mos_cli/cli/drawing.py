@@ -156,8 +156,8 @@ class JobDrawer:
         if settings.log and settings.metadata != "none" and files:
             logged = log_drawn(next(iter(files)), drawing.record.recipe)
             self.settings = settings.model_copy(update={"log": logged})
-        self.drawn(job, drawing.image)
         self.report.picture(list(files), index=number, prompt=job.recipe.prompt, seed=job.recipe.seed)
+        self.drawn(job, drawing.image)
         if self.show is not None:
             # A bar that moves would write into the picture.
             bars.stop()

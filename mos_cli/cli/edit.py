@@ -9,7 +9,7 @@ from mos_cli.cli.batches import draw_requests
 from mos_cli.cli.jobs import shortened
 from mos_cli.cli.options import DrawOptions, as_text, with_draw_options
 from mos_cli.cli.output import Report
-from mos_cli.cli.prompts import read_pictures, read_prompts
+from mos_cli.cli.prompts import READ_SUFFIXES, read_pictures, read_prompts
 from mos_cli.cli.requests import Request
 from mos_cli.cli.standard_files import check_one_input, picture_file
 from mos_cli.errors import UsageError
@@ -102,7 +102,7 @@ def edit(
 
     report = Report(json=options.json, quiet=options.quiet, verbose=options.verbose)
     check_one_input(*pictures, instruction, mask, *(reference or []))
-    if len(pictures) > 1 and Path(instruction).is_file():
+    if Path(instruction).is_file() and (len(pictures) > 1 or Path(instruction).suffix.lower() in READ_SUFFIXES):
         raise UsageError(f"{instruction} is a file: the last argument says what to change, or is @FILE")
     instructions = read_prompts(instruction, 'what to change, for example: mos edit cat.png "make it blue"')
     flags = options.settings(image_cfg=image_cfg)

@@ -126,6 +126,7 @@ def train(
             recipe_path(recipe).read_text(encoding="utf-8"), end="", markup=False, highlight=False, soft_wrap=True
         )
         return
+    quieten()
     from mos_cli.adapters.recipe import is_base_model_recipe
 
     pictures = None if data is None else str(data)
@@ -137,7 +138,6 @@ def train(
             )
         from mos_cli.cli.train_base_model import train_on_base_model
 
-        quieten()
         values = {"data": pictures, "base": start_from, "name": name, "caption": caption, "steps": steps}
         given = {field: value for field, value in values.items() if value is not None}
         train_on_base_model(path, given, run=run, export=export, strict=strict)
@@ -169,7 +169,6 @@ def train(
     if processes > 1 and not is_worker():
         check_processes(processes)
         raise typer.Exit(run_in_processes(sys.argv[1:], processes))
-    quieten()
     from mos_cli.bundles.bundle import INDEX
     from mos_cli.datasets.art.file import data_folder
     from mos_cli.training.export import export as export_bundle
@@ -199,16 +198,19 @@ def train(
             unused=print_unused if main_process else lambda _: None,
         )
         reports.say(f"training {loaded.bundle.name} in {folder}")
-        trainer = run_training(
-            loaded,
-            art or data_folder(),
-            folder,
-            display.log,
-            extend=extend,
-            strict=strict,
-            trackers=tracker or (),
-            reports=reports,
-        )
+        try:
+            trainer = run_training(
+                loaded,
+                art or data_folder(),
+                folder,
+                display.log,
+                extend=extend,
+                strict=strict,
+                trackers=tracker or (),
+                reports=reports,
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the same command goes on") from None
         made = export_bundle(trainer, target)
     trainer.accelerator.end_training()
     if made is not None:

@@ -90,10 +90,9 @@ def load_captioned(
         else:
             unused.append(Unused(example.picture.name, reason))
     if not kept:
-        why = f": {unused[0].name}: {unused[0].reason}" if unused else ""
+        why = f" ({len(unused)} files are not: {unused[0].name}: {unused[0].reason})" if unused else ""
         raise InputError(
-            f"no pictures in {folder} that can be used ({len(unused)} files are not{why}): put pictures with captions "
-            "there, or *.tar shards"
+            f"no pictures in {folder} that can be used{why}: put pictures with captions there, or *.tar shards"
         )
     repeats = repeats or {}
     folders = {example.folder for example in kept}

@@ -11,7 +11,7 @@ COLUMNS = 8
 CELL = 128
 """Side of the square a picture is fitted into, in pixels."""
 LARGEST_PANE = 512
-"""Largest side of the square a picture of a strip is fitted into, in pixels."""
+"""Largest side of a picture of a strip, in pixels."""
 GAP = 8
 LINE, LINES, CHARACTERS = 12, 3, 22
 
@@ -47,16 +47,19 @@ def grid(pictures: "dict[tuple[str, str], Image]") -> "Image":
 def strip(before: "Image", after: "Image", instruction: str) -> "Image":
     """An edit before and after, and the difference (white where they are equal), with the instruction below.
 
-    Both are RGB and of one size. The panes are as large as the pictures, within limits.
+    Both are RGB and of one size. The panes are as large as the pictures and of their shape, within limits.
     """
     from PIL import ImageChops
 
+    from mos_cli.images.pictures import FILTER, Fit
+
     side = min(max(CELL, *before.size), LARGEST_PANE)
+    width, height = Fit(before.size, (side, side)).inner
     panes = (before, after, ImageChops.invert(ImageChops.difference(before, after)))
-    sheet, draw = _blank(len(panes) * (side + GAP) + GAP, GAP + side + LINE * LINES + GAP)
+    sheet, draw = _blank(len(panes) * (width + GAP) + GAP, GAP + height + LINE * LINES + GAP)
     for index, pane in enumerate(panes):
-        _paste(sheet, pane, GAP + index * (side + GAP), GAP, side)
-    _write(draw, instruction, GAP, GAP + side, sheet.width * CHARACTERS // CELL)
+        sheet.paste(pane.resize((width, height), FILTER), (GAP + index * (width + GAP), GAP))
+    _write(draw, instruction, GAP, GAP + height, sheet.width * CHARACTERS // CELL)
     return sheet
 
 

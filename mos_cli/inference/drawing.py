@@ -24,6 +24,14 @@ class Drawing:
     previews: tuple[Image.Image, ...] = ()
     """The predicted clean pictures of the steps, where they were requested."""
 
+    def __repr__(self) -> str:
+        recipe = self.record.recipe
+        return f"<Drawing of {recipe.prompt!r}, seed {recipe.seed}, {self.image.width}x{self.image.height}>"
+
+    def _repr_png_(self) -> bytes | None:
+        """What a notebook shows."""
+        return self.image._repr_png_()
+
     def save(
         self, path: str | Path, *, trace: TraceLevel = "topk", metadata: Metadata = "full", overwrite: bool = False
     ) -> list[Path]:

@@ -149,6 +149,9 @@ class Model:
         self.pipeline, self.bundle = pipeline, pipeline.bundle
         self._settings = settings
 
+    def __repr__(self) -> str:
+        return f"<Model {self.bundle.ref} on {self.pipeline.device}>"
+
     def generate(
         self,
         prompt: str,
@@ -159,7 +162,7 @@ class Model:
         cfg: float | None = None,
         cfg_interval: tuple[float, float] | None = None,
         negative: str | None = None,
-        size: tuple[int, int] | None = None,
+        size: tuple[int, int] | str | None = None,
         feature_cache: int | None = None,
         routes: Sequence[str] | None = None,
         route_from: str | Path | None = None,
@@ -177,7 +180,7 @@ class Model:
             cfg: guidance scale; 1 turns guidance off.
             cfg_interval: the times between which guidance acts, the smaller first; 1 is noise, 0 the picture.
             negative: what guidance leads away from.
-            size: width and height in pixels.
+            size: width and height in pixels, or "384x256" or "3:2" as `--size` takes it.
             feature_cache: compute the blocks at every N-th step only; 1 turns it off.
             routes: rules that steer the routes, as `--route` takes them.
             route_from: a trace, or the picture beside it, whose choices of layers are taken over.
@@ -218,7 +221,7 @@ class Model:
         keep_alpha: bool = False,
         strength: float = 1.0,
         image_cfg: float | None = None,
-        size: tuple[int, int] | None = None,
+        size: tuple[int, int] | str | None = None,
         max_pixels: int | None = None,
         expand: str | None = None,
         seed: int | None = None,
@@ -249,7 +252,7 @@ class Model:
             keep_alpha: make the result as transparent as the picture; otherwise it is opaque.
             strength: the time at which the edit begins: 1 redraws everything, 0.5 keeps the layout.
             image_cfg: guidance towards the picture.
-            size: width and height of the result, in pixels; by default those of the picture.
+            size: width and height of the result, in pixels, or as `--size` takes it; by default the picture's.
             max_pixels: most pixels that the model works on; by default as many as its native size has.
             expand: pixels to draw beyond the picture, which stays: "left=64,top=32".
 
@@ -321,8 +324,8 @@ class Model:
         return self.pipeline.draw(recipe, inputs=inputs, record_options=record_options, route_from=recording)
 
 
-def _size_text(size: tuple[int, int] | None) -> str | None:
-    return None if size is None else "{}x{}".format(*size)
+def _size_text(size: tuple[int, int] | str | None) -> str | None:
+    return size if size is None or isinstance(size, str) else "{}x{}".format(*size)
 
 
 def _mask(mask: str | Path | Image | None) -> Path | Picture | None:

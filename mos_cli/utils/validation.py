@@ -106,11 +106,13 @@ def first_problem(error: ValidationError, model: type[BaseModel] | None = None) 
     first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
     where = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
+    if first.get("ctx", {}).get("pattern") == PLAIN_NAME:
+        message = f"{first['input']!r} cannot be a name: use letters from A to Z, digits, dots and dashes"
     if first["type"] == "extra_forbidden":
         known = [] if model is None else _fields_beside(model, first["loc"])
         nearest = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-        guess = f": did you mean {nearest[0]}?" if nearest else ""
-        message = "unknown setting" + (f", not one of {', '.join(known)}{guess}" if known else "")
+        guess = f", did you mean {nearest[0]}?" if nearest else ""
+        message = f"unknown setting{guess}" + (f" (there are: {', '.join(known)})" if known else "")
     return f"{where}: {message}" if where else message
 
 

@@ -32,7 +32,10 @@ def test_a_sheet_of_the_pictures_is_written_and_nothing_replaced(mos, bundle, fo
     assert f"not used: {folder / 'film.mp4'}: not a picture\n" in result.stderr
     assert Image.open(tmp_path / "look.png").width == 7 * (CELL + GAP) + GAP
     assert mos(*command).exit_code == 3
-    assert mos(*command, "--overwrite", "-n", "2").exit_code == 0
+    (folder / "film.mp4").unlink()
+    again = mos(*command, "--overwrite", "-n", "2")
+    assert again.exit_code == 0
+    assert "7 pictures and edits, 1 of them held out\n" in again.stderr
     assert Image.open(tmp_path / "look.png").width == 2 * (CELL + GAP) + GAP
 
 

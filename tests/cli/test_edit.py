@@ -212,7 +212,9 @@ def test_what_was_not_ours_is_asked_for(mos, editor, photo, tmp_path) -> None:
 
 
 def test_a_strip_shows_before_and_after(mos, editor, photo, tmp_path) -> None:
-    assert mos("edit", photo, WORDS, "-o", tmp_path / "out.png", "--strip", tmp_path / "strip.png").exit_code == 0
+    result = mos("edit", photo, WORDS, "-o", tmp_path / "out.png", "--strip", tmp_path / "strip.png", "--json")
+    assert result.exit_code == 0
+    assert [json.loads(line)["event"] for line in result.stdout.splitlines()][-2:] == ["picture", "strip"]
     width, height = Image.open(tmp_path / "strip.png").size
     assert width > 3 * height / 2
 

@@ -85,6 +85,8 @@ def test_a_picture_that_cannot_be_read_does_not_stop_the_others(mos, editor, pho
 
 MISTAKES = {
     "no instruction": (["edit", "{photos}/one.png", "{photos}/two.jpg", "{photos}/one.png"], 2, "the last argument"),
+    "instruction before the picture": (["edit", "make it red", "{photos}/one.png"], 2, "the last argument"),
+    "picture alone": (["edit", "{photos}/one.png"], 2, "of mos edit PICTURE... INSTRUCTION: see"),
     "instruction without quotes": (["edit", "{photos}/one.png", "make", "it", "red"], 3, "in quotes"),
     "folder without pictures": (["edit", "{tmp}/empty", PROMPT], 3, "has no pictures"),
     "source of a drawing": (["generate", PROMPT, "-o", "{tmp}/{source}.png"], 2, "{source}"),

@@ -63,7 +63,7 @@ MISTAKES = {
     "replay of a stranger": (["replay", "{tmp}/taken.png"], 3, "no recipe"),
     "not one of the choices": (["eval", "--suite", "paint"], 2, "'paint' is not one of 'scenes', 'edit': see mos eval"),
     "no number": (["generate", PROMPT, "--steps", "few"], 2, "see mos generate --help"),
-    "no prompt": (["generate"], 2, "see mos generate --help"),
+    "no prompt": (["generate"], 2, "of mos generate PROMPT: see mos generate --help"),
     "no such option": (["generate", PROMPT, "--nope"], 2, "--nope"),
     "no such command": (["paint"], 2, "see mos --help"),
     "no value": (["generate", PROMPT, "--steps"], 2, "requires an argument"),
@@ -71,7 +71,11 @@ MISTAKES = {
     "prompt with a dash": (["generate", "-5 cats"], 2, "write -- before a text that begins with a dash"),
     "prompt taken for an option with a value": (["generate", "-old cats"], 2, "write -- before a text"),
     "one time": (["generate", PROMPT, "--cfg-interval", "0.2"], 2, "0.2 is not two times"),
-    "replay of an unknown key": (["replay", "{tmp}/drawn.png", "--set", "sped=3"], 2, "not one of prompt, negative,"),
+    "replay of an unknown key": (
+        ["replay", "{tmp}/drawn.png", "--set", "sped=3"],
+        2,
+        "did you mean seed? (there are: prompt, negative,",
+    ),
     "preset file that is not there": (["generate", PROMPT, "-p", "nowhere.toml"], 3, "nowhere.toml is not there"),
     "xformers without a GPU": (["generate", PROMPT, "--attention", "xformers", "--device", "cpu"], 6, "auto or sdpa"),
     "dry run that would fail": (

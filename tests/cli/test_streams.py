@@ -120,6 +120,19 @@ def test_an_interruption_of_an_import_ends_without_a_traceback(bundle, tmp_path,
     assert not list(tmp_path.glob("*.png"))
 
 
+@pytest.mark.slow
+def test_libraries_print_nothing_where_a_training_begins(bundle, tmp_path: Path) -> None:
+    """In a process of its own, as they print when they are first imported."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    typed = ["train", "finetune", "--from", "tiny", "--data", str(pictures), "--run", str(tmp_path / "run")]
+    done = subprocess.run([*MOS, *typed], capture_output=True, text=True)
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("training finetune in ")]
+    assert (
+        line == f"error: no pictures in {pictures} that can be used: put pictures with captions there, or *.tar shards"
+    )
+
+
 def test_a_background_process_goes_on_ignoring_interruptions() -> None:
     code = "import os, signal; os.kill(os.getpid(), signal.SIGINT); from mos_cli.__main__ import main; main()"
     done = subprocess.run(

@@ -1,9 +1,12 @@
 """A prompt that names nothing that the model was taught is told, and drawn all the same."""
 
 import json
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
+import inflect
 import pytest
 
 from mos_cli.bundles.bundle import Bundle, find_bundle, write_index
@@ -66,6 +69,27 @@ def test_the_shipped_model_knows_what_its_card_says() -> None:
     assert len(taught.objects) == 205
     assert all(taught.names_one(f"a {name}") for name in taught.objects)
     assert not taught.names_one("ein roter Hund")
+
+
+@pytest.mark.parametrize("prompt", ["a zebra crossing the road", "a starfish", "a boxer", "a keyboard", "a kite"])
+def test_a_word_that_begins_as_a_name_is_no_name(prompt: str) -> None:
+    taught = taught_scenes(find_bundle("emoji"))
+    assert taught is not None
+    assert not taught.names_one(prompt)
+
+
+@pytest.mark.parametrize("words", ["emoji", "emoji-more"])
+def test_every_name_is_found_in_the_plural(words: str) -> None:
+    english = inflect.engine()
+    names = tomllib.loads((Path("presets/words") / f"{words}.toml").read_text())
+    for word, called in names.items():
+        taught = TaughtScenes({word: called}, ["noto"], alone=True)
+        for name in called:
+            head, *rest = re.split(r"( of | with )", name)
+            many = "".join([head if head == "flying money" else english.plural_noun(head), *rest])
+            assert taught.names_one(f"three {many}"), many
+    taught = TaughtScenes({"fire engine": ["fire truck"]}, ["noto"], alone=True)
+    assert all(taught.names_one(f"a red {name}") for name in ("firetruck", "fire-truck", "fire truck's wheel"))
 
 
 def test_short_names_are_not_found_inside_of_other_words() -> None:

@@ -57,7 +57,10 @@ def test_a_config_file_that_is_named_has_to_be_there(mos, bundle, tmp_path, monk
         ("feature_cache = 2", "stand under [generate]"),
         ("", "stand under [generate]"),
         ("steps = 2\n[generate]", "stand under [generate]"),
-        ("[generate]\nfeature_cach = 2", "feature_cach: unknown setting, not one of model, seed,"),
+        (
+            "[generate]\nfeature_cach = 2",
+            "feature_cach: unknown setting, did you mean feature_cache? (there are: model, seed,",
+        ),
     ],
 )
 def test_a_config_file_that_is_wrong_says_where_settings_stand(mos, bundle, tmp_path, text: str, words: str) -> None:

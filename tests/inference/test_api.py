@@ -1,8 +1,10 @@
 """The Python interface draws what the command line draws, from the same settings, and refuses what it refuses."""
 
+import os
 import re
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from mos_cli.errors import InputError, ModelError, UsageError
 from mos_cli.images.outputs import read_drawing
 from mos_cli.inference.model import Model
 from mos_cli.routing.trace import load_recording
+from mos_cli.utils.threads import SPIN_VARIABLES
 
 API = Path(__file__).parents[2] / "docs" / "api.md"
 PROMPT = "a red apple"
@@ -172,6 +175,29 @@ def test_mistakes_raise_the_documented_errors(model: Model, tmp_path: Path) -> N
 def test_memory_auto_loads_what_fits(editor) -> None:
     model = mos_cli.load("editor", device="cpu", max_vram="auto")
     assert model.generate(PROMPT, seed=3).record.recipe.quant is None
+
+
+def test_a_notebook_shows_pictures_in_few_words(model: Model) -> None:
+    picture = model.generate(PROMPT, seed=3, size="48x32")
+    assert picture.image.size == (48, 32)
+    assert repr(picture) == f"<Drawing of '{PROMPT}', seed 3, 48x32>"
+    assert repr(model) == f"<Model editor on {model.pipeline.device}>"
+    shown = picture._repr_png_()
+    assert shown is not None
+    assert Image.open(BytesIO(shown)).tobytes() == picture.image.tobytes()
+
+
+@pytest.mark.slow
+def test_loading_prints_nothing_and_its_threads_do_not_spin(editor) -> None:
+    """In a process of its own, as PyTorch and its companions print when they are first imported."""
+    script = (
+        "import mos_cli, os; mos_cli.load('editor', device='cpu'); print(os.environ['GOMP_SPINCOUNT'], dir(mos_cli))"
+    )
+    environment = {
+        name: value for name, value in os.environ.items() if name not in (*SPIN_VARIABLES, "OMP_WAIT_POLICY")
+    }
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert (done.stdout, done.stderr) == ("10000 ['__version__', 'load']\n", "")
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

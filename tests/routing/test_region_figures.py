@@ -96,7 +96,8 @@ def test_the_table_of_a_patch(mos, recording):
     assert result.exit_code == 0
     first, *_ = patch_origins(cut(recording, "positive"), (1, 2))
     told = f"patch (1, 2) came most from {first.word.text} through layer {first.layer}"
-    assert told in result.stdout
+    name = recording.trace.layers[first.layer]
+    assert f"{told}\n" in result.stdout if name == f"layer {first.layer}" else f"{told} ({name})\n" in result.stdout
     assert "patch (0, 0) came most from" in result.stdout
     rows = [line.split() for line in result.stdout.splitlines()]
     assert [row[0] for row in rows if "special" in row] == ["[CLS]", "[SEP]"] * 2

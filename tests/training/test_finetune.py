@@ -58,6 +58,23 @@ def rewrite(bundle: Bundle) -> None:
     write_index(bundle.folder, **{name: getattr(bundle.index, name) for name in fields})
 
 
+def test_an_interruption_says_what_goes_on(mos, editor, discs: Path, short, tmp_path: Path, monkeypatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mos_cli.training.run.train", interrupted)
+    result = mos("train", short("finetune"), "--from", "editor", "--data", discs, "--run", tmp_path / "run")
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "error: interrupted: the same command goes on"
+
+
+def test_a_name_that_cannot_be_says_what_can(mos, editor, discs: Path, short) -> None:
+    result = mos("train", short("finetune"), "--from", "editor", "--data", discs, "--name", "zög eins")
+    assert result.exit_code in (2, 3)
+    (line,) = result.stderr.splitlines()
+    assert line.endswith("bundle.name: 'zög eins' cannot be a name: use letters from A to Z, digits, dots and dashes")
+
+
 @pytest.mark.slow
 def test_a_model_is_continued_on_a_folder_and_the_result_draws_edits_and_replays(
     mos, editor: Bundle, discs: Path, short, tmp_path: Path

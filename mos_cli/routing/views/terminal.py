@@ -187,9 +187,11 @@ class PatchView:
     requested: Sequence[Word] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        first, layers = self.origins[0], self.section.layers
+        first = self.origins[0]
+        name = self.section.layers[first.layer]
+        layer = f"layer {first.layer}" if name == f"layer {first.layer}" else f"layer {first.layer} ({name})"
         place = f"patch ({self.patch[0]}, {self.patch[1]})"
-        yield heading(f"{place} came most from {first.word.text} through layer {first.layer} ({layers[first.layer]})")
+        yield heading(f"{place} came most from {first.word.text} through {layer}")
         table = plain_table(show_header=True)
         table.add_column("word", min_width=WORD_WIDTH, max_width=WORD_WIDTH, overflow="fold")
         for name in ("attention %", "of words %", "layer", "through it %"):
