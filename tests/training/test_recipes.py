@@ -41,7 +41,7 @@ def test_values_that_cannot_be_are_refused(tmp_path: Path, line: str) -> None:
 def test_a_stray_name_is_named_with_the_one_that_was_meant(tmp_path: Path, name: str, stray: str) -> None:
     path = tmp_path / "r.toml"
     path.write_text(SMOKE.replace(f"{name} =", f"{stray} =", 1))
-    with pytest.raises(UsageError, match=rf"{stray}: unknown setting, .*: did you mean {name}\?") as raised:
+    with pytest.raises(UsageError, match=rf"{stray}: unknown setting, did you mean {name}\?") as raised:
         load_recipe(str(path))
     assert "\n" not in str(raised.value)
 
