@@ -89,7 +89,7 @@ def load(
     offload: str | None = None,
     attention: str = "auto",
     compile: bool = False,
-    loras: Sequence[str] = (),
+    loras: str | Sequence[str] = (),
 ) -> "Model":
     """Loads a model. The understanding tower is downloaded first if it is not in the cache.
 
@@ -103,7 +103,7 @@ def load(
         offload: what waits in main memory until the GPU needs it: "none" (the default), "understanding" or "blocks".
         attention: "auto", "xformers" or "sdpa".
         compile: compile the generation tower when it is first used.
-        loras: LoRA files that change the model: "FILE" or "FILE:SCALE", as `--lora` takes them.
+        loras: one or several LoRA files that change the model: "FILE" or "FILE:SCALE", as `--lora` takes them.
 
     Raises:
         UsageError: a setting is not understood, or does not go with the device.
@@ -120,7 +120,7 @@ def load(
         offload=offload,
         attention=attention,
         compile=compile,
-        loras=tuple(loras) or None,
+        loras=_several(loras) or None,
     )
     settings = RunSettings(**flags.model_dump(exclude_none=True))
     bundle = find_bundle(settings.model)
@@ -164,7 +164,7 @@ class Model:
         negative: str | None = None,
         size: tuple[int, int] | str | None = None,
         feature_cache: int | None = None,
-        routes: Sequence[str] | None = None,
+        routes: str | Sequence[str] | None = None,
         route_from: str | Path | None = None,
         route_until: float | None = None,
         probabilities: bool = False,
@@ -182,7 +182,7 @@ class Model:
             negative: what guidance leads away from.
             size: width and height in pixels, or "384x256" or "3:2" as `--size` takes it.
             feature_cache: compute the blocks at every N-th step only; 1 turns it off.
-            routes: rules that steer the routes, as `--route` takes them.
+            routes: one or several rules that steer the routes, as `--route` takes them.
             route_from: a trace, or the picture beside it, whose choices of layers are taken over.
             route_until: for what part of the steps they are, above 0 and up to 1.
             probabilities: also record the router's probabilities of all layers.
@@ -201,7 +201,7 @@ class Model:
             cfg_interval=cfg_interval,
             negative=negative,
             feature_cache=feature_cache,
-            routes=routes,
+            routes=None if routes is None else _several(routes),
         )
         pixels = parse_size(_size_text(size), self.bundle.index.canvas)
         fields = generation_fields(settings, self.bundle, pixels, cfg_interval=cfg_interval)
@@ -213,7 +213,7 @@ class Model:
         image: ImageSource,
         instruction: str,
         *,
-        references: Sequence[ImageSource] = (),
+        references: ImageSource | Sequence[ImageSource] = (),
         mask: str | Path | Image | None = None,
         invert_mask: bool = False,
         feather: float = 0.0,
@@ -231,7 +231,7 @@ class Model:
         cfg_interval: tuple[float, float] | None = None,
         negative: str | None = None,
         feature_cache: int | None = None,
-        routes: Sequence[str] | None = None,
+        routes: str | Sequence[str] | None = None,
         route_from: str | Path | None = None,
         route_until: float | None = None,
         probabilities: bool = False,
@@ -244,7 +244,7 @@ class Model:
 
         Args:
             image: the picture to edit. A result or a file of mos keeps its history: `mos replay` draws the whole chain.
-            references: further pictures to draw from.
+            references: a further picture to draw from, or several.
             mask: white may change, black stays bit for bit; of the shape of the picture.
             invert_mask: black may change instead.
             feather: pixels over which the mask fades inwards.
@@ -268,7 +268,7 @@ class Model:
             cfg_interval=cfg_interval,
             negative=negative,
             feature_cache=feature_cache,
-            routes=routes,
+            routes=None if routes is None else _several(routes),
         )
         request = EditRequest(
             size=_size_text(size),
@@ -283,7 +283,7 @@ class Model:
             expand=None if expand is None else parse_expansion(expand),
         )
         edit_defaults(self.bundle)
-        inputs = make_inputs([_read(source) for source in (image, *references)])
+        inputs = make_inputs([_read(source) for source in (image, *_several(references))])
         inputs = request.with_mask(inputs)
         for note in inputs.notes:
             warnings.warn(note, stacklevel=2)
@@ -326,6 +326,11 @@ class Model:
 
 def _size_text(size: tuple[int, int] | str | None) -> str | None:
     return size if size is None or isinstance(size, str) else "{}x{}".format(*size)
+
+
+def _several(given: Any) -> tuple[Any, ...]:
+    """What may be given alone: text is a sequence too, of letters."""
+    return tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
 
 
 def _mask(mask: str | Path | Image | None) -> Path | Picture | None:

@@ -90,6 +90,17 @@ def test_edit_draws_what_the_command_line_draws(mos, model: Model, tmp_path: Pat
             assert stored(tmp_path / "called.png") == stored(tmp_path / "typed.png")
 
 
+def test_what_may_be_several_may_be_one(model: Model, tmp_path: Path) -> None:
+    Image.radial_gradient("L").resize((40, 24)).save(tmp_path / "a.png")
+    for one in (str(tmp_path / "a.png"), tmp_path / "a.png", Image.open(tmp_path / "a.png")):
+        edits = [model.edit(one, "a cat", seed=5, references=given) for given in (one, [one])]
+        assert edits[0].record == edits[1].record
+    pictures = [model.generate(PROMPT, seed=3, routes=given) for given in ("*!=0", ["*!=0"])]
+    assert pictures[0].record == pictures[1].record
+    with pytest.raises(InputError, match=r"no\.safetensors"):
+        mos_cli.load("editor", loras="no.safetensors")
+
+
 def test_a_chain_of_results_is_replayed_from_its_last_picture(mos, model: Model, tmp_path: Path) -> None:
     first = model.generate(PROMPT, seed=3)
     second = model.edit(first, "a green apple", seed=4, composite=True)
