@@ -30,7 +30,9 @@ def inspect_routing(
     ] = None,
     word: Annotated[
         list[str] | None,
-        typer.Option("--word", "-w", callback=as_text, help="Show only this word; repeatable."),
+        typer.Option(
+            "--word", "-w", callback=as_text, help="Show only this word, or one occurrence of it, as cat#2; repeatable."
+        ),
     ] = None,
     step: Annotated[
         str | None, typer.Option("--step", metavar="A:B", help="Only these steps, both included; also A, A: or :B.")

@@ -4,6 +4,7 @@ Shapes: S steps, J generation blocks, T context tokens, K kept layers, M underst
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,11 +31,19 @@ class Spanned(Protocol):
 
 @dataclass(frozen=True)
 class Word:
-    """A word of the prompt, or a picture, and the numbers of its tokens; special tokens are words of their own."""
+    """A word of the prompt, or a picture, and the numbers of its tokens; special tokens are words of their own.
+
+    `nth` (from 1) is its occurrence in the prompt.
+    """
 
     text: str
     tokens: tuple[int, ...]
     special: bool = False
+    nth: int = 1
+
+    @property
+    def label(self) -> str:
+        return self.text if self.nth == 1 else f"{self.text}#{self.nth}"
 
 
 def summarise(ids_SJTK: np.ndarray, weights_SJTK: np.ndarray, layers: int) -> dict[str, Any]:
@@ -84,7 +93,11 @@ def split_words(prompt: str, tokens: Sequence[Spanned]) -> tuple[Word, ...]:
             continue
         first = token.start + len(text) - len(text.lstrip())
         numbers[next(span for span in spans if span[0] <= first < span[1])].append(number)
-    words = [Word(prompt[start:end], tuple(held)) for (start, end), held in numbers.items() if held]
+    words, seen = [], Counter[str]()
+    for (start, end), held in numbers.items():
+        if held:
+            seen[bare := _bare(prompt[start:end])] += 1
+            words.append(Word(prompt[start:end], tuple(held), nth=seen[bare]))
     return (*words, *(Word(name, tuple(held)) for name, held in pictures.items()), *special)
 
 
@@ -96,6 +109,8 @@ def is_special(token: Spanned) -> bool:
 def find_words(words: Sequence[Word], requested: Iterable[str]) -> tuple[Word, ...]:
     """The requested words, in the prompt's order, regardless of case and of punctuation around them.
 
+    A word is requested with all its occurrences, or with one of them, as "cat#2".
+
     Raises:
         UsageError: one of them is not in the prompt.
     """
@@ -103,7 +118,7 @@ def find_words(words: Sequence[Word], requested: Iterable[str]) -> tuple[Word, .
     for text in requested:
         hits = matching_words(words, [text])
         if not hits:
-            there = ", ".join(dict.fromkeys(word.text for word in words))
+            there = ", ".join(dict.fromkeys(word.label for word in words))
             raise UsageError(f"{text!r} is not a word of this prompt: its words are {there}")
         found |= dict.fromkeys(hits)
     return tuple(word for word in words if word in found)
@@ -112,7 +127,12 @@ def find_words(words: Sequence[Word], requested: Iterable[str]) -> tuple[Word, .
 def matching_words(words: Sequence[Word], requested: Iterable[str]) -> tuple[Word, ...]:
     """The requested words that are in `words`, matched as in `find_words`."""
     texts = {text.casefold() for text in requested}
-    return tuple(word for word in words if texts & {word.text.casefold(), _bare(word.text)})
+    return tuple(
+        word
+        for word in words
+        if texts & {word.text.casefold(), bare := _bare(word.text)}
+        or (not word.special and f"{bare}#{word.nth}" in texts)
+    )
 
 
 def word_layers(word: Word, mean_layer_ST: Sequence[Sequence[float]] | np.ndarray) -> tuple[float, ...]:

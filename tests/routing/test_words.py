@@ -56,8 +56,16 @@ def test_words_are_found_whatever_their_case_and_punctuation():
     words = split_words("A cat, a Dog", tokens_of("A cat, a Dog"))
     assert [word.text for word in find_words(words, ["DOG", "cat", "a"])] == ["A", "cat,", "a", "Dog"]
     assert [word.text for word in find_words(words, ["cat,", "[CLS]"])] == ["cat,", "[CLS]"]
-    with pytest.raises(UsageError, match=r"'do' is not a word .*: its words are A, cat,, a, Dog, \[CLS\], \[SEP\]$"):
+    with pytest.raises(UsageError, match=r"'do' is not a word .*: its words are A, cat,, a#2, Dog, \[CLS\], \[SEP\]$"):
         find_words(words, ["cat", "do"])
+
+
+def test_an_occurrence_of_a_word_is_told_and_found_by_its_number():
+    words = split_words("a cat, a dog and a Cat", tokens_of("a cat, a dog and a Cat"))
+    assert [word.label for word in words if not word.special] == ["a", "cat,", "a#2", "dog", "and", "a#3", "Cat#2"]
+    assert [word.label for word in find_words(words, ["cat#2", "A#1"])] == ["a", "Cat#2"]
+    with pytest.raises(UsageError, match="'dog#2' is not a word"):
+        find_words(words, ["dog#2"])
 
 
 def test_a_word_reads_the_mean_of_its_tokens():

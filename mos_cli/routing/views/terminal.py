@@ -52,7 +52,7 @@ class RoutesView:
             yield heading("weights in the prompt: what is multiplied with the routed context of a word")
             weights = plain_table()
             for word, text in weighted:
-                weights.add_row(Text(printable(word.text)), text)
+                weights.add_row(Text(printable(word.label)), text)
             yield weights
         yield heading(f"words x steps: the layer read on average, 0 to {last}")
         yield from self._words(width)
@@ -139,7 +139,7 @@ class RoutesView:
     def _name(self, word: Word) -> Text:
         """A word with its weight in the prompt."""
         weight = self.section.weight(word)
-        name = Text(printable(word.text), style="dim" if word.special else "")
+        name = Text(printable(word.label), style="dim" if word.special else "")
         return name if weight is None else name.append(f" x{weight}", style="dim")
 
     def _layers_by_word(self, words: Sequence[Word], width: int) -> Iterable[Table]:
@@ -191,7 +191,7 @@ class PatchView:
         name = self.section.layers[first.layer]
         layer = f"layer {first.layer}" if name == f"layer {first.layer}" else f"layer {first.layer} ({name})"
         place = f"patch ({self.patch[0]}, {self.patch[1]})"
-        yield heading(f"{place} came most from {first.word.text} through {layer}")
+        yield heading(f"{place} came most from {first.word.label} through {layer}")
         table = plain_table(show_header=True)
         table.add_column("word", min_width=WORD_WIDTH, max_width=WORD_WIDTH, overflow="fold")
         for name in ("attention %", "of words %", "layer", "through it %"):
@@ -200,7 +200,7 @@ class PatchView:
         for origin in shown[:MOST_WORDS]:
             of_words = "special" if origin.of_words is None else f"{100 * origin.of_words:.1f}"
             numbers = (f"{100 * origin.attention:.2f}", of_words, str(origin.layer), f"{100 * origin.part:.0f}")
-            table.add_row(Text(printable(origin.word.text)), *numbers, style="dim" if origin.word.special else "")
+            table.add_row(Text(printable(origin.word.label)), *numbers, style="dim" if origin.word.special else "")
         yield table
         if len(shown) > MOST_WORDS:
             yield Text(f"and {len(shown) - MOST_WORDS} more: --word shows one, --json all of them", style="dim")
