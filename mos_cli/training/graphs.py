@@ -14,7 +14,7 @@ WARM_UP = 3
 """Steps of a kind that are computed before one is captured. Libraries and `torch.compile` set themselves up in them."""
 
 
-class StepCapture(CudaCapture):
+class TrainingCapture(CudaCapture):
     """Captures training steps. The next kind of steps is computed beside the memory that a captured one keeps."""
 
     def check_memory(self) -> None:
@@ -24,10 +24,10 @@ class StepCapture(CudaCapture):
             raise RuntimeError("the memory of the GPU is too small for a step beside a captured one")
 
 
-def step_capture(accelerator: Accelerator) -> Capture | None:
+def training_capture(accelerator: Accelerator) -> Capture | None:
     """How the steps of a run are captured; None where they are not: on a CPU, and by processes that share a batch."""
     alone = accelerator.num_processes == 1 and not accelerator.is_fsdp2
-    return StepCapture(accelerator.device) if accelerator.device.type == "cuda" and alone else None
+    return TrainingCapture(accelerator.device) if accelerator.device.type == "cuda" and alone else None
 
 
 class TrainingGraphs:

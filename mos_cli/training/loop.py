@@ -26,7 +26,7 @@ from mos_cli.towers.lora import add_lora, merge_lora
 from mos_cli.training import checkpoint
 from mos_cli.training.batches import Batch, Batches
 from mos_cli.training.ema import PowerEMA
-from mos_cli.training.graphs import TrainingGraphs, step_capture
+from mos_cli.training.graphs import TrainingGraphs, training_capture
 from mos_cli.training.metrics import Journal, Metrics
 from mos_cli.training.objective import Objective
 from mos_cli.training.optimiser import build_optimisers, rates_at, set_rates, start_states
@@ -192,7 +192,7 @@ class Trainer:
         return numbers
 
     def _make_graphs(self) -> TrainingGraphs | None:
-        capture = step_capture(self.accelerator)
+        capture = training_capture(self.accelerator)
         return None if capture is None else TrainingGraphs(self._learn, capture, self.say)
 
     def _learn(self, batch: Batch, rates: Sequence[float | Tensor]) -> Tensor:

@@ -55,7 +55,7 @@ def make(request: pytest.FixtureRequest, understanding, art: Art, monkeypatch: p
     """Makes a trainer in a folder, whose steps are captured as told; None computes them as on a CPU."""
 
     def made(folder: Path, capture: Restored | None, **train: Any) -> Trainer:
-        monkeypatch.setattr(loop, "step_capture", lambda _: capture)
+        monkeypatch.setattr(loop, "training_capture", lambda _: capture)
         if request.param == "stages":
             trainer = tiny.trainer(tiny.recipe(STAGES, steps=None, **train), understanding, folder)
         else:
