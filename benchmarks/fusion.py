@@ -1,6 +1,6 @@
 """Fusions of the two towers, compared at equal parameters, data, steps and seeds by the judge's scores.
 
-    python benchmarks/fusion.py run FOLDER [--seeds 3] [--steps N] [--only TEXT] [--art PATH] [--recipe PATH]
+    python benchmarks/fusion.py run FOLDER [--seeds 3] [--steps N] [--only NAME]... [--art PATH] [--recipe PATH]
     python benchmarks/fusion.py table FOLDER
 
 One process makes all runs, one after another: what the towers read and the scenes are shared by all of them. Every run
@@ -74,14 +74,14 @@ def run(
     folder: Path,
     seeds: int = 3,
     steps: Annotated[int | None, typer.Option(help="For all runs, instead of the recipe's.")] = None,
-    only: Annotated[str, typer.Option(help="Variants with this in their name.")] = "",
+    only: Annotated[list[str] | None, typer.Option(help="A variant to run; may be repeated. All, where none.")] = None,
     scenes: Annotated[int, typer.Option(help="Different scenes to train on.")] = 4096,
     art: Path | None = None,
     recipe: Path = RECIPE,
 ) -> None:
     """Trains and judges every variant with every seed: first the fusions, a seed at a time, then the router's parts."""
-    names = [name for name in VARIANTS if only in name]
-    plan = [(name, seed) for part in (COMPARED, TAKEN_APART) for seed in range(seeds) for name in part if only in name]
+    names = [name for name in VARIANTS if name in (only or VARIANTS)]
+    plan = [(name, seed) for part in (COMPARED, TAKEN_APART) for seed in range(seeds) for name in part if name in names]
     device = choose_device("auto")
     _set_up(device)
     bench = _bench(folder, names, scenes, art or data_folder(), load_recipe(str(recipe)), device)
