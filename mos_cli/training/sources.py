@@ -228,7 +228,7 @@ def scene_source(
         drawn = compositor.draw_packed(packed_BN.to(compositor.device, non_blocking=True), canvas)
         return drawn.to(device, non_blocking=True)[:, None]
 
-    return Source(pick, partial(pack_scenes, objects=MOST_OBJECTS), draw)
+    return Source(pick, partial(pack_scenes, objects=MOST_OBJECTS), draw, static=_draws_on(device, compositor))
 
 
 def edit_source(vocabulary: Vocabulary, compositor: Compositor, device: torch.device) -> Source:
@@ -238,7 +238,12 @@ def edit_source(vocabulary: Vocabulary, compositor: Compositor, device: torch.de
         drawn = compositor.draw_packed(packed_B2N.flatten(0, 1).to(compositor.device, non_blocking=True), canvas)
         return drawn.to(device, non_blocking=True).unflatten(0, (-1, 2))
 
-    return Source(EditPicker(EditWriter(vocabulary)), _pack_edits, draw, edits=True)
+    static = _draws_on(device, compositor)
+    return Source(EditPicker(EditWriter(vocabulary)), _pack_edits, draw, edits=True, static=static)
+
+
+def _draws_on(device: torch.device, compositor: Compositor) -> bool:
+    return compositor.device.type == device.type
 
 
 def _pack_edits(edits: list[Edit]) -> torch.Tensor:
