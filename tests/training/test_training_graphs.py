@@ -90,18 +90,19 @@ def test_replayed_steps_give_the_losses_and_weights_of_computed_ones(make, tmp_p
 
 def test_where_a_step_cannot_be_captured_the_run_goes_on_and_says_so_once(make, tmp_path: Path) -> None:
     lines: list[str] = []
-    losses = tiny.run(one := make(tmp_path / "one", Restored()))
-    other = make(tmp_path / "other", capture := Refused())
+    losses = tiny.run(one := make(tmp_path / "one", Restored(), Recomputed()))
+    other = make(tmp_path / "other", capture := Refused(), batches := Recomputed())
     other.say = lines.append
     assert tiny.run(other) == losses
     check_same(one, other)
     assert lines == [f"training goes on without CUDA graphs, slower: {REFUSED}"]
-    assert capture.captured == 2
+    assert capture.captured == batches.captured == 2
     # The random number generator is another one than that of the first kind's graph.
     assert other.graphs.failed
     assert all(kind.graph is None for kind in other.graphs._kinds.values())
 
 
+@pytest.mark.parametrize("make", ["stages"], indirect=True)
 def test_where_batches_cannot_be_captured_steps_still_are(make, tmp_path: Path) -> None:
     lines: list[str] = []
     losses = tiny.run(one := make(tmp_path / "one", Restored(), Recomputed()))
@@ -112,13 +113,6 @@ def test_where_batches_cannot_be_captured_steps_still_are(make, tmp_path: Path) 
     assert lines == [f"batches are made without CUDA graphs, slower: {REFUSED}"]
     assert (steps.captured, batches.captured) == (2, 2)
     assert not other.graphs.failed
-
-
-def test_where_steps_cannot_be_captured_batches_still_are(make, tmp_path: Path) -> None:
-    one = make(tmp_path / "one", steps := Refused(), batches := Recomputed())
-    tiny.run(one)
-    assert (steps.captured, batches.captured) == (2, 2)
-    assert one.graphs.failed
 
 
 def test_a_run_stopped_and_taken_up_is_the_same(make, tmp_path: Path) -> None:
