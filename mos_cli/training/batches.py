@@ -11,7 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, partial
+from functools import cached_property
 from random import Random
 from typing import Any
 
@@ -31,7 +31,7 @@ from mos_cli.towers.understanding import HiddenStates, ImageInput, PromptTokeniz
 from mos_cli.towers.vision_language import VisionLanguageTower
 from mos_cli.training.graphs import TrainingGraphs
 from mos_cli.training.recipe import TrainTable
-from mos_cli.training.stages import Curriculum, Stage
+from mos_cli.training.stages import Curriculum
 
 WITHOUT_GUIDANCE = 0.2
 """The share of pictures with the scale 1 where guidance is distilled."""
@@ -400,15 +400,14 @@ class Batches:
         times = torch.Generator().manual_seed(random.getrandbits(63))
         noise = torch.Generator(self.device).manual_seed(random.getrandbits(63))
         t = self._on_device(logit_normal(stage.batch, stage.time_mean, self.train.time_std, times)[part])
-        if self._capture is None or not source.static or not isinstance(picked.captions, Tensor):
-            encoded = self._encoded(picked.pictures, picked.captions, source, stage.canvas)
+        pictures, captions, how = picked.pictures, picked.captions, (source.draw, source.edits, stage.canvas)
+        if self._capture is None or not source.static or not isinstance(captions, Tensor):
+            encoded = self._encoded(pictures, captions, *how)
         else:
             if stage.name not in self._graphs:
                 # None of the kinds of the stage before comes again.
-                compute = partial(self._encoded_in, stage)
-                self._graphs = {stage.name: TrainingGraphs(compute, self._capture(self._side), self._failed)}
-            given = self._on_device(picked.pictures), self._on_device(picked.captions)
-            encoded = self._graphs[stage.name](*given, source.edits)
+                self._graphs = {stage.name: TrainingGraphs(self._encoded, self._capture(self._side), self._failed)}
+            encoded = self._graphs[stage.name](self._on_device(pictures), self._on_device(captions), *how)
         # Outside of a graph, which knows no other generator than that of the device. For the whole batch, as that costs
         # an accelerator less than a generator for each picture.
         batch = self._noised(encoded, t, noise, stage.batch, part)
@@ -432,7 +431,7 @@ class Batches:
                     pairs = held_out[first : first + stage.batch]
                     captions = self.picks.readable([caption for _, caption in pairs])
                     pictures = one.collate([picture for picture, _ in pairs])
-                    encoded = self._encoded(pictures, captions, one, stage.canvas)
+                    encoded = self._encoded(pictures, captions, one.draw, edits, stage.canvas)
                     for place, time in enumerate(VALIDATION_TIMES):
                         t = torch.full((len(pairs),), time, device=self.device)
                         seed = Random(f"{self.train.seed}/validation/{edits}/{number}/{first}/{place}").getrandbits(63)
@@ -481,18 +480,19 @@ class Batches:
             encoded.grid,
         )
 
-    def _encoded_in(self, stage: Stage, pictures: Tensor, captions: Tensor, edits: bool) -> _Encoded:
-        return self._encoded(pictures, captions, self.sources[stage.name, edits], stage.canvas)
+    def _encoded(self, pictures: Any, captions: Tensor | list[str], draw: Draw, edits: bool, canvas: int) -> _Encoded:
+        """The pictures and captions of `Picked`. The part of `finish` that a CUDA graph may be captured of.
 
-    def _encoded(self, pictures: Any, captions: Tensor | list[str], source: Source, canvas: int) -> _Encoded:
-        """The pictures and captions of `Picked`. The part of `finish` that a CUDA graph may be captured of."""
-        reads_pictures = source.edits and self.image_encoder is None
+        Args:
+            draw, edits: of the source.
+        """
+        reads_pictures = edits and self.image_encoder is None
         # First of all: transformers looks at the mask on the host, which waits for what is queued before. Within a
         # capture it does not look, and takes the mask as it would anyway where a caption has padding.
         words = None if reads_pictures else self._read(captions)
-        drawn_BN3HW = source.draw(pictures, canvas)
+        drawn_BN3HW = draw(pictures, canvas)
         z0 = self.autoencoder.encode(drawn_BN3HW[:, 0])
-        if not source.edits:
+        if not edits:
             assert words is not None
             return _Encoded(z0, *words)
         before = drawn_BN3HW[:, 1]

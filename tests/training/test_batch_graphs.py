@@ -5,6 +5,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from paired_steps import Operations
+from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mos_cli.datasets.art.file import Art
+from mos_cli.datasets.captioned import bucket_shape
 from mos_cli.datasets.captioned_folders import load_captioned
 from mos_cli.sampling.graphs import CudaCapture
 from mos_cli.towers.autoencoder import Enlarger
@@ -109,6 +112,24 @@ def test_pictures_from_files_are_not_captured(understanding, tmp_path: Path) -> 
         check_same(*made)
 
 
+def test_scenes_in_steps_of_their_own_beside_pictures_from_files_are_captured(
+    understanding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, size in enumerate(((80, 40), (40, 80))):
+        Image.new("RGB", size, (90 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    shape = partial(bucket_shape, canvas=16, multiple=8, smallest=8, largest=32)
+    own = captioned_source(load_captioned(tmp_path, caption="a dog"), torch.device("cpu"), shape)
+    made = []
+    for warm_up in (WARM_UP, 100):
+        monkeypatch.setattr(training_graphs, "WARM_UP", warm_up)
+        batches = captured(tiny.batches(tiny.recipe(steps=16), understanding), capture := Recomputed())
+        batches.sources["train", False] = Mixture(own, tiny.scenes(), 0.5).source()
+        made.append(list(batches.stream(0)))
+        assert capture.captured == (warm_up == WARM_UP)
+    assert {tuple(batch.z0_BCHW.shape[2:]) for batch in made[0]} == {(16, 16), (8, 24), (24, 8)}
+    check_same(*made)
+
+
 class Transfers(TorchDispatchMode):
     """Notes the operations with tensors on the CPU and elsewhere, but for copies for which the host does not wait."""
 
@@ -147,7 +168,7 @@ def test_what_is_captured_is_computed_on_the_device_alone(on_meta: Batches, edit
     picked, source = on_meta.picks[step], on_meta.sources["train", edits]
     given = picked.pictures.to("meta"), picked.captions.to("meta")
     with Transfers() as transfers:
-        encoded = on_meta._encoded(*given, source, 16)
+        encoded = on_meta._encoded(*given, source.draw, edits, 16)
     assert len(transfers.elsewhere) > 50
     assert not transfers.mixed
     assert tuple(encoded.z0_BCHW.shape) == (8, 3, 8, 8)
