@@ -311,6 +311,24 @@ def test_captured_batches_are_the_batches_themselves(encoder_folder: Path, art: 
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("edits", [False, True])
+def test_the_host_waits_for_no_replayed_batch(encoder_folder: Path, art: Art, edits: bool) -> None:
+    device = torch.device("cuda")
+    tower = UnderstandingTower(encoder_folder, device="cuda")
+    batches = edit_training.batches(edit_training.recipe(steps=12), tower, art, device)
+    batches.replay(lambda stream: fitting(BatchCapture(device, stream)), pytest.fail)
+    batches.guidance_max = 4.0
+    picked = batches.picks[step_of(batches, edits)]
+    for _ in range(WARM_UP + 1):
+        batches.finish(picked)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batches.finish(picked)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
 def test_batches_that_cannot_be_captured_leave_captured_steps_as_they_are() -> None:
     device = torch.device("cuda")
     lines: list[str] = []

@@ -17,7 +17,7 @@ from mos_cli.datasets.art.file import Art
 from mos_cli.sampling.graphs import Capture, CudaCapture
 from mos_cli.training import loop
 from mos_cli.training.batches import Batch
-from mos_cli.training.graphs import WARM_UP, TrainingGraphs
+from mos_cli.training.graphs import WARM_UP, TrainingCapture, TrainingGraphs
 from mos_cli.training.loop import Trainer
 from mos_cli.training.objective import Objective
 from mos_cli.training.optimiser import build_optimisers, set_rates, start_states
@@ -255,7 +255,7 @@ def test_captured_steps_are_the_steps_themselves(compiled: bool) -> None:
         assert not lines
         return results, changed_by(optimisers)
 
-    capture = CudaCapture(device)
+    capture = TrainingCapture(device)
     capture.check_memory = lambda: None
     captured, computed = trained(capture), trained(None)
     # Sums of gradients may be taken in another order, and a compiled step be another one.
@@ -265,14 +265,15 @@ def test_captured_steps_are_the_steps_themselves(compiled: bool) -> None:
 
 
 @pytest.mark.cuda
-def test_a_capture_that_failed_leaves_nothing_begun() -> None:
+@pytest.mark.parametrize("kind", [CudaCapture, TrainingCapture])
+def test_a_capture_that_failed_leaves_nothing_begun(kind: type[CudaCapture]) -> None:
     device = torch.device("cuda")
 
     def waits() -> torch.Tensor:
         values = torch.rand(8, device=device)
         return values * values.sum().item()
 
-    capture = CudaCapture(device)
+    capture = kind(device)
     capture.check_memory = lambda: None
     with pytest.raises(RuntimeError):
         capture.record(waits)
