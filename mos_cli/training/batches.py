@@ -529,7 +529,9 @@ class Batches:
 
     def _padded(self, words: Tensor) -> Tensor:
         """Words [B, T, ...] padded to `context_tokens`."""
-        return F.pad(words, (0, 0) * (words.ndim - 2) + (0, self.train.context_tokens - words.shape[1]))
+        missing = self.train.context_tokens - words.shape[1]
+        # Padding by nothing would be a copy.
+        return F.pad(words, (0, 0) * (words.ndim - 2) + (0, missing)) if missing else words
 
     def _checked(self, captions: list[str], pictures: Sequence[Sequence[ImageInput]] = ()) -> HiddenStates:
         """The hidden states; raises UsageError if a caption is longer than `context_tokens` or what the tower takes."""

@@ -166,7 +166,9 @@ def captioned_source(
     """The source of captioned pictures or edits, with `shape_of` in shapes of their own, one for all of a step."""
 
     def draw(pictures_BNHW3: torch.Tensor, _canvas: int) -> torch.Tensor:
-        return torch.stack([to_device(pictures_BNHW3, device, which) for which in range(1 + edits)], dim=1)
+        # All at once: a part of pinned memory would be copied to other memory first, and the host wait for it.
+        there_BNHW3 = pictures_BNHW3.to(device, non_blocking=True)
+        return torch.stack([to_device(there_BNHW3, device, which) for which in range(1 + edits)], dim=1)
 
     source = Source(captioned.pick, collate, draw, edits, name=_names(captioned), held_out=captioned.load_held_out)
     shapes = () if shape_of is None else captioned.buckets(shape_of)

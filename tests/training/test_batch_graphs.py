@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mos_cli.datasets.art.file import Art
-from mos_cli.datasets.captioned import bucket_shape
+from mos_cli.datasets.captioned import Captioned, bucket_shape
 from mos_cli.datasets.captioned_folders import load_captioned
 from mos_cli.sampling.graphs import CudaCapture
 from mos_cli.towers.autoencoder import Enlarger
@@ -188,6 +188,24 @@ def test_no_copy_makes_the_host_wait(on_meta: Batches, edits: bool, replayed: bo
     assert not replayed or capture.captured == 1
     assert len(transfers.elsewhere) > 50
     assert not transfers.mixed
+
+
+def test_edits_from_files_are_copied_to_the_device_as_they_lie_in_memory() -> None:
+    """Other copies are made twice, the first in memory for which the host waits."""
+    copied: list[bool] = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            given = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.device.type == "cpu"]
+            copied.extend(each.is_contiguous() for each in given if result.device.type == "meta")
+            return result
+
+    source = captioned_source(Captioned(()), torch.device("meta"), edits=True)
+    with Copies():
+        drawn = source.draw(torch.zeros(4, 2, 16, 8, 3, dtype=torch.uint8), 16)
+    assert tuple(drawn.shape) == (4, 2, 3, 16, 8)
+    assert copied == [True]
 
 
 class Uncomputed(Recomputed):
