@@ -58,11 +58,19 @@ class Capture(Protocol):
 
 
 class CudaCapture:
-    """Captures CUDA graphs on a stream of their own, with one pool of memory, as they are not replayed side by side."""
+    """Captures CUDA graphs on one stream, with one pool of memory, as they are not replayed side by side.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        stream: where they are captured, and with what priority; one of their own if None.
+    """
+
+    random = False
+    """Whether replays draw random numbers from the default generator of the device."""
+
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
         self.device = device
-        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device) if stream is None else stream
+        self.pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, function: Callable[[], Any]) -> Any:
         before = torch.cuda.current_stream(self.device)
@@ -75,27 +83,29 @@ class CudaCapture:
     def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:
         self.check_memory()
         before, graph = torch.cuda.current_stream(self.device), torch.cuda.CUDAGraph()
+        generator = torch.cuda.default_generators[self.stream.device_index]
+        state = generator.graphsafe_get_state()
+        if not self.random:
+            # A state of its own: with torch 2.10, not 2.13, every replay writes the seed of the state that was there at
+            # its capture to the GPU, also where it draws nothing, and replays on other streams read it there.
+            generator.graphsafe_set_state(generator.clone_state())
         try:
             # Only this thread may do nothing else meanwhile.
             with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 result = function()
         except RuntimeError:
-            self._leave()
+            if self.random:
+                # Every other use of the state would fail. Graphs from before, which have it, must not be replayed.
+                state = generator.clone_state()
+            # Before torch 2.12 the pool stays in use, and memory that other streams used would never be free again.
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool)  # type: ignore[attr-defined]
             raise
         finally:
             # torch does not go back to it after an error.
             torch.cuda.set_stream(before)
+            generator.graphsafe_set_state(state)
         return result, graph.replay
-
-    def _leave(self) -> None:
-        """Ends what torch leaves begun after an error within a capture. Graphs from before must not be replayed."""
-        index = self.stream.device_index
-        # The random number generator, whose every other use would fail.
-        generator = torch.cuda.default_generators[index]
-        generator.graphsafe_set_state(generator.clone_state())
-        # Before torch 2.12 also the pool, without which memory that other streams used would never be free again.
-        with suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(index, self.pool)  # type: ignore[attr-defined]
 
     def check_memory(self) -> None:
         """The memory of a graph is not planned, and nothing else can use it. Raises RuntimeError if it is too much."""

@@ -106,12 +106,17 @@ class PromptTokenizer:
         """The tokens of a prompt without pictures; raises InputError if it is too long."""
         return tuple(_tokens(prompt, self([""], [prompt]).encodings[0], 0, ()))  # type: ignore[index]
 
-    def __call__(self, prefixes: list[str], prompts: list[str]) -> BatchEncoding:
-        """Each prompt after its prefix, padded at its end; raises InputError if one is too long."""
+    def __call__(self, prefixes: list[str], prompts: list[str], least: int | None = None) -> BatchEncoding:
+        """Each prompt after its prefix, padded at its end; raises InputError if one is too long.
+
+        Args:
+            least: pad to this number of tokens; None for that of the longest.
+        """
         batch = self.tokenizer(
             [prefix + (prompt or self._empty_prompt) for prefix, prompt in zip(prefixes, prompts, strict=True)],
             return_tensors="pt",
-            padding=True,
+            padding=True if least is None else "max_length",
+            max_length=least,
             padding_side="right",
             verbose=False,
         )

@@ -23,11 +23,13 @@ from torch.utils.data import DataLoader
 from mos_cli.bundles.shapes import IMAGE_GRID
 from mos_cli.errors import InputError, MosError, UsageError
 from mos_cli.sampling.flow import logit_normal, noised
+from mos_cli.sampling.graphs import Capture
 from mos_cli.towers.autoencoder import Autoencoder
 from mos_cli.towers.bank import Grid
 from mos_cli.towers.image_encoder import ImageEncoder
 from mos_cli.towers.understanding import HiddenStates, ImageInput, PromptTokenizer, UnderstandingTower
 from mos_cli.towers.vision_language import VisionLanguageTower
+from mos_cli.training.graphs import TrainingGraphs
 from mos_cli.training.recipe import TrainTable
 from mos_cli.training.stages import Curriculum
 
@@ -84,6 +86,8 @@ class Source:
     edits: bool = False
     name: Callable[[Random], str] | None = None
     """The name of the file that `pick` would choose."""
+    static: bool = False
+    """Batches of `pick` are one tensor of one shape, drawn by operations of the device alone."""
     captions: tuple[str, ...] = ()
     """All captions, of a source that has them in files."""
     held_out: Callable[[int], list[tuple[Any, str]]] | None = None
@@ -112,6 +116,7 @@ class Mixture:
             collate=self._collate,
             draw=self._draw,
             name=self._name,
+            static=False,
             held_out=None if self.first.held_out is None else self._held_out,
             bucket=self._bucket if apart else None,
         )
@@ -182,11 +187,24 @@ class Picked:
 
 
 @dataclass(frozen=True)
+class _Encoded:
+    """What a batch has of its pictures and captions; `grid` as in `Batch`."""
+
+    z0_BCHW: Tensor
+    states_BTMS: Tensor
+    mask_BT: Tensor
+    references_BCHW: Tensor | None = None
+    image_states_BVMZ: Tensor | None = None
+    grid: Grid = (IMAGE_GRID, IMAGE_GRID)
+
+
+@dataclass(frozen=True)
 class Picks:
     """The part of making batches that needs no device, with a source for every kind of step.
 
     Args:
         tokenizer: of the understanding tower, if it has no vision.
+        padded: the captions of static sources all have the same number of tokens, of which some are padding.
     """
 
     curriculum: Curriculum
@@ -194,6 +212,7 @@ class Picks:
     sources: dict[Kind, Source]
     tokenizer: PromptTokenizer | None
     share: Share = Share()
+    padded: bool = False
 
     def __getitem__(self, step: int) -> "Picked | MosError":
         """Errors are returned, not raised, because a worker process would add its own traceback."""
@@ -206,17 +225,22 @@ class Picks:
                 picture, caption = source.pick(random, stage.canvas)
                 pictures.append(picture)
                 captions.append("" if random.random() < self.train.drop_caption else caption)
-            return Picked(step, source.collate(pictures), self.readable(captions))
+            return Picked(step, source.collate(pictures), self.readable(captions, padded=self.padded and source.static))
         except MosError as error:
             return error
 
-    def readable(self, captions: list[str]) -> Tensor | list[str]:
-        """Captions as in `Picked`; raises UsageError for one that is too long."""
+    def readable(self, captions: list[str], *, padded: bool = False) -> Tensor | list[str]:
+        """Captions as in `Picked`; raises UsageError for one that is too long.
+
+        Args:
+            padded: have as many tokens as there may be, not as many as the longest has.
+        """
         tokenizer = self.tokenizer
         if tokenizer is None:
             return captions
+        least = min(self.train.context_tokens, tokenizer.max_tokens) if padded else None
         try:
-            batch = tokenizer([""] * len(captions), captions)
+            batch = tokenizer([""] * len(captions), captions, least)
         except InputError:
             batch = None
         if batch is None or batch["input_ids"].shape[1] > self.train.context_tokens:
@@ -261,6 +285,25 @@ class Batches:
         )
         tokenizer = None if isinstance(understanding, VisionLanguageTower) else understanding.prompt_tokenizer
         self.picks = Picks(curriculum, train, sources, tokenizer, share)
+        self._capture: Callable[[Any], Capture] | None = None
+        self._graphs: dict[str, TrainingGraphs] = {}
+
+    def replay(self, capture: Callable[[Any], Capture], say: Callable[[str], None]) -> None:
+        """Draws, encodes and reads batches of static sources by replaying CUDA graphs, one for each kind of steps.
+
+        Their captions are padded before they are read, from now on, so that all batches have the same shapes.
+
+        Args:
+            capture: makes the capture of a stage's batches, from the stream on which they are made.
+            say: takes the line that says why they are not captured.
+        """
+
+        def failed(cause: str) -> None:
+            self._capture = None
+            say(f"batches are made without CUDA graphs, slower: {cause}")
+
+        self._capture, self._failed = capture, failed
+        self.picks = replace(self.picks, padded=True)
 
     @property
     def curriculum(self) -> Curriculum:
@@ -297,8 +340,7 @@ class Batches:
     def stream(self, first: int) -> Iterator[Batch]:
         """The batches from step `first` to the end of the run, without end in one with a time; raises as `make` does.
 
-        On a GPU, worker processes pick ahead, and batches are drawn and encoded on a CUDA stream of their own, while
-        the GPU computes the step before.
+        On a GPU, worker processes pick ahead, and batches are made while the GPU computes the step before.
         """
         workers = _workers(self.device)
         picked = DataLoader(
@@ -313,39 +355,65 @@ class Batches:
         if self.device.type != "cuda":
             yield from map(self.finish, picked)
             return
-        side = torch.cuda.Stream(self.device, priority=-1)
-        side.wait_stream(torch.cuda.current_stream(self.device))
         steps: deque[Any] = deque()
         for each in picked:
             if len(steps) > AHEAD:
                 # Batches far ahead would fill the memory, and a clock would be read long before its step.
                 steps.popleft().synchronize()
-            with torch.cuda.stream(side):
-                batch = self.finish(each)
-            current = torch.cuda.current_stream(self.device)
-            current.wait_stream(side)
-            for field in fields(batch):
-                if isinstance(tensor := getattr(batch, field.name), Tensor):
-                    tensor.record_stream(current)
-            yield batch
-            steps.append(current.record_event())
+            yield self.finish(each)
+            steps.append(torch.cuda.current_stream(self.device).record_event())
+
+    @cached_property
+    def _side(self) -> torch.cuda.Stream | None:
+        """The CUDA stream on which batches are made, beside the steps."""
+        if self.device.type != "cuda":
+            return None
+        side = torch.cuda.Stream(self.device, priority=-1)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        return side
 
     def finish(self, picked: Picked | MosError) -> Batch:
-        """The batch of what was picked, the part of `make` that needs the device; raises an error that was returned."""
+        """The batch of what was picked, the part of `make` that needs the device; raises an error that was returned.
+
+        On a GPU it is made on a stream of its own, where CUDA graphs of batches are replayed one after the other. What
+        a replay writes is copied there before the next replay, so that a step reads memory that no replay writes.
+        """
         if isinstance(picked, MosError):
             raise picked
+        if self._side is None:
+            return self._finish(picked)
+        with torch.cuda.stream(self._side):
+            batch = self._finish(picked)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self._side)
+        for field in fields(batch):
+            if isinstance(tensor := getattr(batch, field.name), Tensor):
+                # Batches do not get its memory again before the step has read it.
+                tensor.record_stream(current)
+        return batch
+
+    def _finish(self, picked: Picked) -> Batch:
         stage = self.curriculum.stage_at(picked.step)
         source = source_of(self.sources, self.curriculum, self.train.seed, picked.step)
         part = self.share.of(stage.batch)
         random = Random(f"{self.train.seed}/{picked.step}")
         times = torch.Generator().manual_seed(random.getrandbits(63))
         noise = torch.Generator(self.device).manual_seed(random.getrandbits(63))
-        t = logit_normal(stage.batch, stage.time_mean, self.train.time_std, times)[part].to(self.device)
-        # Noise for the whole batch costs an accelerator less than a generator for each picture.
-        batch = self._noised(picked, source, stage.canvas, t, noise, stage.batch, part)
+        t = self._on_device(logit_normal(stage.batch, stage.time_mean, self.train.time_std, times)[part])
+        pictures, captions, how = picked.pictures, picked.captions, (source.draw, source.edits, stage.canvas)
+        if self._capture is None or not source.static or not isinstance(captions, Tensor):
+            encoded = self._encoded(pictures, captions, *how)
+        else:
+            if stage.name not in self._graphs:
+                # None of the kinds of the stage before comes again.
+                self._graphs = {stage.name: TrainingGraphs(self._encoded, self._capture(self._side), self._failed)}
+            encoded = self._graphs[stage.name](self._on_device(pictures), self._on_device(captions), *how)
+        # Outside of a graph, which knows no other generator than that of the device. For the whole batch, as that costs
+        # an accelerator less than a generator for each picture.
+        batch = self._noised(encoded, t, noise, stage.batch, part)
         if self.guidance_max is None:
             return batch
-        draws_2B = torch.rand(2, stage.batch, generator=times)[:, part].to(self.device)
+        draws_2B = self._on_device(torch.rand(2, stage.batch, generator=times)[:, part])
         scales = 1 + (self.guidance_max - 1) * draws_2B[0]
         return self._distilled(batch, scales.where(draws_2B[1] > WITHOUT_GUIDANCE, 1.0))
 
@@ -362,12 +430,13 @@ class Batches:
                 for first in range(0, len(held_out), stage.batch):
                     pairs = held_out[first : first + stage.batch]
                     captions = self.picks.readable([caption for _, caption in pairs])
-                    picked = Picked(step, one.collate([picture for picture, _ in pairs]), captions)
+                    pictures = one.collate([picture for picture, _ in pairs])
+                    encoded = self._encoded(pictures, captions, one.draw, edits, stage.canvas)
                     for place, time in enumerate(VALIDATION_TIMES):
                         t = torch.full((len(pairs),), time, device=self.device)
                         seed = Random(f"{self.train.seed}/validation/{edits}/{number}/{first}/{place}").getrandbits(63)
                         noise = torch.Generator(self.device).manual_seed(seed)
-                        batch = self._noised(picked, one, stage.canvas, t, noise, len(pairs))
+                        batch = self._noised(encoded, t, noise, len(pairs))
                         if self.guidance_max is not None:
                             batch = self._distilled(batch, torch.full_like(t, (1 + self.guidance_max) / 2))
                         yield batch
@@ -389,35 +458,51 @@ class Batches:
         states = self.understanding.encode([""])
         return states.states_BTMS, states.mask_BT
 
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        # From other than pinned memory the host would wait until all that is queued before has been computed.
+        pinned = tensor.pin_memory() if self.device.type == "cuda" else tensor
+        return pinned.to(self.device, non_blocking=True)
+
     def _noised(
-        self,
-        picked: Picked,
-        source: Source,
-        canvas: int,
-        t: Tensor,
-        noise: torch.Generator,
-        whole: int,
-        part: slice = slice(None),
+        self, encoded: _Encoded, t: Tensor, noise: torch.Generator, whole: int, part: slice = slice(None)
     ) -> Batch:
-        """The batch of pictures at times `t`, with the `part` that is theirs of the noise for `whole` pictures."""
-        reads_pictures = source.edits and self.image_encoder is None
-        # First of all: transformers looks at the mask on the host, which waits for what is queued before.
-        words = None if reads_pictures else self._read(picked.captions)
-        drawn_BN3HW = source.draw(picked.pictures, canvas)
-        z0 = self.autoencoder.encode(drawn_BN3HW[:, 0])
+        """The batch at times `t`, with the `part` that is its own of the noise for `whole` pictures."""
+        z0 = encoded.z0_BCHW
         z1 = torch.randn(whole, *z0.shape[1:], generator=noise, device=self.device)[part]
-        noisy = noised(z0, z1, t)
-        if not source.edits:
+        return Batch(
+            z0,
+            noised(z0, z1, t),
+            t,
+            encoded.states_BTMS,
+            encoded.mask_BT,
+            encoded.references_BCHW,
+            encoded.image_states_BVMZ,
+            encoded.grid,
+        )
+
+    def _encoded(self, pictures: Any, captions: Tensor | list[str], draw: Draw, edits: bool, canvas: int) -> _Encoded:
+        """The pictures and captions of `Picked`. The part of `finish` that a CUDA graph may be captured of.
+
+        Args:
+            draw, edits: of the source.
+        """
+        reads_pictures = edits and self.image_encoder is None
+        # First of all: transformers looks at the mask on the host, which waits for what is queued before. Within a
+        # capture it does not look, and takes the mask as it would anyway where a caption has padding.
+        words = None if reads_pictures else self._read(captions)
+        drawn_BN3HW = draw(pictures, canvas)
+        z0 = self.autoencoder.encode(drawn_BN3HW[:, 0])
+        if not edits:
             assert words is not None
-            return Batch(z0, noisy, t, *words)
+            return _Encoded(z0, *words)
         before = drawn_BN3HW[:, 1]
         references = self.autoencoder.encode(before)
         if words is not None:
             assert self.image_encoder is not None
-            return Batch(z0, noisy, t, *words, references, self.image_encoder.encode_images(before))
-        assert isinstance(picked.captions, list)
-        states, mask, grid = self._read_with_images(picked.captions, before)
-        return Batch(z0, noisy, t, states, mask, references, grid=grid)
+            return _Encoded(z0, *words, references, self.image_encoder.encode_images(before))
+        assert isinstance(captions, list)
+        states, mask, grid = self._read_with_images(captions, before)
+        return _Encoded(z0, states, mask, references, grid=grid)
 
     def _read_with_images(self, captions: list[str], before_B3HW: Tensor) -> tuple[Tensor, Tensor, Grid]:
         """States and mask of captions with one picture each, and the grid of their image tokens.
@@ -444,7 +529,9 @@ class Batches:
 
     def _padded(self, words: Tensor) -> Tensor:
         """Words [B, T, ...] padded to `context_tokens`."""
-        return F.pad(words, (0, 0) * (words.ndim - 2) + (0, self.train.context_tokens - words.shape[1]))
+        missing = self.train.context_tokens - words.shape[1]
+        # Padding by nothing would be a copy.
+        return F.pad(words, (0, 0) * (words.ndim - 2) + (0, missing)) if missing else words
 
     def _checked(self, captions: list[str], pictures: Sequence[Sequence[ImageInput]] = ()) -> HiddenStates:
         """The hidden states; raises UsageError if a caption is longer than `context_tokens` or what the tower takes."""

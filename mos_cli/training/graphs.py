@@ -1,54 +1,73 @@
-"""Training steps as captured CUDA graphs: the host starts one with a call instead of thousands."""
+"""Training steps and their batches as captured CUDA graphs: the host starts each with a call instead of hundreds."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from mos_cli.sampling.graphs import Capture, CudaCapture, Graph, first_cause, mapped
 from mos_cli.towers.layers import RotaryTables
 
 WARM_UP = 3
-"""Steps of a kind that are computed before one is captured. Libraries and `torch.compile` set themselves up in them."""
+"""Calls of a kind that are computed before one is captured. Libraries and `torch.compile` set themselves up in them."""
 
 
 class TrainingCapture(CudaCapture):
     """Captures training steps. The next kind of steps is computed beside the memory that a captured one keeps."""
 
+    random, fitting = True, 2
+
     def check_memory(self) -> None:
-        """Raises RuntimeError if two steps do not fit into the memory, by the most that was used so far."""
+        """Raises RuntimeError if `fitting` steps do not fit into the memory, by the most that was used so far."""
         step = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
-        if self.room < 2 * step:
-            raise RuntimeError("the memory of the GPU is too small for a step beside a captured one")
+        if self.room < self.fitting * step:
+            raise RuntimeError(f"the memory of the GPU is too small for {self.fitting} steps at once")
+
+
+class BatchCapture(TrainingCapture):
+    """Captures how batches are made, on the stream where they are made, beside the steps.
+
+    What they keep is less than a step needs, so that two steps still fit: captured steps gain more.
+    """
+
+    random, fitting = False, 3
 
 
 def training_capture(accelerator: Accelerator) -> Capture | None:
     """How the steps of a run are captured; None where they are not: on a CPU, and by processes that share a batch."""
-    alone = accelerator.num_processes == 1 and not accelerator.is_fsdp2
-    return TrainingCapture(accelerator.device) if accelerator.device.type == "cuda" and alone else None
+    return TrainingCapture(accelerator.device) if _captures(accelerator) else None
+
+
+def batch_capture(accelerator: Accelerator) -> Callable[[Any], Capture] | None:
+    """How batches are captured, from the stream on which they are made; None where steps are not captured either."""
+    return partial(BatchCapture, accelerator.device) if _captures(accelerator) else None
+
+
+def _captures(accelerator: Accelerator) -> bool:
+    return accelerator.device.type == "cuda" and accelerator.num_processes == 1 and not accelerator.is_fsdp2
 
 
 class TrainingGraphs:
-    """Replays a function that computes a training step, with a graph for every kind of its inputs.
+    """Replays a function of a training, with a graph for every kind of its inputs.
 
     Kinds differ in the shapes and types of tensors, and in everything that is no tensor. A capture computes nothing:
-    the step is computed by the first replay. Once a step cannot be captured, none is replayed.
+    that is done by the first replay. Once an input cannot be captured, none is replayed.
 
     Args:
-        compute: changes weights and the states of optimisers in place, and leaves no gradients. It depends on its
-            inputs, on these and on the random number generator of the device alone.
-        say: takes the line that says why steps are not captured.
+        compute: may change weights and states in place, and leaves no gradients. It depends on its inputs, on these
+            and, with a capture that is `random`, on the random number generator of the device alone.
+        say: takes the reason, a line, if inputs cannot be captured.
     """
 
-    def __init__(self, compute: Callable[..., Tensor], capture: Capture, say: Callable[[str], None]) -> None:
+    def __init__(self, compute: Callable[..., Any], capture: Capture, say: Callable[[str], None]) -> None:
         self.compute, self.capture, self.say = compute, capture, say
         self.failed = False
         self._kinds: dict[object, _Kind] = {}
 
-    def __call__(self, *inputs: Any) -> Tensor:
-        """Computes a step; returns what `compute` returns."""
+    def __call__(self, *inputs: Any) -> Any:
+        """Computes; returns what `compute` returns, in memory that nothing else writes."""
         kind = self._kinds.setdefault(mapped(inputs, lambda tensor: (tensor.shape, tensor.dtype)), _Kind())
         if kind.graph is None and kind.computed >= WARM_UP and not self.failed:
             self._record(kind, inputs)
@@ -67,11 +86,11 @@ class TrainingGraphs:
         except RuntimeError as error:
             self.failed = True
             self._kinds.clear()
-            self.say(f"training goes on without CUDA graphs, slower: {first_cause(error)}")
+            self.say(first_cause(error))
 
 
 class _Kind:
-    """Steps of one kind: their tables, how many were computed without a graph, and the graph."""
+    """Inputs of one kind: their tables, how often they were computed without a graph, and the graph."""
 
     def __init__(self) -> None:
         self.tables, self.computed = RotaryTables(), 0

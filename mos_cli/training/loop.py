@@ -26,7 +26,7 @@ from mos_cli.towers.lora import add_lora, merge_lora
 from mos_cli.training import checkpoint
 from mos_cli.training.batches import Batch, Batches
 from mos_cli.training.ema import PowerEMA
-from mos_cli.training.graphs import TrainingGraphs, training_capture
+from mos_cli.training.graphs import TrainingGraphs, batch_capture, training_capture
 from mos_cli.training.metrics import Journal, Metrics
 from mos_cli.training.objective import Objective
 from mos_cli.training.optimiser import build_optimisers, rates_at, set_rates, start_states
@@ -86,6 +86,8 @@ class Trainer:
             add_lora(self.tower, recipe.lora.rank, recipe.lora.scaling)
         objective = Objective(self.tower, recipe.train.epsilon, guidance_teacher(recipe))
         self.graphs = self._make_graphs()
+        if (capture := batch_capture(accelerator)) is not None:
+            batches.replay(capture, lambda line: self.say(line))
         optimisers = build_optimisers(self.tower, capturable=self.graphs is not None)
         if recipe.train.compile:
             # Shapes of stages and numbers of threads are compiled apart; past the limit nothing is.
@@ -193,7 +195,11 @@ class Trainer:
 
     def _make_graphs(self) -> TrainingGraphs | None:
         capture = training_capture(self.accelerator)
-        return None if capture is None else TrainingGraphs(self._learn, capture, self.say)
+        if capture is None:
+            return None
+        return TrainingGraphs(
+            self._learn, capture, lambda cause: self.say(f"training goes on without CUDA graphs, slower: {cause}")
+        )
 
     def _learn(self, batch: Batch, rates: Sequence[float | Tensor]) -> Tensor:
         """The part of a step that a CUDA graph may be captured of: loss, gradients and new weights."""

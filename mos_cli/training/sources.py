@@ -166,7 +166,9 @@ def captioned_source(
     """The source of captioned pictures or edits, with `shape_of` in shapes of their own, one for all of a step."""
 
     def draw(pictures_BNHW3: torch.Tensor, _canvas: int) -> torch.Tensor:
-        return torch.stack([to_device(pictures_BNHW3, device, which) for which in range(1 + edits)], dim=1)
+        # All at once: a part of pinned memory would be copied to other memory first, and the host wait for it.
+        there_BNHW3 = pictures_BNHW3.to(device, non_blocking=True)
+        return torch.stack([to_device(there_BNHW3, device, which) for which in range(1 + edits)], dim=1)
 
     source = Source(captioned.pick, collate, draw, edits, name=_names(captioned), held_out=captioned.load_held_out)
     shapes = () if shape_of is None else captioned.buckets(shape_of)
@@ -228,7 +230,7 @@ def scene_source(
         drawn = compositor.draw_packed(packed_BN.to(compositor.device, non_blocking=True), canvas)
         return drawn.to(device, non_blocking=True)[:, None]
 
-    return Source(pick, partial(pack_scenes, objects=MOST_OBJECTS), draw)
+    return Source(pick, partial(pack_scenes, objects=MOST_OBJECTS), draw, static=_draws_on(device, compositor))
 
 
 def edit_source(vocabulary: Vocabulary, compositor: Compositor, device: torch.device) -> Source:
@@ -238,7 +240,12 @@ def edit_source(vocabulary: Vocabulary, compositor: Compositor, device: torch.de
         drawn = compositor.draw_packed(packed_B2N.flatten(0, 1).to(compositor.device, non_blocking=True), canvas)
         return drawn.to(device, non_blocking=True).unflatten(0, (-1, 2))
 
-    return Source(EditPicker(EditWriter(vocabulary)), _pack_edits, draw, edits=True)
+    static = _draws_on(device, compositor)
+    return Source(EditPicker(EditWriter(vocabulary)), _pack_edits, draw, edits=True, static=static)
+
+
+def _draws_on(device: torch.device, compositor: Compositor) -> bool:
+    return compositor.device.type == device.type
 
 
 def _pack_edits(edits: list[Edit]) -> torch.Tensor:

@@ -22,6 +22,8 @@ from mos_cli.training.sources import edit_source
 from mos_cli.training.stages import curriculum
 from tests.helpers import tiny_training as tiny
 
+CPU = torch.device("cpu")
+
 
 def recipe(**train: object) -> TrainRecipe:
     """The tiny recipe with edits in half of its steps, and other settings of [train]."""
@@ -35,20 +37,19 @@ def recipe(**train: object) -> TrainRecipe:
     return TrainRecipe.model_validate(table)
 
 
-def trainer(editing: TrainRecipe, understanding: UnderstandingTower, art: Art, folder: Path) -> Trainer:
+def batches(editing: TrainRecipe, understanding: UnderstandingTower, art: Art, device: torch.device = CPU) -> Batches:
+    """The batches of the recipe, made on a device, where the tower must be."""
     assert isinstance(editing.data, DataTable)
     vocabulary = load_vocabulary(art, editing.data)
-    source = edit_source(vocabulary, Compositor(vocabulary.sprites_VHW4), torch.device("cpu"))
+    source = edit_source(vocabulary, Compositor(vocabulary.sprites_VHW4.to(device)), device)
     # The tiny tower reads 24 tokens.
     short = replace(source, pick=lambda random, canvas: (source.pick(random, canvas)[0], "a dog"))
     torch.manual_seed(0)
-    batches = Batches(
-        curriculum(editing),
-        editing.train,
-        {("train", False): tiny.scenes(), ("train", True): short},
-        understanding,
-        Pixels(),
-        torch.device("cpu"),
-        image_encoder=ImageEncoder(layers=4),
-    )
-    return Trainer(editing, batches, folder, start_accelerator(editing.train, folder))
+    encoder = ImageEncoder(layers=4).to(device)  # type: ignore[arg-type]
+    sources = {("train", False): tiny.scenes(device), ("train", True): short}
+    return Batches(curriculum(editing), editing.train, sources, understanding, Pixels(), device, image_encoder=encoder)
+
+
+def trainer(editing: TrainRecipe, understanding: UnderstandingTower, art: Art, folder: Path) -> Trainer:
+    made = batches(editing, understanding, art)
+    return Trainer(editing, made, folder, start_accelerator(editing.train, folder))

@@ -28,6 +28,7 @@ from mos_cli.training.sources import ScenePicker, scene_source
 from mos_cli.training.stages import curriculum
 from tests.helpers.tiny_bundle import tower_spec
 
+CPU = torch.device("cpu")
 NAMES = ("dog", "apple", "cat", "bird", "tree", "car", "boat", "house")
 STYLES = ("fluent-3d", "noto")
 TABLE: dict[str, Any] = {
@@ -70,7 +71,7 @@ def sprites() -> torch.Tensor:
     return torch.from_numpy(np.stack(discs).round().astype(np.uint8))
 
 
-def scenes() -> Source:
+def scenes(device: torch.device = CPU) -> Source:
     words = {
         name: VocabularyWord((name,), {style: 2 * row + offset for offset, style in enumerate(STYLES)})
         for row, name in enumerate(NAMES)
@@ -82,13 +83,13 @@ def scenes() -> Source:
         scene, caption = picker(random, canvas)
         return scene, " ".join(caption.split()[:12])
 
-    return scene_source(pick, Compositor(picker.writer.vocabulary.sprites_VHW4), torch.device("cpu"))
+    return scene_source(pick, Compositor(picker.writer.vocabulary.sprites_VHW4.to(device)), device)
 
 
 def batches(tiny: TrainRecipe, understanding: UnderstandingTower, share: Share = Share()) -> Batches:
     plan = curriculum(tiny)
     sources = {(stage.name, False): scenes() for stage in plan.stages}
-    return Batches(plan, tiny.train, sources, understanding, Pixels(), torch.device("cpu"), share)
+    return Batches(plan, tiny.train, sources, understanding, Pixels(), CPU, share)
 
 
 def trainer(tiny: TrainRecipe, understanding: UnderstandingTower, folder: Path) -> Trainer:

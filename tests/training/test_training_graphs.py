@@ -17,7 +17,7 @@ from mos_cli.datasets.art.file import Art
 from mos_cli.sampling.graphs import Capture, CudaCapture
 from mos_cli.training import loop
 from mos_cli.training.batches import Batch
-from mos_cli.training.graphs import WARM_UP, TrainingGraphs
+from mos_cli.training.graphs import WARM_UP, TrainingCapture, TrainingGraphs
 from mos_cli.training.loop import Trainer
 from mos_cli.training.objective import Objective
 from mos_cli.training.optimiser import build_optimisers, set_rates, start_states
@@ -31,7 +31,9 @@ REFUSED = "operation not permitted when stream is capturing"
 
 
 class Refused(Restored):
-    """Captures one kind of steps, then fails as CUDA does: within a capture, and again at its end."""
+    """Captures one kind of steps or batches, then fails as CUDA does: within a capture, and again at its end."""
+
+    state = list
 
     def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:
         recorded = super().record(function)
@@ -52,10 +54,11 @@ def changed_by(optimisers: list[torch.optim.Optimizer]) -> list[torch.Tensor]:
 
 @pytest.fixture(params=["stages", "edits"])
 def make(request: pytest.FixtureRequest, understanding, art: Art, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes a trainer in a folder, whose steps are captured as told; None computes them as on a CPU."""
+    """Makes a trainer in a folder, whose steps and batches are captured as told; None computes them as on a CPU."""
 
-    def made(folder: Path, capture: Restored | None, **train: Any) -> Trainer:
+    def made(folder: Path, capture: Restored | None, batches: Recomputed | None = None, **train: Any) -> Trainer:
         monkeypatch.setattr(loop, "training_capture", lambda _: capture)
+        monkeypatch.setattr(loop, "batch_capture", lambda _: None if batches is None else lambda _: batches)
         if request.param == "stages":
             trainer = tiny.trainer(tiny.recipe(STAGES, steps=None, **train), understanding, folder)
         else:
@@ -75,32 +78,45 @@ def check_same(one: Trainer, other: Trainer) -> None:
 
 
 def test_replayed_steps_give_the_losses_and_weights_of_computed_ones(make, tmp_path: Path, monkeypatch) -> None:
-    one = make(tmp_path / "one", graphs := Restored())
+    one = make(tmp_path / "one", graphs := Restored(), batches := Recomputed())
     losses = tiny.run(one)
     # The two stages, or drawings and edits: each once.
-    assert graphs.captured == 2
+    assert graphs.captured == batches.captured == 2
     monkeypatch.setattr("mos_cli.training.graphs.WARM_UP", 100)
-    other = make(tmp_path / "other", Restored())
+    other = make(tmp_path / "other", Restored(), Recomputed())
     assert tiny.run(other) == losses
     check_same(one, other)
 
 
 def test_where_a_step_cannot_be_captured_the_run_goes_on_and_says_so_once(make, tmp_path: Path) -> None:
     lines: list[str] = []
-    losses = tiny.run(one := make(tmp_path / "one", Restored()))
-    other = make(tmp_path / "other", capture := Refused())
+    losses = tiny.run(one := make(tmp_path / "one", Restored(), Recomputed()))
+    other = make(tmp_path / "other", capture := Refused(), batches := Recomputed())
     other.say = lines.append
     assert tiny.run(other) == losses
     check_same(one, other)
     assert lines == [f"training goes on without CUDA graphs, slower: {REFUSED}"]
-    assert capture.captured == 2
+    assert capture.captured == batches.captured == 2
     # The random number generator is another one than that of the first kind's graph.
     assert other.graphs.failed
     assert all(kind.graph is None for kind in other.graphs._kinds.values())
 
 
+@pytest.mark.parametrize("make", ["stages"], indirect=True)
+def test_where_batches_cannot_be_captured_steps_still_are(make, tmp_path: Path) -> None:
+    lines: list[str] = []
+    losses = tiny.run(one := make(tmp_path / "one", Restored(), Recomputed()))
+    other = make(tmp_path / "other", steps := Restored(), batches := Refused())
+    other.say = lines.append
+    assert tiny.run(other) == losses
+    check_same(one, other)
+    assert lines == [f"batches are made without CUDA graphs, slower: {REFUSED}"]
+    assert (steps.captured, batches.captured) == (2, 2)
+    assert not other.graphs.failed
+
+
 def test_a_run_stopped_and_taken_up_is_the_same(make, tmp_path: Path) -> None:
-    whole = make(tmp_path / "whole", Restored(), save_every=5)
+    whole = make(tmp_path / "whole", Restored(), Recomputed(), save_every=5)
     losses = tiny.run(whole)
 
     def stop(metrics) -> None:
@@ -108,8 +124,8 @@ def test_a_run_stopped_and_taken_up_is_the_same(make, tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        make(tmp_path / "parts", Restored(), save_every=5).run(stop, lambda _: None)
-    resumed = make(tmp_path / "parts", Restored(), save_every=5)
+        make(tmp_path / "parts", Restored(), Recomputed(), save_every=5).run(stop, lambda _: None)
+    resumed = make(tmp_path / "parts", Restored(), Recomputed(), save_every=5)
     assert resumed.step == 5
     assert tiny.run(resumed) == losses[5:]
     check_same(whole, resumed)
@@ -239,7 +255,7 @@ def test_captured_steps_are_the_steps_themselves(compiled: bool) -> None:
         assert not lines
         return results, changed_by(optimisers)
 
-    capture = CudaCapture(device)
+    capture = TrainingCapture(device)
     capture.check_memory = lambda: None
     captured, computed = trained(capture), trained(None)
     # Sums of gradients may be taken in another order, and a compiled step be another one.
@@ -249,14 +265,15 @@ def test_captured_steps_are_the_steps_themselves(compiled: bool) -> None:
 
 
 @pytest.mark.cuda
-def test_a_capture_that_failed_leaves_nothing_begun() -> None:
+@pytest.mark.parametrize("kind", [CudaCapture, TrainingCapture])
+def test_a_capture_that_failed_leaves_nothing_begun(kind: type[CudaCapture]) -> None:
     device = torch.device("cuda")
 
     def waits() -> torch.Tensor:
         values = torch.rand(8, device=device)
         return values * values.sum().item()
 
-    capture = CudaCapture(device)
+    capture = kind(device)
     capture.check_memory = lambda: None
     with pytest.raises(RuntimeError):
         capture.record(waits)
