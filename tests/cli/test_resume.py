@@ -52,7 +52,7 @@ def test_a_run_goes_on_with_its_seeds_and_makes_what_is_missing(mos, bundle, tmp
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     again = mos(*line, "--resume", "--sheet", tmp_path / "sheet.png")
     assert (again.exit_code, again.stdout) == (0, ""), "nothing is missing"
-    assert "4 of 4 pictures were there already" in again.stderr
+    assert "already there: 4 of 4 pictures" in again.stderr
     assert (tmp_path / "sheet.png").exists()
     lost = sorted(out.iterdir())[2]
     lost.unlink()

@@ -145,7 +145,7 @@ def test_a_run_killed_while_it_removes_a_state_leaves_no_half_of_it(understandin
 
 def test_fewer_steps_than_are_done_are_refused(understanding, tmp_path: Path) -> None:
     tiny.run(tiny.trainer(tiny.recipe(steps=8), understanding, tmp_path))
-    with pytest.raises(UsageError, match=r"at step 8, and 5 steps are asked for"):
+    with pytest.raises(UsageError, match=r"at step 8, past the 5 steps asked for"):
         tiny.trainer(tiny.recipe(steps=5), understanding, tmp_path)
 
 

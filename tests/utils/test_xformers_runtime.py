@@ -71,6 +71,7 @@ def test_the_library_is_that_of_the_package(installed) -> None:
     assert runtime_library(11) is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the package is for Linux")
 @pytest.mark.parametrize("module", ["towers.attention", "sampling.feature_cache", "inference.model", "training.run"])
 def test_the_library_is_loaded_before_xformers(installed, module) -> None:
