@@ -156,7 +156,7 @@ def test_a_run_that_is_killed_again_and_again_loses_nothing(mos, bundle, tmp_pat
     options = [PROMPT, "-n", "30", "-s", "1", "-o", str(out / "{seed}.png"), "--manifest", str(manifest), "--resume"]
     command = [sys.executable, "-c", "from mos_cli.__main__ import main; main()", "generate", *options]
     chance = random.Random(1)
-    for kill in range(4):
+    for kill in range(3):
         process = subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         goal = 5 * kill + 1
         deadline = time.monotonic() + 60
