@@ -180,7 +180,7 @@ class Trainer:
         self.rates = rates_at(self.curriculum, self.step, 0.0 if self.timer is None else self.timer.used)
         stage = self.curriculum.stage_at(self.step)
         self.tower.patch_spacing = stage.patch_spacing
-        if self.graphs is not None and 0 < stage.first == self.step and not self.graphs.failed:
+        if self.graphs is not None and stage.first == self.step and not self.graphs.failed:
             # None of the kinds of the stage before comes again.
             self.graphs = self._make_graphs()
         if self.graphs is None:
