@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mos_cli.config.recipe import MAX_WEIGHT, PromptWeight, make_recipe, with_weights
@@ -71,7 +71,6 @@ def test_what_is_malformed_is_refused_in_one_line(mos, bundle, tmp_path, text: s
         assert (refused.exit_code, len(refused.stderr.splitlines())) == (2, 1), refused.stderr
 
 
-@settings(deadline=None)
 @given(st.text(r"ab (:.12)\ ", max_size=30))
 def test_any_text_is_read_or_refused_and_comes_out_as_it_was_typed(text: str) -> None:
     try:
