@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
@@ -20,6 +21,10 @@ from mos_cli.datasets.art.file import Art, load_art
 from mos_cli.towers.image_encoder import ImageEncoder
 from tests.helpers.random_art import write_art
 from tests.helpers.tiny_bundle import WORDS, save_tokenizer, write_bundle
+
+# No test measures time.
+hypothesis.settings.register_profile("mos", deadline=None)
+hypothesis.settings.load_profile("mos")
 
 
 @pytest.fixture(autouse=True)

@@ -33,6 +33,12 @@ class LoraFile:
         return f"{self.path}:{self.scale:g}"
 
 
+def check_lora_name(path: Path) -> None:
+    """Raises InputError for a name that a LoRA cannot be written under."""
+    if path.suffix.lower() != SUFFIX:
+        raise InputError(f"{path}: a LoRA is one file, choose a name that ends in {SUFFIX}")
+
+
 def parse_lora(text: str) -> LoraFile:
     """The file and scale of PATH or PATH:SCALE.
 

@@ -26,6 +26,7 @@ from mos_cli.cli.output import Report
 from mos_cli.cli.requests import JobMaker, Request, vary
 from mos_cli.cli.terminal_pictures import picture_printer
 from mos_cli.errors import UsageError
+from mos_cli.utils.counts import counted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -125,7 +126,7 @@ def draw_requests(
         # The manifest is locked until all processes are done.
         failed = processes.total(failed)
         if there := sum(job.done for job in drawable):
-            note = f"{there} of {len(jobs)} pictures were there already"
+            note = f"already there: {there} of {counted(len(jobs), 'picture')}"
             report.note("there", note, pictures=there)
         sheets.write(drawable)
     report.times()

@@ -11,6 +11,7 @@ from mos_cli.cli.output import print_view, print_warning, stderr, stdout
 from mos_cli.cli.paths import App
 from mos_cli.cli.unused import print_unused
 from mos_cli.errors import UsageError
+from mos_cli.utils.counts import counted
 
 data_app = App(no_args_is_help=True, help="The pictures that models are trained on.")
 
@@ -79,8 +80,8 @@ def look_at(
     atomic_write(output, png(sheet, None), overwrite)
     held_out = f", {len(captioned.held_out)} of them held out" if captioned.held_out else ""
     used = len(captioned.examples) + len(captioned.held_out)
-    unused = f", {len(captioned.unused)} files are not used" if captioned.unused else ""
-    stderr.print(f"{used} pictures and edits{held_out}{unused}", soft_wrap=True)
+    unused = f", {counted(len(captioned.unused), 'file')} left out" if captioned.unused else ""
+    stderr.print(f"{counted(used, 'example')}{held_out}{unused}", soft_wrap=True)
     stderr.print(", ".join(f"{number} of {width}x{height}" for (width, height), number in shapes.items()))
     stdout.print(str(output), soft_wrap=True, markup=False)
 
@@ -108,8 +109,8 @@ def _print(path: Path) -> None:
         table.add_row(art.style, f"{art.pictures:,}", art.licence, art.credit, f"{art.package} {art.version}")
     print_view(table, wide=True)
     left_out = ", ".join(f"{reason} {count:,}" for reason, count in counts.dropped.items() if count)
-    stdout.print(f"{counts.pictures:,} pictures of {counts.concepts:,} objects at {manifest.size} px")
+    stdout.print(f"{counted(counts.pictures, 'picture')} of {counted(counts.concepts, 'object')} at {manifest.size} px")
     stdout.print(f"left out: {left_out or 'nothing'}")
-    if counts.dropped.get("blank"):
-        print_warning(f"{counts.dropped['blank']} pictures came out blank and were dropped")
+    if blank := counts.dropped.get("blank"):
+        print_warning(f"{counted(blank, 'picture')} came out blank, left out")
     stdout.print(str(path), soft_wrap=True)

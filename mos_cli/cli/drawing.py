@@ -12,6 +12,7 @@ from mos_cli.cli.jobs import Job, JobGroup, RefusedJob, report_failed
 from mos_cli.cli.output import Report, print_bytes, print_warning
 from mos_cli.cli.progress import sampling_bars, stop_between_steps
 from mos_cli.errors import InputError, MosError
+from mos_cli.utils.counts import counted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -84,7 +85,7 @@ class JobDrawer:
                 try:
                     drawings = self._draw(batch, bars, check_interrupt)
                 except KeyboardInterrupt:
-                    raise KeyboardInterrupt(f"{self.written} of {len(missing)} pictures are written") from None
+                    raise KeyboardInterrupt(f"{self.written} of {counted(len(missing), 'picture')} written") from None
                 seconds = (perf_counter() - started) / len(batch)
                 for number, job in batch.items():
                     if not job.done:

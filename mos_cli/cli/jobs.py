@@ -10,6 +10,7 @@ import typer
 
 from mos_cli.cli.output import Report, print_error
 from mos_cli.errors import PARTLY_FAILED, MosError, UsageError
+from mos_cli.utils.counts import counted
 
 if TYPE_CHECKING:
     from mos_cli.bundles.bundle import Bundle
@@ -171,7 +172,7 @@ def report_failed(job: Job | RefusedJob, number: int, error: MosError, report: R
 def exit_if_failed(failed: int, jobs: Sequence[Job | RefusedJob], *, said: bool = True) -> None:
     """Ends the run with exit code 7 if some of its jobs failed; `said`: with a line."""
     if failed and said:
-        print_error(f"{failed} of {len(jobs)} pictures failed")
+        print_error(f"{failed} of {counted(len(jobs), 'picture')} failed")
     if failed:
         raise typer.Exit(PARTLY_FAILED)
 

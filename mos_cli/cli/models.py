@@ -13,6 +13,7 @@ from mos_cli.cli.models_quantize import quantize
 from mos_cli.cli.output import print_json, print_view, print_warning, size_text, stdout
 from mos_cli.cli.paths import App
 from mos_cli.cli.progress import fetch_with_progress
+from mos_cli.utils.counts import counted
 
 if TYPE_CHECKING:
     from mos_cli.bundles.adapters import AdapterBundle
@@ -95,7 +96,7 @@ def show(name: Name, as_json: AsJson = False) -> None:
             "hash": model.hash,
             "native": f"{canvas.native[0]} x {canvas.native[1]} pixels",
             "sides": f"{canvas.min} to {canvas.max} pixels, multiples of {canvas.multiple}",
-            "defaults": f"{defaults.steps} steps, cfg {defaults.cfg:g}, t in {list(defaults.cfg_interval)}",
+            "defaults": f"{counted(defaults.steps, 'step')}, cfg {defaults.cfg:g}, t in {list(defaults.cfg_interval)}",
             "tower": row["tower"],
         }
     lines |= {"pulled": "yes" if row["pulled"] else "no", "size": size_text(row["size"])}
@@ -229,7 +230,7 @@ def _pull_base_model(bundle: "AdapterBundle", *, yes: bool, accept_terms: bool) 
     if index.terms is not None and not accept_terms and asked:
         accept_terms = typer.confirm(f"do you accept the {index.terms.name}?")
     lock = pull_base_model(index, offer, bundle.lock, accept_terms=accept_terms)
-    stdout.print(f"locked    {len(lock.files)} files in {lock_path(index)}", markup=False, soft_wrap=True)
+    stdout.print(f"locked    {counted(len(lock.files), 'file')} in {lock_path(index)}", markup=False, soft_wrap=True)
 
 
 def _show_base_model(bundle: "AdapterBundle", *, as_json: bool) -> None:
@@ -249,7 +250,7 @@ def _show_base_model(bundle: "AdapterBundle", *, as_json: bool) -> None:
         "router": "none: untrained" if index.router is None else f"trained, width {index.router.width}",
         "native": f"{canvas.native[0]} x {canvas.native[1]} pixels",
         "sides": f"{canvas.min} to {canvas.max} pixels, multiples of {canvas.multiple}",
-        "defaults": f"{defaults.steps} steps, cfg {defaults.cfg:g}",
+        "defaults": f"{counted(defaults.steps, 'step')}, cfg {defaults.cfg:g}",
         "pulled": "yes" if row["pulled"] else "no",
         "locked": "no" if lock is None else f"{lock.repo_id} at {lock.revision}",
     }

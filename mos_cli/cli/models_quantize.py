@@ -7,6 +7,7 @@ import typer
 
 from mos_cli.cli.completion import model_names
 from mos_cli.cli.output import size_text, stdout
+from mos_cli.utils.counts import counted
 
 if TYPE_CHECKING:
     from mos_cli.towers.quantized import QuantizationReport
@@ -44,4 +45,5 @@ def quantize(
     (report,) = reports
     sizes = f"{size_text(report.bytes_before)} -> {size_text(report.bytes_after)}"
     stdout.print(f"{written.folder}", markup=False, soft_wrap=True)
-    stdout.print(f"{len(report.quantised)} layers in {quant}, {len(report.kept)} kept, {sizes}", markup=False)
+    layers = counted(len(report.quantised), "layer")
+    stdout.print(f"{layers} in {quant}, {len(report.kept)} kept, {sizes}", markup=False)

@@ -8,6 +8,7 @@ import typer
 from mos_cli.cli.completion import plannable_names
 from mos_cli.cli.output import print_json, print_view, stdout
 from mos_cli.errors import MemoryLimitError
+from mos_cli.utils.counts import counted
 from mos_cli.utils.devices import Precision
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ def _print_head(network: "Network", size: tuple[int, int]) -> None:
     print_line = stdout.print
     shown = network.references
     edited = f" from {shown} picture{'' if shown == 1 else 's'} as large" if shown else ""
-    print_line(f"[bold]{network.ref}[/] at {size[0]} x {size[1]} px{edited}, {network.defaults.steps} steps")
+    print_line(f"[bold]{network.ref}[/] at {size[0]} x {size[1]} px{edited}, {counted(network.defaults.steps, 'step')}")
     if isinstance(network, BaseNetwork):
         shape = network.shape
         print_line(f"  transformer    {_millions(shape.transformer.parameters)}, {network.index.blocks} blocks")

@@ -17,7 +17,7 @@ from mos_cli.cli.output import stderr, stdout
 from mos_cli.cli.processes import check_processes, is_worker, run_in_processes
 from mos_cli.cli.progress import stop_between_steps
 from mos_cli.cli.unused import print_unused
-from mos_cli.errors import InputError, UsageError
+from mos_cli.errors import UsageError
 from mos_cli.utils.durations import as_clock, parse_duration
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ def train(
 
     On several machines: accelerate launch -m mos_cli train RECIPE; with --use_fsdp the network is sharded.
     """
+    from mos_cli.bundles.loras import check_lora_name
     from mos_cli.training.recipe import load_recipe, recipe_path
     from mos_cli.utils.extras import require
     from mos_cli.utils.files import check_writable
@@ -160,8 +161,7 @@ def train(
     if loaded.lora is not None:
         require("a LoRA", "train", "peft")
         target = export or folder / f"{loaded.bundle.name}.safetensors"
-        if target.suffix != ".safetensors":
-            raise InputError(f"--export {target}: a LoRA is one file, choose a name that ends in .safetensors")
+        check_lora_name(target)
     else:
         target = export or folder / "bundle"
     for place in (folder, target):

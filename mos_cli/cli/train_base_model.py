@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mos_cli.cli.output import print_warning, stderr, stdout
 from mos_cli.cli.progress import stop_between_steps
 from mos_cli.errors import InputError, ModelError
+from mos_cli.utils.counts import counted
 
 if TYPE_CHECKING:
     from mos_cli.adapters.pipeline import AdapterPipeline
@@ -35,6 +36,7 @@ def train_on_base_model(
     from mos_cli.adapters.recipe import BaseLoraRecipe, RouterRecipe, load_base_model_recipe
     from mos_cli.bundles.adapters import AdapterBundle
     from mos_cli.bundles.bundle import find_bundle
+    from mos_cli.bundles.loras import check_lora_name
     from mos_cli.cli.unused import print_unused
     from mos_cli.datasets.captioned_folders import load_captioned
     from mos_cli.utils.extras import require
@@ -50,8 +52,7 @@ def train_on_base_model(
     else:
         require("a LoRA", "train", "peft")
         target = export or folder / f"{loaded.name}.safetensors"
-        if target.suffix != ".safetensors":
-            raise InputError(f"--export {target}: a LoRA is one file, choose a name that ends in .safetensors")
+        check_lora_name(target)
     check_writable(target.parent)
     bundle = find_bundle(loaded.base)
     if not isinstance(bundle, AdapterBundle):
@@ -63,7 +64,8 @@ def train_on_base_model(
     print_unused(unused)
     if strict and unused:
         name, reason = unused[0]
-        raise InputError(f"{len(unused)} files of {loaded.data} cannot be used; the first is {name}: {reason}")
+        files = counted(len(unused), "file")
+        raise InputError(f"{files} of {loaded.data} cannot be used; the first is {name}: {reason}")
 
     from mos_cli.adapters.model import load_pipeline
     from mos_cli.config.settings import RunSettings
@@ -108,7 +110,7 @@ def _train_lora(
 
 
 def _print_losses(recipe: "BaseModelRecipe", losses: dict[str, float]) -> None:
-    stdout.print(f"held-out loss on {recipe.held_out} pictures", markup=False)
+    stdout.print(f"held-out loss on {counted(recipe.held_out, 'picture')}", markup=False)
     for name, loss in losses.items():
         stdout.print(f"  {name:<28} {loss:.6f}", markup=False)
 

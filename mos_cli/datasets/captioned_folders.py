@@ -28,6 +28,7 @@ from PIL import Image
 from mos_cli.datasets.captioned import Blob, Captioned, Example, Unused, caption_of, open_blob, text_of
 from mos_cli.errors import InputError
 from mos_cli.images.pictures import FORMATS
+from mos_cli.utils.counts import counted
 from mos_cli.utils.files import atomic_write
 from mos_cli.utils.folders import cache_folder
 
@@ -90,7 +91,7 @@ def load_captioned(
         else:
             unused.append(Unused(example.picture.name, reason))
     if not kept:
-        why = f" ({len(unused)} files are not: {unused[0].name}: {unused[0].reason})" if unused else ""
+        why = f" ({counted(len(unused), 'file')} left out: {unused[0].name}: {unused[0].reason})" if unused else ""
         raise InputError(
             f"no pictures in {folder} that can be used{why}: put pictures with captions there, or *.tar shards"
         )

@@ -14,6 +14,7 @@ from time import time
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from mos_cli.errors import InputError, MosError
+from mos_cli.utils.counts import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -170,7 +171,7 @@ class JobQueue:
         if len(requests) > self.limit:
             raise QueueFullError(f"{len(requests)} pictures at once: the queue holds {self.limit}")
         if len(self.waiting) + len(requests) > self.limit:
-            raise QueueFullError(f"{len(self.waiting)} pictures wait already: try again later")
+            raise QueueFullError(f"{counted(len(self.waiting), 'picture')} already waiting: try again later")
         jobs = [Job(request) for request in requests]
         for job in jobs:
             self.jobs[job.id] = job

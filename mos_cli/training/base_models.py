@@ -124,7 +124,7 @@ class BaseModelTrainer:
         # Another list would be divided otherwise: what learns would be compared on pictures that it has seen.
         self.pictures = hashlib.sha256("\n".join(one.picture.name for one in examples).encode()).hexdigest()
         if len(examples) <= recipe.held_out:
-            raise InputError(f"{len(examples)} pictures are too few to hold {recipe.held_out} out: give more")
+            raise InputError(f"too few pictures to hold {recipe.held_out} out, {len(examples)}: give more")
         shuffled = list(range(len(examples)))
         Random(recipe.seed).shuffle(shuffled)
         samples = [self._sample(Captioned((examples[number],))) for number in shuffled]

@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 
 from mos_cli.bundles.bundle import Bundle, find_bundle, write_index
 from mos_cli.bundles.loras import SUFFIX as LORA_SUFFIX
-from mos_cli.bundles.loras import LoraFile, record_lora
+from mos_cli.bundles.loras import LoraFile, check_lora_name, record_lora
 from mos_cli.config.recipe import make_recipe
 from mos_cli.errors import InputError, ModelError
 from mos_cli.inference.pipeline import MoSPipeline
@@ -64,8 +64,8 @@ def export_run(run: Path, target: Path | None = None) -> Path:
     recipe = TrainRecipe.model_validate_json(json.dumps(kept))
     if recipe.start_from is not None and start_hash not in (None, find_bundle(recipe.start_from).hash):
         raise ModelError(f"{recipe.start_from} is no longer the model that the run in {run} began with")
-    if recipe.lora is not None and target is not None and target.suffix != LORA_SUFFIX:
-        raise InputError(f"{target}: a LoRA is one file, choose a name that ends in {LORA_SUFFIX}")
+    if recipe.lora is not None and target is not None:
+        check_lora_name(target)
     device = choose_device("cpu")
     parts = find_parts(recipe, device, torch.float32)
     tower = start_tower(recipe)

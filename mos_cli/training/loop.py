@@ -35,6 +35,7 @@ from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.stages import Curriculum
 from mos_cli.training.start import guidance_teacher, start_tower
 from mos_cli.training.timer import Timer, TimeUsed
+from mos_cli.utils.counts import counted
 from mos_cli.utils.durations import as_clock
 from mos_cli.utils.files import atomic_write, make_folder
 from mos_cli.utils.migration import current_recipe
@@ -281,13 +282,13 @@ class Trainer:
         steps = self.curriculum.steps
         if self.step > steps:
             raise UsageError(
-                f"the run in {self.folder} is at step {self.step}, and {steps} steps are asked for: "
+                f"the run in {self.folder} is at step {self.step}, past the {counted(steps, 'step')} asked for: "
                 "ask for more, or begin anew with --run"
             )
         if plan is not None and plan.steps != steps and self.step > min(plan.decay_from, self.curriculum.decay_from):
             self.say(
-                f"planned for {plan.steps} steps, this run lowered its learning rates from step {plan.decay_from} on: "
-                f"it will differ from one planned for {steps} (to have that one, pass --extend)"
+                f"planned for {counted(plan.steps, 'step')}, this run lowered its learning rates from step "
+                f"{plan.decay_from} on: it will differ from one planned for {steps:,} (to have that one, pass --extend)"
             )
 
     def _resume_time(self, timer: Timer, before: TimeUsed) -> None:

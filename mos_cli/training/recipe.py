@@ -152,7 +152,7 @@ class TrainRecipe(Migrated):
     def _goes_together(self) -> Self:
         steps = sum(stage.steps for stage in self.stages) or self.train.steps
         if steps is not None and self.train.time is None and self.train.warmup >= steps > 1:
-            raise ValueError(f"[train] warmup = {self.train.warmup} is no less than the {steps} steps of the run")
+            raise ValueError(f"[train] warmup = {self.train.warmup} is no less than the steps of the run, {steps}")
         datas = [data for data in (self.data, *(stage.data for stage in self.stages)) if data]
         edits = any(edit_share(data) for data in datas)
         if self.understanding is None and self.start_from is None:

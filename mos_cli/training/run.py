@@ -26,6 +26,7 @@ from mos_cli.training.samples import draw_samples
 from mos_cli.training.sources import DataLoader, Reports
 from mos_cli.training.stages import Stage, curriculum
 from mos_cli.training.start import start_tower
+from mos_cli.utils.counts import counted
 from mos_cli.utils.devices import choose_device, choose_precision
 from mos_cli.utils.durations import as_clock
 from mos_cli.utils.files import make_folder
@@ -98,9 +99,10 @@ def prepare(
             check_drawing(made, parts, recipe, device)
     accelerator.wait_for_everyone()
     origin = "random weights" if recipe.start_from is None else recipe.start_from
-    length = f"{plan.steps} steps" if plan.time is None else f"{as_clock(plan.time)} of steps"
+    length = counted(plan.steps, "step") if plan.time is None else f"{as_clock(plan.time)} of steps"
     memory = f"about {needed:.1f} of {available:.1f} GiB of memory"
-    reports.say(f"{learned:,} parameters learn, from {origin}; {length} of {plan.stages[0].batch} pictures; {memory}")
+    batch = counted(plan.stages[0].batch, "picture")
+    reports.say(f"{learned:,} parameters learn, from {origin}; {length} of {batch}; {memory}")
     trainer = Trainer(recipe, batches, folder, accelerator, extend=extend, say=reports.say)
     if trainer.step:
         of = f"of {plan.steps}" if trainer.timer is None else f"with {as_clock(trainer.timer.seconds_left)} left"

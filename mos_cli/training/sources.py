@@ -31,6 +31,7 @@ from mos_cli.training.batches import Mixture, Source
 from mos_cli.training.pictures import ShapeOf, read_pictures, shape_in
 from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.stages import Stage
+from mos_cli.utils.counts import counted
 from mos_cli.utils.files import atomic_write, make_folder
 
 DATA = "data.csv"
@@ -136,27 +137,27 @@ class DataLoader:
         writer.writerows([("file", "used", "reason", "bytes"), *rows])
         if self.strict and captioned.unused:
             first = captioned.unused[0]
-            count = len(captioned.unused)
-            raise InputError(f"{count} files of {data.path} cannot be used; the first is {first.name}: {first.reason}")
+            files = counted(len(captioned.unused), "file")
+            raise InputError(f"{files} of {data.path} cannot be used; the first is {first.name}: {first.reason}")
         make_folder(self.folder)
         atomic_write(path, text.getvalue().encode(), overwrite=True)
         self.reports.unused([(unused.name, unused.reason) for unused in captioned.unused])
-        other = f", {len(captioned.unused)} files are not used (see {path})" if captioned.unused else ""
+        left_out = f", {counted(len(captioned.unused), 'file')} left out (see {path})" if captioned.unused else ""
         captions = len({example.caption for example in used})
         edits = sum(example.before is not None for example in used)
         self.reports.say(
-            f"{data.path}: {len(sizes) - edits} pictures"
-            + (f" and {edits} edits" if edits else "")
-            + f" with {captions} different captions"
-            + (f", of which {len(held_out)} are held out" if held_out else "")
-            + other
+            f"{data.path}: {counted(len(sizes) - edits, 'picture')}"
+            + (f" and {counted(edits, 'edit')}" if edits else "")
+            + f" with {counted(captions, 'different caption')}"
+            + (f", {len(held_out)} of them held out" if held_out else "")
+            + left_out
         )
         changed = {name for name, size in sizes.items() if before.get(name, str(size)) != str(size)}
         added, gone = sizes.keys() - before.keys(), before.keys() - sizes.keys()
         if before and (changed or added or gone):
             self.reports.say(
-                f"the data is not what it was when the run began: {len(added)} files are new, {len(gone)} are gone, "
-                f"{len(changed)} have changed; the run goes on with those that are there"
+                f"the data is not what it was when the run began: {counted(len(added), 'file')} added, "
+                f"{len(gone)} gone, {len(changed)} changed; the run goes on with those that are there"
             )
 
 

@@ -240,6 +240,7 @@ def test_shards_hold_the_same_weights_whatever_their_size(tmp_path: Path) -> Non
     assert not torch.equal(one.states_in.weight, other.states_in.weight)
 
 
+@pytest.mark.slow
 def test_memory_stays_below_a_shard_and_a_margin(tmp_path: Path) -> None:
     """In a process of its own: what its memory grows by once all is imported and used."""
     (tmp_path / "small.json").write_text(small().model_dump_json())

@@ -66,10 +66,14 @@ def test_what_is_drawn_is_what_would_be_drawn_without_it(mos: Mos, bundle: Bundl
     assert first == second
 
 
-def test_bench_takes_it_and_presets_list_it(mos: Mos, bundle: Bundle) -> None:
-    result = mos("bench", "-p", "auto", "--steps", 1, "--rounds", 1, "--json")
+@pytest.mark.slow
+def test_bench_takes_it(mos: Mos, bundle: Bundle) -> None:
+    result = mos("bench", "-p", "auto", "--steps", 1, "--rounds", 1)
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["quant"] is None
+    assert "pictures a minute" in result.stdout
+
+
+def test_presets_list_it(mos: Mos, bundle: Bundle) -> None:
     assert "auto" in mos("presets", "ls").stdout
     (row,) = [
         row for row in map(json.loads, mos("presets", "ls", "--json").stdout.splitlines()) if row["name"] == "auto"

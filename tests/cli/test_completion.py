@@ -27,8 +27,7 @@ def completed(typed: str, shell: str, folder) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_names_of_models_presets_recipes_and_traces(bundle, tmp_path, shell: str) -> None:
+def test_names_of_models_presets_recipes_and_traces(bundle, tmp_path) -> None:
     (tmp_path / "pic.jpg").write_text("")
     (tmp_path / "mine.toml").write_text("")
     (tmp_path / "other.json").write_text("{}")
@@ -45,7 +44,17 @@ def test_names_of_models_presets_recipes_and_traces(bundle, tmp_path, shell: str
         "mos generate x --trace t": ["topk"],
         "mos show p": ["pic.jpg"],
     }.items():
-        said = completed(typed, shell, tmp_path)
+        said = completed(typed, "bash", tmp_path)
         assert [name for name in names if name not in said] == [], (typed, said)
         assert "other" not in said
-    assert "fast" not in completed("mos train ", shell, tmp_path)
+    assert "fast" not in completed("mos train ", "bash", tmp_path)
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_are_answered_too(bundle, tmp_path, shell: str) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"schema": "mos-trace/1"}))
+    (tmp_path / "other.json").write_text("{}")
+    assert "tiny" in completed("mos generate x -m t", shell, tmp_path)
+    said = completed("mos inspect-routing run", shell, tmp_path)
+    assert "run.json" in said
+    assert "other" not in said

@@ -27,7 +27,7 @@ def test_a_sheet_of_the_pictures_is_written_and_nothing_replaced(mos, bundle, fo
     result = mos(*command)
     assert result.exit_code == 0, result.stderr
     assert result.stdout.strip() == str(tmp_path / "look.png")
-    assert "7 pictures and edits, 1 of them held out, 1 files are not used" in result.stderr
+    assert "7 examples, 1 of them held out, 1 file left out" in result.stderr
     assert "6 of 32x32, 1 of 48x16" in result.stderr
     assert f"not used: {folder / 'film.mp4'}: not a picture\n" in result.stderr
     assert Image.open(tmp_path / "look.png").width == 7 * (CELL + GAP) + GAP
@@ -35,7 +35,7 @@ def test_a_sheet_of_the_pictures_is_written_and_nothing_replaced(mos, bundle, fo
     (folder / "film.mp4").unlink()
     again = mos(*command, "--overwrite", "-n", "2")
     assert again.exit_code == 0
-    assert "7 pictures and edits, 1 of them held out\n" in again.stderr
+    assert "7 examples, 1 of them held out\n" in again.stderr
     assert Image.open(tmp_path / "look.png").width == 2 * (CELL + GAP) + GAP
 
 

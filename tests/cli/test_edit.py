@@ -128,14 +128,14 @@ def test_a_chain_is_kept_and_drawn_again(mos, editor, tmp_path) -> None:
 
 
 def test_a_chain_may_be_long_and_go_through_several_models(mos, editor, left_half, photo, tmp_path) -> None:
-    """A record is as deep after fifty edits as after one; each mask is known by its pixels."""
+    """A record is as deep after twenty edits as after one; each mask is known by its pixels."""
     assert mos("generate", WORDS, "-m", "tiny", "-s", 1, "-o", tmp_path / "0.png").exit_code == 0
     options = ["--steps", "1", "--cfg", "1", "--trace", "off", "-q"]
-    for step in range(50):
+    for step in range(20):
         result = mos("edit", tmp_path / f"{step}.png", WORDS, "-s", step, "-o", tmp_path / f"{step + 1}.png", *options)
         assert result.exit_code == 0, result.stderr
-    record = read_drawing(tmp_path / "50.png")[1]
-    assert len(record.earlier) == 50
+    record = read_drawing(tmp_path / "20.png")[1]
+    assert len(record.earlier) == 20
     assert record.earlier[0].recipe.model == "tiny"
     assert mos("replay", tmp_path / "3.png", "--verify").stdout.strip() == "exact"
 
@@ -165,14 +165,14 @@ def test_a_made_up_record_cannot_go_in_circles_or_ask_for_too_much(mos, editor, 
 
 
 def test_a_picture_that_is_used_twice_is_drawn_once(mos, editor, tmp_path) -> None:
-    """Else a chain of forty would take two to the fortieth drawings."""
+    """Else a chain of sixteen would take two to the sixteenth drawings."""
     assert mos("generate", WORDS, "-s", 0, "-o", tmp_path / "0.png").exit_code == 0
     options = ["--steps", "1", "--cfg", "1", "--trace", "off", "-q"]
-    for step in range(40):
+    for step in range(16):
         picture = tmp_path / f"{step}.png"
         made = mos("edit", picture, WORDS, "-r", picture, "-s", step, "-o", tmp_path / f"{step + 1}.png", *options)
         assert made.exit_code == 0, made.stderr
-    assert mos("replay", tmp_path / "40.png", "--verify").stdout.strip() == "exact"
+    assert mos("replay", tmp_path / "16.png", "--verify").stdout.strip() == "exact"
 
 
 def test_what_others_changed_has_no_history(mos, editor, tmp_path) -> None:

@@ -274,15 +274,16 @@ def test_a_picture_to_standard_output(cache, bundle, out, monkeypatch, quiet) ->
 
 
 @pytest.mark.slow
-def test_a_pipe_of_commands(bundle, editor, out) -> None:
-    mos = [sys.executable, "-m", "mos_cli"]
-    made = subprocess.run([*mos, "generate", PROMPT, "-s", "1", "-o", "-"], capture_output=True, check=True, cwd=out)
+def test_a_pipe_of_commands(mos, bundle, editor, out) -> None:
+    made = mos("generate", PROMPT, "-s", "1", "-o", "-").stdout_bytes
+    command = [sys.executable, "-m", "mos_cli"]
     edited = subprocess.run(
-        [*mos, "edit", "-", "a green apple", "-o", "-"], input=made.stdout, capture_output=True, check=True, cwd=out
+        [*command, "edit", "-", "a green apple", "-o", "-"], input=made, capture_output=True, check=True, cwd=out
     )
     (out / "b.png").write_bytes(edited.stdout)
     assert len(read_drawing(out / "b.png")[1].earlier) == 1
-    closed = subprocess.Popen([*mos, "generate", PROMPT, "-o", "-"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    typed = [*command, "generate", PROMPT, "-o", "-"]
+    closed = subprocess.Popen(typed, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert closed.stdout is not None
     closed.stdout.close()
     assert closed.wait() == 141

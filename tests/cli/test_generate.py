@@ -181,7 +181,7 @@ def test_ctrl_c_keeps_what_is_done(bundle, tmp_path) -> None:
     assert b"Traceback" not in errors
     pictures = list(tmp_path.glob("*.png"))
     assert 2 <= len(pictures) < 500
-    assert f"interrupted: {len(pictures)} of 500 pictures are written" in errors.decode()
+    assert f"interrupted: {len(pictures)} of 500 pictures written" in errors.decode()
     assert all(read_drawing(picture)[0].size == (32, 32) for picture in pictures)
     assert {p.stem for p in tmp_path.glob("*.json")} >= {p.stem for p in pictures}
 

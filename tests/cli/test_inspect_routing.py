@@ -225,7 +225,7 @@ def test_a_long_prompt_is_cut_and_says_so():
     text = capture.get()
     assert "word59 " in text
     assert "word60 " not in text
-    assert "and 12 words more" in text
+    assert "and 12 more words" in text
 
 
 def test_nothing_heavy_is_imported(trace_path):

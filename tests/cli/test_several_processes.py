@@ -17,16 +17,16 @@ from mos_cli.images.outputs import read_drawing
 PROMPTS = ("a dog", "a red apple", "a cat", "a green apple")
 
 
-def start(*arguments: object, processes: int = 2) -> subprocess.Popen[str]:
-    """`mos` under PyTorch's launcher, which accelerate's uses."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+def start(*arguments: object) -> subprocess.Popen[str]:
+    """`mos` in two processes of PyTorch's launcher, which accelerate's uses."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "mos_cli", *map(str, arguments)]
+    command = [sys.executable, *launcher, "-m", "mos_cli", *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(*arguments: object, processes: int = 2) -> tuple[int, str, str]:
-    process = start(*arguments, processes=processes)
+def finish(*arguments: object) -> tuple[int, str, str]:
+    process = start(*arguments)
     output, errors = process.communicate(timeout=300)
     return process.returncode, output, errors
 
@@ -59,13 +59,13 @@ def test_without_a_launcher_there_is_one(monkeypatch) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_make_what_one_does(bundle, tmp_path) -> None:
+def test_two_processes_make_what_one_does(mos, bundle, tmp_path) -> None:
     jobs = jobs_file(tmp_path, 6)
     jobs.write_text(jobs.read_text() + '{"prompt": "a dog", "sped": 1}\n')
     line = ["run", jobs, "--batch-size", 2, "--trace", "off"]
-    code, output, errors = finish(*line, "-s", 5, "-o", f"{tmp_path}/one/", processes=1)
-    assert code == 7, errors
-    assert len(output.splitlines()) == 6
+    alone = mos(*line, "-s", 5, "-o", f"{tmp_path}/one/")
+    assert alone.exit_code == 7, alone.stderr
+    assert len(alone.stdout.splitlines()) == 6
     code, output, errors = finish(*line, "-o", f"{tmp_path}/two/", "--manifest", tmp_path / "run.jsonl", "-s", 5)
     assert code != 0
     assert "1 of 7 pictures failed" in errors

@@ -262,6 +262,8 @@ def test_damaged_missing_and_ambiguous_files_are_refused(built, tmp_path):
         load_art(tmp_path)
     manifest = _copy(built, tmp_path)
     pixels = manifest.with_suffix(".safetensors")
+    with pytest.raises(InputError, match=r"safetensors holds pixels only: give art-32\.json, or the folder"):
+        load_art(pixels)
     pixels.write_bytes(pixels.read_bytes()[:-5])
     with pytest.raises(InputError, match=r"cannot read .*safetensors"):
         load_art(tmp_path)
@@ -287,7 +289,7 @@ def test_show_prints_what_is_in_the_file(built):
     assert shown.exit_code == 0
     assert "6 pictures of 4 objects at 32 px" in shown.stdout
     assert "unknown name 3" in shown.stdout
-    assert "1 pictures came out blank" in shown.stderr
+    assert "1 picture came out blank" in shown.stderr
 
 
 def test_sets_come_in_their_usual_order():

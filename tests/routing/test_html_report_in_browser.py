@@ -174,9 +174,10 @@ def test_the_branch_and_the_span_switch(opened: Callable[..., Any], tmp_path: Pa
 
 @pytest.mark.slow
 def test_two_traces_compare(opened: Callable[..., Any], tmp_path: Path) -> None:
-    first, second = record(tmp_path, "a red cat"), record(tmp_path, "a big cat", seed=1)
+    first, second = record(tmp_path, "a red cat", previews=True), record(tmp_path, "a big cat", seed=1)
     page = opened(first, second)
     assert page.locator("#pictures img").count() == 2
+    assert "Draw the second with --preview-steps" in page.locator("#seen").inner_text()
     assert "of the choices agree" in page.locator("#story").inner_text()
     rows = {row.locator(".name").inner_text(): row for row in page.locator("#rows .row").all()}
     assert rows["red"].locator(".cells").get_attribute("data-why") == "only in first"

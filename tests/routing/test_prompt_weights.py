@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mos_cli.config.recipe import MAX_WEIGHT, PromptWeight, make_recipe, with_weights
@@ -71,7 +71,6 @@ def test_what_is_malformed_is_refused_in_one_line(mos, bundle, tmp_path, text: s
         assert (refused.exit_code, len(refused.stderr.splitlines())) == (2, 1), refused.stderr
 
 
-@settings(deadline=None)
 @given(st.text(r"ab (:.12)\ ", max_size=30))
 def test_any_text_is_read_or_refused_and_comes_out_as_it_was_typed(text: str) -> None:
     try:
@@ -83,12 +82,13 @@ def test_any_text_is_read_or_refused_and_comes_out_as_it_was_typed(text: str) ->
         assert parse_weights(with_weights(prompt, weights)) == (prompt, weights)
 
 
-def test_a_megabyte_is_read_at_once() -> None:
-    assert len(parse_weights("(a:2)" * 200_000)[1] or ()) == 200_000
-    for text in ("(" * 10**6, ")" * 10**6):
+def test_the_time_of_reading_grows_with_the_length_alone() -> None:
+    """With its square, these would take an hour."""
+    assert len(parse_weights("(a:2)" * 40_000)[1] or ()) == 40_000
+    for text in ("(" * 200_000, ")" * 200_000):
         assert parse_weights(text) == (text, None)
     with pytest.raises(UsageError):
-        parse_weights("(a:" * 300_000)
+        parse_weights("(a:" * 60_000)
 
 
 def test_the_tokens_of_the_characters_have_the_weight() -> None:

@@ -35,7 +35,7 @@ def drawn(
     cache: int | None = None,
     on: Any = META,
 ) -> torch.Tensor:
-    """Six steps of an edit, its guidance acting in the middle; the words of its instruction are steered."""
+    """Four steps of an edit, its guidance acting in the middle; the words of its instruction are steered."""
     tower, recorder = tower.to(META), Recorder(record_options)
     with torch.inference_mode():
         banks: dict[str, StateBank] = {
@@ -48,12 +48,12 @@ def drawn(
         if tower.router is not None:
             tokens = TOKENS[POSITIVE] + V
             steering = Steering(torch.ones(1, tokens, J, M, dtype=torch.bool, device=on), empty(1, tokens, J, M))
-        with recorder.attached(tower), caching(tower, cache, 6) as (predict, reset_cache):
+        with recorder.attached(tower), caching(tower, cache, 4) as (predict, reset_cache):
             return sample(
                 predict,
                 empty(1, 3, 32, 24),
                 banks,
-                sigmas=make_sigmas(FlowMatchEulerDiscreteScheduler(), 6),
+                sigmas=make_sigmas(FlowMatchEulerDiscreteScheduler(), 4),
                 solver="ab2",
                 guidance=Guidance(3.0, (0.3, 0.8), 1.5),
                 batched_guidance=batched_guidance,

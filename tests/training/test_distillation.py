@@ -187,6 +187,24 @@ def test_a_model_is_distilled_draws_with_one_branch_and_replays(
     assert mos("replay", changed, "--verify").stdout.strip() == "exact"
 
 
+@pytest.mark.slow
+def test_a_sharded_run_is_taught_by_a_sharded_teacher(
+    mos, editor: Bundle, recipe: Path, art_folder: Path, tmp_path: Path
+) -> None:
+    """Two processes with a picture each (FSDP2) follow one process with both."""
+    line = ("train", recipe, "--from", "editor", "--art", art_folder, "--steps", 2)
+    one = mos(*line, "--run", tmp_path / "one")
+    assert one.exit_code == 0, one.stderr
+    process = tiny.start_mos(*line, folder=tmp_path / "sharded", processes=2, shard=True)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    (run,) = (tmp_path / "sharded" / "runs").iterdir()
+    losses = [[float(row["loss"]) for row in tiny.rows(folder)] for folder in (tmp_path / "one", run)]
+    assert len(losses[0]) == 2
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert read_generation(read_bundle(run / "bundle").folder / "generation").guidance_max == 5.0
+
+
 @pytest.mark.parametrize(
     ("options", "branches"),
     [

@@ -4,6 +4,7 @@ import csv
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from mos_cli.training.recipe import load_recipe
 from mos_cli.training.run import train
 from mos_cli.training.stages import curriculum
 from mos_cli.utils.folders import presets_folder
+from mos_cli.utils.threads import cpu_threads
 from tests.helpers import tiny_training as tiny
 
 RECIPES = sorted(path.stem for path in presets_folder().glob("train-*.toml") if not is_base_model_recipe(path))
@@ -31,6 +33,20 @@ def finish(folder: Path, recipe: Path, *options: object, **launch) -> list[float
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     return losses(folder)
+
+
+@pytest.fixture
+def alone(mos, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[float]]:
+    """Runs `mos train` as `finish` does, in the process of the test, with one thread as the others have."""
+
+    def train_alone(folder: Path, recipe: Path, *options: object) -> list[float]:
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        with cpu_threads(1):
+            result = mos("train", recipe, "--run", folder / "runs" / "tiny", *options)
+        assert result.exit_code == 0, result.output
+        return losses(folder)
+
+    return train_alone
 
 
 def losses(folder: Path) -> list[float]:
@@ -47,9 +63,9 @@ def validation(folder: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_gives_the_same_losses(tmp_path: Path, encoder_folder: Path) -> None:
-    recipe = tiny.write_recipe(tmp_path, encoder_folder, steps=60, save_every=5)
-    whole = finish(tmp_path / "whole", recipe)
+def test_a_run_killed_at_any_moment_gives_the_same_losses(tmp_path: Path, encoder_folder: Path, alone) -> None:
+    recipe = tiny.write_recipe(tmp_path, encoder_folder, steps=30, save_every=5)
+    whole = alone(tmp_path / "whole", recipe)
     folder = tmp_path / "killed"
     for kill_after in (7, 23):
         process = tiny.start_mos("train", recipe, folder=folder)
@@ -66,13 +82,13 @@ def test_a_run_killed_at_any_moment_gives_the_same_losses(tmp_path: Path, encode
 
 
 @pytest.mark.slow
-def test_two_processes_follow_one(tmp_path: Path, encoder_folder: Path) -> None:
+def test_two_processes_follow_one(tmp_path: Path, encoder_folder: Path, alone) -> None:
     """At the same global batch: 1e-3 of the loss over twelve steps without exploration; the sums only round otherwise.
 
     The routes explored depend on the process, so with exploration the losses differ as those of two seeds.
     """
     recipe = tiny.write_recipe(tmp_path, encoder_folder, steps=12, epsilon=0.0)
-    one = finish(tmp_path / "one", recipe)
+    one = alone(tmp_path / "one", recipe)
     two = finish(tmp_path / "two", recipe, "--processes", 2)
     assert two == pytest.approx(one, rel=1e-3)
     held_out = [validation(tmp_path / name) for name in ("one", "two")]
@@ -94,7 +110,7 @@ def test_two_processes_end_together_when_their_time_is_over(tmp_path: Path, enco
 
 @pytest.mark.slow
 def test_ctrl_c_ends_two_processes_without_a_traceback_and_one_takes_up_the_run(
-    tmp_path: Path, encoder_folder: Path
+    tmp_path: Path, encoder_folder: Path, alone
 ) -> None:
     """What is pressed in a terminal comes to the launching process, which passes it on once."""
     recipe = tiny.write_recipe(tmp_path, encoder_folder, steps=4000, save_every=4000)
@@ -110,15 +126,15 @@ def test_ctrl_c_ends_two_processes_without_a_traceback_and_one_takes_up_the_run(
     assert output.count("finishing this step") == output.count("error: interrupted") == 1
     state = newest(tmp_path / "runs" / "tiny")
     assert state is not None
-    whole = finish(tmp_path, recipe, "--steps", int(state.name) + 2)
+    whole = alone(tmp_path, recipe, "--steps", int(state.name) + 2)
     assert len(whole) == int(state.name) + 2
 
 
 @pytest.mark.slow
-def test_a_sharded_run_saves_resumes_and_exports_the_same_bundle(tmp_path: Path, encoder_folder: Path) -> None:
+def test_a_sharded_run_saves_resumes_and_exports_the_same_bundle(tmp_path: Path, encoder_folder: Path, alone) -> None:
     """Two processes shard the network (FSDP2); what they saved, one process takes up whole. Tolerance as above."""
     recipe = tiny.write_recipe(tmp_path, encoder_folder, steps=12, epsilon=0.0)
-    one = finish(tmp_path / "one", recipe)
+    one = alone(tmp_path / "one", recipe)
     sharded = tmp_path / "sharded"
     short = finish(sharded, recipe, "--steps", 6, "--ema", "0.10", processes=2, shard=True)
     assert newest(sharded / "runs" / "tiny") == sharded / "runs" / "tiny" / "checkpoints" / "00000006"
@@ -126,8 +142,7 @@ def test_a_sharded_run_saves_resumes_and_exports_the_same_bundle(tmp_path: Path,
     assert short[:3] == pytest.approx(one[:3], rel=1e-3)
     more = finish(sharded, recipe, processes=2, shard=True)
     assert len(more) == 12
-    alone = finish(sharded, recipe, "--steps", 13)
-    assert more == alone[:12]
+    assert more == alone(sharded, recipe, "--steps", 13)[:12]
     ours, theirs = (read_bundle(folder / "runs" / "tiny" / "bundle") for folder in (tmp_path / "one", sharded))
     verify_bundle(theirs)
     assert ours.index.files.keys() == theirs.index.files.keys()

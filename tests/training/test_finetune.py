@@ -223,7 +223,7 @@ def test_a_table_of_what_is_not_used_is_printed_and_written(
     command = ["train", short("finetune"), "--from", "tiny", "--data", discs, "--run", run, "--steps", 1]
     result = mos(*command)
     assert result.exit_code == 0, result.stderr
-    assert "2 files are not used" in result.stderr
+    assert "2 files left out" in result.stderr
     rows = {Path(row["file"]).name: row["reason"] for row in csv.DictReader((run / "data.csv").open())}
     assert "red.png" in rows
     assert "62 tokens, 24 are read" in rows["green.png"]
@@ -232,7 +232,7 @@ def test_a_table_of_what_is_not_used_is_printed_and_written(
     (discs / "blue.txt").unlink()
     result = mos(*command[:-1], 2)
     assert result.exit_code == 0, result.stderr
-    assert "1 are gone" in " ".join(result.stderr.split())
+    assert "1 gone" in " ".join(result.stderr.split())
 
 
 def test_weights_that_are_not_finite_are_refused_when_read(mos, bundle: Bundle, tmp_path: Path) -> None:

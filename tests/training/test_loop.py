@@ -45,7 +45,7 @@ def test_a_smaller_canvas_spans_the_positions_of_the_whole(understanding, tmp_pa
     assert trainer.averaged_tower().patch_spacing == 1.0
 
 
-def test_a_run_stopped_and_taken_up_gives_the_same_losses(understanding, tmp_path: Path) -> None:
+def test_a_run_stopped_and_taken_up_gives_the_same_losses(understanding, plots, tmp_path: Path) -> None:
     whole = tiny.run(tiny.trainer(tiny.recipe(), understanding, tmp_path / "whole"))
     assert len(whole) == 8
     losses: list[float] = []
@@ -107,7 +107,7 @@ def test_the_number_of_threads_is_set_after_reports_and_is_in_the_metrics(unders
 
 
 def test_the_loss_falls(understanding, tmp_path: Path) -> None:
-    losses = tiny.run(tiny.trainer(tiny.recipe(steps=120, save_every=120), understanding, tmp_path))
+    losses = tiny.run(tiny.trainer(tiny.recipe(steps=60, save_every=60), understanding, tmp_path))
     assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:10])
 
 

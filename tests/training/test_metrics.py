@@ -172,7 +172,7 @@ def test_a_log_file_has_lines_of_progress_and_says_where_a_run_goes_on(
     lines = result.stderr.splitlines()
     assert lines[0] == f"training tiny in {tmp_path / 'run'}"
     assert "checking the pictures 6/6" in lines
-    assert any("6 different captions, of which 1 are held out" in line for line in lines)
+    assert any("6 different captions, 1 of them held out" in line for line in lines)
     assert any("96,928 parameters learn" in line and "GiB of memory" in line for line in lines)
     progress = [line for line in lines if line.startswith("training ") and "/3 " in line]
     assert progress[0].startswith("training 1/3  loss ")

@@ -15,7 +15,7 @@ WRONG = {
     "depth = 0": "depth: Input should be greater than 0",
     'batch = "16"': "train.batch: Input should be a valid integer",
     "batch = 1.5": "train.batch",
-    "warmup = 10000": "warmup = 10000 is no less than the 200 steps",
+    "warmup = 10000": "warmup = 10000 is no less than the steps of the run, 200",
     "decay = nan": "train.decay",
     "clip = -1.0": "train.clip",
     "router_heads = 5": "router_width cannot be 64",

@@ -27,6 +27,18 @@ XFORMERS = """
 from pathlib import Path
 print("xformers", "libcudart.so.12" in Path("/proc/self/maps").read_text())
 """
+FIRST = """
+import os, sys
+from importlib import import_module
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.version.cuda = "13.0"
+for module in sys.argv[2:]:
+    if os.fork() == 0:
+        import_module(f"mos_cli.{module}")
+        sys.exit()
+    assert os.wait()[1] == 0
+"""
 
 
 @pytest.fixture
@@ -71,14 +83,14 @@ def test_the_library_is_that_of_the_package(installed) -> None:
     assert runtime_library(11) is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the package is for Linux")
-@pytest.mark.parametrize("module", ["towers.attention", "sampling.feature_cache", "inference.model", "training.run"])
-def test_the_library_is_loaded_before_xformers(installed, module) -> None:
-    code = f"import sys; sys.path.insert(0, {str(installed)!r}); import torch; torch.version.cuda = '13.0'"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}; import mos_cli.{module}"], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    assert done.stdout == "xformers True\n"
+def test_the_library_is_loaded_before_xformers(installed) -> None:
+    """Whichever module is imported first: each in a process of its own, which has PyTorch from the one it came from."""
+    modules = ("towers.attention", "sampling.feature_cache", "inference.model", "training.run")
+    command = [sys.executable, "-u", "-c", FIRST, str(installed), *modules]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines() == ["xformers True"] * len(modules)
 
 
 def test_what_is_not_installed_is_named_with_its_extra(monkeypatch) -> None:

@@ -124,7 +124,12 @@ def load_art(path: Path) -> Art:
 
 
 def manifest_path(path: Path) -> Path:
-    """The manifest at `path`, or the only one in that folder; raises InputError if there is none or several."""
+    """The manifest at `path`, or the only one in that folder; raises InputError if there is none or several.
+
+    The pixels are found by the manifest, so a path of theirs is an error too.
+    """
+    if path.suffix.lower() == ".safetensors":
+        raise InputError(f"{path} holds pixels only: give {path.with_suffix('.json').name}, or the folder with both")
     if not path.is_dir():
         return path
     found = sorted(path.glob("art-*.json"))

@@ -6,14 +6,17 @@ Shapes: V pictures, H x W a picture's size.
 from dataclasses import dataclass
 from functools import cache, cached_property
 from random import Random
+from typing import TYPE_CHECKING
 
-import inflect
 from torch import Tensor
 
 from mos_cli.datasets.art.file import Art
 from mos_cli.datasets.scenes.description import DEFAULT_STYLE, held_out_style
 from mos_cli.datasets.tables import CommonWords, DataTable
 from mos_cli.errors import InputError
+
+if TYPE_CHECKING:
+    import inflect
 
 RGB = tuple[float, float, float]
 
@@ -64,9 +67,16 @@ NO_PLURAL = {"bread", "corn", "milk", "coffee", "beer", "sushi", "fire", "chocol
 NO_PLURAL |= {"bacon", "popcorn", "onigiri", "rice", "ramen", "spaghetti", "dango", "shaved ice", "tea", "sake"}
 NO_PLURAL |= {"whiskey", "cutlery", "earth", "tokyo tower", "statue of liberty", "kaaba", "flying money", "moai"}
 
-_english = inflect.engine()
-_english.defnoun("burrito", "burritos")
-_english.defan("suv")
+
+@cache
+def _english() -> "inflect.engine":
+    """Imported when it is used: that takes more than a second, and pictures with captions need none of it."""
+    import inflect
+
+    english = inflect.engine()
+    english.defnoun("burrito", "burritos")  # type: ignore[arg-type]
+    english.defan("suv")  # type: ignore[arg-type]
+    return english
 
 
 @dataclass(frozen=True)
@@ -141,10 +151,10 @@ def load_vocabulary(art: Art, data: DataTable) -> Vocabulary:
 @cache
 def with_article(noun_phrase: str) -> str:
     """'an owl', 'a unicorn'."""
-    return _english.a(noun_phrase)  # type: ignore[arg-type]
+    return _english().a(noun_phrase)  # type: ignore[arg-type]
 
 
 @cache
 def plural(noun_phrase: str) -> str:
     """'slices of cake', 'mice'."""
-    return _english.plural_noun(noun_phrase)  # type: ignore[arg-type]
+    return _english().plural_noun(noun_phrase)  # type: ignore[arg-type]

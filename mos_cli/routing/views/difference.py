@@ -10,6 +10,7 @@ from rich.text import Text
 from mos_cli.routing.diff import NEAR, BranchDifference, Difference, Tally
 from mos_cli.routing.trace import Trace
 from mos_cli.routing.views.tables import printable
+from mos_cli.utils.counts import counted
 
 WORD_WIDTH = 18
 
@@ -39,7 +40,7 @@ def headline(difference: Difference) -> str:
     """What came of it, in one line."""
     tally = difference.tally
     if difference.identical:
-        return f"the routes are identical: {tally.choices} choices and their weights"
+        return f"the routes are identical: {counted(tally.choices, 'choice')} and their weights"
     agree, near, real = (_percent(part, tally) for part in (tally.agree, tally.near_ties, tally.changes))
     if tally.first is None:
         return f"{agree} of the choices agree; their weights differ by {tally.distance:.4f} on average"
@@ -59,7 +60,8 @@ def _runs(a: Trace, b: Trace) -> Table:
             rules += f", {source.until:.0%} of the steps with the routes of another run"
         quant = "" if recipe.quant is None else f", {recipe.quant}"
         cache = "" if recipe.feature_cache is None else f", feature cache {recipe.feature_cache}"
-        facts = f"{recipe.model}, seed {recipe.seed}, {recipe.steps} steps, {recipe.precision}{quant}{cache}{rules}"
+        steps = counted(recipe.steps, "step")
+        facts = f"{recipe.model}, seed {recipe.seed}, {steps}, {recipe.precision}{quant}{cache}{rules}"
         table.add_row(name, Text(printable(f'"{" ".join(recipe.prompt.split())}" ({facts})')))
     return table
 
@@ -67,7 +69,7 @@ def _runs(a: Trace, b: Trace) -> Table:
 def _steps(branch: BranchDifference, counts: tuple[int, int]) -> str:
     compared = len(branch.steps)
     if counts == (compared, compared) and branch.time_distance == 0:
-        return f"{compared} steps compared"
+        return f"{counted(compared, 'step')} compared"
     return (
         f"{compared} of {counts[0]} and {counts[1]} steps compared, nearest in time "
         f"({branch.time_distance:.3f} apart at most)"

@@ -25,6 +25,7 @@ from mos_cli.routing.views.tables import (
     shaded,
     share_cells,
 )
+from mos_cli.utils.counts import counted
 
 MOST_WORDS, MOST_NAMED = 60, 12
 BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "_.,-=+*#"
@@ -110,7 +111,7 @@ class RoutesView:
             if rule in done and done[rule].tokens:
                 texts = [branch.tokens[number].text for number in done[rule].tokens]
                 spoken = " ".join(texts) if len(texts) <= MOST_NAMED else f"{len(texts)} tokens"
-                table.add_row(Text(printable(rule)), Text(f"{done[rule].decisions} decisions: {spoken}"))
+                table.add_row(Text(printable(rule)), Text(f"{counted(done[rule].decisions, 'decision')}: {spoken}"))
             else:
                 table.add_row(Text(printable(rule)), "has no tokens in this branch")
         if trace.recipe.route_from is not None:
@@ -134,7 +135,8 @@ class RoutesView:
             table.add_row(self._name(word), *cells)
         yield table
         if len(words) > MOST_WORDS:
-            yield Text(f"and {len(words) - MOST_WORDS} words more: --word shows one, --export all of them", style="dim")
+            more = counted(len(words) - MOST_WORDS, "more word")
+            yield Text(f"and {more}: --word shows one, --export all of them", style="dim")
 
     def _name(self, word: Word) -> Text:
         """A word with its weight in the prompt."""

@@ -163,7 +163,7 @@ function caption(picture) {
   const { recipe } = picture;
   $("title").textContent = recipe.prompt;
   $("facts").textContent = [
-    recipe.edit ? "an edit" : "", `seed ${picture.seed}`, `${recipe.steps} steps`, `guidance ${recipe.cfg}`,
+    recipe.edit ? "an edit" : "", `seed ${picture.seed}`, `${recipe.steps} step${recipe.steps === 1 ? "" : "s"}`, `guidance ${recipe.cfg}`,
     `${recipe.width} \u00d7 ${recipe.height}`, (recipe.routes ?? []).join(", "),
   ].filter(Boolean).join(" \u00b7 ");
   $("again").hidden = !state.about.edits || state.mode === "edit";

@@ -52,7 +52,7 @@ function setUp() {
 /** What was drawn and how, in a line; of a second picture only what is other. */
 function facts() {
   const [first, second] = traces.map(({ recipe: r, edit, layers, blocks, adapter }) => [
-    `${edit ? "edited" : "drawn"} by ${r.model}`, `seed ${r.seed}`, `${r.steps} steps`, `cfg ${r.cfg}`,
+    `${edit ? "edited" : "drawn"} by ${r.model}`, `seed ${r.seed}`, `${r.steps} step${r.steps === 1 ? "" : "s"}`, `cfg ${r.cfg}`,
     `${r.width} × ${r.height}`, r.precision, `${layers.length} layers into ${blocks} blocks`,
     ...(adapter ? [adapter] : []),
   ]);

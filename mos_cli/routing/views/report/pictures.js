@@ -61,9 +61,10 @@ function showPictures() {
     notes.push(...showHeat(figure.querySelector(".heat"), at));
   });
   if (!notes.length) {
-    const all = traces.every((trace) => trace.previews);
-    notes.push(last || !all ? "The finished picture." : "What the model expected at this step.");
-    if (!all) notes.push("Draw with --preview-steps to see it at every step.");
+    const without = sides.filter((_, at) => !traces[at].previews), all = without.length === traces.length;
+    const which = !two ? "" : all ? "both " : `the ${without[0]} `;
+    notes.push(last || all ? "The finished picture." : "What the model expected at this step.");
+    if (without.length) notes.push(`Draw ${which}with --preview-steps to see ${two && all ? "them" : "it"} at every step.`);
     if (traces.some((_, at) => branchOf(at)?.regions)) notes.push("Pin a word to see where it was read.");
   }
   $("seen").textContent = notes.map(sentence).join(" ");
