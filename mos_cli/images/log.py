@@ -20,7 +20,7 @@ from mos_cli.utils.folders import user_data_folder
 
 VERSION = 1
 """The version of the table, as `user_version` in the file."""
-PATIENCE = 2.0
+PATIENCE = 10.0
 """Seconds to wait for another process that writes."""
 _TABLE = (
     "CREATE TABLE IF NOT EXISTS pictures (id INTEGER PRIMARY KEY, time TEXT NOT NULL, path TEXT NOT NULL, "
