@@ -1,9 +1,10 @@
 """The user's pictures: reading them, and fitting them to the model's canvas and back."""
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -93,7 +94,7 @@ def opened_picture(file: PictureFile) -> Iterator[tuple[Image.Image, list[str]]]
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with ExitStack() as stack:
-                with _quiet_decoders():
+                with _QUIET if _decoder_prints(file) else nullcontext():
                     opened = stack.enter_context(Image.open(file, formats=FORMATS))
                     # Further pictures in a phone's JPEG (MPO) are previews and depth maps, not frames.
                     if opened.format in FORMATS and getattr(opened, "is_animated", False):
@@ -122,22 +123,49 @@ def opened_picture(file: PictureFile) -> Iterator[tuple[Image.Image, list[str]]]
         raise InputError(f"{name} is damaged: {error}") from None
 
 
-@contextmanager
-def _quiet_decoders() -> Iterator[None]:
-    """Keeps libtiff and libavif from printing their errors to stderr themselves; Pillow raises them too."""
-    try:
-        kept = os.dup(2)
-    except OSError:
-        # It is closed.
-        yield
-        return
-    try:
-        with Path(os.devnull).open("wb") as null:
-            os.dup2(null.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+def _decoder_prints(file: PictureFile) -> bool:
+    """Whether a file begins as TIFF or AVIF do."""
+    with file.open("rb") if isinstance(file, Path) else nullcontext(file) as opened:
+        head = opened.read(8)
+        opened.seek(0)
+    return head[:2] in (b"II", b"MM") or head[4:] == b"ftyp"
+
+
+class _QuietDecoders:
+    """Keeps libtiff and libavif from printing their errors to stderr themselves; Pillow raises them too.
+
+    What other threads print meanwhile is lost, so this is for pictures of these kinds alone. stderr is that of the
+    whole process: the first of the threads that decode at the same time sends it away, and the last brings it back.
+    Each by itself would bring back what another has sent away.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._decoding = threading.Lock(), 0
+        self._kept: int | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._decoding += 1
+            if self._decoding > 1:
+                return
+            try:
+                self._kept = os.dup(2)
+            except OSError:
+                # It is closed.
+                return
+            with Path(os.devnull).open("wb") as null:
+                os.dup2(null.fileno(), 2)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._decoding -= 1
+            if self._decoding == 0 and self._kept is not None:
+                os.dup2(self._kept, 2)
+                os.close(self._kept)
+                self._kept = None
+
+
+_QUIET = _QuietDecoders()
 
 
 def make_picture(

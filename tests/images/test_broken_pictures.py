@@ -5,14 +5,16 @@ and with more pixels than can be.
 """
 
 import io
+import os
 import struct
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from mos_cli.errors import InputError
 from mos_cli.images.outputs import read_stored
@@ -127,6 +129,31 @@ def test_a_broken_picture_ends_in_one_line(tmp_path: Path, capfd) -> None:
                 read_picture(path)
     assert min(outcomes.values()) > 50
     assert capfd.readouterr() == ("", ""), "a decoder prints errors of its own"
+
+
+def test_pictures_read_by_several_threads_leave_stderr_as_it_is(tmp_path: Path, capfd) -> None:
+    """Decoders of TIFF are kept from printing to it, which concerns the whole process."""
+    paths = [tmp_path / f"{number}.tiff" for number in range(8)]
+    for path in paths:
+        path.write_bytes(encoded(pixels("RGB"), "TIFF") or b"")
+    with ThreadPoolExecutor(8) as pool:
+        assert len(list(pool.map(read_picture, paths * 40))) == 320
+    os.write(2, b"still there")
+    assert capfd.readouterr().err == "still there"
+
+
+def test_nothing_is_lost_that_is_printed_while_a_png_is_read(tmp_path: Path, capfd, monkeypatch) -> None:
+    path = tmp_path / "picture.png"
+    path.write_bytes(encoded(pixels("RGB"), "PNG") or b"")
+    load, loads = ImageFile.ImageFile.load, []
+
+    def printing(image: ImageFile.ImageFile) -> object:
+        loads.append(os.write(2, b"."))
+        return load(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", printing)
+    read_picture(path)
+    assert capfd.readouterr().err == "." * len(loads)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
