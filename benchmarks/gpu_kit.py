@@ -109,7 +109,15 @@ def add_art(folder: Path, source: Path, data: DataTable) -> None:
     pixels = folder / f"art-{art.manifest.size}.safetensors"
     save_file({"pixels": art.pixels[[picture.index for picture in kept]]}, pixels, {"schema": SCHEMA})
     pictures = tuple(picture.model_copy(update={"index": index}) for index, picture in enumerate(kept))
-    manifest: ArtManifest = art.manifest.model_copy(update={"sha256": sha256_of(pixels), "pictures": pictures})
+    words, sets = len(data.words), [one for one in art.manifest.sets if one.style in data.styles]
+    manifest: ArtManifest = art.manifest.model_copy(
+        update={
+            "sha256": sha256_of(pixels),
+            "sets": tuple(one.model_copy(update={"pictures": words}) for one in sets),
+            "counts": art.manifest.counts.model_copy(update={"pictures": len(kept), "concepts": words}),
+            "pictures": pictures,
+        }
+    )
     pixels.with_suffix(".json").write_text(manifest.model_dump_json(by_alias=True) + "\n", encoding="utf-8")
 
 

@@ -134,9 +134,9 @@ def _decoder_prints(file: PictureFile) -> bool:
 class _QuietDecoders:
     """Keeps libtiff and libavif from printing their errors to stderr themselves; Pillow raises them too.
 
-    What other threads print meanwhile is lost, so this is for pictures of these kinds alone. stderr is that of the
-    whole process: the first of the threads that decode at the same time sends it away, and the last brings it back.
-    Each by itself would bring back what another has sent away.
+    What other threads print meanwhile is lost, so this is for pictures of these kinds alone. The file descriptor is
+    that of the whole process: the first of the threads that decode at the same time redirects it, and the last
+    restores it. If each did both, one could restore the redirection of another.
     """
 
     def __init__(self) -> None:

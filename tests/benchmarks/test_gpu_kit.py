@@ -37,6 +37,7 @@ def test_the_art_of_a_recipe_has_its_pictures_alone(tmp_path: Path, art_folder: 
     gpu_kit.add_art(tmp_path / "kit", art_folder, DATA)
     whole, kept = load_art(art_folder), load_art(tmp_path / "kit")
     assert len(kept.manifest.pictures) == 4 < len(whole.manifest.pictures)
+    assert (kept.manifest.counts.pictures, kept.manifest.counts.concepts) == (4, 2)
     one, other = load_vocabulary(whole, DATA), load_vocabulary(kept, DATA)
     assert one.words == other.words
     assert torch.equal(one.sprites_VHW4, other.sprites_VHW4)
