@@ -42,17 +42,20 @@ class Stages:
         return made
 
 
-def draw_under(gib: int, plan: networks.Network, network: networks.Network, device: torch.device) -> dict[str, Any]:
+def draw_under(
+    gib: int, plan: networks.Network, network: networks.Network, device: torch.device, outside: float | None = None
+) -> dict[str, Any]:
     """One picture under a memory limit: whether it fits, and the plan compared with the measurement.
 
     Args:
         plan: the model whose setting is taken.
         network: the model that draws: the same, or a small one of its kind.
+        outside: the GiB of the limit that the allocator does not have; all memory that others use if None.
     """
     best, stages = fastest(candidates(plan, plan.canvas.native), gib), Stages(device)
     networks.free(device)
     if device.type == "cuda":
-        _cap(gib * GIB, device)
+        _cap(gib * GIB, device, None if outside is None else outside * GIB)
     laid = {"setting": best.options, "tiled": best.setting.tiled, "batched_guidance": best.setting.batched_guidance}
     row = {"cap_gib": gib, **laid, "planned_gib": best.peak / GIB}
     try:
@@ -77,10 +80,11 @@ def draw_under(gib: int, plan: networks.Network, network: networks.Network, devi
     }
 
 
-def _cap(size: int, device: torch.device) -> None:
+def _cap(size: int, device: torch.device, outside: float | None = None) -> None:
     """Memory outside of the allocator, of the driver and others, counts, as on a GPU of that size."""
     unused, whole = torch.cuda.mem_get_info(device)
-    outside = whole - unused - torch.cuda.memory_reserved(device)
+    if outside is None:
+        outside = whole - unused - torch.cuda.memory_reserved(device)
     torch.cuda.set_per_process_memory_fraction(min(1.0, (size - outside) / whole), device.index)
 
 

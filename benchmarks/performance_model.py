@@ -4,21 +4,27 @@ Shapes: B pictures, C channels, H x W the latent's size.
 """
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import performance_networks as networks
 import torch
+from diffusers.hooks.hooks import HookRegistry
 from torch import Tensor
 
 from mos_cli.inference.profiling import Clock
 from mos_cli.planning.candidates import GPU_SIZES
 from mos_cli.planning.memory import TOKENS
 from mos_cli.quantization.method import Method
+from mos_cli.sampling.graphs import HOOK, CudaCapture, StepGraphs
 from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, Branches
 from mos_cli.towers.attention import choose_attention
 from mos_cli.towers.bank import StateBank
+from mos_cli.towers.generation import GenerationTower
+from mos_cli.towers.router import Route
 
 Row = dict[str, Any]
 SHORT = 8
@@ -27,12 +33,13 @@ SHORT = 8
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how often to measure, and the memory caps in GiB."""
+    """Where and how often to measure, and the memory caps in GiB, as `draw_under` has them."""
 
     device: torch.device
     rounds: int
     tiny: bool
     caps: tuple[int, ...] = GPU_SIZES
+    outside: float | None = None
 
 
 class MoSL:
@@ -62,11 +69,20 @@ class MoSL:
         return {name: networks.bank(self.network, self.tower, self.run.device, count) for name, count in counts.items()}
 
     @torch.inference_mode()
-    def forward(self) -> Tensor:
-        return self.tower(self.z_BCHW, self.t_B, self.bank)[0]
+    def forward(self, route: Route | None = None) -> tuple[Tensor, Route]:
+        """The prediction and the route: the router's, or the one that is given."""
+        return self.tower(self.z_BCHW, self.t_B, self.bank, steering=route)
 
-    def seconds(self) -> float:
-        return seconds(self.forward, self.run)
+    def times(self, route: Route | None = None) -> Row:
+        """Seconds of a forward, eager and, on a GPU, replayed as a CUDA graph; or why it is not."""
+        forward = partial(self.forward, route)
+        times: Row = {"eager_seconds": seconds(forward, self.run)}
+        if self.run.device.type == "cuda":
+            with replayed(self.tower, self.run.device, True) as passes:
+                took = seconds(forward, self.run)
+            assert passes is not None
+            times |= {"why": passes.failure} if passes.failure else {"graph_seconds": took}
+        return times
 
     def step(
         self, tokens: int = TOKENS, *, batched_guidance: bool = True, bucket: int | None = None
@@ -81,6 +97,16 @@ class MoSL:
             return torch.cat([x_hats[name] for name in banks])
 
         return predicted
+
+
+@contextmanager
+def replayed(tower: GenerationTower, device: torch.device, cuda_graph: bool) -> Iterator[StepGraphs | None]:
+    """Passes are replayed as CUDA graphs within the context, or none."""
+    if not cuda_graph:
+        yield None
+        return
+    yield StepGraphs(CudaCapture(device)).add_to(tower)
+    HookRegistry.check_if_exists_or_initialize(tower).remove_hook(HOOK, recurse=False)
 
 
 def seconds(action: Callable[[], object], run: Run) -> float:

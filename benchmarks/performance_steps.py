@@ -6,17 +6,15 @@ Shapes: B branches, T context tokens, J generation blocks, M understanding layer
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
 
 import performance_networks as networks
 import torch
-from diffusers.hooks.hooks import HookRegistry
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-from performance_model import SHORT, MoSL, Row, Run, difference, seconds
+from performance_model import SHORT, MoSL, Row, Run, difference, replayed, seconds
 from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
@@ -26,7 +24,7 @@ from mos_cli.planning.memory import TOKENS
 from mos_cli.quantization.method import Method
 from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.trace import RecordOptions
-from mos_cli.sampling.graphs import BUCKET, HOOK, CudaCapture, StepGraphs
+from mos_cli.sampling.graphs import BUCKET
 from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, Guidance
 from mos_cli.sampling.sampler import make_sigmas, sample
 from mos_cli.towers.bank import StateBank
@@ -78,7 +76,7 @@ def compiled(run: Run) -> list[Row]:
                 if graph and run.device.type != "cuda":
                     rows.append({**name, "why": NO_CUDA})
                     continue
-                with _replayed(model.tower, run.device, graph) as passes:
+                with replayed(model.tower, run.device, graph) as passes:
                     rows.append({**name, **_costs(model, expected, graph=graph)})
                     rows[-1]["passes"] = "eager" if passes is None else passes.note
     torch._dynamo.reset()
@@ -108,16 +106,6 @@ def _costs(model: MoSL, expected: Tensor, *, graph: bool) -> Row:
     return {**times, "difference": difference(step(), expected)}
 
 
-@contextmanager
-def _replayed(tower: GenerationTower, device: torch.device, graph: bool) -> Iterator[StepGraphs | None]:
-    """Passes are replayed as CUDA graphs within the context, or none."""
-    if not graph:
-        yield None
-        return
-    yield StepGraphs(CudaCapture(device)).add_to(tower)
-    HookRegistry.check_if_exists_or_initialize(tower).remove_hook(HOOK, recurse=False)
-
-
 def _finished(action: Callable[[], object], device: torch.device) -> None:
     action()
     if device.type == "cuda":
@@ -139,7 +127,7 @@ def graphs(run: Run) -> list[Row]:
             if graph and run.device.type != "cuda":
                 rows.append({**row, "why": NO_CUDA})
                 continue
-            with _replayed(tower, run.device, graph) as passes:
+            with replayed(tower, run.device, graph) as passes:
                 for kind, tokens in (("first", TOKENS), ("next", TOKENS), ("other_prompt", TOKENS - 2)):
                     began = time.perf_counter()
                     if passes is not None:
