@@ -116,7 +116,7 @@ def parts(options: argparse.Namespace) -> list[Part]:
     listed += [Part(f"cap-{gib}", [*performance, "caps", "--gib", str(gib), *tiny], 90) for gib in (8, 12, 16, 24)]
     training = [python, str(ROOT / "benchmarks" / "training.py")]
     listed.append(Part("host", [*training, "host", options.recipe], 40))
-    listed.append(Part("throughput", [*training, options.recipe], 180))
+    listed.append(Part("throughput", [*training, "throughput", options.recipe], 180))
     listed.append(Part("train", [*mos, "train", options.recipe, "--run", "run"], float("inf"), takes_time=True))
     return listed
 

@@ -1,15 +1,15 @@
-"""A kit for a GPU machine without a network: what `gpu_day.py` needs there beside this checkout and PyTorch.
+"""A kit for a GPU machine without a network: what `gpu_day.py` needs there beside PyTorch.
 
-python benchmarks/gpu_kit.py KIT [--recipe train-emoji-more] [--art DIR] [--python 3.12] [--cuda 130] [--part 46]
+python benchmarks/gpu_kit.py KIT [--recipe train-emoji-more] [--art DIR] [--python 3.12] [--cuda 130] [--part 60]
 
 KIT/part-0, part-1, ... are a tar.xz in parts of so many MiB, for a connection that takes no larger file. In it:
 
+mos      the files of this checkout
 site     the packages that mos needs and a machine for PyTorch lacks, in the versions of this environment
 cache    the towers of the default model and of the recipe, and the recipe's pictures as an art file
-models   the weights of the default model, which may stay out of the checkout that is sent
-setup.sh for a shell in the checkout: puts the weights in place and sets the paths
+setup.sh sets the paths and goes to the checkout
 
-There: cat part-* | tar xJ -C DIR && cd CHECKOUT && . DIR/setup.sh. docs/gpu-day.md has the whole procedure.
+There: cat part-* | xz -dT0 | tar x -C DIR && . DIR/setup.sh. docs/gpu-day.md has the whole procedure.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from safetensors.torch import save_file
 
-from mos_cli.bundles.bundle import Bundle, find_bundle
+from mos_cli.bundles.bundle import find_bundle
 from mos_cli.bundles.sources import fetch_tower
 from mos_cli.config.settings import RunSettings
 from mos_cli.datasets.art.file import SCHEMA, ArtManifest, data_folder, load_art
@@ -40,6 +40,7 @@ from mos_cli.utils.files import sha256_of
 from mos_cli.utils.folders import cache_folder
 from mos_cli.utils.quiet import quieten
 
+CHECKOUT = Path(__file__).resolve().parents[1]
 PRESENT = {
     *("accelerate", "filelock", "huggingface-hub", "matplotlib", "numpy", "packaging", "peft", "pillow", "psutil"),
     *("regex", "requests", "safetensors", "shellingham", "tensorboard", "torch", "transformers", "typing-extensions"),
@@ -47,10 +48,10 @@ PRESENT = {
 """Packages of a machine for PyTorch, with what they need."""
 PLATFORMS = ("2_34", "2_28", "2_27", "2_24", "2_17")
 SETUP = """\
-# For bash, in a checkout of mos: `. DIR/setup.sh`.
+# For bash: `. DIR/setup.sh`.
 kit=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-cp -r "$kit/models" .
-export PYTHONPATH=$kit/site:$PWD MOS_CACHE=$kit/cache HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+export PYTHONPATH=$kit/site:$kit/mos MOS_CACHE=$kit/cache HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+cd "$kit/mos"
 """
 
 
@@ -77,6 +78,14 @@ def lacking() -> Iterator[str]:
                 todo.append((key, ()))
 
 
+def add_checkout(folder: Path, checkout: Path = CHECKOUT) -> None:
+    """Copies the files of a checkout that git knows, as they are."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=checkout, capture_output=True, text=True, check=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(checkout / name, folder / name)
+
+
 def add_site(site: Path, python: str, cuda: str) -> None:
     """Unpacks the wheels of `lacking` for a Linux machine; of bitsandbytes' libraries only those for its CUDA."""
     with tempfile.TemporaryDirectory() as wheels:
@@ -93,7 +102,8 @@ def add_site(site: Path, python: str, cuda: str) -> None:
 def add_towers(cache: Path, recipe: TrainRecipe) -> None:
     """Copies the towers of the default model and of the recipe."""
     start = None if recipe.start_from is None else find_bundle(recipe.start_from)
-    folders = {fetch_tower(_default().index.understanding), understanding_of(recipe, start)[1]}
+    default = find_bundle(RunSettings().model)
+    folders = {fetch_tower(default.index.understanding), understanding_of(recipe, start)[1]}
     if recipe.image_encoder is not None:
         folders.add(fetch_tower(features_spec()))
     for folder in folders:
@@ -121,33 +131,25 @@ def add_art(folder: Path, source: Path, data: DataTable) -> None:
     pixels.with_suffix(".json").write_text(manifest.model_dump_json(by_alias=True) + "\n", encoding="utf-8")
 
 
-def add_weights(models: Path) -> None:
-    """Copies the weights of the default model."""
-    source = _default().folder
-    for path in source.rglob("*.safetensors"):
-        target = models / path.relative_to(source.parent)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, target)
-
-
-def _default() -> Bundle:
-    return find_bundle(RunSettings().model)
-
-
 def pack(kit: Path, folder: Path, part: int) -> list[Path]:
     """Packs `folder` into parts of so many bytes at most; returns them."""
     kit.mkdir(parents=True, exist_ok=True)
     for old in kit.glob("part-*"):
         old.unlink()
     parts = []
-    with tempfile.TemporaryFile() as whole:
-        with tarfile.open(fileobj=whole, mode="w:xz", preset=1) as archive:
+    with tempfile.NamedTemporaryFile(suffix=".tar") as whole:
+        with tarfile.open(fileobj=whole, mode="w") as archive:
             for path in sorted(folder.iterdir()):
                 archive.add(path, path.name)
-        whole.seek(0)
-        while data := whole.read(part):
+        whole.flush()
+        # In blocks, which are unpacked side by side.
+        packing = subprocess.Popen(["xz", "-3", "-T0", "--block-size=8MiB", "-c", whole.name], stdout=subprocess.PIPE)
+        assert packing.stdout is not None
+        while data := packing.stdout.read(part):
             parts.append(kit / f"part-{len(parts)}")
             parts[-1].write_bytes(data)
+        if packing.wait():
+            raise subprocess.CalledProcessError(packing.returncode, packing.args)
     return parts
 
 
@@ -158,17 +160,17 @@ def main() -> None:
     parser.add_argument("--art", type=Path, default=data_folder())
     parser.add_argument("--python", default="3.12", help="its version there")
     parser.add_argument("--cuda", default="130", help="that of PyTorch there, for bitsandbytes")
-    parser.add_argument("--part", type=int, default=46, help="MiB")
+    parser.add_argument("--part", type=int, default=60, help="MiB")
     options = parser.parse_args()
     quieten()
     recipe = load_recipe(options.recipe)
     assert isinstance(recipe.data, DataTable), "recipes of captioned pictures need those, and no art"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        add_checkout(folder / "mos")
         add_site(folder / "site", options.python, options.cuda)
         add_towers(folder / "cache", recipe)
         add_art(folder / "cache" / "data", options.art, recipe.data)
-        add_weights(folder / "models")
         (folder / "setup.sh").write_text(SETUP)
         for path in pack(options.kit, folder, options.part << 20):
             print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")

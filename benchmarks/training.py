@@ -1,7 +1,8 @@
-"""The cost of data: images/s of complete training steps, compared with steps on a batch that is already on the device.
+"""What a training costs beside its arithmetic.
 
-python benchmarks/training.py RECIPE [ART] [STEPS]
-python benchmarks/training.py host RECIPE [ART]
+python benchmarks/training.py throughput|host|compile RECIPE [--art DIR] [--steps N]
+
+`throughput` has images/s of complete steps, compared with steps on a batch that is already on the device.
 
 `host` shows on any machine what a batch costs the processors, with one thread: the milliseconds of a worker process for
 512 pictures, and of the process with the GPU the operations that it starts and its CPU time for a batch. That time is
@@ -11,11 +12,14 @@ of steps from the loss to the moving averages, only the operations are counted.
 
 Batches and steps are computed, and replayed as CUDA graphs: then a replay itself, one call, does nothing here, and what
 is left is what the host does around it. Three copies to the GPU for each batch are not counted on a CPU.
+
+`compile` computes a step of scenes and one of edits, of the recipe's last stage. In a process of its own, beside a
+training that is in an earlier stage, it fills the cache in which that training then finds its compiled steps.
 """
 
+import argparse
 import pickle
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +32,7 @@ from unittest.mock import patch
 import torch
 from paired_steps import Operations
 
+from mos_cli.datasets.art.file import data_folder
 from mos_cli.utils.quiet import quieten
 
 BATCH = 512
@@ -188,23 +193,14 @@ class Uncomputed:
         return mapped(function(), torch.clone), lambda: None
 
 
-def main() -> None:
-    quieten()
-    if sys.argv[1] == "host":
-        from mos_cli.datasets.art.file import data_folder
-
-        host(sys.argv[2], Path(sys.argv[3]) if len(sys.argv) > 3 else data_folder())
-        return
-    from mos_cli.datasets.art.file import data_folder
+def throughput(name: str, art: Path, steps: int) -> None:
+    """Prints a row for each stage."""
     from mos_cli.training.recipe import load_recipe
     from mos_cli.training.run import prepare
 
-    recipe = load_recipe(sys.argv[1])
-    art = Path(sys.argv[2]) if len(sys.argv) > 2 else data_folder()
-    steps = int(sys.argv[3]) if len(sys.argv) > 3 else 20
     print("| stage | canvas | batch | whole step, images/s | fixed batch, images/s | ratio |\n" + "| --- " * 6 + "|")
     with tempfile.TemporaryDirectory() as folder:
-        trainer = prepare(recipe, art, Path(folder))
+        trainer = prepare(load_recipe(name), art, Path(folder))
         for stage in trainer.curriculum.stages:
             trainer.step = stage.first
             batches = trainer.batches.stream(stage.first)
@@ -216,6 +212,42 @@ def main() -> None:
             trainer.step = stage.first + 1
             whole = stage.batch / seconds(lambda data=batches: trainer.advance(next(data)), steps, device, warm_up)
             print(f"| {stage.name} | {stage.canvas} | {stage.batch} | {whole:.0f} | {pure:.0f} | {whole / pure:.2f} |")
+
+
+def compile_last_stage(name: str, art: Path) -> None:
+    """Prints how long the first step of each kind takes."""
+    from mos_cli.training.batches import kind_of
+    from mos_cli.training.recipe import load_recipe
+    from mos_cli.training.run import prepare
+
+    recipe = load_recipe(name)
+    recipe = recipe.model_copy(update={"stages": recipe.stages[-1:]})
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = prepare(recipe, art, Path(folder))
+        plan, seed = trainer.curriculum, recipe.train.seed
+        for what, edits in ("scenes", False), ("edits", True):
+            step = next((step for step in range(plan.steps) if kind_of(plan, seed, step)[1] == edits), None)
+            if step is None:
+                continue
+            batch, began = next(trainer.batches.stream(step)), time.perf_counter()
+            trainer.step = step
+            trainer.advance(batch)
+            _wait(trainer.device)
+            print(f"a first step of {what}: {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("throughput", "host", "compile"))
+    parser.add_argument("recipe")
+    parser.add_argument("--art", type=Path, default=data_folder())
+    parser.add_argument("--steps", type=int, default=20, help="steps that are timed by `throughput` (20)")
+    options = parser.parse_args()
+    quieten()
+    if options.what == "throughput":
+        throughput(options.recipe, options.art, options.steps)
+    else:
+        {"host": host, "compile": compile_last_stage}[options.what](options.recipe, options.art)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def test_the_art_of_a_recipe_has_its_pictures_alone(tmp_path: Path, art_folder: 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    weights = tmp_path / "folder" / "models" / "emoji" / "generation" / "weights.safetensors"
+    weights = tmp_path / "folder" / "mos" / "models" / "weights.safetensors"
     weights.parent.mkdir(parents=True)
     weights.write_bytes(os.urandom(2500))
     (tmp_path / "folder" / "setup.sh").write_text(gpu_kit.SETUP)
@@ -68,10 +68,19 @@ def test_parts_of_an_earlier_kit_are_removed(tmp_path: Path, folder: Path) -> No
     assert list((tmp_path / "kit").iterdir()) == [part]
 
 
-def test_setup_puts_weights_in_place_and_sets_paths(tmp_path: Path, folder: Path) -> None:
-    checkout = tmp_path / "checkout"
-    checkout.mkdir()
-    script = f". {folder}/setup.sh && echo $PYTHONPATH $MOS_CACHE"
-    shell = subprocess.run(["bash", "-c", script], cwd=checkout, capture_output=True, text=True, check=True)
-    assert shell.stdout.split() == [f"{folder}/site:{checkout}", f"{folder}/cache"]
-    assert (checkout / "models" / "emoji" / "generation" / "weights.safetensors").stat().st_size == 2500
+def test_a_checkout_is_its_files_that_git_knows(tmp_path: Path) -> None:
+    (checkout := tmp_path / "checkout" / "models").mkdir(parents=True)
+    (checkout / "weights.safetensors").write_bytes(b"weights")
+    (checkout / "notes.txt").write_text("mine")
+    for command in (["init", "-q"], ["add", "models/weights.safetensors"]):
+        subprocess.run(["git", *command], cwd=checkout.parent, check=True)
+    gpu_kit.add_checkout(tmp_path / "kit", checkout.parent)
+    (copied,) = (path for path in (tmp_path / "kit").rglob("*") if path.is_file())
+    assert copied == tmp_path / "kit" / "models" / "weights.safetensors"
+    assert copied.read_bytes() == b"weights"
+
+
+def test_setup_sets_paths_and_goes_to_the_checkout(tmp_path: Path, folder: Path) -> None:
+    script = f". {folder}/setup.sh && echo $PYTHONPATH $MOS_CACHE $PWD"
+    shell = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert shell.stdout.split() == [f"{folder}/site:{folder}/mos", f"{folder}/cache", f"{folder}/mos"]
