@@ -20,6 +20,8 @@ from mos_cli.images.records import read_record
 # Colour profiles for print and the notes of other programs are larger than Pillow's limit for one chunk of a PNG; its
 # limit for all of them together stays.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+# Pillow's warnings are of no use to a user. Filters belong to the process: threads that read pictures share them.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP")
 """The formats that are read, by content. Pillow supports dozens more, some of which run other programs."""
@@ -89,31 +91,30 @@ def opened_picture(file: PictureFile) -> Iterator[tuple[Image.Image, list[str]]]
     if not isinstance(file, Path):
         file.seek(0)
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of too many pixels before it decodes any; its other warnings are of no use to a user.
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with ExitStack() as stack:
-                with _QUIET if _decoder_prints(file) else nullcontext():
-                    opened = stack.enter_context(Image.open(file, formats=FORMATS))
-                    # Further pictures in a phone's JPEG (MPO) are previews and depth maps, not frames.
-                    if opened.format in FORMATS and getattr(opened, "is_animated", False):
-                        notes.append(
-                            f"{name} has several pages: only its first is read"
-                            if opened.format == "TIFF"
-                            else f"{name} is animated: only its first frame is read"
-                        )
-                    # Pillow decodes colours to 8 bits by itself.
-                    if opened.mode not in _DEEP_MODES and any(";16" in str(tile[3]) for tile in opened.tile):
-                        notes.append(_reduced(name))
-                    opened.load()
-                yield opened, notes
+        with ExitStack() as stack:
+            with _QUIET if _decoder_prints(file) else nullcontext():
+                opened = stack.enter_context(Image.open(file, formats=FORMATS))
+                # From here to twice as many Pillow only warns.
+                if opened.width * opened.height > (Image.MAX_IMAGE_PIXELS or 0):
+                    raise Image.DecompressionBombError
+                # Further pictures in a phone's JPEG (MPO) are previews and depth maps, not frames.
+                if opened.format in FORMATS and getattr(opened, "is_animated", False):
+                    notes.append(
+                        f"{name} has several pages: only its first is read"
+                        if opened.format == "TIFF"
+                        else f"{name} is animated: only its first frame is read"
+                    )
+                # Pillow decodes colours to 8 bits by itself.
+                if opened.mode not in _DEEP_MODES and any(";16" in str(tile[3]) for tile in opened.tile):
+                    notes.append(_reduced(name))
+                opened.load()
+            yield opened, notes
     except (MosError, MemoryError):
         raise
     except UnidentifiedImageError:
         kinds = "PNG, JPEG, WebP, AVIF, GIF, TIFF or BMP picture"
         raise InputError(f"{name} is not a {kinds}, the kinds that can be read, or damaged") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except Image.DecompressionBombError:
         most = (Image.MAX_IMAGE_PIXELS or 0) // 10**6
         raise InputError(f"{name} is too large to be opened: {most} million pixels at most") from None
     except Exception as error:

@@ -5,6 +5,7 @@ Shapes: I inputs and O outputs of a linear layer, R rank.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from mos_cli.utils.files import atomic_write
 
 PREFIX = "transformer."
 """What diffusers puts before the names of a transformer's layers."""
+PER_LAYER = ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
+"""Settings of peft with which the change of a layer is not alpha / rank B A, with the same alpha and rank for all."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Lora:
 
 
 def load_lora(path: Path) -> Lora:
-    """Reads a LoRA file; raises InputError if it is damaged, holds other things, or values that are not finite."""
+    """Reads a LoRA file; raises InputError if it is damaged, holds other things, or is one of another kind."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -55,10 +58,15 @@ def load_lora(path: Path) -> Lora:
     if not parts or any(len(pair) < 2 for pair in parts.values()):
         raise InputError(f"{path} is no LoRA file: a layer lacks one of its two parts")
     pairs = {layer: (pair["A"], pair["B"]) for layer, pair in parts.items()}
-    rank = next(iter(pairs.values()))[0].shape[0]
+    ranks = {a_RI.shape[0] for a_RI, _ in pairs.values()}
+    if len(ranks) > 1 or any(settings.get(name) for name in PER_LAYER):
+        raise InputError(
+            f"{path} cannot be used: it is no plain LoRA with one rank and one alpha for all layers"
+        )
+    rank = ranks.pop()
     alpha = settings.get("lora_alpha", rank)
-    if not isinstance(alpha, int | float):
-        raise InputError(f"{path} is damaged: lora_alpha is {alpha!r}")
+    if rank == 0 or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise InputError(f"{path} is damaged: its rank is {rank}, its lora_alpha {alpha!r}")
     return Lora(path.name, pairs, alpha / rank)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image, ImageCms
 from mos_cli.bundles.specs import Canvas
 from mos_cli.errors import InputError, UsageError
 from mos_cli.images.masks import read_mask
-from mos_cli.images.pictures import Fit, read_picture, working_size
+from mos_cli.images.pictures import Fit, opened_picture, read_picture, working_size
 from tests.helpers.pictures import array, noise
 
 CANVAS = Canvas(native=(64, 64), multiple=8, min=32, max=128)
@@ -172,6 +173,21 @@ def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, mistake: str) -> N
             read(path)
         assert str(path) in str(caught.value)
         assert len(str(caught.value).splitlines()) == 1
+
+
+def test_pictures_that_are_read_at_once_share_the_filters_of_warnings(tmp_path) -> None:
+    """Threads end in another order than they began."""
+    (tmp_path / "good.png").write_bytes(encoded(noise()))
+    (tmp_path / "large.png").write_bytes(raw_png(10_000, 10_000, 8, 2))
+    before = list(warnings.filters)
+    first, second = (opened_picture(tmp_path / "good.png") for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    with pytest.raises(InputError, match="too large"):
+        read_picture(tmp_path / "large.png")
+    second.__exit__(None, None, None)
+    assert list(warnings.filters) == before
 
 
 def test_a_folder_is_no_picture(tmp_path) -> None:

@@ -1,5 +1,6 @@
 """LoRA files: merged into the model, recorded by their hashes, replayed, and refused where they do not fit."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mos_cli.bundles.bundle import Bundle
-from mos_cli.bundles.loras import LoraFile, parse_lora
-from mos_cli.errors import InputError, UsageError
+from mos_cli.bundles.loras import LORA_METADATA, LoraFile, parse_lora
+from mos_cli.errors import InputError, ModelError, UsageError
 from mos_cli.images.outputs import read_drawing
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.lora import LoraSet, add_lora, load_lora, merge_lora, save_lora
-from mos_cli.towers.quantized import load_generation
+from mos_cli.towers.quantized import load_generation, quantise_generation
 from mos_cli.utils.files import sha256_of
 
 RANK, ALPHA = 4, 2.0
@@ -149,16 +150,49 @@ def test_what_is_no_lora_or_does_not_fit_is_refused_in_a_line(mos, bundle: Bundl
     assert load_lora(good).factor == ALPHA / RANK
 
 
-def test_a_lora_goes_with_quantisation_on_load_and_not_with_a_quantised_model(mos, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{"use_rslora": True}, {"alpha_pattern": {"blocks.0": 8}}, {"lora_alpha": float("nan")}, {"lora_alpha": "2"}],
+)
+def test_settings_that_are_not_read_are_refused(tmp_path: Path, settings: dict[str, object]) -> None:
+    tensors = {f"blocks.0.to_out.lora_{part}.weight": torch.ones(RANK, RANK) for part in "AB"}
+    save_file(tensors, tmp_path / "a.safetensors", {LORA_METADATA: json.dumps({"r": RANK} | settings)})
+    with pytest.raises(InputError, match=r"one alpha|lora_alpha"):
+        load_lora(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("ranks", [(0, 0), (4, 8)])
+def test_layers_share_a_rank_above_zero(tmp_path: Path, ranks: tuple[int, int]) -> None:
+    tensors = {}
+    for layer, rank in enumerate(ranks):
+        tensors[f"blocks.{layer}.to_out.lora_A.weight"] = torch.ones(rank, 6)
+        tensors[f"blocks.{layer}.to_out.lora_B.weight"] = torch.ones(6, rank)
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match="rank"):
+        load_lora(tmp_path / "a.safetensors")
+
+
+def test_a_lora_goes_with_quantisation_on_load_and_not_with_a_quantised_model(tmp_path: Path) -> None:
     """On load the sum is quantised; what is quantised already cannot be changed."""
+    cpu = torch.device("cpu")
     tower = GenerationTower(**{"width": 128, "depth": 1, "heads": 2, "hidden": 64, "states_width": 64})
-    folder = tmp_path / "m" / "generation"
-    tower.save_pretrained(folder)
+    tower.save_pretrained(plain := tmp_path / "plain" / "generation")
     add_lora(tower, RANK, ALPHA)
     weights = {name: torch.ones_like(weight) for name, weight in tower.named_parameters() if ".lora_" in name}
     save_lora(tmp_path / "a.safetensors", weights, RANK, ALPHA)
-    loras, cpu = LoraSet.of([LoraFile(tmp_path / "a.safetensors")]), torch.device("cpu")
-    load_generation(folder, "int8", device=cpu, loras=loras)
+    loras = LoraSet.of([LoraFile(tmp_path / "a.safetensors")])
+    load_generation(plain, device=cpu, loras=loras).save_pretrained(merged := tmp_path / "merged" / "generation")
+    changed, expected, other = (
+        load_generation(folder, "int8", device=cpu, loras=chosen).state_dict()
+        for folder, chosen in ((plain, loras), (merged, LoraSet()), (plain, LoraSet()))
+    )
+    assert changed.keys() == expected.keys()
+    assert all(torch.equal(changed[name], expected[name]) for name in changed)
+    assert not all(torch.equal(changed[name], other[name]) for name in changed)
+    (quantised := tmp_path / "quantised").mkdir()
+    quantise_generation(plain, quantised, "int8")
+    with pytest.raises(ModelError, match="use a LoRA with the model it was made from"):
+        load_generation(quantised, device=cpu, loras=loras)
 
 
 def test_the_python_interface_takes_loras(bundle: Bundle, tmp_path: Path) -> None:
