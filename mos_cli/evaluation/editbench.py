@@ -4,7 +4,6 @@ The edits are fixed in editbench.jsonl. Evaluations name the hash of this file, 
 version 0.1.0; `python -m mos_cli.evaluation.editbench` writes the same edits with the present names.
 """
 
-import json
 from pathlib import Path
 from random import Random
 from typing import Annotated
@@ -14,7 +13,7 @@ from pydantic import BeforeValidator
 from mos_cli.datasets.scenes.composition import Composition
 from mos_cli.datasets.scenes.edits import EDIT_KINDS, EditKind, EditWriter
 from mos_cli.datasets.scenes.vocabulary import Vocabulary
-from mos_cli.evaluation.scenebench import bench_words
+from mos_cli.evaluation.scenebench import bench_text, bench_words
 from mos_cli.utils.files import atomic_write
 from mos_cli.utils.migration import current_fields
 from mos_cli.utils.validation import Frozen
@@ -61,11 +60,5 @@ def make_edit_bench(vocabulary: Vocabulary, count: int = PER_KIND) -> tuple[Edit
     return tuple(entries)
 
 
-def edit_bench_text(entries: tuple[EditEntry, ...]) -> str:
-    """The entries as JSON lines, without default values."""
-    lines = [json.dumps(entry.model_dump(exclude_defaults=True), ensure_ascii=False) for entry in entries]
-    return "\n".join(lines) + "\n"
-
-
 if __name__ == "__main__":
-    atomic_write(FILE, edit_bench_text(make_edit_bench(bench_words())).encode(), overwrite=True)
+    atomic_write(FILE, bench_text(make_edit_bench(bench_words())).encode(), overwrite=True)

@@ -5,7 +5,7 @@ version 0.1.0; `python -m mos_cli.evaluation.scenebench` writes the same prompts
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from random import Random
@@ -94,8 +94,8 @@ def make_bench(vocabulary: Vocabulary, count: int = PER_CATEGORY) -> tuple[Entry
     return tuple(entries)
 
 
-def bench_text(entries: tuple[Entry, ...]) -> str:
-    """The entries as JSON lines, without default values."""
+def bench_text(entries: Sequence[Frozen]) -> str:
+    """The entries of a bench as JSON lines, without default values."""
     lines = [json.dumps(entry.model_dump(exclude_defaults=True), ensure_ascii=False) for entry in entries]
     return "\n".join(lines) + "\n"
 

@@ -216,4 +216,4 @@ class Manifest:
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror}") from None
         if removed:
-            raise InputError(f"{self.path} was removed while the run wrote it: run again, with --skip-existing")
+            raise InputError(f"{self.path} was removed while the run wrote it: the same command begins a new one")

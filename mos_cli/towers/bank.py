@@ -63,9 +63,9 @@ class StateBank:
 
 
 def join(banks: Sequence[StateBank], bucket: int | None = None) -> StateBank:
-    """The banks of the guidance branches of one picture as one bank, with a row for each.
+    """The banks of several rows, guidance branches of one picture or more, as one bank with a row for each.
 
-    The branches have the same references, or none.
+    The rows have the same references, or none.
 
     Shorter prompts are padded with zeros; image tokens stay the last.
 

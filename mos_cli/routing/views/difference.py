@@ -9,7 +9,7 @@ from rich.text import Text
 
 from mos_cli.routing.diff import NEAR, BranchDifference, Difference, Tally
 from mos_cli.routing.trace import Trace
-from mos_cli.routing.views.tables import printable
+from mos_cli.routing.views.tables import plain_table, printable
 from mos_cli.utils.counts import counted
 
 WORD_WIDTH = 18
@@ -50,7 +50,7 @@ def headline(difference: Difference) -> str:
 
 
 def _runs(a: Trace, b: Trace) -> Table:
-    table = _table(show_header=False)
+    table = plain_table()
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for name, trace in (("A", a), ("B", b)):
@@ -77,7 +77,7 @@ def _steps(branch: BranchDifference, counts: tuple[int, int]) -> str:
 
 
 def _words(branch: BranchDifference) -> Table:
-    table = _table(show_header=True)
+    table = plain_table(show_header=True)
     table.add_column("word", min_width=WORD_WIDTH, max_width=WORD_WIDTH, overflow="fold")
     for heading in ("agree", "near-ties", "changes", "distance", "first"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -111,7 +111,3 @@ def _percent(part: int, tally: Tally) -> str:
     if part < tally.choices and share > 99.9:
         return ">99.9%"
     return f"{share:.1f}%"
-
-
-def _table(*, show_header: bool) -> Table:
-    return Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_header=show_header, header_style="dim")
