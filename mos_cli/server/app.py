@@ -317,10 +317,10 @@ PARTS: dict[str, Callable[[Sequence[Result]], Response]] = {
 }
 
 
-async def _json(request: Request, most: int | None) -> bytes:
+async def _json(request: Request, most: int | None) -> bytearray:
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise HTTPException(415, "send JSON, with Content-Type: application/json")
-    data = b""
+    data = bytearray()
     async for part in request.stream():
         data += part
         if most is not None and len(data) > most:
