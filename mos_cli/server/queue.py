@@ -240,6 +240,8 @@ class JobQueue:
             job.error = InputError("it was cancelled")
             job.end("cancelled", error=str(job.error))
         except Exception as error:
+            # The frames of a traceback hold the model and what was computed, here and in what the error goes back to.
+            error.__traceback__ = error.__cause__ = error.__context__ = None
             job.error = error
             job.end("failed", error=str(error), kind=type(error).__name__)
         else:

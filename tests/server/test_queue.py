@@ -9,6 +9,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
+from mos_cli.errors import MemoryLimitError
 from mos_cli.server.app import make_app
 from tests.helpers.running_server import Gate, RunningServer, running_server, until
 
@@ -136,6 +137,27 @@ def test_an_error_of_the_model_ends_one_job(bundle) -> None:
         for _ in range(2):
             answer = server.ask("POST", GENERATIONS, {"prompt": "a dog"})
             assert (answer.status, answer.message) == (500, "the server failed: ZeroDivisionError")
+
+
+def test_the_memory_of_the_model_is_released_after_a_picture_that_failed(bundle) -> None:
+    class Activations:
+        pass
+
+    kept = []
+
+    def draw(request, on_step):
+        activations = Activations()
+        kept.append(weakref.ref(activations))
+        try:
+            raise MemoryError
+        except MemoryError:
+            raise MemoryLimitError("out of memory: take a smaller size") from None
+
+    with running_server(draw=draw, idle=0.05) as server:
+        answer = server.ask("POST", GENERATIONS, {"prompt": "a dog"})
+        assert (answer.status, answer.message) == (503, "out of memory: take a smaller size")
+        until(lambda: kept[0]() is None)
+        assert [job.status for job in server.queue.jobs.values()] == ["failed"]
 
 
 def test_the_last_pictures_are_kept(bundle) -> None:
