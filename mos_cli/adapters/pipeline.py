@@ -21,7 +21,7 @@ from mos_cli.adapters.text import EncodedText, encode_text, read_template
 from mos_cli.bundles.adapters import AdapterBundle, verify_adapter
 from mos_cli.bundles.loras import LoraFile
 from mos_cli.config.recipe import PictureRecord, Recipe, pixels_hash, provenance
-from mos_cli.errors import InputError, MemoryLimitError, MosError, UsageError
+from mos_cli.errors import InputError, MemoryLimitError, MosError
 from mos_cli.images.companions import TRACE_SCHEMA
 from mos_cli.images.inputs import Inputs
 from mos_cli.images.pictures import Fit
@@ -34,7 +34,7 @@ from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.rules import parse_rules
 from mos_cli.routing.steering import Steerer
 from mos_cli.routing.trace import AdapterTrace, Recording, RecordOptions, Routes, Trace, make_branch
-from mos_cli.routing.transfer import check_model, choices_hash, transfer_routes
+from mos_cli.routing.transfer import routes_of_run
 from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, SteeringInput
 from mos_cli.sampling.sampler import Observer, Step
 from mos_cli.towers.autoencoder import to_image
@@ -323,14 +323,6 @@ class _Run:
         first = min(range(len(times)), key=lambda step: abs(times[step] - t))
         self.times = times[first:]
         worded = {name: text for name, text in self.encoded.items() if text.tokens}
-        transferred = None
-        if recipe.route_from is not None:
-            if self.route_from is None:
-                raise UsageError(f"{recipe.prompt!r} takes its routes from another run: name it with --route-from FILE")
-            if choices_hash(self.route_from) != recipe.route_from.sha256:
-                raise UsageError(f"{self.route_from.path} is not the run that {recipe.prompt!r} takes its routes from")
-            check_model(self.route_from, recipe.model, pipeline.bundle_hash)
-            transferred = transfer_routes(self.route_from, worded, self.times, recipe.route_from.until)
         self.steerer = Steerer(
             parse_rules(recipe.routes or ()),
             worded,
@@ -339,7 +331,7 @@ class _Run:
             blocks=pipeline.blocks,
             layers=pipeline.layers,
             device=pipeline.device,
-            transferred=transferred,
+            transferred=routes_of_run(recipe, self.route_from, pipeline.bundle_hash, worded, self.times),
             own_layers=pipeline.own_layers,
         )
 
