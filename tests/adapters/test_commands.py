@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -204,7 +205,8 @@ def test_the_python_interface_fits_a_base_model_to_the_memory(
 ) -> None:
     import mos_cli
 
-    for given in ({"max_vram": 8}, {"offload": "understanding"}):
+    refused: list[dict[str, Any]] = [{"max_vram": 8}, {"offload": "understanding"}]
+    for given in refused:
         with pytest.raises(UsageError, match="needs a GPU"):
             mos_cli.load(base_folders("klein"), device="cpu", **given)
     with pytest.raises(InputError, match=r"no\.safetensors"):
