@@ -85,4 +85,5 @@ def load(
         references = 0 if bundle.index.edits is None else 1
         settings = fit_settings(bundle, settings, bundle.index.canvas.native, references=references).settings
     fields = recipe_fields(settings, bundle, bundle.index.defaults)
-    return Model(load_fitted(settings, precision=fields["precision"], quant=fields["quant"]), settings)
+    pipeline = load_fitted(settings, precision=fields["precision"], quant=fields["quant"])
+    return Model(pipeline, settings)  # type: ignore[arg-type]
