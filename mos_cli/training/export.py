@@ -25,7 +25,7 @@ from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.references import Parts, find_parts, understanding_of
 from mos_cli.training.start import start_tower
 from mos_cli.utils.devices import choose_device
-from mos_cli.utils.files import link_or_copy, make_folder, sha256_of
+from mos_cli.utils.files import link_or_copy, make_folder, replace_folder, sha256_of
 
 CARD = "card.md"
 
@@ -106,10 +106,7 @@ def _write(
         if (folder / CARD).is_file():
             link_or_copy(folder / CARD, made / CARD)
         check_drawing(write_bundle(recipe, learned, parts, made), parts, recipe, device)
-        replaced = Path(temporary) / "replaced"
-        if folder.exists():
-            folder.rename(replaced)
-        made.rename(folder)
+        replace_folder(made, folder)
     return folder
 
 

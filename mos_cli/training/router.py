@@ -4,7 +4,6 @@ Shapes: Q tokens of a prompt, Z slots, M layers, J blocks, N patches, P values o
 latent's size.
 """
 
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from mos_cli.sampling.guidance import POSITIVE, SteeringInput
 from mos_cli.towers.layers import TokenGrid
 from mos_cli.towers.router import uniform_route
 from mos_cli.training.base_models import BaseModelTrainer, Fit, Log, Sample
-from mos_cli.utils.files import atomic_write, make_folder, sha256_of
+from mos_cli.utils.files import atomic_write, make_folder, replace_folder, sha256_of
 
 RECIPE = "router.json"
 FITS = ("the router", "its static baseline")
@@ -147,7 +146,7 @@ def export(adapter: Adapter, recipe: RouterRecipe, bundle: AdapterBundle, folder
     """Writes an adapter: its index and its weights, both or neither; an earlier one there is replaced.
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: the folder cannot be written; an earlier one is as it was.
     """
     make_folder(folder.parent)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
@@ -166,6 +165,4 @@ def export(adapter: Adapter, recipe: RouterRecipe, bundle: AdapterBundle, folder
         )
         text = index.model_dump_json(indent=2, by_alias=True, exclude_none=True) + "\n"
         atomic_write(made / ADAPTER, text.encode(), overwrite=False)
-        if folder.exists():
-            shutil.rmtree(folder)
-        made.rename(folder)
+        replace_folder(made, folder)
