@@ -257,8 +257,8 @@ class Trainer:
         """Loads the newest checkpoint that is whole, or to `extend` the last before the learning rates fell."""
         paths = checkpoint.found(self.folder)
         if extend:
-            plans = {path: checkpoint.plan_of(path) for path in paths}
-            paths = [path for path, plan in plans.items() if plan and checkpoint.step_of(path) <= plan.decay_from]
+            plans = checkpoint.plans(self.folder).items()
+            paths = [path for path, plan in plans if plan and checkpoint.step_of(path) <= plan.decay_from]
             if not paths:
                 raise InputError(
                     f"{self.folder} has no state from before its learning rates fell: leave out --extend, "
