@@ -165,7 +165,7 @@ def train(
     else:
         target = export or folder / "bundle"
     for place in (folder, target):
-        check_writable(place.expanduser() if loaded.lora is None else place.expanduser().parent)
+        check_writable(place if loaded.lora is None else place.parent)
     if processes > 1 and not is_worker():
         check_processes(processes)
         raise typer.Exit(run_in_processes(sys.argv[1:], processes))
