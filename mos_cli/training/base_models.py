@@ -196,21 +196,15 @@ class BaseModelTrainer:
         self, fits: Mapping[str, Fit], folder: Path, accelerator: Accelerator, say: Callable[[str], None]
     ) -> int:
         """Loads the newest checkpoint that is whole; returns the number of steps done."""
-        paths = checkpoint.found(folder)
-        for number, path in enumerate(paths):
-            try:
-                state = checkpoint.load(
-                    path, {name: fit.state() for name, fit in fits.items()}, accelerator.num_processes
-                )
-            except InputError as error:
-                if number == len(paths) - 1:
-                    raise
-                say(f"{error}".split(": delete")[0] + f": going on from step {checkpoint.step_of(paths[number + 1])}")
-                continue
+
+        def load(path: Path) -> None:
+            states = {name: fit.state() for name, fit in fits.items()}
+            states = checkpoint.load(path, states, accelerator.num_processes)
             for name, fit in fits.items():
-                fit.load(state[name])
-            return checkpoint.step_of(path)
-        return 0
+                fit.load(states[name])
+
+        path = checkpoint.load_newest(checkpoint.found(folder), load, say)
+        return 0 if path is None else checkpoint.step_of(path)
 
     def _keep_recipe(self, folder: Path) -> None:
         """Writes the recipe and the base model's hash into the folder; raises InputError if others are there."""

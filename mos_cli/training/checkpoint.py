@@ -143,6 +143,28 @@ def load(path: Path, state: dict[str, Any], processes: int) -> dict[str, Any]:
     return renamed(state, current_weight)
 
 
+def load_newest(paths: list[Path], load: Callable[[Path], None], say: Callable[[str], None]) -> Path | None:
+    """Loads the first of some checkpoints that is whole, and returns its path; None if there are none.
+
+    Args:
+        load: reads one; raises InputError if it is damaged.
+        say: called with a line for each damaged one.
+
+    Raises:
+        InputError: all are damaged.
+    """
+    for path, older in zip(paths, [*paths[1:], None], strict=False):
+        try:
+            load(path)
+        except InputError as error:
+            if older is None:
+                raise
+            say(f"{error}".split(": delete")[0] + f": going on from step {step_of(older)}")
+        else:
+            return path
+    return None
+
+
 def renamed(state: Any, rename: Callable[[str], str]) -> Any:
     """A state with the names of its weights changed, wherever they stand; tensors are not copied."""
     if isinstance(state, dict):

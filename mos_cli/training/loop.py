@@ -17,7 +17,6 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from mos_cli.bundles.bundle import find_bundle
 from mos_cli.errors import DivergenceError, InputError, UsageError
@@ -32,6 +31,7 @@ from mos_cli.training.objective import Objective
 from mos_cli.training.optimiser import build_optimisers, rates_at, set_rates, start_states
 from mos_cli.training.pace import Pace
 from mos_cli.training.recipe import TrainRecipe
+from mos_cli.training.sharding import full_tensor, local_part
 from mos_cli.training.stages import Curriculum
 from mos_cli.training.start import guidance_teacher, start_tower
 from mos_cli.training.timer import Timer, TimeUsed
@@ -214,7 +214,7 @@ class Trainer:
         finally:
             for optimiser in self.optimisers:
                 optimiser.zero_grad()
-        return torch.cat([loss.detach()[None], _full(norm)[None], use_JM.detach().flatten()])
+        return torch.cat([loss.detach()[None], full_tensor(norm)[None], use_JM.detach().flatten()])
 
     def validate(self) -> float | None:
         """The mean loss of the held-out pictures, at four times each; None without any. All processes compute it."""
@@ -233,7 +233,7 @@ class Trainer:
         tower = GenerationTower(**self.recipe.generation)
         weights = self.averaged_weights()
         if (lora := self.recipe.lora) is not None:
-            frozen = {name: _full(weight) for name, weight in self.tower.state_dict().items()}
+            frozen = {name: full_tensor(weight) for name, weight in self.tower.state_dict().items()}
             weights = merge_lora(frozen | weights, lora.rank, lora.scaling)
         tower.load_state_dict(weights)
         tower.patch_spacing = self.tower.patch_spacing
@@ -241,7 +241,7 @@ class Trainer:
 
     def averaged_weights(self) -> dict[str, Tensor]:
         """The moving average of the weights that learn, by their names; all processes call it."""
-        return {name: _full(weights) for name, weights in self.ema.averages[self.recipe.train.ema].items()}
+        return {name: full_tensor(weights) for name, weights in self.ema.averages[self.recipe.train.ema].items()}
 
     def save(self) -> None:
         """Writes a checkpoint beside those that are kept. All processes call it; raises as `run` does."""
@@ -264,15 +264,8 @@ class Trainer:
                     f"{self.folder} has no state from before its learning rates fell: leave out --extend, "
                     "or begin anew with --run"
                 )
-        for path, older in zip(paths, [*paths[1:], None], strict=False):
-            try:
-                self._load(path)
-                break
-            except InputError as error:
-                if older is None:
-                    raise
-                self.say(f"{error}".split(": delete")[0] + f": going on from step {checkpoint.step_of(older)}")
-        else:
+        path = checkpoint.load_newest(paths, self._load, self.say)
+        if path is None:
             return
         plan = checkpoint.plan_of(path)
         if self.timer is not None:
@@ -309,7 +302,7 @@ class Trainer:
         self.batches.follow(timer.curriculum)
 
     def _check_weights(self) -> None:
-        weights = [_local(weight) for weight in self._parameters().values()]
+        weights = [local_part(weight) for weight in self._parameters().values()]
         finite = torch.stack([weight.isfinite().all() for weight in weights]).all()
         if not self.accelerator.gather(finite[None].to(self.device)).all():  # type: ignore[union-attr]
             raise self._diverged(f"the weights are no longer finite after step {self.step}", self.step)
@@ -490,13 +483,3 @@ def _differences(there: Any, wanted: Any, name: str = "") -> list[str]:
         return []
     shown = [text if len(text := json.dumps(value)) <= 40 else "..." for value in (wanted, there)]
     return [f"{name} = {shown[0]} (it was {shown[1]})"]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def _full(tensor: Tensor) -> Tensor:
-    """A sharded tensor, gathered."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
