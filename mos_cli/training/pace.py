@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from mos_cli.training.batches import kind_of
+from mos_cli.training.picks import kind_of
 from mos_cli.training.stages import Curriculum
 
 EDIT = 2.0

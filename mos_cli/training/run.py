@@ -16,10 +16,11 @@ from mos_cli.errors import InputError, UsageError
 from mos_cli.planning.training import check_memory
 from mos_cli.towers.generation import empty_tower
 from mos_cli.towers.vision_language import VisionLanguageTower
-from mos_cli.training.batches import Batches, Kind, Share, Source
+from mos_cli.training.batches import Batches
 from mos_cli.training.export import check_drawing, write_bundle
 from mos_cli.training.launch import start_accelerator
 from mos_cli.training.loop import Metrics, Trainer
+from mos_cli.training.picks import Kind, Share, Source
 from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.references import Parts, find_parts
 from mos_cli.training.samples import draw_samples

@@ -10,10 +10,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mos_cli.datasets.captioned_folders import load_captioned
-from mos_cli.training.batches import kind_of
 from mos_cli.training.loop import Trainer
 from mos_cli.training.metrics import METRICS, TENSORBOARD, Journal
 from mos_cli.training.pace import EDIT, Pace
+from mos_cli.training.picks import kind_of
 from mos_cli.training.sources import captioned_source
 from mos_cli.training.stages import curriculum
 from tests.helpers import tiny_training as tiny

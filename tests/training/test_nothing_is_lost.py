@@ -14,9 +14,9 @@ import torch
 
 from mos_cli.errors import DivergenceError, InputError, UsageError
 from mos_cli.training import checkpoint
-from mos_cli.training.batches import Picked
 from mos_cli.training.checkpoint import CHECKPOINTS, found, newest
 from mos_cli.training.metrics import METRICS
+from mos_cli.training.picks import Picked
 from mos_cli.utils.files import LOCK, sole_user
 from tests.helpers import tiny_training as tiny
 
