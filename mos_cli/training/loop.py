@@ -4,9 +4,7 @@ Shapes: M understanding layers, J generation blocks.
 """
 
 import json
-import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
@@ -24,6 +22,7 @@ from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.lora import add_lora, merge_lora
 from mos_cli.training import checkpoint
 from mos_cli.training.batches import Batch, Batches
+from mos_cli.training.divergence import DivergenceMonitor
 from mos_cli.training.ema import PowerEMA
 from mos_cli.training.graphs import TrainingGraphs, batch_capture, training_capture
 from mos_cli.training.metrics import Journal, Metrics
@@ -47,8 +46,6 @@ MAY_CHANGE: dict[str, Any] = {
     "bundle": {"name", "description", "license", "defaults", "edits"},
 }
 """Settings that may differ when a run is resumed; so may the steps of its last stage."""
-WINDOW, FAR_ABOVE = 10, 10.0
-"""A run has diverged when the mean loss of so many steps is so many times that of the first ones."""
 
 
 class Trainer:
@@ -105,9 +102,7 @@ class Trainer:
         self.rates = (0.0, 0.0)
         self._resume(extend)
         self.journal = Journal(folder, self.step, accelerator, self.tower.states_shape[0], recipe.bundle.name)
-        losses = self.journal.losses()
-        self._first_losses = losses[:WINDOW]
-        self._last_losses: deque[float] = deque(losses[-WINDOW:], maxlen=WINDOW)
+        self._divergence = DivergenceMonitor(self.journal.losses())
 
     @property
     def curriculum(self) -> Curriculum:
@@ -307,22 +302,6 @@ class Trainer:
         if not self.accelerator.gather(finite[None].to(self.device)).all():  # type: ignore[union-attr]
             raise self._diverged(f"the weights are no longer finite after step {self.step}", self.step)
 
-    def _check_losses(self, lines: list[Metrics]) -> None:
-        for line in lines:
-            if not math.isfinite(line.loss) or not math.isfinite(line.gradient_norm):
-                what = "loss" if not math.isfinite(line.loss) else "gradient"
-                raise self._diverged(f"the {what} of step {line.step} is not finite", line.step)
-            if len(self._first_losses) < WINDOW:
-                self._first_losses.append(line.loss)
-            self._last_losses.append(line.loss)
-            first, last = (sum(losses) / len(losses) for losses in (self._first_losses, self._last_losses))
-            if last > FAR_ABOVE * first:
-                raise self._diverged(
-                    f"at step {line.step} the loss of the last {WINDOW} steps is {last:.3g} on average, "
-                    f"that of the first was {first:.3g}",
-                    line.step,
-                )
-
     def _diverged(self, what: str, step: int) -> DivergenceError:
         states = checkpoint.found(self.folder)
         kept = f"the state of step {checkpoint.step_of(states[0])} is kept" if states else "no state was saved before"
@@ -428,7 +407,9 @@ class Trainer:
                 )
             )
         self.journal.write(lines)
-        self._check_losses(lines)
+        for line in lines:
+            if (what := self._divergence.check(line)) is not None:
+                raise self._diverged(what, line.step)
         try:
             for line in lines:
                 log(line)
