@@ -20,9 +20,10 @@ from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.image_encoder import ImageEncoder
 from mos_cli.towers.lora import add_lora, save_lora
 from mos_cli.training.checkpoint import load_averages
-from mos_cli.training.loop import RECIPE, Trainer, read_recipe
+from mos_cli.training.loop import Trainer
 from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.references import Parts, find_parts, understanding_of
+from mos_cli.training.run_recipe import RECIPE, read_recipe
 from mos_cli.training.start import start_tower
 from mos_cli.utils.devices import choose_device
 from mos_cli.utils.files import link_or_copy, make_folder, replace_folder, sha256_of

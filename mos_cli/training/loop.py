@@ -3,7 +3,6 @@
 Shapes: M understanding layers, J generation blocks.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from mos_cli.bundles.bundle import find_bundle
 from mos_cli.errors import DivergenceError, InputError, UsageError
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.lora import add_lora, merge_lora
@@ -30,22 +28,14 @@ from mos_cli.training.objective import Objective
 from mos_cli.training.optimiser import build_optimisers, rates_at, set_rates, start_states
 from mos_cli.training.pace import Pace
 from mos_cli.training.recipe import TrainRecipe
+from mos_cli.training.run_recipe import keep_recipe
 from mos_cli.training.sharding import full_tensor, local_part
 from mos_cli.training.stages import Curriculum
 from mos_cli.training.start import guidance_teacher, start_tower
 from mos_cli.training.timer import Timer, TimeUsed
 from mos_cli.utils.counts import counted
 from mos_cli.utils.durations import as_clock
-from mos_cli.utils.files import atomic_write, make_folder
-from mos_cli.utils.migration import current_recipe
 from mos_cli.utils.threads import device_threads
-
-RECIPE = "recipe.json"
-MAY_CHANGE: dict[str, Any] = {
-    "train": {"steps", "compile", "ema", "log_every", "save_every", "sample_every", "sample_prompts"},
-    "bundle": {"name", "description", "license", "defaults", "edits"},
-}
-"""Settings that may differ when a run is resumed; so may the steps of its last stage."""
 
 
 class Trainer:
@@ -77,7 +67,7 @@ class Trainer:
         self.say = say if accelerator.is_main_process else lambda _: None
         self.device = accelerator.device
         self.timer = None if recipe.train.time is None else Timer(self.curriculum, accelerator)
-        self._keep_recipe()
+        keep_recipe(recipe, folder, accelerator)
         torch.manual_seed(recipe.train.seed)
         self.tower = start_tower(recipe)
         if recipe.lora is not None:
@@ -343,31 +333,6 @@ class Trainer:
         """The weights that learn."""
         return {name: weight for name, weight in self.tower.named_parameters() if weight.requires_grad}
 
-    def _keep_recipe(self) -> None:
-        """Compares the recipe with the one in the run's folder, apart from `MAY_CHANGE`, and writes it there."""
-        path, recipe, timed = self.folder / RECIPE, self.recipe.model_dump(mode="json"), self.timer is not None
-        if (self.recipe.lora or self.recipe.distil) and self.recipe.start_from is not None:
-            # The weights that the state does not have: those that a LoRA changes, and those of a teacher.
-            recipe["start_hash"] = find_bundle(self.recipe.start_from).hash
-        if path.exists():
-            there = read_recipe(path, recipe)
-            if timed != (there["train"]["time"] is not None):
-                raise InputError(
-                    f"{self.folder} holds a run that ends {'by its steps' if timed else 'when its time is over'}: "
-                    f"{'leave out' if timed else 'give'} --time, or choose another folder with --run"
-                )
-            there["train"]["time"] = recipe["train"]["time"]
-            if differences := _differences(_fixed(there), _fixed(recipe)):
-                raise InputError(
-                    f"{self.folder} holds a run of another recipe: choose another folder with --run, or change back "
-                    f"{', '.join(differences[:5])}"
-                )
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            make_folder(self.folder)
-            atomic_write(path, json.dumps(recipe, indent=2).encode(), overwrite=True)
-        self.accelerator.wait_for_everyone()
-
     def _report(
         self,
         pending: list[Tensor],
@@ -418,49 +383,3 @@ class Trainer:
         # All processes end together: otherwise the others would wait for the interrupted one.
         flags = self.accelerator.gather(torch.tensor([interrupted], device=self.device))
         return bool(flags.any())  # type: ignore[union-attr]
-
-
-def read_recipe(path: Path, otherwise: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The recipe in a run's folder, as JSON, with the defaults of settings that there were not yet.
-
-    Args:
-        otherwise: the recipe from which settings in `MAY_CHANGE` come that an earlier version did not write.
-
-    Raises:
-        InputError: it is damaged, or lacks settings.
-    """
-    try:
-        there = current_recipe(json.loads(path.read_bytes()))
-        start_hash = {name: there.pop(name) for name in ("start_hash",) if name in there}
-        if otherwise is not None:
-            for name, keys in MAY_CHANGE.items():
-                there[name] = {key: otherwise[name][key] for key in keys if key in otherwise[name]} | there[name]
-            if there.get("stages") and there["stages"][-1]["steps"] is None:
-                there["stages"][-1]["steps"] = otherwise["stages"][-1]["steps"]
-        return TrainRecipe.model_validate_json(json.dumps(there)).model_dump(mode="json") | start_hash
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError, OSError):
-        raise InputError(f"{path} is damaged: restore it, or choose another folder with --run") from None
-
-
-def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The part of a recipe that stays the same when a run is resumed."""
-    fixed = {
-        name: {key: one for key, one in value.items() if key not in MAY_CHANGE.get(name, ())}
-        if isinstance(value, dict)
-        else value
-        for name, value in recipe.items()
-    }
-    stages = fixed.get("stages") or []
-    return fixed | {"stages": [*stages[:-1], *({**stage, "steps": None} for stage in stages[-1:])]}
-
-
-def _differences(there: Any, wanted: Any, name: str = "") -> list[str]:
-    """What differs between two recipes, by name."""
-    if isinstance(there, dict) and isinstance(wanted, dict):
-        names = [*wanted, *(key for key in there if key not in wanted)]
-        parts = (_differences(there.get(key), wanted.get(key), f"{name}.{key}" if name else key) for key in names)
-        return [difference for part in parts for difference in part]
-    if there == wanted:
-        return []
-    shown = [text if len(text := json.dumps(value)) <= 40 else "..." for value in (wanted, there)]
-    return [f"{name} = {shown[0]} (it was {shown[1]})"]
