@@ -26,11 +26,11 @@ from mos_cli.routing.steering import Steerer
 from mos_cli.sampling.guidance import POSITIVE, SteeringInput
 from mos_cli.towers.layers import TokenGrid
 from mos_cli.towers.router import uniform_route
-from mos_cli.training.base_models import BaseModelTrainer, Fit, Log, Sample
+from mos_cli.training.base_models import BaseModelTrainer, Log, ModuleTraining, Sample
 from mos_cli.utils.files import atomic_write, make_folder, replace_folder, sha256_of
 
 RECIPE = "router.json"
-FITS = ("the router", "its static baseline")
+TRAINED = ("the router", "its static baseline")
 """What is trained, in this order."""
 
 
@@ -60,7 +60,7 @@ class Result:
         return self.router < min(self.baselines.values())
 
 
-class _GatedFit(Fit):
+class _GatedTraining(ModuleTraining):
     """The training of an adapter, whose gates have a rate of their own and stay between 0 and 1."""
 
     def __init__(self, adapter: Any, recipe: RouterRecipe) -> None:
@@ -107,9 +107,9 @@ class RouterTrainer(BaseModelTrainer):
         )
         adapter.initialise(self.recipe.seed)
         static = StaticAdapter(*sizes)
-        modules = dict(zip(FITS, (adapter, static), strict=True))
-        fits = {name: _GatedFit(module.to(self.device), self.recipe) for name, module in modules.items()}
-        self.fit(fits, folder, log, say)
+        modules = dict(zip(TRAINED, (adapter, static), strict=True))
+        trainings = {name: _GatedTraining(module.to(self.device), self.recipe) for name, module in modules.items()}
+        self.fit(trainings, folder, log, say)
         mean = uniform_route([list(range(sizes[0]))] * (sizes[1] * sizes[2]), self.device)
         baselines = {
             "gates 0": self.loss(None),

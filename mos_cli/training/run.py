@@ -24,7 +24,7 @@ from mos_cli.training.picks import Kind, Share, Source
 from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.references import Parts, find_parts
 from mos_cli.training.samples import draw_samples
-from mos_cli.training.sources import DataLoader, Reports
+from mos_cli.training.sources import Reports, SourceBuilder
 from mos_cli.training.stages import Stage, curriculum
 from mos_cli.training.start import start_tower
 from mos_cli.utils.counts import counted
@@ -79,8 +79,9 @@ def prepare(
         key = stage.data.model_dump_json()
         if key not in found:
             with accelerator.main_process_first():
-                loader = DataLoader(recipe, parts.understanding, folder, device, available - needed, reports, strict)
-                found[key] = loader.sources(stage, art)
+                spare = available - needed
+                builder = SourceBuilder(recipe, parts.understanding, folder, device, spare, reports, strict)
+                found[key] = builder.sources(stage, art)
         sources |= {(stage.name, index == 1): source for index, source in enumerate(found[key])}
     batches = Batches(
         plan,

@@ -73,7 +73,7 @@ class EditPicker:
 
 
 @dataclass(frozen=True)
-class DataLoader:
+class SourceBuilder:
     """Makes the sources of stages, and reports on the data in files; `spare` is the memory left for sprites, in GiB."""
 
     recipe: TrainRecipe

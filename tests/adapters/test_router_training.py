@@ -12,7 +12,7 @@ from mos_cli.adapters.recipe import RouterRecipe, load_base_model_recipe
 from mos_cli.bundles.adapters import RouterShape, read_adapter, verify_adapter
 from mos_cli.datasets.captioned_folders import load_captioned
 from mos_cli.errors import InputError
-from mos_cli.training.router import FITS, RouterTrainer, StaticAdapter, export
+from mos_cli.training.router import TRAINED, RouterTrainer, StaticAdapter, export
 from mos_cli.utils.folders import presets_folder
 from tests.helpers.adapted import PROMPT, random_picture, trainable, trained_adapter
 from tests.helpers.failing_rename import fail_first_rename
@@ -140,7 +140,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_router(
     next(newest.glob("*.distcp")).write_bytes(b"damaged")
     said: list[str] = []
     adapter, result = trainer.train(tmp_path / "b", stopping, said.append)
-    router, static = FITS
+    router, static = TRAINED
     stopped = [(router, 1), (router, 2), (router, 3), (static, 1), (static, 2)]
     assert seen == [*stopped, (router, 3), (static, 1), (static, 2), (static, 3)]
     assert len(said) == 1
