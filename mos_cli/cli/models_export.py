@@ -21,13 +21,9 @@ def export(
     ] = None,
 ) -> None:
     """Write the bundle, or the LoRA file, of a training run from its last checkpoint, also while it goes on."""
-    from mos_cli.bundles.bundle import INDEX
     from mos_cli.utils.extras import require
-    from mos_cli.utils.files import check_folder
     from mos_cli.utils.quiet import quieten
 
-    if out is not None and not out.suffix:
-        check_folder(out, INDEX, "card.md")
     require("training", "train", "inflect", "matplotlib", "tensorboard")
     quieten()
     from mos_cli.training.export import export_run

@@ -44,9 +44,11 @@ def test_a_run_that_goes_on_is_exported_and_drawn_with(mos, bundle, understandin
     assert (result.exit_code, result.stderr) == (3, f"error: cannot write {made}: Permission denied\n")
     verify_bundle(find_bundle(str(made)))
     assert sorted(run.iterdir()) == before
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("mine")
-    assert mos("models", "export", run, "-o", tmp_path / "mine").exit_code == 3
+    for name in ("mine", "mine.v2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("mine")
+        assert mos("models", "export", run, "-o", tmp_path / name).exit_code == 3
+        assert (tmp_path / name / "notes.txt").exists()
 
 
 def test_a_checkpoint_that_the_run_removes_meanwhile_gives_way_to_the_newer_one(
