@@ -87,11 +87,12 @@ def host(name: str, art: Path) -> None:
     from mos_cli.towers.generation import GenerationTower
     from mos_cli.towers.vision_language import load_understanding
     from mos_cli.training import sources as training_sources
-    from mos_cli.training.batches import Batch, Batches, kind_of
+    from mos_cli.training.batches import Batch, Batches
     from mos_cli.training.ema import PowerEMA
     from mos_cli.training.graphs import WARM_UP, TrainingGraphs
     from mos_cli.training.objective import Objective
     from mos_cli.training.optimiser import build_optimisers, set_rates, start_states
+    from mos_cli.training.picks import kind_of
     from mos_cli.training.recipe import load_recipe
     from mos_cli.training.references import find_autoencoder, find_understanding
     from mos_cli.training.stages import curriculum
@@ -216,7 +217,7 @@ def throughput(name: str, art: Path, steps: int) -> None:
 
 def compile_last_stage(name: str, art: Path) -> None:
     """Prints how long the first step of each kind takes."""
-    from mos_cli.training.batches import kind_of
+    from mos_cli.training.picks import kind_of
     from mos_cli.training.recipe import load_recipe
     from mos_cli.training.run import prepare
 

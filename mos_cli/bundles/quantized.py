@@ -13,7 +13,7 @@ from mos_cli.bundles.shapes import Header
 from mos_cli.errors import InputError, ModelError
 from mos_cli.quantization.checkpoint import GENERATION, from_header
 from mos_cli.quantization.method import METHODS, Method
-from mos_cli.utils.files import expand, make_folder
+from mos_cli.utils.files import expand, make_folder, replace_folder
 from mos_cli.utils.migration import CLASSES, current_file, current_recipe
 
 
@@ -51,7 +51,7 @@ def write_quantised_bundle(
                     _copy(bundle.folder, file, made)
             write_tower(bundle.folder / GENERATION, made / GENERATION)
             written = _described(bundle, made, folder.name, method)
-            _put_in_place(made, folder)
+            replace_folder(made, folder)
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return replace(written, folder=folder)
@@ -117,13 +117,3 @@ def check_quantising(bundle: Bundle, folder: Path, *, overwrite: bool = False) -
         raise InputError(f"{folder} exists: choose another name, or pass --overwrite")
     if not (folder / INDEX).is_file():
         raise InputError(f"{folder} is not a model: --overwrite replaces models only")
-
-
-def _put_in_place(made: Path, folder: Path) -> None:
-    if not folder.exists():
-        made.rename(folder)
-        return
-    old = folder.with_name(f".{secrets.token_hex(6)}")
-    folder.rename(old)
-    made.rename(folder)
-    shutil.rmtree(old)

@@ -21,16 +21,11 @@ def export(
     ] = None,
 ) -> None:
     """Write the bundle, or the LoRA file, of a training run from its last checkpoint, also while it goes on."""
-    from mos_cli.bundles.bundle import INDEX
     from mos_cli.utils.extras import require
-    from mos_cli.utils.files import check_folder, expand
     from mos_cli.utils.quiet import quieten
 
-    run = expand(run)
-    if out is not None and not out.suffix:
-        check_folder(expand(out), INDEX, "card.md")
     require("training", "train", "inflect", "matplotlib", "tensorboard")
     quieten()
     from mos_cli.training.export import export_run
 
-    stdout.print(f"{export_run(run, None if out is None else expand(out))}", soft_wrap=True, markup=False)
+    stdout.print(f"{export_run(run, out)}", soft_wrap=True, markup=False)

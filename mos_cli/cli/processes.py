@@ -25,7 +25,9 @@ def is_worker() -> bool:
 
 
 def check_processes(count: int) -> None:
-    """Raises UsageError for more processes than GPUs; without a GPU they share the CPU."""
+    """Raises UsageError on Windows, and for more processes than GPUs; without a GPU they share the CPU."""
+    if sys.platform == "win32":
+        raise UsageError(f"--processes {count} is not supported on Windows: leave it out")
     import torch
 
     if torch.cuda.is_available() and count > (gpus := torch.cuda.device_count()):
@@ -52,8 +54,7 @@ def run_in_processes(arguments: Sequence[str], count: int) -> int:
             for process in processes:
                 process.send_signal(number)
 
-        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         for number in before:
             signal.signal(number, pass_on)
         try:

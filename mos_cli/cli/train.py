@@ -165,7 +165,7 @@ def train(
     else:
         target = export or folder / "bundle"
     for place in (folder, target):
-        check_writable(place.expanduser() if loaded.lora is None else place.expanduser().parent)
+        check_writable(place if loaded.lora is None else place.parent)
     if processes > 1 and not is_worker():
         check_processes(processes)
         raise typer.Exit(run_in_processes(sys.argv[1:], processes))
@@ -173,8 +173,8 @@ def train(
     from mos_cli.datasets.art.file import data_folder
     from mos_cli.training.export import export as export_bundle
     from mos_cli.training.launch import check_tracker
-    from mos_cli.training.loop import RECIPE
     from mos_cli.training.run import train as run_training
+    from mos_cli.training.run_recipe import RECIPE
     from mos_cli.training.sources import Reports
     from mos_cli.training.stages import curriculum
     from mos_cli.utils.files import LOCK, check_folder, sole_user

@@ -13,7 +13,7 @@ from mos_cli.adapters.recipe import BaseLoraRecipe
 from mos_cli.bundles.loras import record_lora
 from mos_cli.datasets.captioned import Captioned
 from mos_cli.towers.lora import add_lora, save_lora
-from mos_cli.training.base_models import BaseModelTrainer, Fit, Log
+from mos_cli.training.base_models import BaseModelTrainer, Log, ModuleTraining
 from mos_cli.utils.files import make_folder, sha256_of
 
 RECIPE = "lora.json"
@@ -55,7 +55,8 @@ class LoraTrainer(BaseModelTrainer):
             # In the type of the base model, small steps would be rounded away.
             parameter.data = parameter.data.float()
         learned = nn.ParameterList(self.weights.values())
-        self.fit({"the LoRA": Fit(learned, [(list(learned), self.recipe.lr)], self.recipe.steps)}, folder, log, say)
+        training = ModuleTraining(learned, [(list(learned), self.recipe.lr)], self.recipe.steps)
+        self.fit({"the LoRA": training}, folder, log, say)
         return Result(self.loss(None), without)
 
     @property

@@ -60,7 +60,7 @@ class _BegunError(Exception):
     """Stops a drawing at its first pass."""
 
 
-class Fit:
+class ModuleTraining:
     """The training of one module: its weights and their optimiser.
 
     Args:
@@ -149,7 +149,7 @@ class BaseModelTrainer:
                     losses.append(error.item())
         return sum(losses) / len(losses)
 
-    def fit(self, fits: Mapping[str, Fit], folder: Path, log: Log, say: Callable[[str], None]) -> None:
+    def fit(self, trainings: Mapping[str, ModuleTraining], folder: Path, log: Log, say: Callable[[str], None]) -> None:
         """Trains one module after the other, from the last checkpoint in the folder on.
 
         A checkpoint is written every minute, and when `log` raises KeyboardInterrupt: the next call goes on from it.
@@ -163,25 +163,26 @@ class BaseModelTrainer:
         """
         recipe, accelerator = self.recipe, Accelerator()
         self._keep_recipe(folder)
-        plan = checkpoint.Plan(steps=len(fits) * recipe.steps, decay_from=0)
-        done, saved = self._resume(fits, folder, accelerator, say), time.monotonic()
+        plan = checkpoint.Plan(steps=len(trainings) * recipe.steps, decay_from=0)
+        done, saved = self._resume(trainings, folder, accelerator, say), time.monotonic()
 
         def save() -> None:
-            checkpoint.save(folder, done, {name: fit.state() for name, fit in fits.items()}, plan, accelerator)
+            states = {name: training.state() for name, training in trainings.items()}
+            checkpoint.save(folder, done, states, plan, accelerator)
 
         while done < plan.steps:
             number, step = divmod(done, recipe.steps)
-            name, fit = list(fits.items())[number]
+            name, training = list(trainings.items())[number]
             # Of its own for every step, so that a run that is resumed draws the same numbers.
             seed = Random(f"{recipe.seed}/{done}").getrandbits(63)
             generator, loss = torch.Generator().manual_seed(seed), 0.0
             torch.manual_seed(seed)
             for _ in range(recipe.batch):
                 sample = self.samples[int(torch.randint(len(self.samples), (), generator=generator))]
-                with self.error(sample, self._time(generator, None), generator, fit.adapter) as error:
+                with self.error(sample, self._time(generator, None), generator, training.adapter) as error:
                     (error / recipe.batch).backward()
                 loss += error.item() / recipe.batch
-            fit.update(step)
+            training.update(step)
             done += 1
             try:
                 log(name, step + 1, loss)
@@ -193,24 +194,22 @@ class BaseModelTrainer:
                 saved = time.monotonic()
 
     def _resume(
-        self, fits: Mapping[str, Fit], folder: Path, accelerator: Accelerator, say: Callable[[str], None]
+        self,
+        trainings: Mapping[str, ModuleTraining],
+        folder: Path,
+        accelerator: Accelerator,
+        say: Callable[[str], None],
     ) -> int:
         """Loads the newest checkpoint that is whole; returns the number of steps done."""
-        paths = checkpoint.found(folder)
-        for number, path in enumerate(paths):
-            try:
-                state = checkpoint.load(
-                    path, {name: fit.state() for name, fit in fits.items()}, accelerator.num_processes
-                )
-            except InputError as error:
-                if number == len(paths) - 1:
-                    raise
-                say(f"{error}".split(": delete")[0] + f": going on from step {checkpoint.step_of(paths[number + 1])}")
-                continue
-            for name, fit in fits.items():
-                fit.load(state[name])
-            return checkpoint.step_of(path)
-        return 0
+
+        def load(path: Path) -> None:
+            states = {name: training.state() for name, training in trainings.items()}
+            states = checkpoint.load(path, states, accelerator.num_processes)
+            for name, training in trainings.items():
+                training.load(states[name])
+
+        path = checkpoint.load_newest(checkpoint.found(folder), load, say)
+        return 0 if path is None else checkpoint.step_of(path)
 
     def _keep_recipe(self, folder: Path) -> None:
         """Writes the recipe and the base model's hash into the folder; raises InputError if others are there."""

@@ -70,9 +70,18 @@ def step_of(path: Path) -> int:
 
 
 def plan_of(path: Path) -> Plan | None:
-    """The plan under which a checkpoint was trained; None where it does not say."""
+    """The plan under which a checkpoint was trained; None where it does not say. Raises ValueError if it is damaged."""
     description = _description(path)
     return None if description is None else description.plan
+
+
+def plans(folder: Path) -> dict[Path, Plan | None]:
+    """The checkpoints of a run's folder with their plans, as `found` and `plan_of`; none whose plan is damaged."""
+    described = {}
+    for path in found(folder):
+        with suppress(ValueError):
+            described[path] = plan_of(path)
+    return described
 
 
 def save(folder: Path, step: int, state: dict[str, Any], plan: Plan, accelerator: Accelerator) -> None:
@@ -134,6 +143,28 @@ def load(path: Path, state: dict[str, Any], processes: int) -> dict[str, Any]:
     return renamed(state, current_weight)
 
 
+def load_newest(paths: list[Path], load: Callable[[Path], None], say: Callable[[str], None]) -> Path | None:
+    """Loads the first of some checkpoints that is whole, and returns its path; None if there are none.
+
+    Args:
+        load: reads one; raises InputError if it is damaged.
+        say: called with a line for each damaged one.
+
+    Raises:
+        InputError: all are damaged.
+    """
+    for path, older in zip(paths, [*paths[1:], None], strict=False):
+        try:
+            load(path)
+        except InputError as error:
+            if older is None:
+                raise
+            say(f"{error}".split(": delete")[0] + f": going on from step {step_of(older)}")
+        else:
+            return path
+    return None
+
+
 def renamed(state: Any, rename: Callable[[str], str]) -> Any:
     """A state with the names of its weights changed, wherever they stand; tensors are not copied."""
     if isinstance(state, dict):
@@ -144,13 +175,14 @@ def renamed(state: Any, rename: Callable[[str], str]) -> Any:
 
 
 def _describe(folder: Path, plan: Plan) -> None:
-    """Brings the files of a checkpoint to the disk and writes their hashes beside them."""
+    """Writes the hashes of a checkpoint's files beside them, and brings all to the disk."""
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
-    for path in files:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
     description = Description(plan=plan, files={path.name: sha256_of(path) for path in files})
     (folder / DESCRIPTION).write_text(description.model_dump_json(indent=1), encoding="utf-8")
+    for path in (*files, folder / DESCRIPTION):
+        # Windows refuses fsync on a file that is open for reading alone.
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
 
 
 def _description(path: Path) -> Description | None:
@@ -178,10 +210,10 @@ def _switch(unfinished: Path, target: Path) -> None:
 
 
 def _remove_old(folder: Path, step: int) -> None:
-    """Removes what is not kept: older checkpoints, those of a future that was given up, and unfinished ones."""
-    past = [path for path in found(folder) if step_of(path) <= step]
-    before_decay = [path for path in past if (plan := plan_of(path)) is not None and step_of(path) <= plan.decay_from]
-    kept = {*past[:KEPT], *before_decay[:1]}
+    """Removes what is not kept: older and damaged checkpoints, those of a future given up, and unfinished ones."""
+    past = {path: plan for path, plan in plans(folder).items() if step_of(path) <= step}
+    before_decay = [path for path, plan in past.items() if plan is not None and step_of(path) <= plan.decay_from]
+    kept = {*list(past)[:KEPT], *before_decay[:1]}
     for other in (folder / CHECKPOINTS).iterdir():
         if other not in kept:
             _remove(other)

@@ -6,7 +6,8 @@ from functools import cache
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from mos_cli.training.sharding import local_part
 
 WIDTHS = ("0.05", "0.10")
 """The relative widths (sigma_rel) of the averages that are kept; the better one is chosen after training."""
@@ -32,12 +33,7 @@ class PowerEMA:
     @torch.no_grad()
     def update(self, parameters: dict[str, Tensor], step: int) -> None:
         """Adds the weights after `step` steps, counted from 1."""
-        weights = [_local(parameter) for parameter in parameters.values()]
+        weights = [local_part(parameter) for parameter in parameters.values()]
         for width, average in self.averages.items():
             share = 1 - (1 - 1 / step) ** (gamma_of(float(width)) + 1)
-            torch._foreach_lerp_([_local(kept) for kept in average.values()], weights, share)  # type: ignore[attr-defined]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+            torch._foreach_lerp_([local_part(kept) for kept in average.values()], weights, share)  # type: ignore[attr-defined]

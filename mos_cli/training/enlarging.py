@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mos_cli.towers.autoencoder import Enlarger
-from mos_cli.training.batches import Source
+from mos_cli.training.picks import Source
 from mos_cli.utils.devices import choose_device, choose_precision
 
 CANVAS = 128

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-from mos_cli.bundles.bundle import Bundle, find_bundle, write_index
+from mos_cli.bundles.bundle import INDEX, Bundle, find_bundle, write_index
 from mos_cli.bundles.loras import SUFFIX as LORA_SUFFIX
 from mos_cli.bundles.loras import LoraFile, check_lora_name, record_lora
 from mos_cli.config.recipe import make_recipe
@@ -20,12 +20,13 @@ from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.image_encoder import ImageEncoder
 from mos_cli.towers.lora import add_lora, save_lora
 from mos_cli.training.checkpoint import load_averages
-from mos_cli.training.loop import RECIPE, Trainer, read_recipe
+from mos_cli.training.loop import Trainer
 from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.references import Parts, find_parts, understanding_of
+from mos_cli.training.run_recipe import RECIPE, read_recipe
 from mos_cli.training.start import start_tower
 from mos_cli.utils.devices import choose_device
-from mos_cli.utils.files import link_or_copy, make_folder, sha256_of
+from mos_cli.utils.files import check_folder, link_or_copy, make_folder, replace_folder, sha256_of
 
 CARD = "card.md"
 
@@ -54,7 +55,8 @@ def export_run(run: Path, target: Path | None = None) -> Path:
         target: where the bundle or the LoRA file goes; by default into the run's folder, named after the step.
 
     Raises:
-        InputError: there is no run or no checkpoint, or it is damaged; what is written cannot be written.
+        InputError: there is no run or no checkpoint, or it is damaged; the target cannot be written, or has files of
+            something else.
         ModelError: a part of the run is missing, or what was written cannot be drawn with.
     """
     if not (run / RECIPE).is_file():
@@ -64,7 +66,9 @@ def export_run(run: Path, target: Path | None = None) -> Path:
     recipe = TrainRecipe.model_validate_json(json.dumps(kept))
     if recipe.start_from is not None and start_hash not in (None, find_bundle(recipe.start_from).hash):
         raise ModelError(f"{recipe.start_from} is no longer the model that the run in {run} began with")
-    if recipe.lora is not None and target is not None:
+    if target is not None and recipe.lora is None:
+        check_folder(target, INDEX, CARD)
+    elif target is not None:
         check_lora_name(target)
     device = choose_device("cpu")
     parts = find_parts(recipe, device, torch.float32)
@@ -106,10 +110,7 @@ def _write(
         if (folder / CARD).is_file():
             link_or_copy(folder / CARD, made / CARD)
         check_drawing(write_bundle(recipe, learned, parts, made), parts, recipe, device)
-        replaced = Path(temporary) / "replaced"
-        if folder.exists():
-            folder.rename(replaced)
-        made.rename(folder)
+        replace_folder(made, folder)
     return folder
 
 

@@ -3,10 +3,7 @@
 Shapes: M understanding layers, J generation blocks.
 """
 
-import json
-import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
@@ -17,14 +14,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
-from mos_cli.bundles.bundle import find_bundle
 from mos_cli.errors import DivergenceError, InputError, UsageError
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.lora import add_lora, merge_lora
 from mos_cli.training import checkpoint
 from mos_cli.training.batches import Batch, Batches
+from mos_cli.training.divergence import DivergenceMonitor
 from mos_cli.training.ema import PowerEMA
 from mos_cli.training.graphs import TrainingGraphs, batch_capture, training_capture
 from mos_cli.training.metrics import Journal, Metrics
@@ -32,23 +28,14 @@ from mos_cli.training.objective import Objective
 from mos_cli.training.optimiser import build_optimisers, rates_at, set_rates, start_states
 from mos_cli.training.pace import Pace
 from mos_cli.training.recipe import TrainRecipe
+from mos_cli.training.run_recipe import keep_recipe
+from mos_cli.training.sharding import full_tensor, local_part
 from mos_cli.training.stages import Curriculum
 from mos_cli.training.start import guidance_teacher, start_tower
 from mos_cli.training.timer import Timer, TimeUsed
 from mos_cli.utils.counts import counted
 from mos_cli.utils.durations import as_clock
-from mos_cli.utils.files import atomic_write, make_folder
-from mos_cli.utils.migration import current_recipe
 from mos_cli.utils.threads import device_threads
-
-RECIPE = "recipe.json"
-MAY_CHANGE: dict[str, Any] = {
-    "train": {"steps", "compile", "ema", "log_every", "save_every", "sample_every", "sample_prompts"},
-    "bundle": {"name", "description", "license", "defaults", "edits"},
-}
-"""Settings that may differ when a run is resumed; so may the steps of its last stage."""
-WINDOW, FAR_ABOVE = 10, 10.0
-"""A run has diverged when the mean loss of so many steps is so many times that of the first ones."""
 
 
 class Trainer:
@@ -80,7 +67,7 @@ class Trainer:
         self.say = say if accelerator.is_main_process else lambda _: None
         self.device = accelerator.device
         self.timer = None if recipe.train.time is None else Timer(self.curriculum, accelerator)
-        self._keep_recipe()
+        keep_recipe(recipe, folder, accelerator)
         torch.manual_seed(recipe.train.seed)
         self.tower = start_tower(recipe)
         if recipe.lora is not None:
@@ -105,9 +92,7 @@ class Trainer:
         self.rates = (0.0, 0.0)
         self._resume(extend)
         self.journal = Journal(folder, self.step, accelerator, self.tower.states_shape[0], recipe.bundle.name)
-        losses = self.journal.losses()
-        self._first_losses = losses[:WINDOW]
-        self._last_losses: deque[float] = deque(losses[-WINDOW:], maxlen=WINDOW)
+        self._divergence = DivergenceMonitor(self.journal.losses())
 
     @property
     def curriculum(self) -> Curriculum:
@@ -214,7 +199,7 @@ class Trainer:
         finally:
             for optimiser in self.optimisers:
                 optimiser.zero_grad()
-        return torch.cat([loss.detach()[None], _full(norm)[None], use_JM.detach().flatten()])
+        return torch.cat([loss.detach()[None], full_tensor(norm)[None], use_JM.detach().flatten()])
 
     def validate(self) -> float | None:
         """The mean loss of the held-out pictures, at four times each; None without any. All processes compute it."""
@@ -233,7 +218,7 @@ class Trainer:
         tower = GenerationTower(**self.recipe.generation)
         weights = self.averaged_weights()
         if (lora := self.recipe.lora) is not None:
-            frozen = {name: _full(weight) for name, weight in self.tower.state_dict().items()}
+            frozen = {name: full_tensor(weight) for name, weight in self.tower.state_dict().items()}
             weights = merge_lora(frozen | weights, lora.rank, lora.scaling)
         tower.load_state_dict(weights)
         tower.patch_spacing = self.tower.patch_spacing
@@ -241,7 +226,7 @@ class Trainer:
 
     def averaged_weights(self) -> dict[str, Tensor]:
         """The moving average of the weights that learn, by their names; all processes call it."""
-        return {name: _full(weights) for name, weights in self.ema.averages[self.recipe.train.ema].items()}
+        return {name: full_tensor(weights) for name, weights in self.ema.averages[self.recipe.train.ema].items()}
 
     def save(self) -> None:
         """Writes a checkpoint beside those that are kept. All processes call it; raises as `run` does."""
@@ -257,22 +242,15 @@ class Trainer:
         """Loads the newest checkpoint that is whole, or to `extend` the last before the learning rates fell."""
         paths = checkpoint.found(self.folder)
         if extend:
-            plans = {path: checkpoint.plan_of(path) for path in paths}
-            paths = [path for path, plan in plans.items() if plan and checkpoint.step_of(path) <= plan.decay_from]
+            plans = checkpoint.plans(self.folder).items()
+            paths = [path for path, plan in plans if plan and checkpoint.step_of(path) <= plan.decay_from]
             if not paths:
                 raise InputError(
                     f"{self.folder} has no state from before its learning rates fell: leave out --extend, "
                     "or begin anew with --run"
                 )
-        for path, older in zip(paths, [*paths[1:], None], strict=False):
-            try:
-                self._load(path)
-                break
-            except InputError as error:
-                if older is None:
-                    raise
-                self.say(f"{error}".split(": delete")[0] + f": going on from step {checkpoint.step_of(older)}")
-        else:
+        path = checkpoint.load_newest(paths, self._load, self.say)
+        if path is None:
             return
         plan = checkpoint.plan_of(path)
         if self.timer is not None:
@@ -309,26 +287,10 @@ class Trainer:
         self.batches.follow(timer.curriculum)
 
     def _check_weights(self) -> None:
-        weights = [_local(weight) for weight in self._parameters().values()]
+        weights = [local_part(weight) for weight in self._parameters().values()]
         finite = torch.stack([weight.isfinite().all() for weight in weights]).all()
         if not self.accelerator.gather(finite[None].to(self.device)).all():  # type: ignore[union-attr]
             raise self._diverged(f"the weights are no longer finite after step {self.step}", self.step)
-
-    def _check_losses(self, lines: list[Metrics]) -> None:
-        for line in lines:
-            if not math.isfinite(line.loss) or not math.isfinite(line.gradient_norm):
-                what = "loss" if not math.isfinite(line.loss) else "gradient"
-                raise self._diverged(f"the {what} of step {line.step} is not finite", line.step)
-            if len(self._first_losses) < WINDOW:
-                self._first_losses.append(line.loss)
-            self._last_losses.append(line.loss)
-            first, last = (sum(losses) / len(losses) for losses in (self._first_losses, self._last_losses))
-            if last > FAR_ABOVE * first:
-                raise self._diverged(
-                    f"at step {line.step} the loss of the last {WINDOW} steps is {last:.3g} on average, "
-                    f"that of the first was {first:.3g}",
-                    line.step,
-                )
 
     def _diverged(self, what: str, step: int) -> DivergenceError:
         states = checkpoint.found(self.folder)
@@ -371,31 +333,6 @@ class Trainer:
         """The weights that learn."""
         return {name: weight for name, weight in self.tower.named_parameters() if weight.requires_grad}
 
-    def _keep_recipe(self) -> None:
-        """Compares the recipe with the one in the run's folder, apart from `MAY_CHANGE`, and writes it there."""
-        path, recipe, timed = self.folder / RECIPE, self.recipe.model_dump(mode="json"), self.timer is not None
-        if (self.recipe.lora or self.recipe.distil) and self.recipe.start_from is not None:
-            # The weights that the state does not have: those that a LoRA changes, and those of a teacher.
-            recipe["start_hash"] = find_bundle(self.recipe.start_from).hash
-        if path.exists():
-            there = read_recipe(path, recipe)
-            if timed != (there["train"]["time"] is not None):
-                raise InputError(
-                    f"{self.folder} holds a run that ends {'by its steps' if timed else 'when its time is over'}: "
-                    f"{'leave out' if timed else 'give'} --time, or choose another folder with --run"
-                )
-            there["train"]["time"] = recipe["train"]["time"]
-            if differences := _differences(_fixed(there), _fixed(recipe)):
-                raise InputError(
-                    f"{self.folder} holds a run of another recipe: choose another folder with --run, or change back "
-                    f"{', '.join(differences[:5])}"
-                )
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            make_folder(self.folder)
-            atomic_write(path, json.dumps(recipe, indent=2).encode(), overwrite=True)
-        self.accelerator.wait_for_everyone()
-
     def _report(
         self,
         pending: list[Tensor],
@@ -435,7 +372,9 @@ class Trainer:
                 )
             )
         self.journal.write(lines)
-        self._check_losses(lines)
+        for line in lines:
+            if (what := self._divergence.check(line)) is not None:
+                raise self._diverged(what, line.step)
         try:
             for line in lines:
                 log(line)
@@ -444,59 +383,3 @@ class Trainer:
         # All processes end together: otherwise the others would wait for the interrupted one.
         flags = self.accelerator.gather(torch.tensor([interrupted], device=self.device))
         return bool(flags.any())  # type: ignore[union-attr]
-
-
-def read_recipe(path: Path, otherwise: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The recipe in a run's folder, as JSON, with the defaults of settings that there were not yet.
-
-    Args:
-        otherwise: the recipe from which settings in `MAY_CHANGE` come that an earlier version did not write.
-
-    Raises:
-        InputError: it is damaged, or lacks settings.
-    """
-    try:
-        there = current_recipe(json.loads(path.read_bytes()))
-        start_hash = {name: there.pop(name) for name in ("start_hash",) if name in there}
-        if otherwise is not None:
-            for name, keys in MAY_CHANGE.items():
-                there[name] = {key: otherwise[name][key] for key in keys if key in otherwise[name]} | there[name]
-            if there.get("stages") and there["stages"][-1]["steps"] is None:
-                there["stages"][-1]["steps"] = otherwise["stages"][-1]["steps"]
-        return TrainRecipe.model_validate_json(json.dumps(there)).model_dump(mode="json") | start_hash
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError, OSError):
-        raise InputError(f"{path} is damaged: restore it, or choose another folder with --run") from None
-
-
-def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The part of a recipe that stays the same when a run is resumed."""
-    fixed = {
-        name: {key: one for key, one in value.items() if key not in MAY_CHANGE.get(name, ())}
-        if isinstance(value, dict)
-        else value
-        for name, value in recipe.items()
-    }
-    stages = fixed.get("stages") or []
-    return fixed | {"stages": [*stages[:-1], *({**stage, "steps": None} for stage in stages[-1:])]}
-
-
-def _differences(there: Any, wanted: Any, name: str = "") -> list[str]:
-    """What differs between two recipes, by name."""
-    if isinstance(there, dict) and isinstance(wanted, dict):
-        names = [*wanted, *(key for key in there if key not in wanted)]
-        parts = (_differences(there.get(key), wanted.get(key), f"{name}.{key}" if name else key) for key in names)
-        return [difference for part in parts for difference in part]
-    if there == wanted:
-        return []
-    shown = [text if len(text := json.dumps(value)) <= 40 else "..." for value in (wanted, there)]
-    return [f"{name} = {shown[0]} (it was {shown[1]})"]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def _full(tensor: Tensor) -> Tensor:
-    """A sharded tensor, gathered."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()

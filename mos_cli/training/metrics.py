@@ -50,7 +50,7 @@ class Metrics:
 
 
 class Journal:
-    """Writes the metrics of the run in `folder`; only the main process does.
+    """Writes the metrics of the run in `folder`. All processes make one, and only the main one writes.
 
     Args:
         step: the step at which the run is resumed; lines of later steps are removed.
@@ -63,6 +63,8 @@ class Journal:
         self.columns = [*COLUMNS, *(f"layer_{index}" for index in range(layers)), "threads"]
         if accelerator.is_main_process:
             _drop_after(folder / METRICS, step, self.columns)
+        # The others read the losses as well, and not those of steps that were given up.
+        accelerator.wait_for_everyone()
         self._tensorboard = TensorBoardTracker(TENSORBOARD, folder, purge_step=step + 1)
         accelerator.log_with = [self._tensorboard, *accelerator.log_with]
         accelerator.init_trackers(project)

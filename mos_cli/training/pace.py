@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from mos_cli.training.batches import kind_of
+from mos_cli.training.picks import kind_of
 from mos_cli.training.stages import Curriculum
 
 EDIT = 2.0
@@ -11,7 +11,7 @@ EDIT = 2.0
 
 
 class Pace:
-    """Expects the rest of a run to go as fast as the steps since its second one; the first compiles and warms up.
+    """Expects the rest of a run to go as fast as the steps since its first report; those before compile and warm up.
 
     The work of a step grows with its pictures and their pixels, and with edits. What the run does between its steps
     counts as well.

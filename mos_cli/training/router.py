@@ -4,7 +4,6 @@ Shapes: Q tokens of a prompt, Z slots, M layers, J blocks, N patches, P values o
 latent's size.
 """
 
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,11 +26,11 @@ from mos_cli.routing.steering import Steerer
 from mos_cli.sampling.guidance import POSITIVE, SteeringInput
 from mos_cli.towers.layers import TokenGrid
 from mos_cli.towers.router import uniform_route
-from mos_cli.training.base_models import BaseModelTrainer, Fit, Log, Sample
-from mos_cli.utils.files import atomic_write, make_folder, sha256_of
+from mos_cli.training.base_models import BaseModelTrainer, Log, ModuleTraining, Sample
+from mos_cli.utils.files import atomic_write, make_folder, replace_folder, sha256_of
 
 RECIPE = "router.json"
-FITS = ("the router", "its static baseline")
+TRAINED = ("the router", "its static baseline")
 """What is trained, in this order."""
 
 
@@ -61,7 +60,7 @@ class Result:
         return self.router < min(self.baselines.values())
 
 
-class _GatedFit(Fit):
+class _GatedTraining(ModuleTraining):
     """The training of an adapter, whose gates have a rate of their own and stay between 0 and 1."""
 
     def __init__(self, adapter: Any, recipe: RouterRecipe) -> None:
@@ -108,9 +107,9 @@ class RouterTrainer(BaseModelTrainer):
         )
         adapter.initialise(self.recipe.seed)
         static = StaticAdapter(*sizes)
-        modules = dict(zip(FITS, (adapter, static), strict=True))
-        fits = {name: _GatedFit(module.to(self.device), self.recipe) for name, module in modules.items()}
-        self.fit(fits, folder, log, say)
+        modules = dict(zip(TRAINED, (adapter, static), strict=True))
+        trainings = {name: _GatedTraining(module.to(self.device), self.recipe) for name, module in modules.items()}
+        self.fit(trainings, folder, log, say)
         mean = uniform_route([list(range(sizes[0]))] * (sizes[1] * sizes[2]), self.device)
         baselines = {
             "gates 0": self.loss(None),
@@ -147,7 +146,7 @@ def export(adapter: Adapter, recipe: RouterRecipe, bundle: AdapterBundle, folder
     """Writes an adapter: its index and its weights, both or neither; an earlier one there is replaced.
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: the folder cannot be written; an earlier one is as it was.
     """
     make_folder(folder.parent)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
@@ -166,6 +165,4 @@ def export(adapter: Adapter, recipe: RouterRecipe, bundle: AdapterBundle, folder
         )
         text = index.model_dump_json(indent=2, by_alias=True, exclude_none=True) + "\n"
         atomic_write(made / ADAPTER, text.encode(), overwrite=False)
-        if folder.exists():
-            shutil.rmtree(folder)
-        made.rename(folder)
+        replace_folder(made, folder)

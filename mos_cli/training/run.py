@@ -16,14 +16,15 @@ from mos_cli.errors import InputError, UsageError
 from mos_cli.planning.training import check_memory
 from mos_cli.towers.generation import empty_tower
 from mos_cli.towers.vision_language import VisionLanguageTower
-from mos_cli.training.batches import Batches, Kind, Share, Source
+from mos_cli.training.batches import Batches
 from mos_cli.training.export import check_drawing, write_bundle
 from mos_cli.training.launch import start_accelerator
 from mos_cli.training.loop import Metrics, Trainer
+from mos_cli.training.picks import Kind, Share, Source
 from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.references import Parts, find_parts
 from mos_cli.training.samples import draw_samples
-from mos_cli.training.sources import DataLoader, Reports
+from mos_cli.training.sources import Reports, SourceBuilder
 from mos_cli.training.stages import Stage, curriculum
 from mos_cli.training.start import start_tower
 from mos_cli.utils.counts import counted
@@ -78,8 +79,9 @@ def prepare(
         key = stage.data.model_dump_json()
         if key not in found:
             with accelerator.main_process_first():
-                loader = DataLoader(recipe, parts.understanding, folder, device, available - needed, reports, strict)
-                found[key] = loader.sources(stage, art)
+                spare = available - needed
+                builder = SourceBuilder(recipe, parts.understanding, folder, device, spare, reports, strict)
+                found[key] = builder.sources(stage, art)
         sources |= {(stage.name, index == 1): source for index, source in enumerate(found[key])}
     batches = Batches(
         plan,

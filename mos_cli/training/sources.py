@@ -27,7 +27,7 @@ from mos_cli.datasets.tables import CaptionedTable, DataTable
 from mos_cli.errors import InputError
 from mos_cli.planning.memory import GIB
 from mos_cli.towers.understanding import UnderstandingTower
-from mos_cli.training.batches import Mixture, Source
+from mos_cli.training.picks import Mixture, Source
 from mos_cli.training.pictures import ShapeOf, read_pictures, shape_in
 from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.stages import Stage
@@ -73,7 +73,7 @@ class EditPicker:
 
 
 @dataclass(frozen=True)
-class DataLoader:
+class SourceBuilder:
     """Makes the sources of stages, and reports on the data in files; `spare` is the memory left for sprites, in GiB."""
 
     recipe: TrainRecipe

@@ -1,8 +1,9 @@
-"""Writing files atomically, without replacing others unless requested; hashes and sizes of files."""
+"""Writing files and folders atomically, without replacing others unless requested; hashes and sizes of files."""
 
 import contextlib
 import os
 import secrets
+import shutil
 import stat
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
@@ -102,6 +103,25 @@ def write_all(files: Mapping[Path, bytes], overwrite: bool = False, *, remove: C
         _remove(aside)
 
 
+def replace_folder(made: Path, folder: Path) -> None:
+    """Gives the folder `made`, on the same disk, the name `folder`. One that is there is removed when that is done.
+
+    Raises InputError if that is not possible; the one that is there is as it was.
+    """
+    before = _beside(folder)
+    try:
+        if os.path.lexists(folder):
+            folder.rename(before)
+        made.rename(folder)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            before.rename(folder)
+        if isinstance(error, OSError):
+            raise _unwritable(folder, error) from error
+        raise
+    shutil.rmtree(before, ignore_errors=True)
+
+
 def refuse_existing(path: Path, overwrite: bool) -> None:
     """Raises NameTakenError if something is there already under the name of a file to be written.
 
@@ -177,8 +197,6 @@ def make_folder(path: Path) -> None:
 
 def link_or_copy(source: Path, target: Path) -> None:
     """Makes `target` a hard link to `source` (symbolic links followed), or a copy across disks."""
-    import shutil
-
     source = source.resolve(strict=True)
     try:
         target.hardlink_to(source)

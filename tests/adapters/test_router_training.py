@@ -9,11 +9,13 @@ import torch
 from typer.testing import Result
 
 from mos_cli.adapters.recipe import RouterRecipe, load_base_model_recipe
-from mos_cli.bundles.adapters import RouterShape
+from mos_cli.bundles.adapters import RouterShape, read_adapter, verify_adapter
 from mos_cli.datasets.captioned_folders import load_captioned
-from mos_cli.training.router import FITS, RouterTrainer, StaticAdapter
+from mos_cli.errors import InputError
+from mos_cli.training.router import TRAINED, RouterTrainer, StaticAdapter, export
 from mos_cli.utils.folders import presets_folder
 from tests.helpers.adapted import PROMPT, random_picture, trainable, trained_adapter
+from tests.helpers.failing_rename import fail_first_rename
 
 Mos = Callable[..., Result]
 WORDS = ("fox", "dog", "chessboard", "morning", "light")
@@ -138,7 +140,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_router(
     next(newest.glob("*.distcp")).write_bytes(b"damaged")
     said: list[str] = []
     adapter, result = trainer.train(tmp_path / "b", stopping, said.append)
-    router, static = FITS
+    router, static = TRAINED
     stopped = [(router, 1), (router, 2), (router, 3), (static, 1), (static, 2)]
     assert seen == [*stopped, (router, 3), (static, 1), (static, 2), (static, 3)]
     assert len(said) == 1
@@ -162,6 +164,21 @@ def test_a_run_of_another_recipe_is_not_taken_up(
     (folder / "9.png").unlink()
     fewer = train(lr="1e-30", gate_lr="1e-30", steps="1")
     assert (fewer.exit_code, fewer.output.count("change back pictures")) == (3, 1)
+
+
+def test_an_adapter_that_cannot_be_replaced_stays(
+    base_folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, made = trainable(base_folders("prx")), tmp_path / "adapter"
+    for gates, name in ((0.0, "first"), (1.0, "second")):
+        export(trained_adapter(pipeline, gates), recipe_of(name=name), pipeline.bundle, made)
+        assert read_adapter(made).index.name == name
+    fail_first_rename(monkeypatch, made)
+    with pytest.raises(InputError, match=r"cannot write .*adapter: Permission denied"):
+        export(trained_adapter(pipeline, 0.0), recipe_of(name="third"), pipeline.bundle, made)
+    assert read_adapter(made).index.name == "second"
+    verify_adapter(read_adapter(made))
+    assert list(tmp_path.iterdir()) == [made]
 
 
 @pytest.mark.slow

@@ -50,6 +50,11 @@ MISTAKES = {
     "name too long": (["generate", PROMPT, "-o", "a" * 300 + ".png"], 3, "too long"),
     "model name too long": (["generate", PROMPT, "-m", "a" * 300], 3, "too long"),
     "home of nobody": (["generate", PROMPT, "-m", "~nobody-at-all/x"], 4, "~nobody-at-all"),
+    "run in the home of nobody": (
+        ["train", "train-smoke", "--run", "~nobody-at-all/x", "--tracker", "nothing"],
+        2,
+        "accelerate has no tracker nothing",
+    ),
     "another format": (["generate", PROMPT, "-o", "a.tiff"], 2, ".png, .jpg, .jpeg or .webp"),
     "folder that is a file": (["generate", PROMPT, "-o", "{tmp}/file/a.png"], 3, "cannot"),
     "routes from no file": (["generate", PROMPT, "--route-from", ""], 3, "is a folder"),

@@ -1,5 +1,7 @@
 """One command in several processes of this machine."""
 
+import sys
+
 import pytest
 import torch
 
@@ -15,3 +17,9 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         check_processes(3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     check_processes(3)
+
+
+def test_several_processes_are_refused_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(UsageError, match="--processes 2 is not supported on Windows"):
+        check_processes(2)

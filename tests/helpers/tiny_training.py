@@ -19,10 +19,11 @@ from mos_cli.datasets.scenes.vocabulary import Vocabulary, VocabularyWord
 from mos_cli.datasets.scenes.writer import SceneWriter
 from mos_cli.towers.autoencoder import Pixels
 from mos_cli.towers.understanding import UnderstandingTower
-from mos_cli.training.batches import Batches, Share, Source
+from mos_cli.training.batches import Batches
 from mos_cli.training.launch import start_accelerator
 from mos_cli.training.loop import Trainer
 from mos_cli.training.metrics import METRICS
+from mos_cli.training.picks import Share, Source
 from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.sources import ScenePicker, scene_source
 from mos_cli.training.stages import curriculum

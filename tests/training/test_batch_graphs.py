@@ -25,8 +25,9 @@ from mos_cli.sampling.graphs import CudaCapture
 from mos_cli.towers.autoencoder import Enlarger
 from mos_cli.towers.understanding import UnderstandingTower
 from mos_cli.training import graphs as training_graphs
-from mos_cli.training.batches import Batch, Batches, Mixture, kind_of
+from mos_cli.training.batches import Batch, Batches
 from mos_cli.training.graphs import WARM_UP, BatchCapture, TrainingCapture, TrainingGraphs
+from mos_cli.training.picks import Mixture, kind_of
 from mos_cli.training.sources import captioned_source
 from tests.helpers import edit_training
 from tests.helpers import tiny_training as tiny

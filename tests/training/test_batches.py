@@ -15,7 +15,7 @@ from mos_cli.errors import InputError, UsageError
 from mos_cli.evaluation.scenebench import bench_data
 from mos_cli.training import batches as training_batches
 from mos_cli.training import sources as training_sources
-from mos_cli.training.batches import Mixture, Picked, Share
+from mos_cli.training.picks import Mixture, Picked, Share
 from mos_cli.training.sources import captioned_source
 from tests.helpers import tiny_training as tiny
 

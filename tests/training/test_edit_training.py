@@ -9,7 +9,7 @@ from PIL import Image
 
 from mos_cli.datasets.art.file import Art
 from mos_cli.datasets.scenes import compositor
-from mos_cli.training.batches import kind_of
+from mos_cli.training.picks import kind_of
 from mos_cli.training.recipe import TrainRecipe
 from mos_cli.training.samples import draw_samples
 from tests.helpers import edit_training

@@ -18,9 +18,9 @@ from mos_cli.bundles.shapes import read_generation
 from mos_cli.datasets.tables import MixedScenes
 from mos_cli.evaluation.scenebench import bench_data
 from mos_cli.towers.generation import GenerationTower
-from mos_cli.training.batches import Mixture, Source
 from mos_cli.training.checkpoint import found
 from mos_cli.training.metrics import METRICS
+from mos_cli.training.picks import Mixture, Source
 from mos_cli.training.recipe import load_recipe, recipe_path
 from tests.helpers import tiny_training as tiny
 

@@ -10,10 +10,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mos_cli.datasets.captioned_folders import load_captioned
-from mos_cli.training.batches import kind_of
 from mos_cli.training.loop import Trainer
-from mos_cli.training.metrics import METRICS, TENSORBOARD
+from mos_cli.training.metrics import METRICS, TENSORBOARD, Journal
 from mos_cli.training.pace import EDIT, Pace
+from mos_cli.training.picks import kind_of
 from mos_cli.training.sources import captioned_source
 from mos_cli.training.stages import curriculum
 from tests.helpers import tiny_training as tiny
@@ -54,6 +54,26 @@ def test_metrics_of_an_earlier_version_get_the_present_columns(understanding, tm
     assert [row["loss"] for row in found[:8]] == [row["loss"] for row in before]
     assert (found[7]["muon_lr"], found[8]["muon_lr"] != "") == ("", True)
     assert b"\r" not in (tmp_path / METRICS).read_bytes()
+
+
+def test_no_process_reads_the_losses_of_steps_that_were_given_up(tmp_path: Path) -> None:
+    """The main process removes them before any other goes on."""
+    lines = ["step,loss", *(f"{step},{step / 10}" for step in range(1, 7))]
+    (tmp_path / METRICS).write_text("\n".join([*lines, ""]))
+
+    class Alone:
+        is_main_process, log_with = True, ()
+
+        def wait_for_everyone(self) -> None: ...
+        def init_trackers(self, project: str) -> None: ...
+
+    class Other(Alone):
+        is_main_process = False
+
+        def wait_for_everyone(self) -> None:
+            Journal(tmp_path, 4, Alone(), 2, "tiny")  # type: ignore[arg-type]
+
+    assert Journal(tmp_path, 4, Other(), 2, "tiny").losses() == [0.1, 0.2, 0.3, 0.4]  # type: ignore[arg-type]
 
 
 def test_the_loss_of_held_out_pictures_is_measured_at_every_save(understanding, tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ import torch
 
 from mos_cli.errors import DivergenceError, InputError, UsageError
 from mos_cli.training import checkpoint
-from mos_cli.training.batches import Picked
 from mos_cli.training.checkpoint import CHECKPOINTS, found, newest
 from mos_cli.training.metrics import METRICS
+from mos_cli.training.picks import Picked
 from mos_cli.utils.files import LOCK, sole_user
 from tests.helpers import tiny_training as tiny
 
@@ -96,6 +96,48 @@ def test_a_damaged_state_is_said_and_the_one_before_taken(understanding, tmp_pat
     assert tiny.run(trainer) == whole[6:]
     assert states(tmp_path)[0] == 8
     assert tiny.trainer(tiny.recipe(), understanding, tmp_path).step == 8
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b'{"plan": {'])
+def test_a_state_whose_description_is_damaged_is_neither_taken_nor_kept(
+    understanding, tmp_path: Path, damage: bytes
+) -> None:
+    def resumed(steps: int, damaged: int, *, extend: bool = False) -> tiny.Trainer:
+        (tmp_path / CHECKPOINTS / f"{damaged:08d}" / checkpoint.DESCRIPTION).write_bytes(damage)
+        longer = tiny.recipe(steps=steps, save_every=3)
+        accelerator = tiny.start_accelerator(longer.train, tmp_path)
+        return tiny.Trainer(longer, tiny.batches(longer, understanding), tmp_path, accelerator, extend=extend)
+
+    tiny.run(tiny.trainer(tiny.recipe(save_every=3), understanding, tmp_path))
+    assert states(tmp_path) == [8, 6, 5]
+    newest_damaged = resumed(9, damaged=8)
+    assert newest_damaged.step == 6
+    tiny.run(newest_damaged)
+    assert states(tmp_path) == [9, 6, 5]
+    older_damaged = resumed(10, damaged=6)
+    assert older_damaged.step == 9
+    tiny.run(older_damaged)
+    assert states(tmp_path) == [10, 9, 5]
+    assert resumed(12, damaged=10, extend=True).step == 5
+
+
+def test_every_file_of_a_state_is_on_the_disk_before_it_has_its_name(
+    understanding, tmp_path: Path, monkeypatch
+) -> None:
+    """A power cut leaves no empty file."""
+    written: dict[int, int] = {}
+
+    def fsync(file: int) -> None:
+        assert not found(tmp_path)
+        written[os.fstat(file).st_ino] = os.fstat(file).st_size
+
+    monkeypatch.setattr(checkpoint.os, "fsync", fsync)
+    trainer = tiny.trainer(tiny.recipe(steps=1), understanding, tmp_path)
+    written.clear()
+    tiny.run(trainer)
+    (state,) = found(tmp_path)
+    sizes = {path.stat().st_ino: path.stat().st_size for path in state.iterdir()}
+    assert sizes == {inode: written.get(inode) for inode in sizes}
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_state_before(understanding, tmp_path: Path, monkeypatch) -> None:

@@ -9,6 +9,7 @@ from mos_cli.bundles.bundle import find_bundle, verify_bundle
 from mos_cli.training import checkpoint, references
 from mos_cli.training.checkpoint import CHECKPOINTS, found
 from tests.helpers import tiny_training as tiny
+from tests.helpers.failing_rename import fail_first_rename
 
 
 def test_a_run_that_goes_on_is_exported_and_drawn_with(mos, bundle, understanding, tmp_path: Path, monkeypatch) -> None:
@@ -36,9 +37,18 @@ def test_a_run_that_goes_on_is_exported_and_drawn_with(mos, bundle, understandin
     assert Image.open(tmp_path / "dog.png").size == (16, 16)
     # An export under the same name is replaced, and nothing else.
     assert mos("models", "export", run, "-o", made).exit_code == 0
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("mine")
-    assert mos("models", "export", run, "-o", tmp_path / "mine").exit_code == 3
+    # Where it cannot be replaced, it is as it was.
+    before = sorted(run.iterdir())
+    fail_first_rename(monkeypatch, made)
+    result = mos("models", "export", run, "-o", made)
+    assert (result.exit_code, result.stderr) == (3, f"error: cannot write {made}: Permission denied\n")
+    verify_bundle(find_bundle(str(made)))
+    assert sorted(run.iterdir()) == before
+    for name in ("mine", "mine.v2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("mine")
+        assert mos("models", "export", run, "-o", tmp_path / name).exit_code == 3
+        assert (tmp_path / name / "notes.txt").exists()
 
 
 def test_a_checkpoint_that_the_run_removes_meanwhile_gives_way_to_the_newer_one(

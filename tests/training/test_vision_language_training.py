@@ -12,8 +12,9 @@ from mos_cli.inference.prompt_encoding import PromptEncoder
 from mos_cli.towers.autoencoder import Pixels
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.vision_language import VisionLanguageTower, load_understanding
-from mos_cli.training.batches import Batch, Batches, Source
+from mos_cli.training.batches import Batch, Batches
 from mos_cli.training.objective import Objective
+from mos_cli.training.picks import Source
 from mos_cli.training.recipe import TrainTable
 from mos_cli.training.stages import Curriculum, Stage
 from tests.helpers import tiny_training as tiny

@@ -10,9 +10,11 @@ from mos_cli.utils.files import (
     expand,
     folder_size,
     link_or_copy,
+    replace_folder,
     sha256_of,
     write_all,
 )
+from tests.helpers.failing_rename import fail_first_rename
 
 
 def names(folder):
@@ -191,6 +193,24 @@ def test_a_disk_without_hard_links_replaces_nothing_and_has_no_empty_files(tmp_p
         race()
     assert path.read_bytes() == b"theirs"
     assert names(tmp_path) == ["b.png", "c.png"]
+
+
+def test_a_folder_is_replaced_as_a_whole_or_stays(tmp_path, monkeypatch):
+    folder, made = tmp_path / "bundle", tmp_path / ".made"
+
+    def make(name):
+        made.mkdir()
+        (made / name).write_bytes(b"")
+
+    for name in ("first", "second"):
+        make(name)
+        replace_folder(made, folder)
+        assert (names(tmp_path), names(folder)) == (["bundle"], [name])
+    make("third")
+    fail_first_rename(monkeypatch, folder)
+    with pytest.raises(InputError, match=r"cannot write .*bundle: Permission denied"):
+        replace_folder(made, folder)
+    assert (names(tmp_path), names(folder)) == ([".made", "bundle"], ["second"])
 
 
 def test_a_folder_of_something_else_is_not_filled(tmp_path):
