@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mos_cli.errors import InputError
-from mos_cli.routing.alignment import keyed_words, nearest_steps
+from mos_cli.routing.alignment import keyed_words, nearest_steps, shared_words
 from mos_cli.routing.rules import Rule, parse_rule
 from mos_cli.routing.trace import Routes, Trace, TraceBranch
 
@@ -154,11 +154,10 @@ def _compare_branch(
 ) -> tuple[BranchDifference, _Counts] | None:
     """None if the prompts have no word in common."""
     words_a, words_b = keyed_words(branch_a), keyed_words(branch_b)
-    shared = {key: [piece for piece in words_a[key] if piece in words_b[key]] for key in words_a if key in words_b}
-    shared = {key: pieces for key, pieces in shared.items() if pieces}
+    shared = shared_words(words_a, words_b)
     if not shared:
         return None
-    tokens = [(words_a[key][piece], words_b[key][piece]) for key, pieces in shared.items() for piece in pieces]
+    tokens = [pair for pairs in shared.values() for pair in pairs]
     times_a, times_b = ([trace.times[n] for n in side.steps] for trace, side in ((a, branch_a), (b, branch_b)))
     steps = nearest_steps(times_a, times_b)
     side_a = _cut(a, branch_a, routes_a, [i for i, _ in steps], [i for i, _ in tokens])
@@ -166,10 +165,10 @@ def _compare_branch(
     pairs = tuple((branch_a.steps[i], branch_b.steps[j]) for i, j in steps)
     counts = _count(side_a, side_b, tuple(step for step, _ in pairs))
     words, first = [], 0
-    for key, pieces in shared.items():
-        columns = range(first, first + len(pieces))
+    for key, matched in shared.items():
+        columns = range(first, first + len(matched))
         words.append(WordDifference(key.text, key.nth, key.kind == "special", _tally([counts.of(columns)])))
-        first += len(pieces)
+        first += len(matched)
     return BranchDifference(
         words=tuple(words),
         tally=_tally([counts]),
