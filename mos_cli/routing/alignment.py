@@ -1,7 +1,7 @@
 """Aligning the tokens of two prompts, and the steps of two runs."""
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -29,7 +29,11 @@ class WordKey:
     text: str = field(compare=False)
 
 
-def keyed_words(encoding: EncodedPrompt) -> dict[WordKey, dict[Hashable, int]]:
+KeyedWords = Mapping[WordKey, Mapping[Hashable, int]]
+"""The words of a prompt, each with the numbers of its tokens by their own keys."""
+
+
+def keyed_words(encoding: EncodedPrompt) -> KeyedWords:
     """The words of a prompt, each with the numbers of its tokens by their own keys."""
     seen: Counter[tuple[str, str]] = Counter()
     words = {}
@@ -50,12 +54,22 @@ def keyed_words(encoding: EncodedPrompt) -> dict[WordKey, dict[Hashable, int]]:
     return words
 
 
+def shared_words(first: KeyedWords, second: KeyedWords) -> dict[WordKey, list[tuple[int, int]]]:
+    """The words that two prompts share, with the numbers in both of each token that both have; never without any."""
+    shared = {
+        key: [(number, second[key][piece]) for piece, number in pieces.items() if piece in second[key]]
+        for key, pieces in first.items()
+        if key in second
+    }
+    return {key: pairs for key, pairs in shared.items() if pairs}
+
+
 def partners(first: EncodedPrompt, second: EncodedPrompt) -> tuple[int, ...]:
     """For every token of one prompt the number of the same token in the other, or -1."""
-    others, found = keyed_words(second), [-1] * len(first.tokens)
-    for key, pieces in keyed_words(first).items():
-        for piece, number in pieces.items():
-            found[number] = others.get(key, {}).get(piece, -1)
+    found = [-1] * len(first.tokens)
+    for pairs in shared_words(keyed_words(first), keyed_words(second)).values():
+        for number, other in pairs:
+            found[number] = other
     return tuple(found)
 
 

@@ -153,10 +153,19 @@ def dead_layers(layer_use_JM: Sequence[Sequence[float]]) -> tuple[int, ...]:
     return tuple(np.flatnonzero(np.max(layer_use_JM, axis=0) == 0).tolist())
 
 
-def step_changes(ids_SJTK: np.ndarray) -> tuple[float, ...]:
-    """For every step but the first, the share of the kept layers that were not kept at the step before."""
-    kept = (ids_SJTK[1:, ..., :, None] == ids_SJTK[:-1, ..., None, :]).any(axis=-1)
-    return tuple((1 - kept.mean(axis=(1, 2, 3))).round(DIGITS).tolist())
+def step_changes(
+    ids_SJTK: np.ndarray, weights_SJTK: np.ndarray, slots_SJTK: np.ndarray | None = None
+) -> tuple[float, ...]:
+    """For every step but the first, the share of the kept layers that were not kept at the step before.
+
+    Places of weight 0 do not count. In models with slots, a layer in another slot is another one.
+    """
+    read = weights_SJTK > 0
+    same = (ids_SJTK[1:, ..., :, None] == ids_SJTK[:-1, ..., None, :]) & read[:-1, ..., None, :]
+    if slots_SJTK is not None:
+        same &= slots_SJTK[1:, ..., :, None] == slots_SJTK[:-1, ..., None, :]
+    new = read[1:] & ~same.any(axis=-1)
+    return tuple((new.sum(axis=(1, 2, 3)) / read[1:].sum(axis=(1, 2, 3))).round(DIGITS).tolist())
 
 
 def agreement(first_JM: Sequence[Sequence[float]], second_JM: Sequence[Sequence[float]]) -> tuple[float, ...]:

@@ -1,24 +1,26 @@
 """Comparing the routes of two runs, choice by choice: agreements, near-ties and real changes.
 
-A decision is made for one token in one block at one step; its choices are the layers that are kept. A choice that only
-one run makes is a flip: one layer is exchanged for another, the strongest for the strongest.
+A decision is made for one token in one block at one step; its choices are the layers that are kept, in models with
+slots each in its slot. A choice that only one run makes is a flip: one is exchanged for another, the strongest for the
+strongest.
 
 A flip is a near-tie if the weights of the two layers differ by at most NEAR in both runs, as shares of the decision's
 weight; otherwise it is a real change. The weight of a layer that was not kept is known only if all probabilities were
 recorded. Without them it lies between 0 and the weight of the layer it is exchanged for, so that near-ties are certain
-if that weight is at most NEAR, and there may be more of them. Where a rule or another run decided, it is unknown, and a
-flip counts as a real change.
+if that weight is at most NEAR, and there may be more of them. Where a rule or another run decided, a flip is a real
+change: the router's probabilities are those before the rule.
 
 Shapes: S steps and T tokens compared, J generation blocks, K kept layers, M understanding layers, F flips at most = K.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mos_cli.errors import InputError
-from mos_cli.routing.alignment import keyed_words, nearest_steps
+from mos_cli.routing.alignment import keyed_words, nearest_steps, shared_words
+from mos_cli.routing.rules import Rule, parse_rule
 from mos_cli.routing.trace import Routes, Trace, TraceBranch
 
 NEAR = 0.1
@@ -109,7 +111,7 @@ def compare(a: Trace, routes_a: Mapping[str, Routes], b: Trace, routes_b: Mappin
     if all(word.special for branch in branches.values() for word in branch.words):
         raise InputError("these runs cannot be compared: their prompts have no word in common")
     identical = (a.times, a.branches.keys()) == (b.times, b.branches.keys()) and all(
-        branch.tokens == b.branches[name].tokens and _equal(routes_a[name], routes_b[name])
+        branch.tokens == b.branches[name].tokens and _equal(a, routes_a[name], routes_b[name])
         for name, branch in a.branches.items()
     )
     exact = all(routes[name].probabilities_SJTM is not None for routes in (routes_a, routes_b) for name in branches)
@@ -152,22 +154,21 @@ def _compare_branch(
 ) -> tuple[BranchDifference, _Counts] | None:
     """None if the prompts have no word in common."""
     words_a, words_b = keyed_words(branch_a), keyed_words(branch_b)
-    shared = {key: [piece for piece in words_a[key] if piece in words_b[key]] for key in words_a if key in words_b}
-    shared = {key: pieces for key, pieces in shared.items() if pieces}
+    shared = shared_words(words_a, words_b)
     if not shared:
         return None
-    tokens = [(words_a[key][piece], words_b[key][piece]) for key, pieces in shared.items() for piece in pieces]
+    tokens = [pair for pairs in shared.values() for pair in pairs]
     times_a, times_b = ([trace.times[n] for n in side.steps] for trace, side in ((a, branch_a), (b, branch_b)))
     steps = nearest_steps(times_a, times_b)
-    side_a = _cut(routes_a, _ruled(a, branch_a), [i for i, _ in steps], [i for i, _ in tokens])
-    side_b = _cut(routes_b, _ruled(b, branch_b), [i for _, i in steps], [i for _, i in tokens])
+    side_a = _cut(a, branch_a, routes_a, [i for i, _ in steps], [i for i, _ in tokens])
+    side_b = _cut(b, branch_b, routes_b, [i for _, i in steps], [i for _, i in tokens])
     pairs = tuple((branch_a.steps[i], branch_b.steps[j]) for i, j in steps)
     counts = _count(side_a, side_b, tuple(step for step, _ in pairs))
     words, first = [], 0
-    for key, pieces in shared.items():
-        columns = range(first, first + len(pieces))
+    for key, matched in shared.items():
+        columns = range(first, first + len(matched))
         words.append(WordDifference(key.text, key.nth, key.kind == "special", _tally([counts.of(columns)])))
-        first += len(pieces)
+        first += len(matched)
     return BranchDifference(
         words=tuple(words),
         tally=_tally([counts]),
@@ -180,43 +181,59 @@ def _compare_branch(
 
 @dataclass(frozen=True)
 class _Side:
-    """The compared decisions of one run; weights are shares of a decision's, 0 where there is no layer."""
+    """The compared decisions of one run; weights are shares of a decision's, 0 where there is no layer.
 
-    ids_SJTK: np.ndarray
+    `choices` are those of `_choices`. `ruled`: rules or another run may have decided.
+    """
+
+    choices_SJTK: np.ndarray
     weights_SJTK: np.ndarray
     probabilities_SJTM: np.ndarray | None
-    ruled_T: np.ndarray
+    ruled_SJT: np.ndarray
 
     def padded(self, kept: int) -> "_Side":
         """Padded to the number of kept layers of the other run."""
-        more = [(0, 0)] * 3 + [(0, kept - self.ids_SJTK.shape[-1])]
-        return _Side(
-            np.pad(self.ids_SJTK, more), np.pad(self.weights_SJTK, more), self.probabilities_SJTM, self.ruled_T
-        )
+        more = [(0, 0)] * 3 + [(0, kept - self.choices_SJTK.shape[-1])]
+        return replace(self, choices_SJTK=np.pad(self.choices_SJTK, more), weights_SJTK=np.pad(self.weights_SJTK, more))
 
 
-def _ruled(trace: Trace, branch: TraceBranch) -> set[int]:
-    """The tokens whose layers rules or another run may have chosen."""
-    if trace.recipe.route_from is not None:
-        return set(range(len(branch.tokens)))
-    return {number for steered in branch.steered or () for number in steered.tokens}
+def _choices(routes: Routes, layers: int) -> np.ndarray:
+    """The layers that are kept, [S, J, T, K], as slot * M + layer in models with slots."""
+    if routes.slots_SJTK is None:
+        return routes.ids_SJTK
+    return routes.slots_SJTK.astype(np.int32) * layers + routes.ids_SJTK
 
 
-def _cut(routes: Routes, ruled: set[int], steps: list[int], tokens: list[int]) -> _Side:
+def _ruled(trace: Trace, branch: TraceBranch) -> np.ndarray:
+    """Whether rules or another run may have chosen the layers of each decision of a branch, [S, J, T]."""
+    ruled_SJT = np.zeros((len(branch.steps), trace.blocks, len(branch.tokens)), dtype=bool)
+    if (source := trace.recipe.route_from) is not None:
+        ruled_SJT[np.array(branch.steps) / len(trace.times) < source.until] = True
+    for steered in branch.steered or ():
+        rule = parse_rule(steered.rule)
+        steps, blocks = (rule.steps, rule.blocks) if isinstance(rule, Rule) else (None, None)
+        rows = [row for row, step in enumerate(branch.steps) if steps is None or step in steps]
+        columns = [block for block in range(trace.blocks) if blocks is None or block in blocks]
+        ruled_SJT[np.ix_(rows, columns, steered.tokens)] = True
+    return ruled_SJT
+
+
+def _cut(trace: Trace, branch: TraceBranch, routes: Routes, steps: list[int], tokens: list[int]) -> _Side:
     def cut(array: np.ndarray) -> np.ndarray:
         return array[steps][:, :, tokens]
 
     weights = cut(routes.weights_SJTK).astype(np.float32)
     weights /= weights.sum(axis=-1, keepdims=True)
     probabilities = None if routes.probabilities_SJTM is None else cut(routes.probabilities_SJTM).astype(np.float32)
-    return _Side(cut(routes.ids_SJTK), weights, probabilities, np.isin(tokens, list(ruled)))
+    return _Side(cut(_choices(routes, len(trace.layers))), weights, probabilities, cut(_ruled(trace, branch)))
 
 
 def _count(a: _Side, b: _Side, steps: tuple[int, ...]) -> _Counts:
-    kept = max(a.ids_SJTK.shape[-1], b.ids_SJTK.shape[-1])
+    kept = max(a.choices_SJTK.shape[-1], b.choices_SJTK.shape[-1])
     a, b = a.padded(kept), b.padded(kept)
     reads_a, reads_b = a.weights_SJTK > 0, b.weights_SJTK > 0
-    same = (a.ids_SJTK[..., :, None] == b.ids_SJTK[..., None, :]) & reads_a[..., :, None] & reads_b[..., None, :]
+    same = a.choices_SJTK[..., :, None] == b.choices_SJTK[..., None, :]
+    same &= reads_a[..., :, None] & reads_b[..., None, :]
     lost, gained = reads_a & ~same.any(axis=-1), reads_b & ~same.any(axis=-2)
     in_b = (same * b.weights_SJTK[..., None, :]).sum(axis=-1)
     distance = np.abs(a.weights_SJTK - in_b).sum(axis=-1) + (b.weights_SJTK * gained).sum(axis=-1)
@@ -224,7 +241,7 @@ def _count(a: _Side, b: _Side, steps: tuple[int, ...]) -> _Counts:
     # Layers are in order of strength: the strongest lost one is exchanged for the strongest gained one.
     went, came = np.argsort(~lost, axis=-1, kind="stable"), np.argsort(~gained, axis=-1, kind="stable")
     lost_F, gained_F = np.take_along_axis(lost, went, -1), np.take_along_axis(gained, came, -1)
-    ids_a, ids_b = np.take_along_axis(a.ids_SJTK, went, -1), np.take_along_axis(b.ids_SJTK, came, -1)
+    ids_a, ids_b = np.take_along_axis(a.choices_SJTK, went, -1), np.take_along_axis(b.choices_SJTK, came, -1)
     near_F = lost_F & gained_F & _close(a, went, ids_a, ids_b) & _close(b, came, ids_b, ids_a)
     return _Counts(
         steps=steps,
@@ -237,16 +254,17 @@ def _count(a: _Side, b: _Side, steps: tuple[int, ...]) -> _Counts:
 
 def _close(side: _Side, places_SJTF: np.ndarray, own_SJTF: np.ndarray, other_SJTF: np.ndarray) -> np.ndarray:
     """Whether the weights of these layers differ by at most NEAR from those that the other run reads instead."""
+    free_SJT1 = ~side.ruled_SJT[..., None]
     if side.probabilities_SJTM is None:
-        weights = np.take_along_axis(side.weights_SJTK, places_SJTF, -1)
-        return (weights <= NEAR) & ~side.ruled_T[:, None]
+        return free_SJT1 & (np.take_along_axis(side.weights_SJTK, places_SJTF, -1) <= NEAR)
     own, other, kept = (
         np.take_along_axis(side.probabilities_SJTM, ids.astype(np.intp), -1)
-        for ids in (own_SJTF, other_SJTF, side.ids_SJTK)
+        for ids in (own_SJTF, other_SJTF, side.choices_SJTK)
     )
     whole = (kept * (side.weights_SJTK > 0)).sum(axis=-1, keepdims=True)
-    return np.abs(own - other) <= NEAR * whole
+    return free_SJT1 & (np.abs(own - other) <= NEAR * whole)
 
 
-def _equal(a: Routes, b: Routes) -> bool:
-    return np.array_equal(a.ids_SJTK, b.ids_SJTK) and np.array_equal(a.weights_SJTK, b.weights_SJTK)
+def _equal(trace: Trace, a: Routes, b: Routes) -> bool:
+    choices_a, choices_b = (_choices(routes, len(trace.layers)) for routes in (a, b))
+    return np.array_equal(choices_a, choices_b) and np.array_equal(a.weights_SJTK, b.weights_SJTK)

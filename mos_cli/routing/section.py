@@ -108,7 +108,9 @@ def cut(recording: Recording, name: str, steps: str | None = None, blocks: str |
         blocks=block_range,
         summary=summaries[name],
         routes=None if routes is None else routes[name],
-        changes=None if routes is None else step_changes(routes[name].ids_SJTK),
+        changes=None
+        if routes is None
+        else step_changes(routes[name].ids_SJTK, routes[name].weights_SJTK, routes[name].slots_SJTK),
         agreement={other: agreement(use_JM, held.layer_use_JM) for other, held in summaries.items() if other != name},
         whole=whole,
     )

@@ -102,7 +102,8 @@ def test_json_says_what_the_trace_says(trace_path):
     assert facts["words"][2]["mean_layer"] == mean_layer_ST[:, 3].tolist()
     assert np.shape(facts["layer_use"]) == (BLOCKS, LAYERS)
     assert facts["dead"] == [DEAD]
-    assert facts["changes"] == list(step_changes(routes["positive"].ids_SJTK))
+    positive = routes["positive"]
+    assert facts["changes"] == list(step_changes(positive.ids_SJTK, positive.weights_SJTK))
     assert len(facts["agreement"]["negative"]) == BLOCKS
 
 

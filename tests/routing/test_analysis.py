@@ -72,9 +72,28 @@ def test_strongest_layers_come_in_order_and_dead_ones_never():
     assert strongest_layers([[0.6, 0.0, 0.4], [0.0, 0.0, 1.0]]) == ((2, 0.7), (0, 0.3))
 
 
+def changes(ids: list[list[int]], weights: list[list[float]], slots: list[list[int]] | None = None) -> list[float]:
+    """The changes of one token in one block; per step, the kept layers."""
+    arrays = (None if values is None else np.array(values)[:, None, None] for values in (ids, weights, slots))
+    return list(step_changes(*arrays))  # type: ignore[arg-type]
+
+
 def test_changes_do_not_care_for_the_order_of_kept_layers():
-    ids = np.array([[0, 1], [1, 0], [1, 2], [3, 4]], dtype=np.uint8).reshape(4, 1, 1, 2)
-    assert step_changes(ids) == (0.0, 0.5, 1.0)
+    assert changes([[0, 1], [1, 0], [1, 2], [3, 4]], [[0.6, 0.4]] * 4) == [0.0, 0.5, 1.0]
+
+
+def test_changes_are_shares_of_the_layers_that_are_read():
+    """Places of weight 0 repeat the strongest layer: rules that leave fewer layers, and base models, have them."""
+    pinned = [[1.0, 0.0, 0.0]]
+    assert changes([[3, 3, 3], [4, 4, 4], [4, 4, 4]], pinned * 3) == [1.0, 0.0]
+    assert changes([[3, 1, 3], [3, 2, 3]], [[0.6, 0.4, 0.0]] * 2) == [0.5]
+    assert changes([[3, 3, 3], [3, 4, 5]], [*pinned, [0.5, 0.25, 0.25]]) == [0.6667]
+    # Layer 3 was in a place of weight 0, and so was not read before.
+    assert changes([[4, 3], [3, 4]], [[1.0, 0.0], [1.0, 0.0]]) == [1.0]
+
+
+def test_a_layer_in_another_slot_is_a_change():
+    assert changes([[3, 1], [3, 1]], [[0.5, 0.5]] * 2, [[0, 1], [1, 1]]) == [0.5]
 
 
 def test_branches_agree_with_themselves_and_not_with_the_opposite():

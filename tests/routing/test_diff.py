@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mos_cli.config.recipe import RouteSource
 from mos_cli.errors import InputError
 from mos_cli.routing.diff import compare
 from mos_cli.routing.trace import Routes, Steered, Trace, TraceToken, make_branch
@@ -106,11 +107,74 @@ def test_without_probabilities_only_flips_that_weigh_little_are_near_ties_for_ce
     assert not compare(*a, *b).exact
 
 
-def test_where_a_rule_decided_a_small_weight_tells_nothing():
-    a, (trace, routes) = single(({0: 0.95, 1: 0.05},)), single(({0: 0.95, 2: 0.05},))
-    ban = (Steered(rule="dog!=1", tokens=(0,), decisions=1),)
-    steered = trace.branches["positive"].model_copy(update={"steered": ban})
-    assert counts(a, (trace.model_copy(update={"branches": {"positive": steered}}), routes)) == (1, 0, 1)
+def nearly_tied(layer: int, *, full: bool) -> Run:
+    """A run of all steps but the first, in which "dog" reads one of two layers that are nearly equal everywhere."""
+    trace, _ = make_trace(prompt="dog")
+
+    def everywhere(values: list[float], kind: type) -> np.ndarray:
+        return np.broadcast_to(np.array(values, kind), (STEPS - 1, BLOCKS, 1, len(values)))
+
+    probabilities = everywhere([0.9, 0.05, 0.045, 0.005, 0], np.float16) if full else None
+    routes = Routes(everywhere([0, layer], np.uint8), everywhere([0.95, 0.05], np.float16), probabilities)
+    branch = make_branch("dog", tokens_of("dog")[1:-1], range(1, STEPS), routes, 5)
+    return trace.model_copy(update={"branches": {"positive": branch}}), {"positive": routes}
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(
+    ("rule", "ruled"),
+    [
+        ("dog!=1", BLOCKS * (STEPS - 1)),
+        ("dog+=2@2", BLOCKS * (STEPS - 1)),
+        ("last", BLOCKS * (STEPS - 1)),
+        ("dog!=1 blocks 0", STEPS - 1),
+        ("dog!=1 steps 0-2", BLOCKS * 2),
+        ("dog!=1 blocks 1-2 steps 3", 2),
+        ("dog!=1 blocks 1-2 steps 3 slots 0", 2),
+    ],
+)
+def test_what_a_rule_chose_is_a_real_change_and_no_near_tie(full, rule, ruled):
+    """Also where the router's own probabilities, before the rule, are nearly equal."""
+    a, b = nearly_tied(1, full=full), nearly_tied(2, full=full)
+    decisions = BLOCKS * (STEPS - 1)
+    assert counts(a, b) == (decisions, decisions, 0)
+    trace, routes = b
+    done = (Steered(rule=rule, tokens=(0,), decisions=ruled),)
+    branch = trace.branches["positive"].model_copy(update={"steered": done})
+    steered = trace.model_copy(update={"branches": {"positive": branch}}), routes
+    assert counts(a, steered) == counts(steered, a) == (decisions, decisions - ruled, ruled)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(("until", "steps"), [(1.0, STEPS - 1), (0.5, 2)])
+def test_routes_of_another_run_have_no_near_ties_at_the_steps_that_took_them(full, until, steps):
+    a, (trace, routes) = nearly_tied(1, full=full), nearly_tied(2, full=full)
+    recipe = trace.recipe.model_copy(update={"route_from": RouteSource(sha256="0" * 64, until=until)})
+    _, near, changes = counts(a, (trace.model_copy(update={"recipe": recipe}), routes))
+    assert (near, changes) == (BLOCKS * (STEPS - 1 - steps), BLOCKS * steps)
+
+
+def slotted(ids: list[int], slots: list[int], weights: list[float]) -> Run:
+    """A run with one decision of a model with slots."""
+    trace, _ = single((dict.fromkeys(range(len(ids)), 1.0),))
+    ids_SJTK, slots_SJTK = (np.array(values, np.uint8)[None, None, None] for values in (ids, slots))
+    routes = Routes(ids_SJTK, np.array(weights, np.float16)[None, None, None], slots_SJTK=slots_SJTK)
+    return trace, {"positive": routes}
+
+
+def test_a_layer_in_another_slot_is_another_choice():
+    a, b = slotted([3, 1], [0, 1], [0.5, 0.5]), slotted([3, 1], [1, 0], [0.5, 0.5])
+    assert compare(*a, *a).identical
+    difference = compare(*a, *b)
+    assert not difference.identical
+    assert counts(a, b) == (0, 0, 2)
+    assert difference.tally.distance == 1
+
+
+def test_the_same_layers_of_the_same_slots_agree_in_any_order():
+    a, b = slotted([3, 1, 3], [0, 1, 0], [0.6, 0.4, 0]), slotted([1, 3, 1], [1, 0, 1], [0.6, 0.4, 0])
+    assert counts(a, b) == (2, 0, 0)
+    assert compare(*a, *b).tally.distance == pytest.approx(0.2, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from mos_cli.errors import InputError
-from mos_cli.routing.trace import trace_files
+from mos_cli.routing.trace import Recording, TraceToken, make_branch, trace_files
 from mos_cli.routing.views.html import PARTS, SCRIPTS, html_report, report_data
 from mos_cli.utils.files import write_all
-from tests.helpers.recordings import HOSTILE, record
+from tests.helpers.recordings import HOSTILE, record, routes_of
 
 
 def unpacked(text: str) -> np.ndarray:
@@ -86,6 +86,44 @@ def test_words_of_two_traces_are_paired_by_text_and_occurrence(tmp_path: Path) -
     assert found[("big", 1, "word")] == [None, (5,)]
     assert found[("[SEP]", 1, "special")] == [(6,), (7,)]
     assert [row["kind"] for row in rows] == ["word"] * 6 + ["special"] * 2
+
+
+def record_pieces(folder: Path, pieces: list[str], seed: int) -> Recording:
+    """A recording of one branch, whose tokens are these pieces of its prompt."""
+    prompt, ends = "".join(pieces), np.cumsum([len(piece) for piece in pieces]).tolist()
+    tokens = [TraceToken(text=p, start=end - len(p), end=end) for p, end in zip(pieces, ends, strict=True)]
+    recording, routes = record(folder, prompt, seed=seed), routes_of(6, 4, len(tokens), 5, seed)
+    branch = make_branch(prompt, tokens, range(6), routes, 5)
+    trace = recording.trace.model_copy(update={"branches": {"positive": branch}})
+    return replace(recording, trace=trace, routes={"positive": routes})
+
+
+def test_words_are_paired_as_the_headline_compares_them(tmp_path: Path) -> None:
+    """Whatever their case and punctuation, by the tokens that both have; each prompt keeps its own spelling."""
+    first = record_pieces(tmp_path, ["a", " cat", " on", " a", " red", " background"], 0)
+    second = record_pieces(tmp_path, ["A", " cat", ",", " on", " a", " Red", " background"], 1)
+    rows = report_data([first, second])["rows"]["positive"]
+    assert [(row["text"], row["nth"]) for row in rows] == [
+        ("a", 1),
+        ("cat", 1),
+        ("on", 1),
+        ("a", 2),
+        ("red", 1),
+        ("background", 1),
+    ]
+    assert [row["tokens"] for row in rows] == [[(n,), (m,)] for n, m in enumerate([0, 1, 3, 4, 5, 6])]
+    assert " ".join(row["texts"][1] for row in rows) == "A cat, on a Red background"
+    alone = report_data([second])["rows"]["positive"]
+    assert (alone[1]["text"], alone[1]["tokens"]) == ("cat,", [(1, 2)])
+
+
+def test_words_without_a_token_in_common_are_no_pair(tmp_path: Path) -> None:
+    first, second = (
+        record_pieces(tmp_path, ["red", "cat", " dog"], 0),
+        record_pieces(tmp_path, ["redc", "at", " dog"], 1),
+    )
+    found = [(row["text"], row["tokens"]) for row in report_data([first, second])["rows"]["positive"]]
+    assert found == [("redcat", [(0, 1), None]), ("dog", [(2,), (2,)]), ("redcat", [None, (0, 1)])]
 
 
 def test_previews_become_one_picture_with_a_frame_a_step(tmp_path: Path) -> None:

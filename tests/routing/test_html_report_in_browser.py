@@ -189,6 +189,14 @@ def test_two_traces_compare(opened: Callable[..., Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_both_prompts_are_spelled_as_they_were_given(opened: Callable[..., Any], tmp_path: Path) -> None:
+    page = opened(record(tmp_path, "a red cat"), record(tmp_path, "A Red cat", seed=1))
+    prompts = page.locator("#prompts .prompt").all_inner_texts()
+    assert [prompt.split()[1:] for prompt in prompts] == [["a", "red", "cat"], ["A", "Red", "cat"]]
+    assert page.locator("#rows .name").all_inner_texts() == ["a", "red", "cat", "[CLS]", "[SEP]"]
+
+
+@pytest.mark.slow
 def test_a_trace_does_not_differ_from_itself(opened: Callable[..., Any], tmp_path: Path) -> None:
     recording = record(tmp_path)
     page = opened(recording, recording)

@@ -7,6 +7,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from mos_cli.config.recipe import with_weights
 from mos_cli.routing.diff import NEAR, BranchDifference, Difference, Tally
 from mos_cli.routing.trace import Trace
 from mos_cli.routing.views.tables import plain_table, printable
@@ -53,17 +54,40 @@ def _runs(a: Trace, b: Trace) -> Table:
     table = plain_table()
     table.add_column(style="dim")
     table.add_column(overflow="fold")
-    for name, trace in (("A", a), ("B", b)):
+    for name, trace, other in (("A", a, b), ("B", b, a)):
         recipe = trace.recipe
-        rules = "".join(f", {rule}" for rule in recipe.routes or ())
+        facts = [recipe.model, f"seed {recipe.seed}", counted(recipe.steps, "step"), recipe.precision]
+        if recipe.quant is not None:
+            facts.append(recipe.quant)
+        if recipe.feature_cache is not None:
+            facts.append(f"feature cache {recipe.feature_cache}")
+        facts += [f"LoRA {lora.name}:{lora.scale:g} ({lora.sha256[:10]})" for lora in recipe.loras or ()]
+        facts += [own for own, others in zip(_details(trace), _details(other), strict=True) if own not in ("", others)]
+        facts += recipe.routes or ()
         if (source := recipe.route_from) is not None:
-            rules += f", {source.until:.0%} of the steps with the routes of another run"
-        quant = "" if recipe.quant is None else f", {recipe.quant}"
-        cache = "" if recipe.feature_cache is None else f", feature cache {recipe.feature_cache}"
-        steps = counted(recipe.steps, "step")
-        facts = f"{recipe.model}, seed {recipe.seed}, {steps}, {recipe.precision}{quant}{cache}{rules}"
-        table.add_row(name, Text(printable(f'"{" ".join(recipe.prompt.split())}" ({facts})')))
+            facts.append(f"{source.until:.0%} of the steps with the routes of another run")
+        prompt = " ".join(recipe.weighted_prompt.split())
+        table.add_row(name, Text(printable(f'"{prompt}" ({", ".join(facts)})')))
     return table
+
+
+def _details(trace: Trace) -> tuple[str, ...]:
+    """What is told of a run only where the other differs in it; empty for what it does not have."""
+    recipe, batch, edit = trace.recipe, trace.recipe.batch, trace.recipe.edit
+    negative = " ".join(with_weights(recipe.negative, recipe.negative_weights).split())
+    return (
+        f"bundle {trace.made.bundle_hash[:10]}",
+        f'negative "{negative}"',
+        recipe.solver,
+        f"cfg {recipe.cfg:g}",
+        "cfg interval {:g},{:g}".format(*recipe.cfg_interval),
+        f"{recipe.width}x{recipe.height}",
+        "drawn alone" if batch is None else f"{batch.place + 1} of a batch of {batch.size}",
+        "" if edit is None else "edited from " + ", ".join(source.sha256[:10] for source in edit.sources),
+        "" if edit is None or edit.mask is None else f"mask {edit.mask.sha256[:10]}",
+        "" if edit is None else f"image cfg {edit.image_cfg:g}",
+        "" if edit is None else f"strength {edit.strength:g}",
+    )
 
 
 def _steps(branch: BranchDifference, counts: tuple[int, int]) -> str:

@@ -5,7 +5,6 @@ Shapes: S steps, J generation blocks, T context tokens, K kept layers, M underst
 
 import base64
 import zlib
-from collections import Counter
 from collections.abc import Sequence
 from io import BytesIO
 from math import ceil, sqrt
@@ -16,7 +15,7 @@ import numpy as np
 
 from mos_cli.errors import InputError
 from mos_cli.images.outputs import picture_format
-from mos_cli.routing.analysis import Word, split_words
+from mos_cli.routing.alignment import keyed_words, shared_words
 from mos_cli.routing.diff import compare
 from mos_cli.routing.prompt_weights import branch_weights, token_weights
 from mos_cli.routing.trace import Recording, Routes, Trace, TraceBranch, TraceToken
@@ -42,8 +41,9 @@ def html_report(first: Recording, second: Recording | None = None) -> str:
 def report_data(recordings: Sequence[Recording]) -> dict[str, Any]:
     """The data of the page for one or two recordings, as plain values; arrays are packed by `pack`.
 
-    `rows` has the words of a branch by its name: `tokens` are the word's in each of the recordings, None where it is
-    not in the prompt. A word is the same in both if its text and its occurrence are.
+    `rows` has the words of a branch by its name: `texts` are the spellings of a word in each of the recordings, and
+    `tokens` its tokens, None where it is not in the prompt. Words of two prompts are aligned as in `compare`, and have
+    the tokens that both prompts have.
 
     Raises:
         InputError: a recording holds a summary only, or the two cannot be compared.
@@ -141,24 +141,22 @@ def _regions(trace: Trace, routes: Routes, rows: list[Sequence[int] | None]) -> 
 
 def _rows(branches: Sequence[TraceBranch | None]) -> list[dict[str, Any]]:
     """The words of a branch in all traces: first those of the prompts, then pictures, then special tokens."""
-    rows: dict[tuple[int, str, int], list[tuple[int, ...] | None]] = {}
-    for index, branch in enumerate(branches):
-        if branch is None:
-            continue
-        seen: Counter[tuple[int, str]] = Counter()
-        for word in split_words(branch.prompt, branch.tokens):
-            kind = _kind(word, branch), word.text
-            seen[kind] += 1
-            rows.setdefault((*kind, seen[kind]), [None] * len(branches))[index] = word.tokens
-    kinds = ("word", "picture", "special")
-    ordered = sorted(rows.items(), key=lambda row: row[0][0])
-    return [{"text": text, "nth": nth, "kind": kinds[kind], "tokens": held} for (kind, text, nth), held in ordered]
-
-
-def _kind(word: Word, branch: TraceBranch) -> int:
-    if word.special:
-        return 2
-    return 0 if branch.tokens[word.tokens[0]].patch is None else 1
+    words = [{} if branch is None else keyed_words(branch) for branch in branches]
+    spelled = [{key: key.text for key in keyed} for keyed in words]
+    shared = shared_words(words[0], words[1]) if len(words) > 1 else {}
+    rows = []
+    for side, keyed in enumerate(words):
+        for key, pieces in keyed.items():
+            if key not in shared:
+                tokens: list[tuple[int, ...] | None] = [None] * len(words)
+                tokens[side] = tuple(pieces.values())
+            elif side == 0:
+                tokens = list(zip(*shared[key], strict=True))
+            else:
+                continue
+            texts = [texts.get(key) for texts in spelled]
+            rows.append({"text": key.text, "texts": texts, "nth": key.nth, "kind": key.kind, "tokens": tokens})
+    return sorted(rows, key=lambda row: ("word", "picture", "special").index(row["kind"]))
 
 
 def _sprite(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ function showPrompts() {
     }
     const words = [...rows().keys()].filter((row) => rows()[row].kind === "word" && reads(at, row));
     for (const row of words.sort((a, b) => branch.rows[a][0] - branch.rows[b][0])) {
-      const word = make("span", { class: "inked", "data-row": row, "data-side": at }, rows()[row].text);
+      const word = make("span", { class: "inked", "data-row": row, "data-side": at }, rows()[row].texts[at]);
       word.addEventListener("click", () => pin(row));
       title.append(word, " ");
     }
