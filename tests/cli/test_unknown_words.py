@@ -1,24 +1,23 @@
-"""A prompt that names nothing that the model was taught is told, and drawn all the same."""
+"""Words that the model was not taught are told, and the picture is drawn all the same."""
 
 import json
-import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
-import inflect
 import pytest
+from PIL import Image
 
 from mos_cli.bundles.bundle import Bundle, find_bundle, write_index
 from mos_cli.bundles.taught import TaughtScenes, taught_scenes
 
-WORDS = {"dog face": ["dog", "puppy"], "wolf": ["wolf"], "sheaf of rice": ["rice plant"]}
+WORDS = {"dog face": ["dog", "puppy"], "wolf": ["wolf"], "tangerine": ["tangerine", "orange fruit"]}
+NONE = "none of the 3 objects that tiny was taught (did you mean orange fruit?): mos models show tiny lists them"
 
 
 def with_data(bundle: Bundle, **data: Any) -> Bundle:
     """The model with a recipe of these data."""
     (bundle.folder / "recipe.json").write_text(json.dumps({"data": data}))
-    fields = ("name", "description", "license", "understanding", "canvas", "defaults")
+    fields = ("name", "description", "license", "understanding", "canvas", "defaults", "edits")
     return write_index(bundle.folder, **{name: getattr(bundle.index, name) for name in fields})
 
 
@@ -32,26 +31,55 @@ def taught(bundle: Bundle) -> Bundle:
     ("prompts", "said"),
     [
         (["a red dog"], None),
-        (["Two WOLVES at night"], None),
-        (["a puppy"], None),
-        (["ein roter Hund"], "'ein roter Hund' names none of the 3 objects that tiny was taught: mos models show tiny"),
-        (["a dinosaur", "a dog", "a robot"], "2 prompts, such as 'a dinosaur', name none of the 3 objects"),
+        (["Two WOLVES at night, noto style!"], None),
+        (["a (dog:1.2) and {a wolf|a puppy}"], None),
+        (["a dog, watercolor style"], "tiny was not taught: watercolor"),
+        (
+            ["a (dgo:1.2) on a {blu|blu} background"],
+            "tiny was not taught: dgo (did you mean dog?), blu (did you mean blue?)",
+        ),
+        (["five dogs", "a {robot|robot}", "five robots"], "tiny was not taught: five, robot, robots"),
+        (["a b c d e f g h i j k l dog"], "tiny was not taught: b, c, d, e, f, g, h, i, j, k and 1 more"),
+        (["an orange"], f"'an orange' names {NONE}"),
+        (["an orange", "a red", "a dog"], f"2 prompts, such as 'an orange', name {NONE}"),
     ],
 )
-def test_unknown_objects_are_told_once(
-    mos, taught: Bundle, tmp_path: Path, prompts: list[str], said: str | None
-) -> None:
+def test_unknown_words_are_told_once(mos, taught: Bundle, tmp_path: Path, prompts: list[str], said: str | None) -> None:
     listed = tmp_path / "prompts.txt"
     listed.write_text("\n".join(prompts))
-    result = mos("generate", f"@{listed}", "--steps", 1, "-n", 2, "-o", tmp_path / "out/")
+    result = mos("generate", f"@{listed}", "-n", 2, "--dry-run")
     assert result.exit_code == 0, result.stderr
-    assert len(list((tmp_path / "out").glob("*.png"))) == 2 * len(prompts)
-    assert result.stderr.count("objects that tiny") == (said is not None)
-    assert said is None or said in result.stderr
+    assert [line for line in result.stderr.splitlines() if "taught" in line] == ([said] if said else [])
+
+
+def test_the_picture_is_drawn_all_the_same(mos, taught: Bundle, tmp_path: Path) -> None:
+    result = mos("generate", "ein roter Hund", "--steps", 1, "-o", tmp_path / "a.png")
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "a.png").exists()
+    assert "tiny was not taught: ein, roter, hund" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("instruction", "said"),
+    [
+        ("please paint it red, and leave the rest alone", None),
+        ("paint it like van gogh", "editor was not taught: van, gogh"),
+        (
+            "remvoe teh wofl",
+            "editor was not taught: remvoe (did you mean remove?), teh (did you mean the?), wofl (did you mean wolf?)",
+        ),
+    ],
+)
+def test_instructions_are_checked(mos, editor: Bundle, tmp_path: Path, instruction: str, said: str | None) -> None:
+    with_data(editor, kind="scenes", words=WORDS, styles=["noto"])
+    Image.new("RGB", (32, 32), "white").save(tmp_path / "a.png")
+    result = mos("edit", tmp_path / "a.png", instruction, "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    assert [line for line in result.stderr.splitlines() if "taught" in line] == ([said] if said else [])
 
 
 def test_the_objects_are_listed(mos, taught: Bundle) -> None:
-    assert "objects: dog, rice plant, wolf" in mos("models", "show", "tiny").output
+    assert "objects: dog, tangerine, wolf" in mos("models", "show", "tiny").output
 
 
 def test_nothing_is_said_of_what_cannot_be_known(mos, bundle: Bundle, tmp_path: Path) -> None:
@@ -60,41 +88,10 @@ def test_nothing_is_said_of_what_cannot_be_known(mos, bundle: Bundle, tmp_path: 
     both = with_data(bundle, kind="captioned", scenes={"words": WORDS, "styles": ["noto"], "share": 0.5})
     assert taught_scenes(both) == TaughtScenes(WORDS, ["noto"], alone=False)
     drawn = mos("generate", "a zog", "--steps", 1, "-o", tmp_path / "a.png")
-    assert (drawn.exit_code, "objects" in drawn.stderr) == (0, False)
+    assert (drawn.exit_code, "taught" in drawn.stderr) == (0, False)
 
 
-def test_the_shipped_model_knows_what_its_card_says() -> None:
+def test_the_shipped_model_has_as_many_objects_as_its_card_says() -> None:
     taught = taught_scenes(find_bundle("emoji"))
     assert taught is not None
     assert len(taught.objects) == 205
-    assert all(taught.names_one(f"a {name}") for name in taught.objects)
-    assert not taught.names_one("ein roter Hund")
-
-
-@pytest.mark.parametrize("prompt", ["a zebra crossing the road", "a starfish", "a boxer", "a keyboard", "a kite"])
-def test_a_word_that_begins_as_a_name_is_no_name(prompt: str) -> None:
-    taught = taught_scenes(find_bundle("emoji"))
-    assert taught is not None
-    assert not taught.names_one(prompt)
-
-
-@pytest.mark.parametrize("words", ["emoji", "emoji-more"])
-def test_every_name_is_found_in_the_plural(words: str) -> None:
-    english = inflect.engine()
-    names = tomllib.loads((Path("presets/words") / f"{words}.toml").read_text())
-    for word, called in names.items():
-        taught = TaughtScenes({word: called}, ["noto"], alone=True)
-        for name in called:
-            head, *rest = re.split(r"( of | with )", name)
-            many = "".join([head if head == "flying money" else english.plural_noun(head), *rest])
-            assert taught.names_one(f"three {many}"), many
-    taught = TaughtScenes({"fire engine": ["fire truck"]}, ["noto"], alone=True)
-    assert all(taught.names_one(f"a red {name}") for name in ("firetruck", "fire-truck", "fire truck's wheel"))
-
-
-def test_short_names_are_not_found_inside_of_other_words() -> None:
-    taught = TaughtScenes({"ant": ["ant"], "rat": ["rat"], "ox": ["ox"], "pen": ["pen"]}, ["noto"], alone=True)
-    for prompt in ("a giant elephant", "a pirate with a box", "an open door"):
-        assert not taught.names_one(prompt), prompt
-    for prompt in ("an ant", "two RATS", "oxen at night", "a (pen)"):
-        assert taught.names_one(prompt), prompt
