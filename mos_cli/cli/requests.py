@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 VARIED = ("seed", "steps", "cfg", "solver", "feature_cache", "size", "image_cfg", "strength")
 """What --vary takes: settings of a picture, not of the loaded model."""
+MOST_WORDS = 10
+"""The most words that are named in one note."""
 Variation = tuple[tuple[str, str], ...]
 """Settings of one cell of a matrix, by name, in the order of the options."""
 
@@ -175,18 +177,33 @@ class JobMaker:
         return jobs
 
     def _note_unknown(self, jobs: Sequence[Job | RefusedJob]) -> None:
-        """Says which prompts name nothing that the model was taught to draw."""
+        """Says which words of the prompts the model was not taught, and which prompts name none of its objects."""
         from mos_cli.bundles.taught import taught_scenes
 
         taught = taught_scenes(self.bundle)
         if taught is None or not taught.alone:
             return
-        prompts = {job.recipe.prompt for job in jobs if isinstance(job, Job) and job.recipe.edit is None}
-        unknown = sorted(prompt for prompt in prompts if not taught.names_one(prompt))
+        from mos_cli.datasets.scenes.known_words import KnownWords
+
+        known, model = KnownWords(taught), self.bundle.ref
+        unknown: dict[str, bool] = {}
+        nameless: list[str] = []
+        # A LoRA was taught words of its own.
+        recipes = [job.recipe for job in jobs if isinstance(job, Job) and not job.recipe.loras]
+        for prompt, edit in dict.fromkeys((recipe.prompt, recipe.edit is not None) for recipe in recipes):
+            words = known.unknown(prompt, edit=edit)
+            unknown |= dict.fromkeys(words, edit)
+            if not (words or edit or known.names_object(prompt)):
+                nameless.append(prompt)
         if unknown:
-            first, model = repr(shortened(unknown[0])), self.bundle.ref
-            which = f"{first} names" if len(unknown) == 1 else f"{len(unknown)} prompts, such as {first}, name"
-            objects = f"none of the {len(taught.words)} objects that {model} was taught"
+            told = list(unknown.items())[:MOST_WORDS]
+            listed = ", ".join(word + _guess(known.nearest(word, edit=edit)) for word, edit in told)
+            more = f" and {len(unknown) - MOST_WORDS} more" if len(unknown) > MOST_WORDS else ""
+            self._note(f"{model} was not taught: {listed}{more}")
+        if nameless:
+            first, guess = repr(shortened(nameless[0])), _guess(known.name_with(nameless[0]))
+            which = f"{first} names" if len(nameless) == 1 else f"{len(nameless)} prompts, such as {first}, name"
+            objects = f"none of the {len(taught.words)} objects that {model} was taught{guess}"
             self._note(f"{which} {objects}: mos models show {model} lists them")
 
     def _add(
@@ -375,6 +392,10 @@ class JobMaker:
             if note not in self._noted:
                 self._noted.add(note)
                 self.report.note("note", note, note=note)
+
+
+def _guess(name: str | None) -> str:
+    return f" (did you mean {name}?)" if name else ""
 
 
 class _UnreadableError(Exception):

@@ -34,6 +34,13 @@ ARRANGEMENTS = {
     "pile": ("in a pile", "piled up", "in a heap"),
     "ring": ("in a ring", "in a circle"),
 }
+LIST = "{things} and {last}"
+PAIRS = ("{first} next to {second}", "{first} with {second}", "{first} beside {second}")
+PLAIN_BACKGROUNDS = ("on {a_colour} background", "on {a_colour} ground", "in front of {a_colour} wall", "on {colour}")
+GRADIENTS = ("on a background from {top} to {bottom}", "on {a_top} to {bottom} gradient")
+PICTURES = ("picture", "drawing", "illustration", "image")
+SENTENCES = ("{picture} of {scene}", "{picture} showing {scene}", "this is {picture} of {scene}")
+STYLED = ("{scene}, {style} style", "{scene} in {style} style", "{scene}, {style}", "{style} style, {scene}")
 
 
 def caption(description: Description, vocabulary: Vocabulary, random: Random) -> str:
@@ -98,8 +105,8 @@ def _listed(phrases: list[str], random: Random) -> str:
     if len(phrases) == 1:
         return phrases[0]
     if len(phrases) == 2 and random.random() < 0.4:
-        return f"{phrases[0]} {random.choice(('next to', 'with', 'beside'))} {phrases[1]}"
-    return f"{', '.join(phrases[:-1])} and {phrases[-1]}"
+        return random.choice(PAIRS).format(first=phrases[0], second=phrases[1])
+    return LIST.format(things=", ".join(phrases[:-1]), last=phrases[-1])
 
 
 def background_phrase(name: str, random: Random) -> str:
@@ -108,17 +115,8 @@ def background_phrase(name: str, random: Random) -> str:
         return random.choice(SCENERIES[name][1])
     top, _, bottom = name.partition(" to ")
     if bottom:
-        return random.choice(
-            (f"on a background from {top} to {bottom}", f"on {with_article(f'{top} to {bottom} gradient')}")
-        )
-    return random.choice(
-        (
-            f"on {with_article(f'{top} background')}",
-            f"on {with_article(f'{top} ground')}",
-            f"in front of {with_article(f'{top} wall')}",
-            f"on {top}",
-        )
-    )
+        return random.choice(GRADIENTS).format(top=top, a_top=with_article(top), bottom=bottom)
+    return random.choice(PLAIN_BACKGROUNDS).format(colour=top, a_colour=with_article(top))
 
 
 def _keywords(description: Description, subject: str, style: str | None, random: Random) -> str:
@@ -133,18 +131,12 @@ def _keywords(description: Description, subject: str, style: str | None, random:
 
 
 def _sentence(subject: str, style: str | None, background: str | None, random: Random) -> str:
-    kind = random.choice(("picture", "drawing", "illustration", "image"))
-    made = with_article(f"{style} {kind}" if style else kind)
-    where = f" {background}" if background else ""
-    return random.choice(
-        (f"{made} of {subject}{where}", f"{made} showing {subject}{where}", f"this is {made} of {subject}{where}")
-    )
+    kind = random.choice(PICTURES)
+    picture = with_article(f"{style} {kind}" if style else kind)
+    scene = f"{subject} {background}" if background else subject
+    return random.choice(SENTENCES).format(picture=picture, scene=scene)
 
 
 def _phrase(subject: str, style: str | None, background: str | None, random: Random) -> str:
-    phrase = f"{subject} {background}" if background else subject
-    if style is None:
-        return phrase
-    return random.choice(
-        (f"{phrase}, {style} style", f"{phrase} in {style} style", f"{phrase}, {style}", f"{style} style, {phrase}")
-    )
+    scene = f"{subject} {background}" if background else subject
+    return scene if style is None else random.choice(STYLED).format(scene=scene, style=style)

@@ -22,6 +22,11 @@ SIDES: dict[str, tuple[str, int, tuple[str, ...], str]] = {
     "bottom": ("y", 1, ("bottom", "lower"), "lowest"),
 }
 """Axis, direction, and the adjectives for the object on this side, of two and of more objects."""
+ALONE = ("it", "it", "the object", "the thing")
+NOUNS = ("one", "one", "object")
+BIG, BIGGEST = ("big", "large", "bigger", "larger"), ("biggest", "largest")
+SMALL, SMALLEST = ("small", "little", "smaller"), ("smallest",)
+"""The adjectives for the object of another size, of two and of more objects."""
 
 Others = list[Item]
 
@@ -30,7 +35,7 @@ def refer(index: int, items: tuple[Item, ...], vocabulary: Vocabulary, random: R
     """'the cat', 'the red one', 'the one on the left', 'the animal'; None if no phrase is unambiguous."""
     item, others = items[index], [*items[:index], *items[index + 1 :]]
     if not others and random.random() < 0.3:
-        return random.choice(("it", "it", "the object", "the thing"))
+        return random.choice(ALONE)
     ways: list[Callable[[Item, Others, Vocabulary, Random], str | None]]
     ways = random.sample((_by_place, _by_colour, _by_size, _by_group), 4)
     ways.insert(0 if random.random() < 0.5 else 4, _by_name)
@@ -115,9 +120,9 @@ def _by_size(item: Item, others: Others, vocabulary: Vocabulary, random: Random)
     if not pool:
         return None
     if all(item.side > LARGER * other.side for other in pool):
-        words = ("big", "large", "bigger", "larger") if len(pool) == 1 else ("biggest", "largest")
+        words = BIG if len(pool) == 1 else BIGGEST
     elif all(LARGER * item.side < other.side for other in pool):
-        words = ("small", "little", "smaller") if len(pool) == 1 else ("smallest",)
+        words = SMALL if len(pool) == 1 else SMALLEST
     else:
         return None
     return f"the {random.choice(words)} {noun}"
@@ -139,7 +144,7 @@ def _pool(item: Item, others: Others, vocabulary: Vocabulary, random: Random) ->
         # The name stands for all of them, painted or not.
         called = vocabulary.words[item.word].names_for(counted=False, painted=any(one.colour for one in (item, *alike)))
         return alike, random.choice(called)
-    return others, random.choice(("one", "one", "object"))
+    return others, random.choice(NOUNS)
 
 
 def _beyond(item: Item, other: Item, side: str) -> bool:

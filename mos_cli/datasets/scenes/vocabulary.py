@@ -8,15 +8,15 @@ from functools import cache, cached_property
 from random import Random
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from mos_cli.datasets.art.file import Art
 from mos_cli.datasets.scenes.description import DEFAULT_STYLE, held_out_style
-from mos_cli.datasets.tables import CommonWords, DataTable
 from mos_cli.errors import InputError
 
 if TYPE_CHECKING:
     import inflect
+    from torch import Tensor
+
+    from mos_cli.datasets.art.file import Art
+    from mos_cli.datasets.tables import CommonWords, DataTable
 
 RGB = tuple[float, float, float]
 
@@ -105,8 +105,8 @@ class Vocabulary:
 
     words: dict[str, VocabularyWord]
     styles: tuple[str, ...]
-    sprites_VHW4: Tensor
-    common: CommonWords | None = None
+    sprites_VHW4: "Tensor"
+    common: "CommonWords | None" = None
 
     def sample(self, count: int, random: Random, style: str | None = None) -> list[str]:
         """Different words in random order; with a style, words that training may draw in it."""
@@ -129,7 +129,7 @@ class Vocabulary:
         return pools
 
 
-def load_vocabulary(art: Art, data: DataTable) -> Vocabulary:
+def load_vocabulary(art: "Art", data: "DataTable") -> Vocabulary:
     """The recipe's words with their pictures.
 
     Raises:
@@ -146,6 +146,9 @@ def load_vocabulary(art: Art, data: DataTable) -> Vocabulary:
         words[name] = VocabularyWord(names, {style: len(rows) + offset for offset, style in enumerate(data.styles)})
         rows += [found[name, style] for style in data.styles]
     return Vocabulary(words, data.styles, art.pixels[rows], data.common)
+
+
+ARTICLES = ("a", "an")
 
 
 @cache
