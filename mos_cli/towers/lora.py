@@ -60,9 +60,7 @@ def load_lora(path: Path) -> Lora:
     pairs = {layer: (pair["A"], pair["B"]) for layer, pair in parts.items()}
     ranks = {a_RI.shape[0] for a_RI, _ in pairs.values()}
     if len(ranks) > 1 or any(settings.get(name) for name in PER_LAYER):
-        raise InputError(
-            f"{path} cannot be used: it is no plain LoRA with one rank and one alpha for all layers"
-        )
+        raise InputError(f"{path} cannot be used: it is no plain LoRA with one rank and one alpha for all layers")
     rank = ranks.pop()
     alpha = settings.get("lora_alpha", rank)
     if rank == 0 or not isinstance(alpha, int | float) or not math.isfinite(alpha):

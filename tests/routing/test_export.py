@@ -51,7 +51,7 @@ def expected(recording: Recording, name: str, tokens: list[int], steps: list[int
                     continue
                 text = branch.tokens[token].text
                 row = {"branch": name, "step": step, "t": trace.times[step], "block": block}
-                row |= {"token": token, "token_text": text, "word": text}
+                row |= {"token": token, "token_text": text, "word": text.strip('",;')}
                 row["kind"] = "special" if text in ("[CLS]", "[SEP]") else "word"
                 for k in range(trace.top_k):
                     row[f"layer_{k + 1}"] = int(routes.ids_SJTK[place, block, token, k])
