@@ -12,7 +12,8 @@ import numpy as np
 from mos_cli.errors import InputError, UsageError
 from mos_cli.routing.analysis import Word, agreement, split_words, step_changes, summarise
 from mos_cli.routing.prompt_weights import branch_weights, token_weights, weight_text
-from mos_cli.routing.trace import BranchSummary, Recording, Routes, TraceBranch
+from mos_cli.routing.rules import Rule, parse_rule
+from mos_cli.routing.trace import BranchSummary, Recording, Routes, Steered, TraceBranch
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,24 @@ class Section:
     def words(self) -> tuple[Word, ...]:
         """The words of the branch's prompt, its pictures, and its special tokens; see `split_words`."""
         return split_words(self.branch.prompt, self.branch.tokens)
+
+    @property
+    def steered(self) -> tuple[Steered, ...]:
+        """The effect of each rule, as in the branch, with the number of its decisions in this section."""
+        steered = self.branch.steered or ()
+        return steered if self.whole else tuple(self._within(effect) for effect in steered)
+
+    @property
+    def changed(self) -> int | None:
+        """The number of decisions that rules changed, as in the branch; None for a part, of which it is not known."""
+        return self.branch.changed if self.whole else None
+
+    def _within(self, effect: Steered) -> Steered:
+        rule, steps, blocks = parse_rule(effect.rule), set(self.steps), set(self.blocks)
+        if isinstance(rule, Rule):
+            steps &= steps if rule.steps is None else set(rule.steps)
+            blocks &= blocks if rule.blocks is None else set(rule.blocks)
+        return effect.model_copy(update={"decisions": len(effect.tokens) * len(steps) * len(blocks)})
 
     def weight(self, word: Word) -> str | None:
         """The weight of a word in the prompt, as text; None where it is 1."""

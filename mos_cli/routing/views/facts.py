@@ -60,8 +60,8 @@ def section_facts(section: Section, requested: Sequence[Word] = ()) -> dict[str,
         "rules": {
             "asked": list(recipe.routes or ()),
             "route_from": None if recipe.route_from is None else recipe.route_from.model_dump(),
-            "done": [steered.model_dump() for steered in branch.steered or ()],
-            "changed": branch.changed,
+            "done": [steered.model_dump() for steered in section.steered],
+            "changed": section.changed,
         },
     }
 

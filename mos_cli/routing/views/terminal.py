@@ -106,7 +106,7 @@ class RoutesView:
         table = plain_table()
         table.add_column(overflow="fold")
         table.add_column(overflow="fold")
-        done = {steered.rule: steered for steered in branch.steered or ()}
+        done = {steered.rule: steered for steered in self.section.steered}
         for rule in trace.recipe.routes or ():
             if rule in done and done[rule].tokens:
                 texts = [branch.tokens[number].text for number in done[rule].tokens]
@@ -118,9 +118,9 @@ class RoutesView:
             source = trace.recipe.route_from
             taken = f"its choices at the first {source.until:.0%} of the steps (sha256 {source.sha256[:12]})"
             table.add_row("another run", taken)
-        if branch.changed is not None:
+        if (changed := self.section.changed) is not None:
             whole = len(branch.steps) * trace.blocks * len(branch.tokens)
-            share = f"{branch.changed} of {whole} decisions ({branch.changed / whole:.1%})"
+            share = f"{changed} of {whole} decisions ({changed / whole:.1%})"
             table.add_row("all rules", f"{share} keep other layers than the router chose")
         return table
 
