@@ -23,9 +23,10 @@ SUFFIXES = (".parquet", ".csv")
 def decisions_table(section: Section, words: Sequence[Word]) -> "pa.Table":
     """The decisions of a section for the tokens of `words`, ordered by step, block and token.
 
-    Columns: branch, step, t, block, token (its number), token_text, word, kind ("word", "picture" or "special"), then
-    for each kept layer, the strongest first, layer_1, weight_1, layer_2 and so on, and where the trace has them the
-    router's probability of every layer, before any rule, by its name: probability_layer_3.
+    Columns: branch, step, t, block, token (its number), token_text, word, nth (its occurrence, from
+    1), kind ("word", "picture" or "special"), then for each kept layer, the strongest first, layer_1, weight_1, layer_2
+    and so on, and where the trace has them the router's probability of every layer, before any rule, by its name:
+    probability_layer_3.
 
     Raises:
         InputError: the trace holds a summary only.
@@ -39,7 +40,7 @@ def decisions_table(section: Section, words: Sequence[Word]) -> "pa.Table":
     steps, blocks, _, kept = ids_SJTK.shape
     held, rows = len(tokens), ids_SJTK[..., 0].size
 
-    def named(per_token: Iterable[str]) -> "pa.Array":
+    def named(per_token: Iterable[str | int]) -> "pa.Array":
         return pa.array(per_token).take(pa.array(np.tile(np.arange(held), steps * blocks)))
 
     columns = {
@@ -50,6 +51,7 @@ def decisions_table(section: Section, words: Sequence[Word]) -> "pa.Table":
         "token": np.tile(np.array(tokens, np.int32), steps * blocks),
         "token_text": named([branch.tokens[token].text for token in tokens]),
         "word": named([word_of[token].text for token in tokens]),
+        "nth": named([word_of[token].nth for token in tokens]),
         "kind": named([_kind(section, word_of[token]) for token in tokens]),
     }
     for k in range(kept):

@@ -148,6 +148,13 @@ def test_a_wrong_option_is_a_usage_error_in_one_line(trace_path, arguments, mess
     assert mos(trace_path, *arguments) == (2, "", f"error: {message}\n")
 
 
+def test_an_occurrence_of_a_word_is_told_in_json(tmp_path):
+    write_all(trace_files(*make_trace(prompt="a cat and a Cat"), tmp_path / "cats.json"))
+    facts = as_json(tmp_path / "cats.json", "-w", "cat")
+    assert [(word["word"], word["nth"]) for word in facts["words"]] == [("cat", 1), ("Cat", 2)]
+    assert [(word["reader"], word["nth"]) for word in facts["readers"]] == [("cat", 1), ("Cat", 2)]
+
+
 def test_bad_input_is_one_line_and_exit_3(trace_path):
     def refused(*arguments: object) -> str:
         code, out, err = mos(*arguments)

@@ -121,7 +121,7 @@ def test_the_words_asked_for_have_their_layers(mos, tmp_path):
     use = layer_use(recording.routes["positive"], [3], LAYERS)
     path = save(recording, tmp_path)
     facts = json.loads(mos("inspect-routing", path, "-w", "apple", "--json").stdout)
-    assert facts["readers"] == [{"reader": "apple", "layer_use": use.round(4).tolist()}]
+    assert facts["readers"] == [{"reader": "apple", "nth": 1, "layer_use": use.round(4).tolist()}]
     shown = mos("inspect-routing", path, "-w", "apple").stdout.split("words x layers")[1].splitlines()
     assert shown[2].split() == ["apple", *(f"{100 * share:.0f}" if share else "-" for share in use)]
 

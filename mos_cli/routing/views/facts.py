@@ -38,6 +38,7 @@ def section_facts(section: Section, requested: Sequence[Word] = ()) -> dict[str,
         "words": [
             {
                 "word": word.text,
+                "nth": word.nth,
                 "special": word.special,
                 "tokens": list(word.tokens),
                 "mean_layer": word_layers(word, mean_layer_ST),
@@ -48,7 +49,11 @@ def section_facts(section: Section, requested: Sequence[Word] = ()) -> dict[str,
         "readers": None
         if routes is None
         else [
-            {"reader": word.text, "layer_use": layer_use(routes, word.tokens, len(trace.layers)).round(DIGITS).tolist()}
+            {
+                "reader": word.text,
+                "nth": word.nth,
+                "layer_use": layer_use(routes, word.tokens, len(trace.layers)).round(DIGITS).tolist(),
+            }
             for word in readers(section, requested)
         ],
         "layer_use": summary.layer_use_JM,
@@ -73,6 +78,7 @@ def patch_facts(patch: tuple[int, int], origins: Sequence[PatchSource]) -> dict[
         "origins": [
             {
                 "word": origin.word.text,
+                "nth": origin.word.nth,
                 "special": origin.word.special,
                 "tokens": list(origin.word.tokens),
                 "attention": round(origin.attention, 6),
