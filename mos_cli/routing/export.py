@@ -23,10 +23,10 @@ SUFFIXES = (".parquet", ".csv")
 def decisions_table(section: Section, words: Sequence[Word]) -> "pa.Table":
     """The decisions of a section for the tokens of `words`, ordered by step, block and token.
 
-    Columns: branch, step, t, block, token (its number), token_text, word, nth (its occurrence, from
-    1), kind ("word", "picture" or "special"), then for each kept layer, the strongest first, layer_1, weight_1, layer_2
-    and so on, and where the trace has them the router's probability of every layer, before any rule, by its name:
-    probability_layer_3.
+    Columns: branch, step, t, block, token (its number), token_text, word, nth (its occurrence, from 1), kind ("word",
+    "picture" or "special"), then for each kept layer, the strongest first, layer_1, weight_1, layer_2 and so on (in
+    traces of base models layer_1, slot_1, weight_1), and where the trace has them the router's probability of every
+    layer, before any rule, by its name: probability_layer_3.
 
     Raises:
         InputError: the trace holds a summary only.
@@ -56,6 +56,8 @@ def decisions_table(section: Section, words: Sequence[Word]) -> "pa.Table":
     }
     for k in range(kept):
         columns[f"layer_{k + 1}"] = ids_SJTK[..., k].ravel()
+        if routes.slots_SJTK is not None:
+            columns[f"slot_{k + 1}"] = routes.slots_SJTK[:, :, tokens, k].ravel()
         # fp32, which holds every fp16 exactly: csv knows no fp16, and few readers of parquet do.
         columns[f"weight_{k + 1}"] = weights_SJTK[..., k].ravel().astype(np.float32)
     if routes.probabilities_SJTM is not None:

@@ -1,6 +1,6 @@
 """A section of a recording: the routes of one branch, over all steps and blocks or over a range of them.
 
-Shapes: S steps, J generation blocks, T context tokens, K kept layers, M understanding layers.
+Shapes: S steps, J generation blocks, T context tokens, K kept layers, M understanding layers, Z slots.
 """
 
 import re
@@ -164,6 +164,18 @@ def layer_use(routes: Routes, tokens: Sequence[int], layers: int) -> np.ndarray:
     ids_SJTK, weights_SJTK = routes.ids_SJTK[:, :, list(tokens)], routes.weights_SJTK[:, :, list(tokens)]
     use_M = np.bincount(ids_SJTK.ravel(), weights_SJTK.ravel().astype(np.float64), minlength=layers)
     return use_M / use_M.sum()
+
+
+def slot_use(routes: Routes, slots: int, layers: int) -> np.ndarray:
+    """The share of each layer in the weights of each slot, over all steps, blocks and tokens, [Z, M]; rows sum to 1.
+
+    `routes` are those of a base model.
+    """
+    assert routes.slots_SJTK is not None
+    places = routes.slots_SJTK.astype(np.intp) * layers + routes.ids_SJTK
+    weights = routes.weights_SJTK.ravel().astype(np.float64)
+    use_ZM = np.bincount(places.ravel(), weights, minlength=slots * layers).reshape(slots, layers)
+    return use_ZM / use_ZM.sum(axis=1, keepdims=True)
 
 
 def readers(section: Section, requested: Sequence[Word]) -> tuple[Word, ...]:

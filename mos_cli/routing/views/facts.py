@@ -10,7 +10,7 @@ import numpy as np
 
 from mos_cli.routing.analysis import DIGITS, Word, dead_layers, strongest_layers, word_layers
 from mos_cli.routing.regions import PatchSource
-from mos_cli.routing.section import Section, layer_use, readers
+from mos_cli.routing.section import Section, layer_use, readers, slot_use
 
 
 def section_facts(section: Section, requested: Sequence[Word] = ()) -> dict[str, Any]:
@@ -55,6 +55,16 @@ def section_facts(section: Section, requested: Sequence[Word] = ()) -> dict[str,
                 "layer_use": layer_use(routes, word.tokens, len(trace.layers)).round(DIGITS).tolist(),
             }
             for word in readers(section, requested)
+        ],
+        "slots": None
+        if routes is None or trace.adapter is None
+        else [
+            {"own_layer": own, "layer_use": use_M.round(DIGITS).tolist()}
+            for own, use_M in zip(
+                trace.adapter.own_layers,
+                slot_use(routes, len(trace.adapter.own_layers), len(trace.layers)),
+                strict=True,
+            )
         ],
         "layer_use": summary.layer_use_JM,
         "entropy": summary.entropy_S,
