@@ -139,7 +139,7 @@ def test_rules_are_shown_as_asked_and_done(mos, tmp_path):
     shown = " ".join(mos("inspect-routing", path).stdout.split())
     assert "red=1 24 decisions: red" in shown
     assert "pear!=2 has no tokens in this branch" in shown
-    assert f"another run its choices at the first 40% of the steps (sha256 {'a' * 12})" in shown
+    assert f"another run its choices at steps 0 to 2 (40% of 6 steps, rounded up; sha256 {'a' * 12})" in shown
     assert "all rules 6 of 120 decisions (5.0%) keep other layers than the router chose" in shown
     rules = json.loads(mos("inspect-routing", path, "--json").stdout)["rules"]
     assert (rules["asked"], rules["changed"], rules["done"][0]["decisions"]) == (["red=1", "pear!=2"], 6, 24)

@@ -15,6 +15,7 @@ from mos_cli.routing.analysis import Word, dead_layers, strongest_layers, word_l
 from mos_cli.routing.regions import PatchSource
 from mos_cli.routing.section import Section, layer_use, readers, slot_use
 from mos_cli.routing.trace import Routes
+from mos_cli.routing.transfer import transferred_steps
 from mos_cli.routing.views.tables import (
     CELL,
     WORD_WIDTH,
@@ -122,8 +123,10 @@ class RoutesView:
                 table.add_row(Text(printable(rule)), "has no tokens in this branch")
         if trace.recipe.route_from is not None:
             source = trace.recipe.route_from
-            taken = f"its choices at the first {source.until:.0%} of the steps (sha256 {source.sha256[:12]})"
-            table.add_row("another run", taken)
+            count = transferred_steps(source.until, len(trace.times))
+            steps = "step 0" if count == 1 else f"steps 0 to {count - 1}"
+            share = f"{source.until:.0%} of {counted(len(trace.times), 'step')}, rounded up"
+            table.add_row("another run", f"its choices at {steps} ({share}; sha256 {source.sha256[:12]})")
         if (changed := self.section.changed) is not None:
             whole = len(branch.steps) * trace.blocks * len(branch.tokens)
             share = f"{changed} of {whole} decisions ({changed / whole:.1%})"
