@@ -5,7 +5,7 @@ prompt -> language model, once -> bank -> (router + hooks + transformer) x steps
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from mos_cli.adapters.text import EncodedText, encode_text, read_template
 from mos_cli.bundles.adapters import AdapterBundle, verify_adapter
 from mos_cli.bundles.loras import LoraFile
 from mos_cli.config.recipe import PictureRecord, Recipe, pixels_hash, provenance
-from mos_cli.errors import InputError, MemoryLimitError, MosError, UsageError
+from mos_cli.errors import InputError, MemoryLimitError, MosError
 from mos_cli.images.companions import TRACE_SCHEMA
 from mos_cli.images.inputs import Inputs
 from mos_cli.images.pictures import Fit
@@ -34,19 +34,19 @@ from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.rules import parse_rules
 from mos_cli.routing.steering import Steerer
 from mos_cli.routing.trace import AdapterTrace, Recording, RecordOptions, Routes, Trace, make_branch
-from mos_cli.routing.transfer import check_model, choices_hash, transfer_routes
+from mos_cli.routing.transfer import routes_of_run
 from mos_cli.sampling.guidance import NEGATIVE, POSITIVE, SteeringInput
 from mos_cli.sampling.sampler import Observer, Step
 from mos_cli.towers.autoencoder import to_image
 from mos_cli.towers.layers import TokenGrid
 from mos_cli.towers.router import Router
 from mos_cli.utils.devices import device_name
-from mos_cli.utils.threads import ThreadRecorder
+from mos_cli.utils.threads import ThreadRecorder, device_threads
 
 PATCH = 16
 """Pixels along a patch of all base models: the autoencoder's factor of 8, and patches of 2 x 2 latents."""
 _PROMPTS = 4
-"""Prompts whose encodings are kept."""
+"""Prompts whose encodings are kept, but for those that are read ahead."""
 
 
 class AdapterPipeline:
@@ -97,7 +97,8 @@ class AdapterPipeline:
         if setting.tiled:
             self.pipe.vae.enable_tiling()
         self.template = read_template(self.base, self.pipe)
-        self._encoded: dict[tuple[str, int], EncodedText] = {}
+        self._ahead: dict[str, EncodedText] = {}
+        self._last = lru_cache(maxsize=_PROMPTS)(self._encode)
 
     @property
     def router(self) -> Router | None:
@@ -132,7 +133,7 @@ class AdapterPipeline:
         with self.offloader.understanding_onloaded():
             for prompt in prompts:
                 try:
-                    self._encoded[prompt, torch.get_num_threads()] = self._read(prompt)
+                    self._ahead[prompt] = self._read(prompt)
                 except MosError:
                     continue
                 except (torch.OutOfMemoryError, MemoryError):
@@ -140,20 +141,18 @@ class AdapterPipeline:
 
     def clear_cache(self) -> None:
         """Forgets the prompts that were read."""
-        self._encoded.clear()
+        self._ahead.clear()
+        self._last.cache_clear()
 
     def encode(self, prompt: str) -> EncodedText:
         """A prompt as the base model reads it; the last ones are cached. Raises InputError."""
-        # The rounding of the states depends on the number of threads.
-        key = (prompt, torch.get_num_threads())
-        if key not in self._encoded:
-            with self.offloader.understanding_onloaded():
-                encoded = self._read(prompt)
-            if self.setting.offload == "none":
-                while len(self._encoded) >= _PROMPTS:
-                    self._encoded.pop(next(iter(self._encoded)))
-            self._encoded[key] = encoded
-        return self._encoded[key].to(self.device)
+        encoded = self._ahead.get(prompt) or self._last(prompt, device_threads(self.device))
+        return encoded.to(self.device)
+
+    def _encode(self, prompt: str, _threads: int | None) -> EncodedText:
+        """The number of threads is a part of the cache's key, since the rounding of the states depends on it."""
+        with self.offloader.understanding_onloaded():
+            return self._read(prompt)
 
     def _read(self, prompt: str) -> EncodedText:
         with torch.no_grad():
@@ -324,14 +323,6 @@ class _Run:
         first = min(range(len(times)), key=lambda step: abs(times[step] - t))
         self.times = times[first:]
         worded = {name: text for name, text in self.encoded.items() if text.tokens}
-        transferred = None
-        if recipe.route_from is not None:
-            if self.route_from is None:
-                raise UsageError(f"{recipe.prompt!r} takes its routes from another run: name it with --route-from FILE")
-            if choices_hash(self.route_from) != recipe.route_from.sha256:
-                raise UsageError(f"{self.route_from.path} is not the run that {recipe.prompt!r} takes its routes from")
-            check_model(self.route_from, recipe.model, pipeline.bundle_hash)
-            transferred = transfer_routes(self.route_from, worded, self.times, recipe.route_from.until)
         self.steerer = Steerer(
             parse_rules(recipe.routes or ()),
             worded,
@@ -340,7 +331,7 @@ class _Run:
             blocks=pipeline.blocks,
             layers=pipeline.layers,
             device=pipeline.device,
-            transferred=transferred,
+            transferred=routes_of_run(recipe, self.route_from, pipeline.bundle_hash, worded, self.times),
             own_layers=pipeline.own_layers,
         )
 

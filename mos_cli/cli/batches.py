@@ -146,14 +146,15 @@ def _check_options(options: DrawOptions, strip: Path | None, *, several: bool, s
 def _load(
     bundle: "Bundle", settings: "RunSettings", recipe: "Recipe", report: Report
 ) -> "tuple[MoSPipeline, Sequence[Observer]]":
-    """The model, and what adapts the number of threads to the other work on the machine, after every step."""
+    """The model, and what adapts the number of a CPU's threads to the other work on the machine, after every step."""
     from mos_cli.utils.threads import AdaptiveThreads
 
     adapt_threads = AdaptiveThreads()
     pipeline = load_with_progress(bundle, settings, report, precision=recipe.precision, quant=recipe.quant)
     adapt_threads()
-    # Blocks are compiled for a number of threads.
-    return pipeline, () if pipeline.compiled else (adapt_threads,)
+    # A GPU's work does not depend on it, and blocks are compiled for a number of threads.
+    adapting = pipeline.device.type == "cpu" and not pipeline.compiled
+    return pipeline, (adapt_threads,) if adapting else ()
 
 
 class _Sheets:

@@ -10,7 +10,7 @@ from mos_cli.cli.output import size_text, stdout
 from mos_cli.utils.counts import counted
 
 if TYPE_CHECKING:
-    from mos_cli.towers.quantized import QuantizationReport
+    from mos_cli.towers.quantized import QuantisationReport
 
 
 def quantize(
@@ -33,7 +33,7 @@ def quantize(
     quieten()
     from mos_cli.towers.quantized import quantise_generation
 
-    reports: list[QuantizationReport] = []
+    reports: list[QuantisationReport] = []
 
     def write_tower(source: Path, folder: Path) -> None:
         try:

@@ -40,10 +40,15 @@ def as_text(value: Any) -> Any:
         raise typer.BadParameter("it is not UTF-8 text") from None
 
 
+SAMPLING, SEVERAL, OUTPUT = "Sampling", "Several pictures", "Output"
+ROUTING, DEVICE = "Routing", "Device and memory"
+"""Headings of the help of commands that draw."""
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and the paths of pictures.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say how long each stage took.")]
 Json = Annotated[bool, typer.Option("--json", help="Print newline-delimited JSON events on stdout.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the files that are named.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the files that are named.", rich_help_panel=OUTPUT)
+]
 Device = Annotated[
     str | None,
     typer.Option(
@@ -53,6 +58,7 @@ Device = Annotated[
         help="auto, cpu or cuda.",
         show_default="auto",
         metavar="DEVICE",
+        rich_help_panel=DEVICE,
     ),
 ]
 Attention = Annotated[
@@ -64,6 +70,7 @@ Attention = Annotated[
         metavar="NAME",
         help="What computes attention: xformers, sdpa (PyTorch's), or auto: xformers where it can.",
         show_default="auto",
+        rich_help_panel=DEVICE,
     ),
 ]
 Output = Annotated[
@@ -77,6 +84,7 @@ Output = Annotated[
         "in edits {source}; no suffix: "
         "a folder. - writes one PNG, and nothing beside it, to standard output.",
         show_default="outputs/{date}/{number}_{prompt}_s{seed}.png",
+        rich_help_panel=OUTPUT,
     ),
 ]
 Trace = Annotated[
@@ -88,6 +96,7 @@ Trace = Annotated[
         metavar="LEVEL",
         help="Routing trace beside the picture: off, summary, topk (every decision), or full (and all probabilities).",
         show_default="topk",
+        rich_help_panel=ROUTING,
     ),
 ]
 Metadata = Annotated[
@@ -100,6 +109,7 @@ Metadata = Annotated[
         help="What the picture holds: full, recipe (without what it was edited from, and the text for other tools), or "
         "none (it cannot be replayed).",
         show_default="full",
+        rich_help_panel=OUTPUT,
     ),
 ]
 ArtFile = Annotated[
@@ -141,11 +151,26 @@ Preset = Annotated[
 ]
 Seed = Annotated[
     int | None,
-    typer.Option("--seed", "-s", envvar="MOS_SEED", help="Seed of the first picture.", show_default="random"),
+    typer.Option(
+        "--seed",
+        "-s",
+        envvar="MOS_SEED",
+        help="Seed of the first picture.",
+        show_default="random",
+        rich_help_panel=SAMPLING,
+    ),
 ]
-Count = Annotated[int, typer.Option("--count", "-n", min=1, max=10_000, help="Pictures per prompt; seeds count up.")]
+Count = Annotated[
+    int,
+    typer.Option(
+        "--count", "-n", min=1, max=10_000, help="Pictures per prompt; seeds count up.", rich_help_panel=SEVERAL
+    ),
+]
 Steps = Annotated[
-    int | None, typer.Option("--steps", envvar="MOS_STEPS", help="Denoising steps.", show_default="the model's")
+    int | None,
+    typer.Option(
+        "--steps", envvar="MOS_STEPS", help="Denoising steps.", show_default="the model's", rich_help_panel=SAMPLING
+    ),
 ]
 Solver = Annotated[
     str | None,
@@ -156,11 +181,18 @@ Solver = Annotated[
         metavar="NAME",
         help="What integrates the steps: ab2 (Adams-Bashforth, second order) or euler.",
         show_default="ab2",
+        rich_help_panel=SAMPLING,
     ),
 ]
 Cfg = Annotated[
     float | None,
-    typer.Option("--cfg", envvar="MOS_CFG", help="Guidance scale; 1 turns it off.", show_default="the model's"),
+    typer.Option(
+        "--cfg",
+        envvar="MOS_CFG",
+        help="Guidance scale; 1 turns it off.",
+        show_default="the model's",
+        rich_help_panel=SAMPLING,
+    ),
 ]
 CfgInterval = Annotated[
     str | None,
@@ -170,12 +202,18 @@ CfgInterval = Annotated[
         metavar="LOW,HIGH",
         help="Times at which guidance acts; 1 is noise, 0 the picture.",
         show_default="the model's",
+        rich_help_panel=SAMPLING,
     ),
 ]
 Negative = Annotated[
     str | None,
     typer.Option(
-        "--negative", envvar="MOS_NEGATIVE", metavar="TEXT", callback=as_text, help="What guidance leads away from."
+        "--negative",
+        envvar="MOS_NEGATIVE",
+        metavar="TEXT",
+        callback=as_text,
+        help="What guidance leads away from.",
+        rich_help_panel=SAMPLING,
     ),
 ]
 Routes = Annotated[
@@ -186,6 +224,7 @@ Routes = Annotated[
         callback=as_text,
         help="Steer the routes: red=5,6 pins a word to layers, cat!=0-2 bans, dog+=0.5@4 adds a bias, last and others "
         "stand for every word; repeatable, see docs/routing.md.",
+        rich_help_panel=ROUTING,
     ),
 ]
 RouteFrom = Annotated[
@@ -195,11 +234,14 @@ RouteFrom = Annotated[
         metavar="TRACE",
         autocompletion=trace_paths,
         help="Take the layers that every word read in another run; the weights stay the router's.",
+        rich_help_panel=ROUTING,
     ),
 ]
 RouteSource = Annotated[
     Path | None,
-    typer.Option("--route-from", metavar="TRACE", help="The run that the picture took its routes from."),
+    typer.Option(
+        "--route-from", metavar="TRACE", help="The run that the picture took its routes from.", rich_help_panel=ROUTING
+    ),
 ]
 RouteUntil = Annotated[
     str | None,
@@ -208,6 +250,7 @@ RouteUntil = Annotated[
         metavar="PERCENT",
         help="Take them for this share of the steps, the first ones, rounded up to whole steps.",
         show_default="100%",
+        rich_help_panel=ROUTING,
     ),
 ]
 Lora = Annotated[
@@ -218,6 +261,7 @@ Lora = Annotated[
         callback=as_text,
         help="Change the model by a LoRA: a file of `mos train finetune-lora`, or for a base model any that diffusers "
         "reads; repeatable.",
+        rich_help_panel=SAMPLING,
     ),
 ]
 Loras = Annotated[
@@ -227,13 +271,20 @@ Loras = Annotated[
         metavar="FILE",
         callback=as_text,
         help="Where a LoRA it was drawn with is, if it is not found by its hash; repeatable.",
+        rich_help_panel=SAMPLING,
     ),
 ]
 Regions = Annotated[
-    bool, typer.Option("--regions", help="Also record which parts of the picture attended to which word.")
+    bool,
+    typer.Option(
+        "--regions", help="Also record which parts of the picture attended to which word.", rich_help_panel=ROUTING
+    ),
 ]
 PreviewSteps = Annotated[
-    bool, typer.Option("--preview-steps", help="Also write what the picture looked like at every step (WebP).")
+    bool,
+    typer.Option(
+        "--preview-steps", help="Also write what the picture looked like at every step (WebP).", rich_help_panel=OUTPUT
+    ),
 ]
 Precision = Annotated[
     str | None,
@@ -244,6 +295,7 @@ Precision = Annotated[
         help="auto, bf16 or fp32.",
         show_default="auto",
         metavar="PRECISION",
+        rich_help_panel=DEVICE,
     ),
 ]
 Quant = Annotated[
@@ -255,6 +307,7 @@ Quant = Annotated[
         metavar="KIND",
         help="Quantise on load: int8 or nf4; nf4,none for the understanding and the generation tower apart.",
         show_default="none",
+        rich_help_panel=DEVICE,
     ),
 ]
 FeatureCache = Annotated[
@@ -266,6 +319,7 @@ FeatureCache = Annotated[
         help="Compute the blocks at every N-th step only, after the first quarter of the steps: faster, and the "
         "picture changes a little; 1 turns it off, see docs/caching.md.",
         show_default="1",
+        rich_help_panel=SAMPLING,
     ),
 ]
 MaxVram = Annotated[
@@ -277,6 +331,7 @@ MaxVram = Annotated[
         help="GPU memory to use at most; the fastest setting that fits is chosen, see `mos plan`. auto: all there "
         "is; without a GPU, of main memory.",
         show_default="no limit",
+        rich_help_panel=DEVICE,
     ),
 ]
 Offload = Annotated[
@@ -289,6 +344,7 @@ Offload = Annotated[
         help="What waits in main memory until the GPU needs it: none, understanding (the understanding tower), or "
         "blocks (also the blocks of the generation tower, fetched one by one).",
         show_default="none",
+        rich_help_panel=DEVICE,
     ),
 ]
 Compile = Annotated[
@@ -298,6 +354,7 @@ Compile = Annotated[
         envvar="MOS_COMPILE",
         help="Compile the generation tower when it is first used; docs/performance.md says where that pays.",
         show_default="no",
+        rich_help_panel=DEVICE,
     ),
 ]
 BatchSize = Annotated[
@@ -309,12 +366,17 @@ BatchSize = Annotated[
         help="Draw N pictures of one size at once, or auto, what fits a GPU: not equal in the last bits to pictures "
         "drawn alone, see docs/batches.md; edits are drawn alone.",
         show_default="1",
+        rich_help_panel=SEVERAL,
     ),
 ]
 Log = Annotated[
     bool | None,
     typer.Option(
-        "--log/--no-log", envvar="MOS_LOG", help="List the pictures in the log of `mos logs`.", show_default="yes"
+        "--log/--no-log",
+        envvar="MOS_LOG",
+        help="List the pictures in the log of `mos logs`.",
+        show_default="yes",
+        rich_help_panel=OUTPUT,
     ),
 ]
 Preview = Annotated[
@@ -324,6 +386,7 @@ Preview = Annotated[
         envvar="MOS_PREVIEW",
         help="Show the pictures in the terminal, if it has kitty's graphics or sixels; not with --quiet or --json.",
         show_default="no",
+        rich_help_panel=OUTPUT,
     ),
 ]
 Server = Annotated[
@@ -338,7 +401,13 @@ Server = Annotated[
     ),
 ]
 Sheet = Annotated[
-    Path | None, typer.Option("--sheet", metavar="PNG", help="Also write one sheet of all pictures with their prompts.")
+    Path | None,
+    typer.Option(
+        "--sheet",
+        metavar="PNG",
+        help="Also write one sheet of all pictures with their prompts.",
+        rich_help_panel=SEVERAL,
+    ),
 ]
 Vary = Annotated[
     list[str] | None,
@@ -347,20 +416,37 @@ Vary = Annotated[
         metavar="NAME=A,B",
         help="Draw every picture with each value of a setting (seed, steps, cfg, solver, feature_cache, size, "
         "image_cfg, strength); repeatable: all combinations, which --sheet shows with axes.",
+        rich_help_panel=SEVERAL,
     ),
 ]
 ManifestFile = Annotated[
     Path | None,
-    typer.Option("--manifest", metavar="FILE", help="Record what becomes of every picture in FILE (JSON lines)."),
+    typer.Option(
+        "--manifest",
+        metavar="FILE",
+        help="Record what becomes of every picture in FILE (JSON lines).",
+        rich_help_panel=SEVERAL,
+    ),
 ]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Draw what the manifest does not record as done, with the same seeds.")
+    bool,
+    typer.Option(
+        "--resume", help="Draw what the manifest does not record as done, with the same seeds.", rich_help_panel=SEVERAL
+    ),
 ]
 SkipExisting = Annotated[
-    bool, typer.Option("--skip-existing", help="Draw no picture whose name is there already; without {number} in it.")
+    bool,
+    typer.Option(
+        "--skip-existing",
+        help="Draw no picture whose name is there already; without {number} in it.",
+        rich_help_panel=SEVERAL,
+    ),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Say what would be drawn and where; load no weights, write nothing.")
+    bool,
+    typer.Option(
+        "--dry-run", help="Say what would be drawn and where; load no weights, write nothing.", rich_help_panel=SEVERAL
+    ),
 ]
 
 

@@ -6,15 +6,15 @@ read: what a notebook draws depends on its code alone.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL.Image import Image
 
-from mos_cli.bundles.bundle import Bundle, edit_defaults, find_bundle, record_location
+from mos_cli.bundles.bundle import Bundle, edit_defaults, record_location
 from mos_cli.bundles.loras import parse_lora, record_lora
-from mos_cli.bundles.sources import fetch_tower
 from mos_cli.config.recipe import make_recipe
 from mos_cli.config.settings import RunSettings, make_settings, parse_size
 from mos_cli.errors import InputError
@@ -28,11 +28,8 @@ from mos_cli.inference.requests import (
     EditRequest,
     check_recipe,
     edit_fields,
-    fit_settings,
     generation_fields,
-    needs_fitting,
     random_seed,
-    recipe_fields,
     route_source,
 )
 from mos_cli.planning.candidates import parse_quant
@@ -44,6 +41,8 @@ from mos_cli.utils.files import expand, sha256_of
 
 ImageSource = str | Path | Image | Drawing
 """A file (PNG, JPEG, WebP, AVIF, GIF, TIFF or BMP), an image, or a result of `Model.generate` or `Model.edit`."""
+
+_Pipeline = TypeVar("_Pipeline")
 
 
 def load_pipeline(
@@ -59,86 +58,28 @@ def load_pipeline(
     Raises:
         MosError: as `MoSPipeline` and `choose_device` do.
     """
+    make = partial(MoSPipeline, understanding=understanding, attention=settings.attention, compiled=settings.compile)
+    return make_pipeline(make, bundle, settings, precision=precision, quant=quant)
+
+
+def make_pipeline(
+    make: Callable[..., _Pipeline], bundle: Bundle, settings: RunSettings, *, precision: str, quant: str | None
+) -> _Pipeline:
+    """Calls `make`, the class of a pipeline, as settings say, and remembers where the bundle lies, for replays."""
     device = choose_device(settings.device)
     if isinstance(settings.max_vram, float) and device.type == "cuda":
         limit_memory(device, settings.max_vram)
     loras = [parse_lora(text) for text in settings.loras or ()]
-    pipeline = MoSPipeline(
-        bundle,
-        understanding,
-        device=device,
-        precision=precision,
-        attention=settings.attention,
-        setting=Setting(*parse_quant(quant or "none"), settings.offload, settings.tiled, settings.batched_guidance),
-        compiled=settings.compile,
-        loras=loras,
-    )
+    setting = Setting(*parse_quant(quant or "none"), settings.offload, settings.tiled, settings.batched_guidance)
+    pipeline = make(bundle, device=device, precision=precision, setting=setting, loras=loras)
     for lora in loras:
         record_lora(lora.path, sha256_of(lora.path))
     record_location(bundle)
     return pipeline
 
 
-def load(
-    model: str | Path = "emoji",
-    *,
-    device: str = "auto",
-    precision: str = "auto",
-    quant: str | None = None,
-    max_vram: float | str | None = None,
-    offload: str | None = None,
-    attention: str = "auto",
-    compile: bool = False,
-    loras: str | Sequence[str] = (),
-) -> "Model":
-    """Loads a model. The understanding tower is downloaded first if it is not in the cache.
-
-    Args:
-        model: a bundle: name, folder or hub id.
-        device: "auto", "cpu", "cuda" or "cuda:1".
-        precision: "auto", "bf16" or "fp32".
-        quant: "none" (the default), "int8" or "nf4"; "nf4,none" for the understanding and the generation tower each.
-        max_vram: GiB of the GPU to use at most, or "auto" for all there is; without a GPU, "auto" is of main memory.
-            What `quant` and `offload` leave open is chosen: the fastest that fits a picture of the native size.
-        offload: what waits in main memory until the GPU needs it: "none" (the default), "understanding" or "blocks".
-        attention: "auto", "xformers" or "sdpa".
-        compile: compile the generation tower when it is first used.
-        loras: one or several LoRA files that change the model: "FILE" or "FILE:SCALE", as `--lora` takes them.
-
-    Raises:
-        UsageError: a setting is not understood, or does not go with the device.
-        ModelError: the model is not found, cannot be fetched, or does not match its hashes.
-        DeviceError: the device is not there, or cannot do what is requested.
-        MemoryLimitError: it does not fit.
-    """
-    flags = make_settings(
-        model=str(model),
-        device=device,
-        precision=precision,
-        quant=quant,
-        max_vram=max_vram,
-        offload=offload,
-        attention=attention,
-        compile=compile,
-        loras=_several(loras) or None,
-    )
-    settings = RunSettings(**flags.model_dump(exclude_none=True))
-    bundle = find_bundle(settings.model)
-    # Checked before anything is downloaded.
-    fitting = needs_fitting(settings)
-    recipe_fields(settings, bundle, bundle.index.defaults)
-    understanding = fetch_tower(bundle.index.understanding)
-    if fitting:
-        references = 0 if bundle.index.edits is None else 1
-        settings = fit_settings(bundle, settings, bundle.index.canvas.native, references=references).settings
-    fields = recipe_fields(settings, bundle, bundle.index.defaults)
-    return Model(
-        load_pipeline(bundle, understanding, settings, precision=fields["precision"], quant=fields["quant"]), settings
-    )
-
-
 class Model:
-    """A loaded model; made by `load`.
+    """A loaded model; made by `mos_cli.load`.
 
     Attributes:
         bundle: the bundle it was loaded from: `bundle.index` has its name, canvas and default settings.
@@ -201,7 +142,7 @@ class Model:
             cfg_interval=cfg_interval,
             negative=negative,
             feature_cache=feature_cache,
-            routes=None if routes is None else _several(routes),
+            routes=None if routes is None else several(routes),
         )
         pixels = parse_size(_size_text(size), self.bundle.index.canvas)
         fields = generation_fields(settings, self.bundle, pixels, cfg_interval=cfg_interval)
@@ -268,7 +209,7 @@ class Model:
             cfg_interval=cfg_interval,
             negative=negative,
             feature_cache=feature_cache,
-            routes=None if routes is None else _several(routes),
+            routes=None if routes is None else several(routes),
         )
         request = EditRequest(
             size=_size_text(size),
@@ -283,7 +224,7 @@ class Model:
             expand=None if expand is None else parse_expansion(expand),
         )
         edit_defaults(self.bundle)
-        inputs = make_inputs([_read(source) for source in (image, *_several(references))])
+        inputs = make_inputs([_read(source) for source in (image, *several(references))])
         inputs = request.with_mask(inputs)
         for note in inputs.notes:
             warnings.warn(note, stacklevel=2)
@@ -328,7 +269,7 @@ def _size_text(size: tuple[int, int] | str | None) -> str | None:
     return size if size is None or isinstance(size, str) else "{}x{}".format(*size)
 
 
-def _several(given: Any) -> tuple[Any, ...]:
+def several(given: Any) -> tuple[Any, ...]:
     """What may be given alone: text is a sequence too, of letters."""
     return tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
 

@@ -34,7 +34,7 @@ from mos_cli.routing.recorder import Recorder
 from mos_cli.routing.rules import BaselineRule, parse_rules
 from mos_cli.routing.steering import Steerer
 from mos_cli.routing.trace import Recording, RecordOptions, Routes, Trace, make_branch
-from mos_cli.routing.transfer import check_model, choices_hash, transfer_routes
+from mos_cli.routing.transfer import routes_of_run
 from mos_cli.sampling.feature_cache import caching
 from mos_cli.sampling.graphs import CudaCapture, StepGraphs, prompt_bucket
 from mos_cli.sampling.guidance import Guidance
@@ -360,16 +360,10 @@ class MoSPipeline:
         record_options: RecordOptions,
         route_from: Recording | None,
     ) -> Steerer:
-        rules, transferred = parse_rules(recipe.routes or ()), None
+        rules = parse_rules(recipe.routes or ())
         computed = {name: [step for step, t in enumerate(times) if name in guidance.branches(t)] for name in encodings}
         baseline = any(isinstance(rule, BaselineRule) and rule.name != "shuffle" for rule in rules)
-        if recipe.route_from is not None:
-            if route_from is None:
-                raise UsageError(f"{recipe.prompt!r} takes its routes from another run: name it with --route-from FILE")
-            if choices_hash(route_from) != recipe.route_from.sha256:
-                raise UsageError(f"{route_from.path} is not the run that {recipe.prompt!r} takes its routes from")
-            check_model(route_from, recipe.model, self.bundle_hash)
-            transferred = transfer_routes(route_from, encodings, times, recipe.route_from.until)
+        transferred = routes_of_run(recipe, route_from, self.bundle_hash, encodings, times)
         if self.tower.router is None and (rules or transferred):
             raise UsageError(f"the routes of {recipe.model} are fixed: there is nothing that a rule could steer")
         if record_options.probabilities and (self.tower.router is None or baseline):

@@ -18,7 +18,8 @@ from mos_cli.routing.trace import TraceToken
 from mos_cli.towers.bank import StateBank
 from mos_cli.towers.generation import GenerationTower
 from mos_cli.towers.image_encoder import ImageEncoder
-from mos_cli.towers.understanding import HiddenStates, Token, UnderstandingTower
+from mos_cli.towers.tokens import Token
+from mos_cli.towers.understanding import HiddenStates, UnderstandingTower
 from mos_cli.towers.vision_language import VisionLanguageTower
 
 

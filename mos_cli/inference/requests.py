@@ -286,7 +286,7 @@ def check_prompts(recipes: Sequence[Recipe], bundle: Bundle) -> list[MosError | 
     if isinstance(bundle, AdapterBundle) or not (folder := tower_folder(bundle.index.understanding)).is_dir():
         return None
     quieten()
-    from mos_cli.towers.understanding import PromptTokenizer, Token
+    from mos_cli.towers.tokens import PromptTokenizer, Token
 
     tokenizer = PromptTokenizer(folder)
     tokens_of_prompt = lru_cache(tokenizer.tokens)

@@ -11,7 +11,8 @@ from math import ceil
 
 import numpy as np
 
-from mos_cli.errors import InputError
+from mos_cli.config.recipe import Recipe
+from mos_cli.errors import InputError, UsageError
 from mos_cli.routing.alignment import EncodedPrompt, partners
 from mos_cli.routing.analysis import is_special
 from mos_cli.routing.trace import Recording, Routes
@@ -53,6 +54,32 @@ def check_model(recording: Recording, model: str, bundle_hash: str) -> None:
         raise InputError(
             f"the routes of {recording.path} are those of {other}, which mean nothing to {model} ({bundle_hash[:10]})"
         )
+
+
+def routes_of_run(
+    recipe: Recipe,
+    recording: Recording | None,
+    bundle_hash: str,
+    encodings: Mapping[str, EncodedPrompt],
+    times: Sequence[float],
+) -> dict[str, SourceRoutes] | None:
+    """The routes that a picture takes from another run, as `transfer_routes` returns them; None if it takes none.
+
+    Args:
+        recording: the run that its recipe names by its hash.
+
+    Raises:
+        UsageError: the recording is not given, or is that of another run.
+        InputError: it was made by another model, or as `transfer_routes` does.
+    """
+    if recipe.route_from is None:
+        return None
+    if recording is None:
+        raise UsageError(f"{recipe.prompt!r} takes its routes from another run: name it with --route-from FILE")
+    if choices_hash(recording) != recipe.route_from.sha256:
+        raise UsageError(f"{recording.path} is not the run that {recipe.prompt!r} takes its routes from")
+    check_model(recording, recipe.model, bundle_hash)
+    return transfer_routes(recording, encodings, times, recipe.route_from.until)
 
 
 def transferred_steps(until: float, steps: int) -> int:

@@ -2,10 +2,12 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from starlette.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from mos_cli.errors import DeviceError, InputError, MemoryLimitError, ModelError, MosError, UsageError
 from mos_cli.server.drawing import NotServedError
@@ -48,14 +50,20 @@ class EventStream(StreamingResponse):
     """Server-sent events.
 
     Args:
-        ended: called when the last is sent, or the client has gone.
+        context: entered before the first is sent, left when the last is sent or the client has gone.
     """
 
-    def __init__(self, events: AsyncIterator[dict[str, Any]], ended: Callable[[], None] = lambda: None) -> None:
-        super().__init__(_lines(events, ended), media_type="text/event-stream")
+    def __init__(self, events: AsyncIterator[dict[str, Any]], context: AbstractContextManager = nullcontext()) -> None:
+        super().__init__(_lines(events), media_type="text/event-stream")
+        self._context = context
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Not in the generator of the lines: it does not run where the client has gone before the first.
+        with self._context:
+            await super().__call__(scope, receive, send)
 
 
-async def _lines(events: AsyncIterator[dict[str, Any]], ended: Callable[[], None]) -> AsyncIterator[str]:
+async def _lines(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
     following = asyncio.ensure_future(anext(events, None))
     try:
         while True:
@@ -70,4 +78,3 @@ async def _lines(events: AsyncIterator[dict[str, Any]], ended: Callable[[], None
             following = asyncio.ensure_future(anext(events, None))
     finally:
         following.cancel()
-        ended()

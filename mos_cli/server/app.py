@@ -234,14 +234,7 @@ class _Server:
                 if job.result is not None:
                     yield await run_in_threadpool(last, job)
 
-        def ended() -> None:
-            for job in jobs:
-                job.watched -= 1
-                self.queue.cancel(job)
-
-        for job in jobs:
-            job.watched += 1
-        return EventStream(events(), ended)
+        return EventStream(events(), self.queue.watch(jobs))
 
     async def _wait(self, request: Request, jobs: Sequence[Job]) -> None:
         """Waits for jobs; they are cancelled if the client goes, and if one fails, those after it."""
@@ -252,17 +245,13 @@ class _Server:
                 if job.error is not None:
                     return
 
-        for job in jobs:
-            job.watched += 1
         tasks = [asyncio.ensure_future(work) for work in (_gone(request), all_of_them())]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-            for job in jobs:
-                job.watched -= 1
-                self.queue.cancel(job)
+        with self.queue.watch(jobs):
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in tasks:
+                    task.cancel()
         if tasks[0].done() and not tasks[0].cancelled() and any(not job.finished for job in jobs):
             raise HTTPException(499, "the client has gone")
 
@@ -317,10 +306,10 @@ PARTS: dict[str, Callable[[Sequence[Result]], Response]] = {
 }
 
 
-async def _json(request: Request, most: int | None) -> bytes:
+async def _json(request: Request, most: int | None) -> bytearray:
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise HTTPException(415, "send JSON, with Content-Type: application/json")
-    data = b""
+    data = bytearray()
     async for part in request.stream():
         data += part
         if most is not None and len(data) > most:

@@ -170,7 +170,7 @@ class DrawBody(Frozen):
     route_from: TraceBody | None = None
 
 
-def read_body(kind: type[_Body], data: bytes) -> _Body:
+def read_body(kind: type[_Body], data: bytearray) -> _Body:
     """A body of JSON; raises UsageError with the first thing wrong in it."""
     try:
         return kind.model_validate_json(data)

@@ -153,7 +153,8 @@ class ServedModel:
         pipeline = self.load()
         if request.threads is None:
             self._adapt_threads()
-        adapting = () if request.threads is not None or pipeline.compiled else (self._adapt_threads,)
+        adapted = request.threads is None and pipeline.device.type == "cpu" and not pipeline.compiled
+        adapting = (self._adapt_threads,) if adapted else ()
 
         def redraw(earlier: EarlierPicture, inputs: Inputs | None) -> "Image":
             self.check(earlier.recipe, earlier.made)

@@ -7,7 +7,7 @@ import asyncio
 import secrets
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from time import time
@@ -17,8 +17,6 @@ from mos_cli.errors import InputError, MosError
 from mos_cli.utils.counts import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from mos_cli.server.drawing import CheckedRequest, Result
 
 KEPT = 32
@@ -26,7 +24,7 @@ KEPT = 32
 Status = Literal["waiting", "drawing", "done", "failed", "cancelled"]
 
 
-class CancelledError(Exception):
+class JobCancelledError(Exception):
     """A picture is not wanted any more; raised between two steps."""
 
 
@@ -95,15 +93,6 @@ class Job:
         async for _ in self.follow():
             pass
 
-    @contextmanager
-    def watch(self) -> "Iterator[None]":
-        """Counts a connection that waits for it."""
-        self.watched += 1
-        try:
-            yield
-        finally:
-            self.watched -= 1
-
     def end(self, status: Status, /, **values: Any) -> None:
         self.status = status
         self.publish(status, **values)
@@ -112,9 +101,9 @@ class Job:
         self._cancel.set()
 
     def check(self) -> None:
-        """Called by the thread that draws; raises CancelledError if the picture is not wanted any more."""
+        """Called by the thread that draws; raises JobCancelledError if the picture is not wanted any more."""
         if self._cancel.is_set():
-            raise CancelledError
+            raise JobCancelledError
 
     def info(self) -> dict[str, Any]:
         """What a client is told of it, without the picture."""
@@ -191,6 +180,18 @@ class JobQueue:
         elif not job.finished:
             job.request_cancel()
 
+    @contextmanager
+    def watch(self, jobs: Sequence[Job]) -> Iterator[None]:
+        """Counts a connection that waits for jobs within the context; what is not finished at its end is cancelled."""
+        for job in jobs:
+            job.watched += 1
+        try:
+            yield
+        finally:
+            for job in jobs:
+                job.watched -= 1
+                self.cancel(job)
+
     def stop(self) -> None:
         """Takes no more jobs, cancels those that wait, and the current one if no client waits for it."""
         self.stopping = True
@@ -235,10 +236,12 @@ class JobQueue:
 
         try:
             job.result = await loop.run_in_executor(self.thread, draw)
-        except CancelledError:
+        except JobCancelledError:
             job.error = InputError("it was cancelled")
             job.end("cancelled", error=str(job.error))
         except Exception as error:
+            # The frames of a traceback hold the model and what was computed, here and in what the error goes back to.
+            error.__traceback__ = error.__cause__ = error.__context__ = None
             job.error = error
             job.end("failed", error=str(error), kind=type(error).__name__)
         else:

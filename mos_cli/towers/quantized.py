@@ -65,7 +65,7 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class QuantizationReport:
+class QuantisationReport:
     """The quantised and kept linear layers of a network, `kept` with the reasons, and the bytes of all its weights."""
 
     quantised: tuple[str, ...]
@@ -74,7 +74,7 @@ class QuantizationReport:
     bytes_after: int
 
 
-def survey(model: nn.Module, quantisation: Quantisation, dtype: torch.dtype = COMPUTE) -> QuantizationReport:
+def survey(model: nn.Module, quantisation: Quantisation, dtype: torch.dtype = COMPUTE) -> QuantisationReport:
     """Which layers of a network `quantisation` quantises. The network may be on the meta device, without weights.
 
     Layers whose sizes bitsandbytes does not support on every CPU stay: inputs must be multiples of 64, outputs of 32.
@@ -97,10 +97,10 @@ def survey(model: nn.Module, quantisation: Quantisation, dtype: torch.dtype = CO
             saved += layer.weight.numel() * dtype.itemsize - needed
     tensors = model.state_dict().values()
     before = sum(t.numel() * (dtype if t.is_floating_point() else t.dtype).itemsize for t in tensors)
-    return QuantizationReport(tuple(quantised), kept, before, before - saved)
+    return QuantisationReport(tuple(quantised), kept, before, before - saved)
 
 
-def quantise(model: nn.Module, quantisation: Quantisation, device: torch.device | None = None) -> QuantizationReport:
+def quantise(model: nn.Module, quantisation: Quantisation, device: torch.device | None = None) -> QuantisationReport:
     """Quantises a network in place, layer by layer on `device`, by default where it is; the layers stay there.
 
     Raises ModelError if none of its layers can be quantised.
@@ -229,7 +229,7 @@ def save_quantised(tower: GenerationTower, quantisation: Quantisation, folder: P
     shutil.copymode(folder / tower.config_name, folder / WEIGHTS)
 
 
-def quantise_generation(source: Path, folder: Path, method: Method) -> QuantizationReport:
+def quantise_generation(source: Path, folder: Path, method: Method) -> QuantisationReport:
     """Writes the generation tower in `source`, quantised, to `folder`; raises as `load_generation` does."""
     quantisation = Quantisation(method=method, kept=GENERATION_KEPT)
     report = survey(empty_generation(source), quantisation)
@@ -256,7 +256,7 @@ def understanding_config(folder: Path, method: Method) -> "BitsAndBytesConfig":
     )
 
 
-def _nonempty_survey(model: nn.Module, quantisation: Quantisation) -> QuantizationReport:
+def _nonempty_survey(model: nn.Module, quantisation: Quantisation) -> QuantisationReport:
     report = survey(model, quantisation)
     if not report.quantised:
         raise ModelError(

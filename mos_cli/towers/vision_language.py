@@ -36,7 +36,8 @@ from mos_cli.errors import InputError, ModelError
 from mos_cli.quantization.method import Method
 from mos_cli.towers.autoencoder import to_image
 from mos_cli.towers.bank import Grid
-from mos_cli.towers.understanding import SAFELY, HiddenStates, ImageInput, ImageSpan, UnderstandingTower
+from mos_cli.towers.tokens import SAFELY, ImageSpan
+from mos_cli.towers.understanding import HiddenStates, ImageInput, UnderstandingTower
 
 LANGUAGE = {r"^(model\.)?language_model\.(model\.)?": ""}
 """Names of the language part's weights in a checkpoint, and what replaces them where it is loaded alone."""

@@ -3,11 +3,13 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 from typer.testing import Result
 
+from mos_cli.errors import InputError, MemoryLimitError, UsageError
 from mos_cli.routing.trace import load_recording
 from tests.helpers.adapted import PROMPT
 
@@ -198,6 +200,22 @@ def test_the_python_interface_draws_and_edits(base_folders: Folders) -> None:
     drawing = model.generate(PROMPT, seed=5, steps=1, size=(64, 64), routes=["fox=10"])
     edited = model.edit(drawing, "make it snow", references=[random_picture(1).image], steps=1, max_pixels=64 * 64)
     assert edited.record.earlier[0].sha256 == drawing.record.sha256
+
+
+def test_the_python_interface_fits_a_base_model_to_the_memory(
+    base_folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mos_cli
+
+    refused: list[dict[str, Any]] = [{"max_vram": 8}, {"offload": "understanding"}]
+    for given in refused:
+        with pytest.raises(UsageError, match="needs a GPU"):
+            mos_cli.load(base_folders("klein"), device="cpu", **given)
+    with pytest.raises(InputError, match=r"no\.safetensors"):
+        mos_cli.load(base_folders("klein"), device="cpu", loras="no.safetensors")
+    monkeypatch.setattr("mos_cli.inference.requests.available_memory", lambda _device: 0.5)
+    with pytest.raises(MemoryLimitError, match="nothing fits"):
+        mos_cli.load(base_folders("klein"), device="cpu", max_vram="auto")
 
 
 def test_a_dry_run_says_that_prompts_are_not_checked(mos: Mos, base_folders: Folders) -> None:

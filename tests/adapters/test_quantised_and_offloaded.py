@@ -12,6 +12,7 @@ from mos_cli.bundles.base_models import KEPT
 from mos_cli.planning.memory import Quant, Setting
 from mos_cli.quantization.method import Quantisation
 from mos_cli.towers.quantized import UNDERSTANDING_KEPT, quantise
+from mos_cli.utils.threads import cpu_threads
 from tests.helpers.adapted import plain_arguments, plain_pipeline, recipe_of, trained_adapter, with_adapter
 
 CPU = torch.device("cpu")
@@ -59,3 +60,38 @@ def test_the_language_model_leaves_the_device_before_the_transformer_comes(
     assert set(present) == {(True, False), (False, True)}
     assert drawn.image.tobytes() == stays.draw(recipe).image.tobytes()
     assert drawn.routes["positive"].ids_SJTK.tolist() == stays.draw(recipe).routes["positive"].ids_SJTK.tolist()
+
+
+@pytest.fixture
+def offloaded(base_folders: Callable[[str], Path]) -> AdapterPipeline:
+    bundle, setting = read_adapter(base_folders("klein")), Setting("none", "none", "understanding")
+    return AdapterPipeline(bundle, device=CPU, precision="fp32", setting=setting)  # type: ignore[arg-type]
+
+
+def moves_of(pipeline: AdapterPipeline, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The moves of the language model to the device from now on."""
+    moves, part = [], pipeline.offloader.understanding
+    assert part is not None
+    onload = part.onload
+    monkeypatch.setattr(part, "onload", lambda: moves.append("onload") or onload())
+    return moves
+
+
+def test_prompts_read_ahead_are_not_read_again_with_another_number_of_threads(
+    offloaded: AdapterPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moves = moves_of(offloaded, monkeypatch)
+    prompts = [f"{number} red foxes" for number in range(6)]
+    offloaded.encode_ahead([recipe_of(offloaded, prompt=prompt) for prompt in prompts])
+    with cpu_threads(torch.get_num_threads() + 1):
+        for prompt in prompts:
+            offloaded.encode(prompt)
+    assert moves == ["onload"]
+
+
+def test_the_last_prompts_alone_are_kept(offloaded: AdapterPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    moves = moves_of(offloaded, monkeypatch)
+    for number in [*range(6), 5, 4, 0]:
+        offloaded.encode(f"{number} red foxes")
+    # Of the last three, two were kept.
+    assert moves == ["onload"] * 7

@@ -1,10 +1,16 @@
 """The queue: its limit, its order, cancellation, clients that go, and memory that is released."""
 
+import asyncio
+import json
+import socket
 import threading
 import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
 
+from mos_cli.errors import MemoryLimitError
+from mos_cli.server.app import make_app
 from tests.helpers.running_server import Gate, RunningServer, running_server, until
 
 GENERATIONS = "/v1/images/generations"
@@ -93,12 +99,29 @@ def test_what_a_client_that_has_gone_waited_for_is_not_drawn(gated: RunningServe
     assert gate.drawn == ["a dog"]
 
 
+def test_what_a_client_that_goes_before_its_stream_begins_asked_for_is_not_drawn(
+    gated: RunningServer, gate: Gate
+) -> None:
+    body = json.dumps({"prompt": "a dog", "stream": True}).encode()
+    messages = iter([{"type": "http.request", "body": body}])
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": GENERATIONS, "query_string": b"", "headers": headers}
+
+    async def receive():
+        return next(messages, {"type": "http.disconnect"})
+
+    async def send(_message) -> None:
+        # As a connection that cannot be written to: nothing of the answer is sent.
+        await asyncio.sleep(30)
+
+    app = make_app(gated.served, gated.queue, host="127.0.0.1", token=None)
+    asyncio.run_coroutine_threadsafe(app(scope, receive, send), gated.loop).result(30)
+    until(lambda: [(job.status, job.watched) for job in gated.queue.jobs.values()] == [("cancelled", 0)])
+    assert gate.drawn == []
+
+
 def hang_up(server: RunningServer, body: dict) -> None:
     """Sends a request and closes the connection when it is being drawn."""
-    import json
-    import socket
-    from urllib.parse import urlsplit
-
     address, data = urlsplit(server.url), json.dumps(body).encode()
     with socket.create_connection((str(address.hostname), address.port)) as connection:
         head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -114,6 +137,27 @@ def test_an_error_of_the_model_ends_one_job(bundle) -> None:
         for _ in range(2):
             answer = server.ask("POST", GENERATIONS, {"prompt": "a dog"})
             assert (answer.status, answer.message) == (500, "the server failed: ZeroDivisionError")
+
+
+def test_the_memory_of_the_model_is_released_after_a_picture_that_failed(bundle) -> None:
+    class Activations:
+        pass
+
+    kept = []
+
+    def draw(request, on_step):
+        activations = Activations()
+        kept.append(weakref.ref(activations))
+        try:
+            raise MemoryError
+        except MemoryError:
+            raise MemoryLimitError("out of memory: take a smaller size") from None
+
+    with running_server(draw=draw, idle=0.05) as server:
+        answer = server.ask("POST", GENERATIONS, {"prompt": "a dog"})
+        assert (answer.status, answer.message) == (503, "out of memory: take a smaller size")
+        until(lambda: kept[0]() is None)
+        assert [job.status for job in server.queue.jobs.values()] == ["failed"]
 
 
 def test_the_last_pictures_are_kept(bundle) -> None:
