@@ -248,7 +248,7 @@ RouteUntil = Annotated[
     typer.Option(
         "--route-until",
         metavar="PERCENT",
-        help="Take them for this share of the steps, the first ones.",
+        help="Take them for this share of the steps, the first ones, rounded up to whole steps.",
         show_default="100%",
         rich_help_panel=ROUTING,
     ),

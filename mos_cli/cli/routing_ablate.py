@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mos_cli.inference.ablation import Ablated
     from mos_cli.inference.drawing import Drawing
     from mos_cli.routing.rules import Rule
+    from mos_cli.routing.trace import Trace
     from mos_cli.sampling.sampler import Observer, Step
 
 
@@ -140,7 +141,7 @@ def ablate(
     exact = pixels_hash(before.image) == drawn_hash(image, record)
     note = None if exact else "the picture was drawn again here for comparison, and is not exactly the one in the file"
     report.event("original", note, exact=exact)
-    _report(ablated, before.trace.layers, report, only)
+    _report(ablated, before.trace, report, only)
     pictures = [(before.image, "as it is"), *((one.image, _caption(one, only)) for one in ablated)]
     while True:
         try:
@@ -200,14 +201,17 @@ def _caption(one: "Ablated", only: bool) -> str:
     return f"{'only' if only else 'without'} layer {one.layer}: {changed}"
 
 
-def _report(ablated: "list[Ablated]", names: tuple[str, ...], report: Report, only: bool) -> None:
+def _report(ablated: "list[Ablated]", trace: "Trace", report: Report, only: bool) -> None:
     """The layers, the one that changes most first; those that it makes no sense to ban, or that rules forbid, last."""
     from math import isfinite
 
     ranked = sorted(ablated, key=lambda one: (one.refused is not None, one.read == 0 and not only, -one.change))
+    names = trace.layers
     width = max(map(len, names))
     if not report.json:
-        report.event("head", f"layer  {'':{width}}    read  change  PSNR dB   (change: mean of 0-255 levels)")
+        kept = f"decisions that keep the layer, up to {trace.top_k} each"
+        report.event("head", f"read: {kept}; change: mean of 0-255 levels")
+        report.event("head", f"layer  {'':{width}}    read  change  PSNR dB")
     for one in ranked:
         psnr = f"{one.psnr:7.1f}" if isfinite(one.psnr) else "   same"
         change = f"{one.change:6.2f}  {psnr}" if one.read or only else "never read"

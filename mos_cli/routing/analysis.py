@@ -4,9 +4,11 @@ Shapes: S steps, J generation blocks, T context tokens, K kept layers, M underst
 """
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,7 +33,7 @@ class Spanned(Protocol):
 
 @dataclass(frozen=True)
 class Word:
-    """A word of the prompt, or a picture, and the numbers of its tokens; special tokens are words of their own.
+    """A word of the prompt, or a picture, and the numbers of its tokens; see `split_words`.
 
     `nth` (from 1) is its occurrence in the prompt.
     """
@@ -75,30 +77,45 @@ def summarise(ids_SJTK: np.ndarray, weights_SJTK: np.ndarray, layers: int) -> di
 
 
 def split_words(prompt: str, tokens: Sequence[Spanned]) -> tuple[Word, ...]:
-    """The words between the prompt's spaces, each with its tokens, in order; then pictures, then other tokens.
+    """The words of the prompt, each with its tokens, in order; then pictures, then other tokens.
 
-    A token belongs to the word of its first character that is not a space: in some tokenizers the space before a word
-    is part of its first token.
+    Spaces separate words, and the punctuation or emoji before or after a word are words of their own, so that the
+    tokens of a word are those that a route rule for it governs. Punctuation inside a word (red-brown) is part of it.
+    A token belongs to the word of its first letter or digit, or if it has none, of its first character that is not a
+    space: in some tokenizers the space or the quotation mark before a word is part of its first token.
     """
-    spans = [match.span() for match in re.finditer(r"\S+", prompt)]
+    spans = _word_spans(prompt)
     numbers: dict[tuple[int, int], list[int]] = {span: [] for span in spans}
     special, pictures = [], {}
     for number, token in enumerate(tokens):
         if token.patch is not None:
             pictures.setdefault(token.text, []).append(number)
             continue
-        text = prompt[token.start : token.end]
-        if not text.strip():
+        if (first := re.search(r"\w", text := prompt[token.start : token.end]) or re.search(r"\S", text)) is None:
             special.append(Word(token.text, (number,), special=True))
             continue
-        first = token.start + len(text) - len(text.lstrip())
-        numbers[next(span for span in spans if span[0] <= first < span[1])].append(number)
+        place = token.start + first.start()
+        numbers[next(span for span in spans if span[0] <= place < span[1])].append(number)
     words, seen = [], Counter[str]()
     for (start, end), held in numbers.items():
         if held:
-            seen[bare := _bare(prompt[start:end])] += 1
-            words.append(Word(prompt[start:end], tuple(held), nth=seen[bare]))
+            seen[text := prompt[start:end].casefold()] += 1
+            words.append(Word(prompt[start:end], tuple(held), nth=seen[text]))
     return (*words, *(Word(name, tuple(held)) for name, held in pictures.items()), *special)
+
+
+def _word_spans(prompt: str) -> list[tuple[int, int]]:
+    """The characters of each word of a prompt, from `start` to `end`."""
+    spans: list[tuple[int, int]] = []
+    for start, end in (match.span() for match in re.finditer(r"\w(?:\S*\w)?|[^\w\s]+", prompt)):
+        if spans and spans[-1][1] == start:
+            # \w matches no accents and vowel signs; those after the last letter belong to the word.
+            accents = list(takewhile(lambda c: unicodedata.category(c).startswith("M"), prompt[start:end]))
+            start += len(accents)
+            spans[-1] = spans[-1][0], start
+        if start < end:
+            spans.append((start, end))
+    return spans
 
 
 def is_special(token: Spanned) -> bool:
@@ -107,7 +124,7 @@ def is_special(token: Spanned) -> bool:
 
 
 def find_words(words: Sequence[Word], requested: Iterable[str]) -> tuple[Word, ...]:
-    """The requested words, in the prompt's order, regardless of case and of punctuation around them.
+    """The requested words, in the prompt's order, regardless of case.
 
     A word is requested with all its occurrences, or with one of them, as "cat#2".
 
@@ -127,12 +144,7 @@ def find_words(words: Sequence[Word], requested: Iterable[str]) -> tuple[Word, .
 def matching_words(words: Sequence[Word], requested: Iterable[str]) -> tuple[Word, ...]:
     """The requested words that are in `words`, matched as in `find_words`."""
     texts = {text.casefold() for text in requested}
-    return tuple(
-        word
-        for word in words
-        if texts & {word.text.casefold(), bare := _bare(word.text)}
-        or (not word.special and f"{bare}#{word.nth}" in texts)
-    )
+    return tuple(word for word in words if texts & {text := word.text.casefold(), f"{text}#{word.nth}"})
 
 
 def word_layers(word: Word, mean_layer_ST: Sequence[Sequence[float]] | np.ndarray) -> tuple[float, ...]:
@@ -179,7 +191,3 @@ def agreement(first_JM: Sequence[Sequence[float]], second_JM: Sequence[Sequence[
 
 def _shares(use: np.ndarray) -> np.ndarray:
     return use / use.sum(axis=-1, keepdims=True)
-
-
-def _bare(text: str) -> str:
-    return re.sub(r"^\W+|\W+$", "", text).casefold()

@@ -23,9 +23,10 @@ SUFFIXES = (".parquet", ".csv")
 def decisions_table(section: Section, words: Sequence[Word]) -> "pa.Table":
     """The decisions of a section for the tokens of `words`, ordered by step, block and token.
 
-    Columns: branch, step, t, block, token (its number), token_text, word, kind ("word", "picture" or "special"), then
-    for each kept layer, the strongest first, layer_1, weight_1, layer_2 and so on, and where the trace has them the
-    router's probability of every layer, before any rule, by its name: probability_layer_3.
+    Columns: branch, step, t, block, token (its number), token_text, word, nth (its occurrence, from 1), kind ("word",
+    "picture" or "special"), then for each kept layer, the strongest first, layer_1, weight_1, layer_2 and so on (in
+    traces of base models layer_1, slot_1, weight_1), and where the trace has them the router's probability of every
+    layer, before any rule, by its name: probability_layer_3.
 
     Raises:
         InputError: the trace holds a summary only.
@@ -39,7 +40,7 @@ def decisions_table(section: Section, words: Sequence[Word]) -> "pa.Table":
     steps, blocks, _, kept = ids_SJTK.shape
     held, rows = len(tokens), ids_SJTK[..., 0].size
 
-    def named(per_token: Iterable[str]) -> "pa.Array":
+    def named(per_token: Iterable[str | int]) -> "pa.Array":
         return pa.array(per_token).take(pa.array(np.tile(np.arange(held), steps * blocks)))
 
     columns = {
@@ -50,10 +51,13 @@ def decisions_table(section: Section, words: Sequence[Word]) -> "pa.Table":
         "token": np.tile(np.array(tokens, np.int32), steps * blocks),
         "token_text": named([branch.tokens[token].text for token in tokens]),
         "word": named([word_of[token].text for token in tokens]),
+        "nth": named([word_of[token].nth for token in tokens]),
         "kind": named([_kind(section, word_of[token]) for token in tokens]),
     }
     for k in range(kept):
         columns[f"layer_{k + 1}"] = ids_SJTK[..., k].ravel()
+        if routes.slots_SJTK is not None:
+            columns[f"slot_{k + 1}"] = routes.slots_SJTK[:, :, tokens, k].ravel()
         # fp32, which holds every fp16 exactly: csv knows no fp16, and few readers of parquet do.
         columns[f"weight_{k + 1}"] = weights_SJTK[..., k].ravel().astype(np.float32)
     if routes.probabilities_SJTM is not None:

@@ -1,6 +1,6 @@
 """A section of a recording: the routes of one branch, over all steps and blocks or over a range of them.
 
-Shapes: S steps, J generation blocks, T context tokens, K kept layers, M understanding layers.
+Shapes: S steps, J generation blocks, T context tokens, K kept layers, M understanding layers, Z slots.
 """
 
 import re
@@ -12,7 +12,8 @@ import numpy as np
 from mos_cli.errors import InputError, UsageError
 from mos_cli.routing.analysis import Word, agreement, split_words, step_changes, summarise
 from mos_cli.routing.prompt_weights import branch_weights, token_weights, weight_text
-from mos_cli.routing.trace import BranchSummary, Recording, Routes, TraceBranch
+from mos_cli.routing.rules import Rule, parse_rule
+from mos_cli.routing.trace import BranchSummary, Recording, Routes, Steered, TraceBranch
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,24 @@ class Section:
     def words(self) -> tuple[Word, ...]:
         """The words of the branch's prompt, its pictures, and its special tokens; see `split_words`."""
         return split_words(self.branch.prompt, self.branch.tokens)
+
+    @property
+    def steered(self) -> tuple[Steered, ...]:
+        """The effect of each rule, as in the branch, with the number of its decisions in this section."""
+        steered = self.branch.steered or ()
+        return steered if self.whole else tuple(self._within(effect) for effect in steered)
+
+    @property
+    def changed(self) -> int | None:
+        """The number of decisions that rules changed, as in the branch; None for a part, of which it is not known."""
+        return self.branch.changed if self.whole else None
+
+    def _within(self, effect: Steered) -> Steered:
+        rule, steps, blocks = parse_rule(effect.rule), set(self.steps), set(self.blocks)
+        if isinstance(rule, Rule):
+            steps &= steps if rule.steps is None else set(rule.steps)
+            blocks &= blocks if rule.blocks is None else set(rule.blocks)
+        return effect.model_copy(update={"decisions": len(effect.tokens) * len(steps) * len(blocks)})
 
     def weight(self, word: Word) -> str | None:
         """The weight of a word in the prompt, as text; None where it is 1."""
@@ -147,6 +166,18 @@ def layer_use(routes: Routes, tokens: Sequence[int], layers: int) -> np.ndarray:
     ids_SJTK, weights_SJTK = routes.ids_SJTK[:, :, list(tokens)], routes.weights_SJTK[:, :, list(tokens)]
     use_M = np.bincount(ids_SJTK.ravel(), weights_SJTK.ravel().astype(np.float64), minlength=layers)
     return use_M / use_M.sum()
+
+
+def slot_use(routes: Routes, slots: int, layers: int) -> np.ndarray:
+    """The share of each layer in the weights of each slot, over all steps, blocks and tokens, [Z, M]; rows sum to 1.
+
+    `routes` are those of a base model.
+    """
+    assert routes.slots_SJTK is not None
+    places = routes.slots_SJTK.astype(np.intp) * layers + routes.ids_SJTK
+    weights = routes.weights_SJTK.ravel().astype(np.float64)
+    use_ZM = np.bincount(places.ravel(), weights, minlength=slots * layers).reshape(slots, layers)
+    return use_ZM / use_ZM.sum(axis=1, keepdims=True)
 
 
 def readers(section: Section, requested: Sequence[Word]) -> tuple[Word, ...]:

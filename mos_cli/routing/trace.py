@@ -19,6 +19,7 @@ from mos_cli.errors import InputError
 from mos_cli.images.companions import FORMER_TRACE_SCHEMA, TRACE_SCHEMA, belongs, companions, pictures_beside
 from mos_cli.images.outputs import read_stored
 from mos_cli.routing.analysis import summarise
+from mos_cli.utils.counts import counted
 from mos_cli.utils.validation import Frozen, Sha256, first_problem
 
 Share = Annotated[float, Field(ge=0, le=1 + 1e-3)]
@@ -126,6 +127,14 @@ class AdapterTrace(Frozen):
 
     own_layers: tuple[NonNegativeInt, ...] = Field(min_length=1)
     trained: bool
+
+    def reads(self, top_k: int) -> str:
+        """The layers that a decision keeps, in words, given the `top_k` of the trace."""
+        others = top_k // len(self.own_layers) - 1
+        reads = (
+            "a block reads its own layer" if len(self.own_layers) == 1 else "each slot of a block reads its own layer"
+        )
+        return f"{reads} and up to {counted(others, 'other')}"
 
     @property
     def line(self) -> str:

@@ -82,10 +82,16 @@ def routes_of_run(
     return transfer_routes(recording, encodings, times, recipe.route_from.until)
 
 
+def transferred_steps(until: float, steps: int) -> int:
+    """The number of the first steps that the share `until` of a run's steps stands for, rounded up."""
+    # 0.07 * 100 is a little more than 7.
+    return ceil(round(until * steps, 9))
+
+
 def transfer_routes(
     recording: Recording, encodings: Mapping[str, EncodedPrompt], times: Sequence[float], until: float
 ) -> dict[str, SourceRoutes]:
-    """The routes for each branch that both runs have, for the first part `until` (0 to 1) of this run's steps.
+    """The routes for each branch that both runs have, for the first `transferred_steps` of this run.
 
     Words are aligned by their text and occurrence, and a step takes the routes of the other run's nearest in time.
 
@@ -95,8 +101,7 @@ def transfer_routes(
     routes = _decisions(recording)
     if recording.trace.top_k == len(recording.trace.layers):
         raise InputError(f"{recording.path} kept every layer: there is no choice to take over")
-    # Rounded, because 0.07 * 100 is a little more than 7.
-    followed, transferred, words = times[: ceil(round(until * len(times), 9))], {}, 0
+    followed, transferred, words = times[: transferred_steps(until, len(times))], {}, 0
     for name, encoding in encodings.items():
         if (branch := recording.trace.branches.get(name)) is None:
             continue

@@ -34,6 +34,8 @@ def test_a_folder_is_drawn_replayed_and_inspected(mos: Mos, base_folders: Folder
     assert "its adapter is untrained" in " ".join(shown.output.split())
     facts = json.loads(mos("inspect-routing", picture, "--json").output)
     assert facts["overview"]["adapter"]["trained"] is False
+    assert [slot["own_layer"] for slot in facts["slots"]] == facts["overview"]["adapter"]["own_layers"]
+    assert all(slot["layer_use"][slot["own_layer"]] == 1 for slot in facts["slots"])
 
 
 def test_a_rule_opens_the_gate_of_its_tokens_alone(mos: Mos, base_folders: Folders, tmp_path: Path) -> None:

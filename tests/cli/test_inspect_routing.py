@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ from typer.testing import CliRunner
 from mos_cli.cli.app import MosGroup
 from mos_cli.cli.inspect_routing import inspect_routing
 from mos_cli.routing.analysis import find_words, step_changes
+from mos_cli.routing.export import decisions_table
 from mos_cli.routing.section import cut
-from mos_cli.routing.trace import Recording, Routes, Trace, trace_files
+from mos_cli.routing.trace import AdapterTrace, Recording, Routes, Trace, load_recording, make_branch, trace_files
 from mos_cli.routing.views.terminal import RoutesView
 from mos_cli.utils.files import write_all
 from tests.helpers.traces import BLOCKS, DEAD, LAYERS, STEPS, make_trace
@@ -149,6 +151,57 @@ def test_a_wrong_option_is_a_usage_error_in_one_line(trace_path, arguments, mess
     assert mos(trace_path, *arguments) == (2, "", f"error: {message}\n")
 
 
+def test_an_occurrence_of_a_word_is_told_in_json(tmp_path):
+    write_all(trace_files(*make_trace(prompt="a cat and a Cat"), tmp_path / "cats.json"))
+    facts = as_json(tmp_path / "cats.json", "-w", "cat")
+    assert [(word["word"], word["nth"]) for word in facts["words"]] == [("cat", 1), ("Cat", 2)]
+    assert [(word["reader"], word["nth"]) for word in facts["readers"]] == [("cat", 1), ("Cat", 2)]
+
+
+def test_the_slots_of_a_base_model_are_shown_apart(tmp_path):
+    """Two slots; the last kept layer is padding, with weight 0."""
+    trace, routes = make_trace()
+    ids, weights = np.array([3, 1, 3, 3], np.uint8), np.array([0.5, 0.4, 0.1, 0], np.float16)
+    slots = np.array([1, 0, 0, 1], np.uint8)
+    routes = {
+        name: Routes(*(np.broadcast_to(array, (*held.ids_SJTK.shape[:3], 4)) for array in (ids, weights)))
+        for name, held in routes.items()
+    }
+    routes = {
+        name: replace(held, slots_SJTK=np.broadcast_to(slots, held.ids_SJTK.shape)) for name, held in routes.items()
+    }
+    recipe = trace.recipe.model_copy(update={"routes": ("red=3 slots 0",)})
+    branches = {
+        name: make_branch(branch.prompt, branch.tokens, branch.steps, routes[name], LAYERS).model_copy(
+            update={"changed": 3}
+        )
+        for name, branch in trace.branches.items()
+    }
+    adapter = AdapterTrace(own_layers=(1, 3), trained=False)
+    made = {"recipe": recipe, "branches": branches, "adapter": adapter, "top_k": 4}
+    path = tmp_path / "base.json"
+    write_all(trace_files(trace.model_copy(update=made), routes, path))
+
+    assert as_json(path)["slots"] == [
+        {"own_layer": 1, "layer_use": [0, 0.8, 0, 0.2, 0]},
+        {"own_layer": 3, "layer_use": [0, 0, 0, 1, 0]},
+    ]
+    shown = mos(path)[1]
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert "slot 0, own 1 - 80 - 20 -" in lines
+    assert "slot 1, own 3 - - - 100 -" in lines
+    facts = " ".join(shown.split())
+    assert f"{LAYERS} layers x {BLOCKS} blocks, each slot of a block reads its own layer and up to 1 other" in facts
+    assert "keep other layers than without rules" in facts
+    trained = made | {"adapter": AdapterTrace(own_layers=(1, 3), trained=True)}
+    write_all(trace_files(trace.model_copy(update=trained), routes, tmp_path / "trained.json"))
+    assert "keep other layers than the router chose" in " ".join(mos(tmp_path / "trained.json")[1].split())
+    section = cut(load_recording(path), "positive")
+    row = decisions_table(section, section.words).slice(0, 1).to_pylist()[0]
+    assert [(row[f"layer_{k}"], row[f"slot_{k}"]) for k in range(1, 5)] == [(3, 1), (1, 0), (3, 0), (3, 1)]
+    assert list(row)[9:12] == ["layer_1", "slot_1", "weight_1"]
+
+
 def test_bad_input_is_one_line_and_exit_3(trace_path):
     def refused(*arguments: object) -> str:
         code, out, err = mos(*arguments)
@@ -169,7 +222,7 @@ def test_bad_input_is_one_line_and_exit_3(trace_path):
     assert "apple.json is not JSON" in refused(trace_path)
 
 
-LONG = "an unbelievablyimpossiblylongword 日本語 [bold]x[/bold] and " + "many more words " * 4
+LONG = "an unbelievablyimpossiblylongword 日本語 x[bold]y[/bold]z and " + "many more words " * 4
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
@@ -202,7 +255,7 @@ def test_it_fits_any_width_without_colour(width, encoding):
         shown = [int(number) for header in headers[first:last] if header[:1] == [label] for number in header[1:]]
         assert shown == list(range(count))
     if encoding == "utf-8":
-        assert "[bold]x[/bold]" in text
+        assert "x[bold]y[/bold]z" in text
 
 
 def test_colour_changes_no_character(trace_path):

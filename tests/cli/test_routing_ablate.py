@@ -126,10 +126,11 @@ def test_the_table_says_what_json_says(picture, tmp_path):
     layers = [event for event in events(picture, "-w", "dog") if event["event"] == "layer"]
     code, out, err = run(picture, "-w", "dog", "-o", tmp_path / "strip.png")
     assert (code, err) == (0, "")
-    head, *rows, strip = out.splitlines()
-    assert "change" in head
+    note, head, *rows, strip = out.splitlines()
+    assert note == "read: decisions that keep the layer, up to 2 each; change: mean of 0-255 levels"
+    assert head.split()[:3] == ["layer", "read", "change"]
     assert strip == str(tmp_path / "strip.png")
-    assert max(map(len, (head, *rows))) <= 80
+    assert max(map(len, (note, head, *rows))) <= 80
     assert [int(row.split()[0]) for row in rows] == [layer["layer"] for layer in layers]
     for row, layer in zip(rows, layers, strict=True):
         assert f"{layer['read']:.1%}" in row.split()

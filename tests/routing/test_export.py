@@ -16,7 +16,7 @@ from mos_cli.routing.trace import Recording, Routes, make_branch, trace_files
 from mos_cli.utils.files import write_all
 from tests.helpers.traces import BLOCKS, LAYERS, STEPS, TOP_K, make_trace, tokens_of
 
-PROMPT = 'a "red", apple; naïve 日本'
+PROMPT = 'a "red", apple; naïve 日本, a RED'
 
 
 def with_probabilities(routes: Routes, seed: int) -> Routes:
@@ -51,7 +51,9 @@ def expected(recording: Recording, name: str, tokens: list[int], steps: list[int
                     continue
                 text = branch.tokens[token].text
                 row = {"branch": name, "step": step, "t": trace.times[step], "block": block}
-                row |= {"token": token, "token_text": text, "word": text}
+                row |= {"token": token, "token_text": text, "word": text.strip('",;')}
+                earlier = [other.text.strip('",;').casefold() for other in branch.tokens[: token + 1]]
+                row["nth"] = earlier.count(text.strip('",;').casefold())
                 row["kind"] = "special" if text in ("[CLS]", "[SEP]") else "word"
                 for k in range(trace.top_k):
                     row[f"layer_{k + 1}"] = int(routes.ids_SJTK[place, block, token, k])
@@ -103,7 +105,7 @@ def test_export_follows_branch_words_and_ranges(mos, recording, tmp_path):
         expected(recording, "positive", [0, 3], steps, blocks) + expected(recording, "negative", [0], steps, blocks),
         0,
     )
-    first = exported("--step", "0", "--block", "1:2", "-w", "red")
+    first = exported("--step", "0", "--block", "1:2", "-w", "red#1")
     agree(first, expected(recording, "positive", [2], [0], [1, 2]), 0)
 
 

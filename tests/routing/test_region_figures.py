@@ -105,6 +105,7 @@ def test_the_table_of_a_patch(mos, recording):
     facts = json.loads(mos("inspect-routing", recording.path, "--patch", "1,2", "--json").stdout)
     (patch,) = facts["patches"]
     assert (patch["patch"], patch["origins"][0]["word"]) == ([1, 2], first.word.text)
+    assert patch["origins"][0]["nth"] == first.word.nth
     one = mos("inspect-routing", recording.path, "--patch", "1,2", "-w", "red").stdout
     assert told in one
     assert [line.split()[0] for line in one.splitlines()[3:]] == ["red"]

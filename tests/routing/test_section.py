@@ -121,7 +121,7 @@ def test_the_words_asked_for_have_their_layers(mos, tmp_path):
     use = layer_use(recording.routes["positive"], [3], LAYERS)
     path = save(recording, tmp_path)
     facts = json.loads(mos("inspect-routing", path, "-w", "apple", "--json").stdout)
-    assert facts["readers"] == [{"reader": "apple", "layer_use": use.round(4).tolist()}]
+    assert facts["readers"] == [{"reader": "apple", "nth": 1, "layer_use": use.round(4).tolist()}]
     shown = mos("inspect-routing", path, "-w", "apple").stdout.split("words x layers")[1].splitlines()
     assert shown[2].split() == ["apple", *(f"{100 * share:.0f}" if share else "-" for share in use)]
 
@@ -139,11 +139,34 @@ def test_rules_are_shown_as_asked_and_done(mos, tmp_path):
     shown = " ".join(mos("inspect-routing", path).stdout.split())
     assert "red=1 24 decisions: red" in shown
     assert "pear!=2 has no tokens in this branch" in shown
-    assert f"another run its choices at the first 40% of the steps (sha256 {'a' * 12})" in shown
+    assert f"another run its choices at steps 0 to 2 (40% of 6 steps, rounded up; sha256 {'a' * 12})" in shown
     assert "all rules 6 of 120 decisions (5.0%) keep other layers than the router chose" in shown
     rules = json.loads(mos("inspect-routing", path, "--json").stdout)["rules"]
     assert (rules["asked"], rules["changed"], rules["done"][0]["decisions"]) == (["red=1", "pear!=2"], 6, 24)
     assert "rules" not in mos("inspect-routing", save(recording_of(), tmp_path / "plain")).stdout
+
+
+def test_rules_of_a_section_have_the_decisions_of_the_section(mos, tmp_path):
+    recording, rules = recording_of(), ("red=1 steps 2-5", "a!=2 blocks 0-2", "red+=1@3 steps 0")
+    branch = recording.trace.branches["positive"]
+    tokens = [(2,), (1,), (2,)]
+    effects = tuple(Steered(rule=rule, tokens=held, decisions=9) for rule, held in zip(rules, tokens, strict=True))
+    trace = recording.trace.model_copy(
+        update={
+            "recipe": recording.trace.recipe.model_copy(update={"routes": rules}),
+            "branches": recording.trace.branches
+            | {"positive": branch.model_copy(update={"steered": effects, "changed": 6})},
+        }
+    )
+    path = save(replace(recording, trace=trace), tmp_path)
+    part = ["inspect-routing", path, "--step", "1:3", "--block", "2:"]
+    found = json.loads(mos(*part, "--json").stdout)["rules"]
+    # Steps 2 and 3 in the blocks 2 and 3; block 2 at the steps 1 to 3; no step.
+    assert [rule["decisions"] for rule in found["done"]] == [4, 3, 0]
+    assert found["changed"] is None
+    shown = " ".join(mos(*part).stdout.split())
+    assert "red=1 steps 2-5 4 decisions: red a!=2 blocks 0-2 3 decisions: a red+=1@3 steps 0 0 decisions: red" in shown
+    assert "all rules" not in shown
 
 
 def test_an_edit_tells_instruction_and_picture_apart(mos, tmp_path):

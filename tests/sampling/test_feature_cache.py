@@ -68,6 +68,12 @@ def test_blocks_are_computed_at_the_steps_that_were_asked_for(
     assert set(passes) == {0, 3 if batched_guidance else 6}
 
 
+def test_where_guidance_ends_the_count_begins_anew(bundle: Bundle) -> None:
+    """The example of docs/caching.md: guidance at the first five of eight steps."""
+    passes = Passes(loaded(bundle)).of(asked(bundle, steps=8, feature_cache=2, cfg_interval=(0.45, 1.0)))
+    assert {step for step, count in enumerate(passes) if count} == {0, 1, 3, 5, 6}
+
+
 @pytest.mark.parametrize("batched_guidance", [True, False])
 def test_a_picture_is_close_and_a_wider_distance_is_further_off(bundle: Bundle, batched_guidance: bool) -> None:
     """Random blocks say something new at every step: made quieter, they come within 15 dB."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from mos_cli.routing.analysis import DIGITS, Word, dead_layers, strongest_layers, word_layers
 from mos_cli.routing.regions import PatchSource
-from mos_cli.routing.section import Section, layer_use, readers
+from mos_cli.routing.section import Section, layer_use, readers, slot_use
 
 
 def section_facts(section: Section, requested: Sequence[Word] = ()) -> dict[str, Any]:
@@ -38,6 +38,7 @@ def section_facts(section: Section, requested: Sequence[Word] = ()) -> dict[str,
         "words": [
             {
                 "word": word.text,
+                "nth": word.nth,
                 "special": word.special,
                 "tokens": list(word.tokens),
                 "mean_layer": word_layers(word, mean_layer_ST),
@@ -48,8 +49,22 @@ def section_facts(section: Section, requested: Sequence[Word] = ()) -> dict[str,
         "readers": None
         if routes is None
         else [
-            {"reader": word.text, "layer_use": layer_use(routes, word.tokens, len(trace.layers)).round(DIGITS).tolist()}
+            {
+                "reader": word.text,
+                "nth": word.nth,
+                "layer_use": layer_use(routes, word.tokens, len(trace.layers)).round(DIGITS).tolist(),
+            }
             for word in readers(section, requested)
+        ],
+        "slots": None
+        if routes is None or trace.adapter is None
+        else [
+            {"own_layer": own, "layer_use": use_M.round(DIGITS).tolist()}
+            for own, use_M in zip(
+                trace.adapter.own_layers,
+                slot_use(routes, len(trace.adapter.own_layers), len(trace.layers)),
+                strict=True,
+            )
         ],
         "layer_use": summary.layer_use_JM,
         "entropy": summary.entropy_S,
@@ -60,8 +75,8 @@ def section_facts(section: Section, requested: Sequence[Word] = ()) -> dict[str,
         "rules": {
             "asked": list(recipe.routes or ()),
             "route_from": None if recipe.route_from is None else recipe.route_from.model_dump(),
-            "done": [steered.model_dump() for steered in branch.steered or ()],
-            "changed": branch.changed,
+            "done": [steered.model_dump() for steered in section.steered],
+            "changed": section.changed,
         },
     }
 
@@ -73,6 +88,7 @@ def patch_facts(patch: tuple[int, int], origins: Sequence[PatchSource]) -> dict[
         "origins": [
             {
                 "word": origin.word.text,
+                "nth": origin.word.nth,
                 "special": origin.word.special,
                 "tokens": list(origin.word.tokens),
                 "attention": round(origin.attention, 6),

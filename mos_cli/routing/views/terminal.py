@@ -1,6 +1,6 @@
 """A section of the routes as tables for a terminal.
 
-Shapes: S steps, J generation blocks, T context tokens, M understanding layers.
+Shapes: S steps, J generation blocks, T context tokens, M understanding layers, Z slots.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,9 @@ from rich.text import Text
 
 from mos_cli.routing.analysis import Word, dead_layers, strongest_layers, word_layers
 from mos_cli.routing.regions import PatchSource
-from mos_cli.routing.section import Section, layer_use, readers
+from mos_cli.routing.section import Section, layer_use, readers, slot_use
+from mos_cli.routing.trace import Routes
+from mos_cli.routing.transfer import transferred_steps
 from mos_cli.routing.views.tables import (
     CELL,
     WORD_WIDTH,
@@ -45,7 +47,8 @@ class RoutesView:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         section, width, last = self.section, options.max_width, len(self.section.layers) - 1
         yield self._overview()
-        recipe = section.recording.trace.recipe
+        trace = section.recording.trace
+        recipe = trace.recipe
         if recipe.routes or recipe.route_from:
             yield heading("rules, and the decisions that each applies to")
             yield self._rules()
@@ -61,6 +64,9 @@ class RoutesView:
         if groups:
             yield heading("words x layers: percent of a word's weight; '-' = none at all")
             yield from self._layers_by_word(groups, width)
+        if section.routes is not None and trace.adapter is not None:
+            yield heading("slots x layers: percent of a slot's weight; '-' = none at all")
+            yield from self._slots(section.routes, trace.adapter.own_layers, width)
         yield heading("entropy: how evenly the layers share the weight, 0 = one layer, 1 = all alike")
         yield self._entropy(width, ASCII_BARS if options.ascii_only else BARS)
         yield heading("blocks x layers: percent of a block's weight; '-' = none at all")
@@ -75,13 +81,14 @@ class RoutesView:
         steps = f"{len(acted)} of {trace.recipe.steps}"
         if not section.whole:
             steps = f"{section.steps[0]} to {section.steps[-1]} (t {times[0]:.2f} to {times[-1]:.2f}), out of {steps}"
+        kept = f"top {trace.top_k}" if trace.adapter is None else trace.adapter.reads(trace.top_k)
         facts = {
             "prompt": " ".join(section.branch.prompt.split()) or "(empty)",
             "branch": section.name + "".join(f", beside {name}" for name in trace.branches if name != section.name),
             "model": trace.recipe.model,
             "seed": str(trace.recipe.seed),
             "steps": steps,
-            "routes": f"{len(section.layers)} layers x {trace.blocks} blocks, top {trace.top_k}",
+            "routes": f"{len(section.layers)} layers x {trace.blocks} blocks, {kept}",
             "layers": f"0 = {section.layers[0]} ... {len(section.layers) - 1} = {section.layers[-1]}",
             "strongest": ", ".join(f"{layer} ({share:.0%})" for layer, share in strongest_layers(use_JM)),
             "never used": ", ".join(map(str, dead_layers(use_JM))) or "none",
@@ -106,7 +113,7 @@ class RoutesView:
         table = plain_table()
         table.add_column(overflow="fold")
         table.add_column(overflow="fold")
-        done = {steered.rule: steered for steered in branch.steered or ()}
+        done = {steered.rule: steered for steered in self.section.steered}
         for rule in trace.recipe.routes or ():
             if rule in done and done[rule].tokens:
                 texts = [branch.tokens[number].text for number in done[rule].tokens]
@@ -116,12 +123,15 @@ class RoutesView:
                 table.add_row(Text(printable(rule)), "has no tokens in this branch")
         if trace.recipe.route_from is not None:
             source = trace.recipe.route_from
-            taken = f"its choices at the first {source.until:.0%} of the steps (sha256 {source.sha256[:12]})"
-            table.add_row("another run", taken)
-        if branch.changed is not None:
+            count = transferred_steps(source.until, len(trace.times))
+            steps = "step 0" if count == 1 else f"steps 0 to {count - 1}"
+            share = f"{source.until:.0%} of {counted(len(trace.times), 'step')}, rounded up"
+            table.add_row("another run", f"its choices at {steps} ({share}; sha256 {source.sha256[:12]})")
+        if (changed := self.section.changed) is not None:
             whole = len(branch.steps) * trace.blocks * len(branch.tokens)
-            share = f"{branch.changed} of {whole} decisions ({branch.changed / whole:.1%})"
-            table.add_row("all rules", f"{share} keep other layers than the router chose")
+            share = f"{changed} of {whole} decisions ({changed / whole:.1%})"
+            before = "than without rules" if trace.adapter and not trace.adapter.trained else "than the router chose"
+            table.add_row("all rules", f"{share} keep other layers {before}")
         return table
 
     def _words(self, width: int) -> Iterable[Table | Text]:
@@ -151,6 +161,16 @@ class RoutesView:
         most = max(map(max, use))
         rows = [(self._name(word), share_cells(use_M, most)) for word, use_M in zip(words, use, strict=True)]
         yield from number_tables("layer", range(len(section.layers)), rows, width, WORD_WIDTH)
+
+    def _slots(self, routes: Routes, own_layers: Sequence[int], width: int) -> Iterable[Table]:
+        layers = len(self.section.layers)
+        use_ZM = slot_use(routes, len(own_layers), layers).tolist()
+        most = max(map(max, use_ZM))
+        rows = [
+            (Text(f"slot {slot}, own {own}"), share_cells(use_M, most))
+            for slot, (own, use_M) in enumerate(zip(own_layers, use_ZM, strict=True))
+        ]
+        yield from number_tables("layer", range(layers), rows, width, WORD_WIDTH)
 
     def _entropy(self, width: int, bars: str) -> Table:
         table, columns = _steps_table(self.section, width)
