@@ -121,6 +121,23 @@ def test_a_mistake_gets_one_line(mos, editor, photos, tmp_path, monkeypatch, mis
     assert list((tmp_path / "empty").iterdir()) == []
 
 
+ONE_NAME = {
+    "seeds": (["generate", PROMPT, "-n", "2", "-o", "a.png"], "{seed} or {number}"),
+    "values of a setting": (["generate", PROMPT, "-n", "2", "-o", "{seed}.png", "--vary", "steps=4,8"], "{number}"),
+    "prompts": (["generate", "-", "-s", "1", "-o", "a.png"], "{prompt} or {number}"),
+    "edited pictures": (["edit", "{photos}", PROMPT, "-s", "1", "-o", "a.png"], "{source} or {number}"),
+    "strengths": (["edit", "{photos}", PROMPT, "-o", "{source}_{seed}.png", "--vary", "strength=0.3,0.6"], "{number}"),
+}
+
+
+@pytest.mark.parametrize("case", ONE_NAME)
+def test_several_pictures_of_one_name_are_told_what_would_tell_them_apart(mos, editor, photos, case: str) -> None:
+    arguments, fields = ONE_NAME[case]
+    result = mos(*(part.replace("{photos}", str(photos)) for part in arguments), input="a dog\na cat\n")
+    assert result.exit_code == 2
+    assert result.stderr.endswith(f".png: add {fields} to the name\n"), result.stderr
+
+
 def test_jobs_have_their_own_options_over_those_of_the_run(mos, editor, photos, tmp_path) -> None:
     path = jobs_file(
         tmp_path,
