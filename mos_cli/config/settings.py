@@ -20,6 +20,7 @@ from mos_cli.utils.validation import (
     Interval,
     Loras,
     RouteRules,
+    Size,
     Solver,
     first_problem,
     read_toml,
@@ -73,7 +74,7 @@ class Settings(BaseModel):
     image_cfg: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE)
     cfg_interval: Interval | None = None
     negative: str | None = None
-    size: str | None = None
+    size: Size | None = None
     precision: PrecisionSetting | None = None
     quant: str | None = None
     feature_cache: int | None = Field(default=None, ge=1)

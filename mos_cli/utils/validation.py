@@ -58,6 +58,10 @@ Solver = Literal["euler", "ab2"]
 DEFAULT_SOLVER: Solver = "ab2"
 
 
+Size = Annotated[str, Field(coerce_numbers_to_str=True)]
+"""A size as text, "384x256" or "3:2"; a whole number is both sides."""
+
+
 def _one_rule(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
