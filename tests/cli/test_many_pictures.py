@@ -215,8 +215,8 @@ def test_jobs_come_from_stdin(mos, bundle, tmp_path) -> None:
 def test_a_matrix_is_drawn_and_shown_with_axes(mos, bundle, tmp_path) -> None:
     matrix = ["--vary", "cfg=2,4,8", "--vary", "steps=1,2"]
     dry = mos("generate", PROMPT, "-s", 3, *matrix, "--dry-run", "-o", f"{tmp_path}/out/")
-    assert dry.stdout.splitlines()[-1] == "6 pictures would be drawn"
-    assert not any(line.startswith(("cfg ", "steps ")) for line in dry.stdout.splitlines()), "they are not shared"
+    assert dry.stderr.splitlines()[-1] == "6 pictures would be drawn"
+    assert not any(line.startswith(("cfg ", "steps ")) for line in dry.stderr.splitlines()), "they are not shared"
     result = mos("generate", PROMPT, "-s", 3, *matrix, "-o", f"{tmp_path}/out/", "--sheet", tmp_path / "grid.png")
     assert result.exit_code == 0, result.stderr
     files = [Path(line) for line in result.stdout.splitlines()]

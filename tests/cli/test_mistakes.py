@@ -210,14 +210,3 @@ def test_commands_for_the_terminal_in_a_name_are_shown_not_sent(mos, bundle) -> 
     result = mos("generate", PROMPT, "-m", "emoji\x1b[2J")
     assert "\x1b" not in result.stderr
     assert r"\x1b" in result.stderr
-
-
-def test_a_dry_run_is_a_table_of_settings_and_the_pictures(mos, bundle, tmp_path) -> None:
-    result = mos("generate", PROMPT, "--dry-run", "-n", 2, "-s", 7, "-o", f"{tmp_path}/here/")
-    lines = result.stdout.splitlines()
-    assert {"steps          3", "size           32x32", "attention      auto"} <= set(lines)
-    assert lines[-2:] == [
-        f"{tmp_path}/here/0002_a-red-apple_s8.png  (seed 8: a red apple)",
-        "2 pictures would be drawn",
-    ]
-    assert "Recipe(" not in result.stdout
