@@ -14,6 +14,8 @@ from mos_cli.cli.requests import Request
 from mos_cli.cli.standard_files import check_one_input, picture_file
 from mos_cli.errors import UsageError
 
+ADVICE = 'what to change, for example: mos edit cat.png "make it blue"'
+
 
 @with_draw_options
 def edit(
@@ -28,7 +30,10 @@ def edit(
     instruction: Annotated[
         str,
         typer.Argument(
-            callback=as_text, help="What to change; - reads instructions from stdin, @FILE from a file, a line each."
+            callback=as_text,
+            # Read before the pictures: where one argument is given, the parser takes it for this one.
+            is_eager=True,
+            help="What to change; - reads instructions from stdin, @FILE from a file, a line each.",
         ),
     ],
     reference: Annotated[
@@ -104,7 +109,7 @@ def edit(
     check_one_input(*pictures, instruction, mask, *(reference or []))
     if Path(instruction).is_file() and (len(pictures) > 1 or Path(instruction).suffix.lower() in READ_SUFFIXES):
         raise UsageError(f"{instruction} is a file: the last argument says what to change, or is @FILE")
-    instructions = read_prompts(instruction, 'what to change, for example: mos edit cat.png "make it blue"')
+    instructions = read_prompts(instruction, ADVICE)
     flags = options.settings(image_cfg=image_cfg)
     edit = EditRequest(
         size=size,

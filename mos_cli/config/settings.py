@@ -22,6 +22,7 @@ from mos_cli.utils.validation import (
     RouteRules,
     Size,
     Solver,
+    did_you_mean,
     first_problem,
     read_toml,
 )
@@ -198,7 +199,8 @@ def load_preset(name: str) -> Preset:
         return Preset(path.stem, file.description, file.generate)
     known = [file.stem for file in sorted(presets_folder().glob("*.toml")) if not file.stem.startswith("train-")]
     if name not in known:
-        raise UsageError(f"no preset '{name}': choose one of {', '.join(known)}, or name a .toml file")
+        guess = did_you_mean(name, known)
+        raise UsageError(f"no preset '{name}'{guess} (there are: {', '.join(known)}, or name a .toml file)")
     file = _read(presets_folder() / f"{name}.toml", _PresetFile)
     return Preset(name, file.description, file.generate)
 

@@ -86,7 +86,6 @@ def test_a_picture_that_cannot_be_read_does_not_stop_the_others(mos, editor, pho
 MISTAKES = {
     "no instruction": (["edit", "{photos}/one.png", "{photos}/two.jpg", "{photos}/one.png"], 2, "the last argument"),
     "instruction before the picture": (["edit", "make it red", "{photos}/one.png"], 2, "the last argument"),
-    "picture alone": (["edit", "{photos}/one.png"], 2, "of mos edit PICTURE... INSTRUCTION: see"),
     "instruction without quotes": (["edit", "{photos}/one.png", "make", "it", "red"], 3, "in quotes"),
     "folder without pictures": (["edit", "{tmp}/empty", PROMPT], 3, "has no pictures"),
     "source of a drawing": (["generate", PROMPT, "-o", "{tmp}/{source}.png"], 2, "{source}"),
@@ -185,6 +184,8 @@ def test_a_wrong_job_gets_one_line_and_the_others_are_drawn(mos, editor, photos,
         assert result.exit_code == 7
         lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
         assert [line.split(" line ")[1].split(":")[0] for line in lines[:-1]] == [str(n) for n in range(2, 14)]
+        assert lines[0] == f"error: {path} line 2: it is no JSON (key must be a string at column 2)"
+        assert lines[5].endswith(" line 7: prompt: it is empty")
         assert "12 of 14 pictures failed" in lines[-1]
     assert names(tmp_path / "out") == ["0001_a-red-apple_s1.png", "0002_a-dog_s1.png"]
 
