@@ -115,7 +115,8 @@ def _parse_error(message: str, error: Any, typed: Sequence[str]) -> str:
         message = f"{message}: {error.ctx.command_path} takes {f'one {named[0]}' if named else 'no arguments'}"
     elif "Missing argument" in message:
         given = error.ctx.params.get("instruction", "")
-        if Path(given).suffix.lower() in READ_SUFFIXES or (given and os.path.exists(given)):
+        # Path.exists raises for a text that is too long for a name.
+        if Path(given).suffix.lower() in READ_SUFFIXES or os.path.exists(given):  # noqa: PTH110
             return f"say {ADVICE}"
         message = f"{message} of {' '.join([error.ctx.command_path, *named])}"
     elif "No such option" in message and (meant := _meant_option(error, typed)):

@@ -123,10 +123,11 @@ def edit(
         expand=None if expand is None else parse_expansion(expand),
     )
     references = tuple(picture_file(path) for path in reference or [])
+    files = read_pictures(pictures)
     requests = [
         Request(text, subject, flags, options.count, (file, *references), edit)
-        for file, name in read_pictures(pictures)
+        for file, name in files
         for text in instructions
-        for subject in [repr(shortened(text)) if len(pictures) == 1 else name]
+        for subject in [repr(shortened(text)) if len(files) == 1 else name]
     ]
     draw_requests(requests, flags, options, report, strip=strip)

@@ -225,10 +225,43 @@ def test_a_matrix_is_drawn_and_shown_with_axes(mos, bundle, tmp_path) -> None:
     assert [(recipe.cfg, recipe.steps) for recipe in recipes] == [(c, s) for c in (2, 4, 8) for s in (1, 2)]
     assert {recipe.seed for recipe in recipes} == {3}
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    left, top = grid.shape[1] - 3 * 136, grid.shape[0] - 2 * 136
+    assert left < 68, "labels take the room that they need"
     for index, file in enumerate(files):
         column, row = divmod(index, 2)
-        x, y = 136 + 136 * column, 44 + 136 * row
+        x, y = left + 136 * column, top + 136 * row
         shown = np.asarray(Image.open(file).resize((128, 128), Image.Resampling.BICUBIC))
         assert np.array_equal(grid[y : y + 128, x : x + 128], shown), file
-    assert (grid[:40, 136:] < 100).any(), "labels above"
-    assert (grid[44:, :130] < 100).any(), "labels beside"
+    assert (grid[:12] < 100).any(), "the prompt above all"
+    assert (grid[20:top, left:] < 100).any(), "labels above"
+    assert (grid[top:, : left - 8] < 100).any(), "labels beside"
+
+
+def test_a_matrix_of_several_prompts_and_pictures_has_a_row_for_each(mos, editor, photos, tmp_path) -> None:
+    line = [
+        "edit",
+        photos,
+        "-",
+        "-s",
+        1,
+        "--vary",
+        "steps=1,2",
+        "-o",
+        f"{tmp_path}/out/",
+        "--sheet",
+        tmp_path / "a.png",
+    ]
+    assert mos(*line, input="red\nblue\n").exit_code == 0
+    assert Image.open(tmp_path / "a.png").height == 44 + 4 * 136
+    assert mos(*line[:2], "red", *line[3:-1], tmp_path / "b.png").exit_code == 0
+    assert Image.open(tmp_path / "b.png").height == 12 + 44 + 2 * 136
+
+
+def test_a_folder_is_edited_without_its_sheets(mos, editor, tmp_path) -> None:
+    options = ["--steps", 1, "--trace", "off", "-o", f"{tmp_path}/out/"]
+    drawn = mos("generate", PROMPT, "-n", 2, *options, "--sheet", f"{tmp_path}/out/sheet.png")
+    assert drawn.exit_code == 0
+    edited = mos("edit", f"{tmp_path}/out", "red", *options, "--dry-run", "-q")
+    assert len(edited.stdout.splitlines()) == 2
+    named = mos("edit", f"{tmp_path}/out/sheet.png", "red", *options, "--dry-run", "-q")
+    assert len(named.stdout.splitlines()) == 1, "one that is named is a picture as any"

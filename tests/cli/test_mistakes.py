@@ -79,6 +79,7 @@ MISTAKES = {
     "arguments of a command without": (["doctor", "me"], 2, "mos doctor takes no arguments: see mos doctor --help"),
     "no instruction": (["edit", "-s", "1", "cat.png"], 2, 'say what to change, for example: mos edit cat.png "make'),
     "no instruction for a folder": (["edit", "{tmp}"], 2, "say what to change, for example: mos edit"),
+    "no picture for a long instruction": (["edit", "make it blue " * 30], 2, "Missing argument 'PICTURE...' of mos"),
     "no picture": (["edit", "make it blue"], 2, "Missing argument 'PICTURE...' of mos edit PICTURE... INSTRUCTION"),
     "word file that is nearly there": (["generate", "an __animal__"], 2, ", did you mean animals? (there are: animals"),
     "no prompt": (["generate"], 2, "of mos generate PROMPT: see mos generate --help"),
