@@ -112,7 +112,8 @@ def _parse_error(message: str, error: Any, typed: Sequence[str]) -> str:
             return f"{message}: write the options before --"
         if "PROMPT" in named:
             return f"{message}: put a text of several words in quotes"
-        message = f"{message}: {error.ctx.command_path} takes {f'one {named[0]}' if named else 'no arguments'}"
+        taken = " and ".join(f"one {name}" for name in named) or "no arguments"
+        message = f"{message}: {error.ctx.command_path} takes {taken}"
     elif "Missing argument" in message:
         given = error.ctx.params.get("instruction", "")
         # Path.exists raises for a text that is too long for a name.

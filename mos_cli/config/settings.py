@@ -214,8 +214,9 @@ def make_settings(**values: Any) -> Settings:
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        name, _, problem = first_problem(error).partition(": ")
-        raise UsageError(f"--{name.replace('_', '-')}: {problem}") from None
+        place, _, problem = first_problem(error).partition(": ")
+        option = place.partition(".")[0].replace("_", "-")
+        raise UsageError(f"--{option}: {problem}") from None
 
 
 def resolve(flags: Settings, preset: str | None) -> RunSettings:

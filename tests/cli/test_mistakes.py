@@ -68,6 +68,8 @@ MISTAKES = {
         "Invalid value for '--steps': 'few' is no whole number: see mos generate --help",
     ),
     "no number to vary": (["generate", PROMPT, "--vary", "steps=4,x"], 2, "--vary steps: 'x' is no whole number"),
+    "no batch size": (["generate", PROMPT, "--batch-size", "few"], 2, "--batch-size: 'few' is no whole number"),
+    "three runs": (["routing", "diff", "a", "b", "c"], 2, "diff takes one A and one B: see mos routing diff"),
     "a share in percent": (["edit", "{tmp}/taken.png", PROMPT, "--strength", "50%"], 2, "'50%' is no number"),
     "no solver": (["generate", PROMPT, "--solver", "heun"], 2, "--solver: 'heun' is not 'euler' or 'ab2'"),
     "the count of others": (["generate", PROMPT, "--num-images", "4"], 2, "--num-images: write -n or --count: see"),
