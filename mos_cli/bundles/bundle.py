@@ -21,7 +21,7 @@ from mos_cli.bundles.specs import BUNDLE_SUFFIXES, BundleIndex, Canvas, Defaults
 from mos_cli.errors import InputError, ModelError
 from mos_cli.utils.files import atomic_write, check_writable, expand, make_folder, sha256_of
 from mos_cli.utils.folders import BLUEPRINT, list_blueprints, models_folder, user_data_folder
-from mos_cli.utils.validation import HUB_ID, PLAIN_NAME, first_problem, read_json
+from mos_cli.utils.validation import HUB_ID, PLAIN_NAME, did_you_mean, first_problem, read_json
 
 INDEX = "model_index.json"
 ADAPTER = "adapter.json"
@@ -266,12 +266,10 @@ def find_model(ref: str) -> Bundle | TowerSpec:
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ModelError:
     """The error for an unknown name: the nearest known one, and all of them."""
-    import difflib
-
     known = sorted(known)
-    nearest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-    guess = f", did you mean {nearest[0]}?" if nearest else ""
-    return ModelError(f"there is no {what} named {name!r}{guess} (there is: {', '.join(known) or 'none'})")
+    return ModelError(
+        f"there is no {what} named {name!r}{did_you_mean(name, known)} (there is: {', '.join(known) or 'none'})"
+    )
 
 
 def check_new_name(folder: Path) -> None:

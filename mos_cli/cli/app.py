@@ -4,6 +4,8 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +15,7 @@ from mos_cli import __version__
 from mos_cli.cli.bench import bench
 from mos_cli.cli.data import data_app
 from mos_cli.cli.doctor import doctor
-from mos_cli.cli.edit import edit
+from mos_cli.cli.edit import ADVICE, edit
 from mos_cli.cli.eval import evaluate
 from mos_cli.cli.gallery import gallery
 from mos_cli.cli.generate import generate
@@ -25,6 +27,7 @@ from mos_cli.cli.output import open_standard_streams, print_error, stdout
 from mos_cli.cli.paths import App
 from mos_cli.cli.plan import plan
 from mos_cli.cli.presets import presets_app
+from mos_cli.cli.prompts import READ_SUFFIXES
 from mos_cli.cli.replay import replay
 from mos_cli.cli.routing import routing_app
 from mos_cli.cli.run import run as run_file
@@ -39,6 +42,12 @@ from mos_cli.utils.threads import limit_spinning
 
 # The UsageError of click, of which newer versions of typer bring a copy of their own.
 _ParseError: Any = typer.BadParameter.__base__
+
+OTHER_NAMES = {
+    **dict.fromkeys(("num", "num_images"), ("--count", "-n or --count")),
+    **dict.fromkeys(("width", "height"), ("--size", "--size 256x256")),
+}
+"""Options of other programs for drawing: the option that stands for each, and how it is written."""
 
 
 class MosGroup(TyperGroup):
@@ -85,22 +94,49 @@ def _errors_as_lines(typed: Sequence[str]) -> Iterator[None]:
 
 def _parse_error(message: str, error: Any, typed: Sequence[str]) -> str:
     """What is wrong with the command line, and what to do."""
-    message = message.replace("Value error, ", "").rstrip(".")
+    if error.__cause__ is not None:
+        from mos_cli.utils.validation import first_problem
+
+        message = message.replace(error.message, first_problem(error.__cause__))
+    message = message.rstrip(".")
     if variable := re.search(r" \(env var: '(\w+)'\)", message):
         message = message.replace(variable[0], f" ({variable[1]})" if variable[1] in os.environ else "")
     if any(argument.startswith("-") and " " in argument for argument in typed) or re.search(r": -\d", message):
         return f"{message}: write -- before a text that begins with a dash"
+    if error.ctx is None:
+        return message
+    arguments = [part for part in error.ctx.command.params if part.param_type_name == "argument"]
+    named = [(part.metavar or part.name).upper() for part in arguments]
     if "extra argument" in message:
         if "--" in typed and any(argument.startswith("-") for argument in typed[typed.index("--") + 1 :]):
             return f"{message}: write the options before --"
-        return f"{message}: put a text of several words in quotes"
-    if error.ctx is None:
-        return message
-    if "Missing argument" in message:
-        arguments = [part for part in error.ctx.command.params if part.param_type_name == "argument"]
-        named = [(part.metavar or part.name).upper() for part in arguments]
+        if "PROMPT" in named:
+            return f"{message}: put a text of several words in quotes"
+        taken = " and ".join(f"one {name}" for name in named) or "no arguments"
+        message = f"{message}: {error.ctx.command_path} takes {taken}"
+    elif "Missing argument" in message:
+        given = error.ctx.params.get("instruction", "")
+        # Path.exists raises for a text that is too long for a name.
+        if Path(given).suffix.lower() in READ_SUFFIXES or os.path.exists(given):  # noqa: PTH110
+            return f"say {ADVICE}"
         message = f"{message} of {' '.join([error.ctx.command_path, *named])}"
+    elif "No such option" in message and (meant := _meant_option(error, typed)):
+        message = f"{error.message}: write {meant}"
     return f"{message}: see {error.ctx.command_path} --help"
+
+
+def _meant_option(error: Any, typed: Sequence[str]) -> str | None:
+    """What stands for an option that a command does not have: another of its options, or a value of its --set."""
+    from mos_cli.config.recipe import Recipe
+
+    options = {name for option in error.ctx.command.params for name in option.opts}
+    field = error.option_name.lstrip("-").replace("-", "_")
+    if "--set" in options and field in {*Recipe.model_fields, "image_cfg", "strength"}:
+        words = [word for argument in typed for word in argument.split("=", 1)]
+        value = next((after for before, after in pairwise(words) if before == error.option_name), "VALUE")
+        return f"--set {field}={value}"
+    option, text = OTHER_NAMES.get(field, ("", None))
+    return text if option in options else None
 
 
 app = App(

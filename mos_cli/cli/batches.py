@@ -193,11 +193,18 @@ class _Sheets:
                 shown.append((job, image))
         if shown:
             laid_out = (
-                grid({job.cell: image for job, image in shown})
+                grid({job.cell: image for job, image in shown}, _title(jobs))
                 if self.in_grid
                 else contact_sheet([(image, _caption(job, jobs)) for job, image in shown])
             )
             write_sheet("sheet", self.sheet, laid_out, self.overwrite, self.report)
+
+
+def _title(jobs: Sequence[Job]) -> str:
+    """The prompt above a grid, as it was typed; none where there are several, which stand beside their rows."""
+    recipes = [job.recipe for job in jobs]
+    typed = {recipe.weighted_prompt if recipe.template is None else recipe.template.text for recipe in recipes}
+    return typed.pop() if len(typed) == 1 else ""
 
 
 def _caption(job: Job, jobs: Sequence[Job]) -> str:

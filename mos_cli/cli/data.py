@@ -62,7 +62,7 @@ def look_at(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a sheet that is there.")] = False,
 ) -> None:
     """Write a sheet of what a network would see of a folder: cropped pictures, and captions as tokens."""
-    from mos_cli.images.outputs import png
+    from mos_cli.images.sheets import sheet_png
     from mos_cli.training.recipe import load_recipe
     from mos_cli.utils.files import atomic_write, expand, refuse_existing
     from mos_cli.utils.quiet import quieten
@@ -77,7 +77,7 @@ def look_at(
 
     captioned, shapes, sheet = look(loaded, count)
     print_unused([(unused.name, unused.reason) for unused in captioned.unused])
-    atomic_write(output, png(sheet, None), overwrite)
+    atomic_write(output, sheet_png(sheet), overwrite)
     held_out = f", {len(captioned.held_out)} of them held out" if captioned.held_out else ""
     used = len(captioned.examples) + len(captioned.held_out)
     unused = f", {counted(len(captioned.unused), 'file')} left out" if captioned.unused else ""

@@ -253,8 +253,8 @@ def write_strip(
 
 
 def write_sheet(kind: str, path: Path, image: "Image", overwrite: bool, report: Report) -> None:
-    from mos_cli.images.outputs import png
+    from mos_cli.images.sheets import sheet_png
     from mos_cli.utils.files import atomic_write
 
-    atomic_write(path, png(image, None), overwrite)
+    atomic_write(path, sheet_png(image), overwrite)
     report.note(kind, str(path), file=str(path))

@@ -14,6 +14,8 @@ from mos_cli.cli.requests import Request
 from mos_cli.cli.standard_files import check_one_input, picture_file
 from mos_cli.errors import UsageError
 
+ADVICE = 'what to change, for example: mos edit cat.png "make it blue"'
+
 
 @with_draw_options
 def edit(
@@ -28,7 +30,10 @@ def edit(
     instruction: Annotated[
         str,
         typer.Argument(
-            callback=as_text, help="What to change; - reads instructions from stdin, @FILE from a file, a line each."
+            callback=as_text,
+            # Read before the pictures: where one argument is given, the parser takes it for this one.
+            is_eager=True,
+            help="What to change; - reads instructions from stdin, @FILE from a file, a line each.",
         ),
     ],
     reference: Annotated[
@@ -104,7 +109,7 @@ def edit(
     check_one_input(*pictures, instruction, mask, *(reference or []))
     if Path(instruction).is_file() and (len(pictures) > 1 or Path(instruction).suffix.lower() in READ_SUFFIXES):
         raise UsageError(f"{instruction} is a file: the last argument says what to change, or is @FILE")
-    instructions = read_prompts(instruction, 'what to change, for example: mos edit cat.png "make it blue"')
+    instructions = read_prompts(instruction, ADVICE)
     flags = options.settings(image_cfg=image_cfg)
     edit = EditRequest(
         size=size,
@@ -118,10 +123,11 @@ def edit(
         expand=None if expand is None else parse_expansion(expand),
     )
     references = tuple(picture_file(path) for path in reference or [])
+    files = read_pictures(pictures)
     requests = [
         Request(text, subject, flags, options.count, (file, *references), edit)
-        for file, name in read_pictures(pictures)
+        for file, name in files
         for text in instructions
-        for subject in [repr(shortened(text)) if len(pictures) == 1 else name]
+        for subject in [repr(shortened(text)) if len(files) == 1 else name]
     ]
     draw_requests(requests, flags, options, report, strip=strip)

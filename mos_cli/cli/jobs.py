@@ -112,6 +112,8 @@ def check_sheet(option: str, sheet: Path, taken: set[Path], overwrite: bool) -> 
 def print_jobs(jobs: Sequence[Job | RefusedJob], bundle: "Bundle", settings: "RunSettings", report: Report) -> None:
     """Prints what would be drawn, for --dry-run: the settings that all share, then each picture, and how many.
 
+    With --quiet and into a pipe, only the paths of the pictures are printed to stdout.
+
     Raises:
         MosError: the only prompt cannot be drawn.
         typer.Exit: some of several cannot (exit code 7).
@@ -133,12 +135,12 @@ def print_jobs(jobs: Sequence[Job | RefusedJob], bundle: "Bundle", settings: "Ru
         for name, value in tables[0].items():
             if any(table.get(name) != value for table in tables):
                 continue
-            report.event("setting", f"{name:<14} {value}")
+            report.note("setting", f"{name:<14} {value}")
     failed = there = 0
     for number, job in enumerate(jobs, start=1):
         if isinstance(job, Job) and job.done:
             there += 1
-            report.event("there", f"{job.path}  is there", index=number, path=str(job.path))
+            report.note("there", f"{job.path}  is there", index=number, path=str(job.path))
             continue
         problem = job.error if isinstance(job, RefusedJob) else next(problems)
         if problem is not None:
@@ -146,13 +148,13 @@ def print_jobs(jobs: Sequence[Job | RefusedJob], bundle: "Bundle", settings: "Ru
             report_failed(job, number, problem, report)
         elif isinstance(job, Job):
             line = f"{job.path}  (seed {job.recipe.seed}: {shortened(job.recipe.weighted_prompt)})"
-            report.event("would draw", line, path=str(job.path), recipe=job.recipe.model_dump())
+            report.path("would draw", job.path, line, path=str(job.path), recipe=job.recipe.model_dump())
     if len(jobs) > 1:
         number = len(jobs) - failed - there
         line = f"{number} picture{'' if number == 1 else 's'} would be drawn" + (
             f", {there} are there" if there else ""
         )
-        report.event("total", line, pictures=number, there=there, failed=failed)
+        report.note("total", line, pictures=number, there=there, failed=failed)
     report.times()
     exit_if_failed(failed, jobs)
 

@@ -168,20 +168,19 @@ class Report:
             stderr.print(line, soft_wrap=True, markup=False)
 
     def picture(self, files: Sequence[Path], *, index: int, prompt: str, seed: int) -> None:
-        """Reports a picture that was written, and the files beside it.
-
-        With --quiet and into a pipe, only the path of the picture is printed; nothing for one that went to stdout.
-        """
+        """Reports a picture that was written, and the files beside it; nothing for one that went to stdout."""
         if not files:
             return
-        if self.json:
-            self.event("picture", index=index, prompt=prompt, seed=seed, files=[str(file) for file in files])
-        elif self.quiet or not sys.stdout.isatty():
-            typer.echo(str(files[0]))
+        names = [str(file) for file in files]
+        line = "\n".join([f"{names[0]}  (seed {seed})", *names[1:]])
+        self.path("picture", files[0], line, index=index, prompt=prompt, seed=seed, files=names)
+
+    def path(self, kind: str, path: Path, line: str, /, **values: Any) -> None:
+        """Reports a picture by an event; with --quiet and into a pipe, its path alone is printed."""
+        if self.json or (not self.quiet and sys.stdout.isatty()):
+            self.event(kind, line, **values)
         else:
-            self.event("picture", f"{files[0]}  (seed {seed})")
-            for file in files[1:]:
-                self.event("file", str(file))
+            typer.echo(str(path))
 
     def times(self) -> None:
         """Prints the seconds of each stage and `lines`, with --verbose."""

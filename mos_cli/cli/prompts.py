@@ -41,12 +41,13 @@ def read_prompts(argument: str, advice: str) -> list[str]:
 def read_pictures(arguments: Sequence[Path]) -> "list[tuple[PictureFile, str]]":
     """The pictures that arguments name, and what messages call each: files, - for stdin, folders, lists (@FILE).
 
-    A folder stands for the pictures in it, by name, without hidden files and previews of steps.
+    A folder stands for the pictures in it, by name, without hidden files, previews of steps, and sheets.
 
     Raises:
         InputError: a folder or list has none, or cannot be read.
     """
     from mos_cli.images.companions import PREVIEWS_SUFFIX
+    from mos_cli.images.sheets import is_sheet
 
     found: list[tuple[PictureFile, str]] = []
     for argument in arguments:
@@ -59,7 +60,7 @@ def read_pictures(arguments: Sequence[Path]) -> "list[tuple[PictureFile, str]]":
                 path
                 for path in sorted(argument.iterdir())
                 if path.suffix.lower() in READ_SUFFIXES and not path.name.startswith(".")
-                if not path.name.endswith(PREVIEWS_SUFFIX)
+                if not path.name.endswith(PREVIEWS_SUFFIX) and not is_sheet(path)
             ]
         else:
             if not argument.suffix and str(argument) != "-" and len(arguments) > 1 and not argument.exists():

@@ -381,9 +381,8 @@ class JobMaker:
 
     def _cell(self, request: Request, seed: int) -> tuple[str, str]:
         values = [f"{name} {value}" for name, value in request.variation]
-        row = (
-            [request.subject if self._sources else shortened(request.prompt)] if self._prompts or self._sources else []
-        )
+        row = [request.subject] if self._sources else []
+        row += [shortened(request.prompt)] if self._prompts else []
         row += values[1:] + ([f"seed {seed}"] if request.count > 1 else [])
         return ", ".join(row), values[0] if values else ""
 

@@ -110,8 +110,7 @@ def ablate(
     finder.check_all_used()
     pipeline = load_with_progress(bundle, settings, report, precision=recipe.precision, quant=recipe.quant)
 
-    from mos_cli.images.outputs import png
-    from mos_cli.images.sheets import contact_sheet
+    from mos_cli.images.sheets import contact_sheet, sheet_png
     from mos_cli.inference.ablation import ablate as ablate_layers
     from mos_cli.inference.ablation import check_rule
     from mos_cli.utils.files import NameTakenError, atomic_write
@@ -145,7 +144,7 @@ def ablate(
     pictures = [(before.image, "as it is"), *((one.image, _caption(one, only)) for one in ablated)]
     while True:
         try:
-            atomic_write(strip, png(contact_sheet(pictures), None), overwrite)
+            atomic_write(strip, sheet_png(contact_sheet(pictures)), overwrite)
             break
         except NameTakenError:
             # Another run may have written it in the meantime.

@@ -69,7 +69,9 @@ def read_jobs(path: Path, flags: "Settings", count: int) -> list[Request | Refus
         except ValidationError as error:
             # What is no object at all has no field that is wrong.
             has_objects = has_objects or bool(error.errors()[0]["loc"])
-            requests.append(RefusedJob(subject, InputError(first_problem(error, JobLine))))
+            # The line of the file is named already.
+            problem = first_problem(error, JobLine).replace(" at line 1 column ", " at column ")
+            requests.append(RefusedJob(subject, InputError(problem)))
         except MosError as error:
             has_objects = True
             requests.append(RefusedJob(subject, error))
@@ -87,7 +89,7 @@ def _request(line: bytes, subject: str, flags: "Settings", count: int) -> Reques
     job = JobLine.model_validate_json(line)
     prompt = job.prompt.strip()
     if not prompt:
-        raise InputError("the prompt is empty")
+        raise InputError("prompt: it is empty")
     values = job.model_dump(exclude_none=True)
     own = {name: value for name, value in values.items() if name in SETTINGS}
     edits = {name: value for name, value in values.items() if name in OF_EDITS}

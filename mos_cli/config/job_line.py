@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from mos_cli.utils.validation import Frozen, Interval, RouteRules, Solver
+from mos_cli.utils.validation import Frozen, Interval, RouteRules, Size, Solver
 
 
 class JobLine(Frozen):
@@ -16,7 +16,7 @@ class JobLine(Frozen):
     solver: Solver | None = None
     cfg: float | None = Field(default=None, ge=0)
     cfg_interval: Interval | None = None
-    size: str | None = None
+    size: Size | None = None
     feature_cache: int | None = Field(default=None, ge=1)
     routes: RouteRules | None = None
     output: str | None = Field(default=None, min_length=1)

@@ -20,7 +20,9 @@ from mos_cli.utils.validation import (
     Interval,
     Loras,
     RouteRules,
+    Size,
     Solver,
+    did_you_mean,
     first_problem,
     read_toml,
 )
@@ -73,7 +75,7 @@ class Settings(BaseModel):
     image_cfg: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE)
     cfg_interval: Interval | None = None
     negative: str | None = None
-    size: str | None = None
+    size: Size | None = None
     precision: PrecisionSetting | None = None
     quant: str | None = None
     feature_cache: int | None = Field(default=None, ge=1)
@@ -197,7 +199,8 @@ def load_preset(name: str) -> Preset:
         return Preset(path.stem, file.description, file.generate)
     known = [file.stem for file in sorted(presets_folder().glob("*.toml")) if not file.stem.startswith("train-")]
     if name not in known:
-        raise UsageError(f"no preset '{name}': choose one of {', '.join(known)}, or name a .toml file")
+        guess = did_you_mean(name, known)
+        raise UsageError(f"no preset '{name}'{guess} (there are: {', '.join(known)}, or name a .toml file)")
     file = _read(presets_folder() / f"{name}.toml", _PresetFile)
     return Preset(name, file.description, file.generate)
 
@@ -211,8 +214,9 @@ def make_settings(**values: Any) -> Settings:
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        name, _, problem = first_problem(error).partition(": ")
-        raise UsageError(f"--{name.replace('_', '-')}: {problem}") from None
+        place, _, problem = first_problem(error).partition(": ")
+        option = place.partition(".")[0].replace("_", "-")
+        raise UsageError(f"--{option}: {problem}") from None
 
 
 def resolve(flags: Settings, preset: str | None) -> RunSettings:

@@ -38,6 +38,7 @@ class Naming:
     def __init__(self, template: str, *, overwrite: bool = False) -> None:
         self.template = template
         self.returned: set[Path] = set()
+        self._fields: dict[Path, dict[str, object]] = {}
         self._numbers: dict[tuple[Path, str], int] = {}
         try:
             fields = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
@@ -76,7 +77,9 @@ class Naming:
         if path.absolute() in self.returned:
             if path == STDOUT:
                 raise UsageError("-o - writes one picture to standard output: name a folder for several")
-            raise UsageError(f"several pictures would be written to {path}: add {{seed}} or {{number}} to the name")
+            raise UsageError(
+                f"several pictures would be written to {path}: add {self._different(path, recipe, source)} to the name"
+            )
         try:
             os.fsencode(path)
         except UnicodeEncodeError as error:
@@ -87,6 +90,7 @@ class Naming:
             check_writable(path.parent)
             check_name(path, self.overwrite)
         self.returned.add(path.absolute())
+        self._fields[path.absolute()] = _fields(recipe, source)
         return path
 
     def paths_after(self, path: Path, recipe: Recipe, source: Path | None = None) -> Iterator[Path]:
@@ -107,17 +111,16 @@ class Naming:
     def _filled(self, recipe: Recipe, source: Path | None) -> Path:
         if "{source}" in self.template and source is None:
             raise UsageError(f"output '{self.template}': {{source}} is the file that is edited, and there is none")
-        fields = {
-            "date": date.today().isoformat(),
-            "prompt": slug(recipe.prompt),
-            "seed": recipe.seed,
-            "model": slug(recipe.model),
-            "source": "" if source is None else source.stem,
-        }
-        path = Path(self.template.format(number="{number}", **fields))
+        path = Path(self.template.format(number="{number}", **_fields(recipe, source)))
         if "{number}" in path.name:
             path = path.with_name(path.name.replace("{number}", f"{self._next_number(path):04d}"))
         return path
+
+    def _different(self, path: Path, recipe: Recipe, source: Path | None) -> str:
+        """The fields that tell a picture apart from the one that has its path."""
+        own = _fields(recipe, source)
+        other = self._fields.get(path.absolute(), own)
+        return " or ".join(f"{{{name}}}" for name in (*(name for name in own if own[name] != other[name]), "number"))
 
     def _next_number(self, path: Path) -> int:
         """The next number that no file in the folder had when it was first looked at."""
@@ -129,6 +132,17 @@ class Naming:
             self._numbers[key] = max((int(match[1]) for match in found if match), default=0)
         self._numbers[key] += 1
         return self._numbers[key]
+
+
+def _fields(recipe: Recipe, source: Path | None) -> dict[str, object]:
+    """The values of all fields but {number}."""
+    return {
+        "date": date.today().isoformat(),
+        "prompt": slug(recipe.prompt),
+        "seed": recipe.seed,
+        "model": slug(recipe.model),
+        "source": "" if source is None else source.stem,
+    }
 
 
 def naming(output: str, *, suffix: str = "png", overwrite: bool = False) -> Naming:

@@ -1,12 +1,20 @@
-"""Contact sheets: pictures with their prompts; grids: pictures by row and column; strips: before and after an edit."""
+"""Contact sheets: pictures with their prompts; grids: pictures by row and column; strips: before and after an edit.
+
+The PNG of a sheet says that it is one, as its text `Description`.
+"""
 
 import textwrap
+import warnings
+from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
+    from PIL.ImageFont import FreeTypeFont, ImageFont
 
+SCHEMA = "mos-sheet/1"
 COLUMNS = 8
 CELL = 128
 """Side of the square a picture is fitted into, in pixels."""
@@ -14,6 +22,28 @@ LARGEST_PANE = 512
 """Largest side of a picture of a strip, in pixels."""
 GAP = 8
 LINE, LINES, CHARACTERS = 12, 3, 22
+
+
+def sheet_png(sheet: "Image") -> bytes:
+    """A sheet as a PNG file, which `is_sheet` tells from pictures."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info, file = PngInfo(), BytesIO()
+    info.add_text("Description", SCHEMA)
+    sheet.save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
+
+
+def is_sheet(path: Path) -> bool:
+    """Whether a file is a sheet that `sheet_png` made."""
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings(), Image.open(path, formats=["PNG"]) as opened:
+            warnings.simplefilter("ignore")
+            return opened.info.get("Description") == SCHEMA
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
 
 
 def contact_sheet(pictures: list[tuple["Image", str]], lines: int = LINES) -> "Image":
@@ -29,14 +59,22 @@ def contact_sheet(pictures: list[tuple["Image", str]], lines: int = LINES) -> "I
     return sheet
 
 
-def grid(pictures: "dict[tuple[str, str], Image]") -> "Image":
-    """Lays out pictures by the labels of their row and column, which stand beside and above; a missing one is white."""
+def grid(pictures: "dict[tuple[str, str], Image]", title: str = "") -> "Image":
+    """Lays out pictures by the labels of their row and column, which stand beside and above; a missing one is white.
+
+    Args:
+        title: what stands above all, in up to three lines.
+    """
     rows, columns = (list(dict.fromkeys(cell[axis] for cell in pictures)) for axis in (0, 1))
     side = CELL + GAP
-    left, top = (GAP if rows == [""] else side), (GAP if columns == [""] else LINE * LINES + GAP)
-    sheet, draw = _blank(left + len(columns) * side, top + len(rows) * side)
+    left = GAP + max(_width(label, CHARACTERS - 2) for label in rows)
+    width = left + len(columns) * side
+    above = LINE * len(_wrapped(title, width * CHARACTERS // side))
+    top = above + (GAP if columns == [""] else LINE * LINES + GAP)
+    sheet, draw = _blank(width, top + len(rows) * side)
+    _write(draw, title, GAP, 0, width * CHARACTERS // side)
     for index, label in enumerate(columns):
-        _write(draw, label, left + index * side, GAP // 2, CHARACTERS)
+        _write(draw, label, left + index * side, above + GAP // 2, CHARACTERS)
     for index, label in enumerate(rows):
         _write(draw, label, GAP, top + index * side, CHARACTERS - 2)
     for (row, column), picture in pictures.items():
@@ -78,7 +116,20 @@ def _paste(sheet: "Image", picture: "Image", x: int, y: int, side: int) -> None:
 
 
 def _write(draw: "ImageDraw", caption: str, x: int, y: int, characters: int, lines: int = LINES) -> None:
+    text = "\n".join(_wrapped(caption, characters, lines))
+    draw.text((x, y + 2), text, fill="black", font=_font(), spacing=2)
+
+
+def _wrapped(caption: str, characters: int, lines: int = LINES) -> list[str]:
+    return textwrap.wrap(caption, characters, max_lines=lines, placeholder="...")
+
+
+def _width(caption: str, characters: int) -> int:
+    """Pixels that a caption and the gap after it take; none for an empty one."""
+    return max((round(_font().getlength(line)) + GAP for line in _wrapped(caption, characters)), default=0)
+
+
+def _font() -> "FreeTypeFont | ImageFont":
     from PIL import ImageFont
 
-    wrapped = textwrap.wrap(caption, characters, max_lines=lines, placeholder="...")
-    draw.text((x, y + 2), "\n".join(wrapped), fill="black", font=ImageFont.load_default(LINE - 2), spacing=2)
+    return ImageFont.load_default(LINE - 2)

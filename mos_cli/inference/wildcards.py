@@ -11,6 +11,7 @@ from pathlib import Path
 from mos_cli.config.recipe import PromptTemplate
 from mos_cli.errors import InputError, UsageError
 from mos_cli.utils.folders import presets_folder, user_data_folder
+from mos_cli.utils.validation import did_you_mean
 
 _SPECIAL = re.compile(r"\\(?P<escaped>[{}|_])|__(?P<name>[A-Za-z0-9-]+(?:_[A-Za-z0-9-]+)*)__|[{}|]")
 _SEVERAL = re.compile(r"(\d{1,4})\$\$(?:([^|{}]*?)\$\$)?")
@@ -123,8 +124,8 @@ def _word_file(name: str) -> Path:
     files = word_files()
     if name not in files:
         raise UsageError(
-            f"__{name}__ is no word file, there is {', '.join(sorted(files))}: put one of your own at "
-            rf"{word_folders()[0] / f'{name}.txt'}, or write \_ for the character"
+            f"__{name}__ is no word file{did_you_mean(name, files)} (there are: {', '.join(sorted(files))}): put one "
+            rf"of your own at {word_folders()[0] / f'{name}.txt'}, or write \_ for the character"
         )
     return files[name]
 

@@ -4,7 +4,7 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from mos_cli.errors import DeviceError
+from mos_cli.errors import DeviceError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,8 @@ def choose_device(requested: str) -> "torch.device":
     """Resolves "auto", "cuda", "cuda:1" or "cpu". "auto" is the CPU where the GPU is an unsupported one.
 
     Raises:
-        DeviceError: the requested device does not exist.
+        UsageError: the text names no device.
+        DeviceError: the device does not exist, or is not supported.
     """
     import torch
 
@@ -29,7 +30,7 @@ def choose_device(requested: str) -> "torch.device":
     try:
         device = torch.device(requested)
     except RuntimeError:
-        raise DeviceError(f"unknown device '{requested}': use auto, cpu or cuda") from None
+        raise UsageError(f"unknown device '{requested}': use auto, cpu or cuda") from None
     if unsupported is not None and device.type in ("mps", "cuda"):
         raise DeviceError(f"{unsupported} is not supported: use --device cpu")
     if device.type not in ("cpu", "cuda"):

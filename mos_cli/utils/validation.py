@@ -2,6 +2,7 @@
 
 import difflib
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -58,6 +59,10 @@ Solver = Literal["euler", "ab2"]
 DEFAULT_SOLVER: Solver = "ab2"
 
 
+Size = Annotated[str, Field(coerce_numbers_to_str=True)]
+"""A size as text, "384x256" or "3:2"; a whole number is both sides."""
+
+
 def _one_rule(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
@@ -95,6 +100,27 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not valid TOML: {error}") from None
 
 
+_WORDINGS = {
+    "int_type": "{value} is no whole number",
+    "int_parsing": "{value} is no whole number",
+    "int_from_float": "{value} is no whole number",
+    "float_type": "{value} is no number",
+    "float_parsing": "{value} is no number",
+    "bool_type": "{value} is neither true nor false",
+    "bool_parsing": "{value} is neither true nor false",
+    "string_type": "{value} is no text",
+    "literal_error": "{value} is not {expected}",
+    "json_invalid": "it is no JSON ({error})",
+}
+"""What is said for kinds of problems, instead of what pydantic says to programmers."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The known name that is nearest to an unknown one, as the end of a clause; nothing if none is near."""
+    nearest = difflib.get_close_matches(name.lower(), sorted(known), n=1, cutoff=0.5)
+    return f", did you mean {nearest[0]}?" if nearest else ""
+
+
 def first_problem(error: ValidationError, model: type[BaseModel] | None = None) -> str:
     """The first problem of a validation error, in one line, with the field it is in.
 
@@ -105,14 +131,18 @@ def first_problem(error: ValidationError, model: type[BaseModel] | None = None) 
     problems = error.errors()
     first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
     where = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    if first.get("ctx", {}).get("pattern") == PLAIN_NAME:
+    message, context = first["msg"].removeprefix("Value error, "), first.get("ctx", {})
+    if wording := _WORDINGS.get(first["type"]):
+        message = wording.format(value=f"{first['input']!r:.60}", **context)
+    elif first["type"] == "string_too_short" and not first["input"]:
+        message = "it is empty"
+    elif context.get("pattern") == PLAIN_NAME:
         message = f"{first['input']!r} cannot be a name: use letters from A to Z, digits, dots and dashes"
     if first["type"] == "extra_forbidden":
         known = [] if model is None else _fields_beside(model, first["loc"])
-        nearest = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-        guess = f", did you mean {nearest[0]}?" if nearest else ""
-        message = f"unknown setting{guess}" + (f" (there are: {', '.join(known)})" if known else "")
+        message = f"unknown setting{did_you_mean(str(first['loc'][-1]), known)}" + (
+            f" (there are: {', '.join(known)})" if known else ""
+        )
     return f"{where}: {message}" if where else message
 
 

@@ -86,7 +86,6 @@ def test_a_picture_that_cannot_be_read_does_not_stop_the_others(mos, editor, pho
 MISTAKES = {
     "no instruction": (["edit", "{photos}/one.png", "{photos}/two.jpg", "{photos}/one.png"], 2, "the last argument"),
     "instruction before the picture": (["edit", "make it red", "{photos}/one.png"], 2, "the last argument"),
-    "picture alone": (["edit", "{photos}/one.png"], 2, "of mos edit PICTURE... INSTRUCTION: see"),
     "instruction without quotes": (["edit", "{photos}/one.png", "make", "it", "red"], 3, "in quotes"),
     "folder without pictures": (["edit", "{tmp}/empty", PROMPT], 3, "has no pictures"),
     "source of a drawing": (["generate", PROMPT, "-o", "{tmp}/{source}.png"], 2, "{source}"),
@@ -119,6 +118,23 @@ def test_a_mistake_gets_one_line(mos, editor, photos, tmp_path, monkeypatch, mis
     assert words in result.stderr
     assert (tmp_path / "notes").read_text() == "the user's"
     assert list((tmp_path / "empty").iterdir()) == []
+
+
+ONE_NAME = {
+    "seeds": (["generate", PROMPT, "-n", "2", "-o", "a.png"], "{seed} or {number}"),
+    "values of a setting": (["generate", PROMPT, "-n", "2", "-o", "{seed}.png", "--vary", "steps=4,8"], "{number}"),
+    "prompts": (["generate", "-", "-s", "1", "-o", "a.png"], "{prompt} or {number}"),
+    "edited pictures": (["edit", "{photos}", PROMPT, "-s", "1", "-o", "a.png"], "{source} or {number}"),
+    "strengths": (["edit", "{photos}", PROMPT, "-o", "{source}_{seed}.png", "--vary", "strength=0.3,0.6"], "{number}"),
+}
+
+
+@pytest.mark.parametrize("case", ONE_NAME)
+def test_several_pictures_of_one_name_are_told_what_would_tell_them_apart(mos, editor, photos, case: str) -> None:
+    arguments, fields = ONE_NAME[case]
+    result = mos(*(part.replace("{photos}", str(photos)) for part in arguments), input="a dog\na cat\n")
+    assert result.exit_code == 2
+    assert result.stderr.endswith(f".png: add {fields} to the name\n"), result.stderr
 
 
 def test_jobs_have_their_own_options_over_those_of_the_run(mos, editor, photos, tmp_path) -> None:
@@ -168,6 +184,8 @@ def test_a_wrong_job_gets_one_line_and_the_others_are_drawn(mos, editor, photos,
         assert result.exit_code == 7
         lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
         assert [line.split(" line ")[1].split(":")[0] for line in lines[:-1]] == [str(n) for n in range(2, 14)]
+        assert lines[0] == f"error: {path} line 2: it is no JSON (key must be a string at column 2)"
+        assert lines[5].endswith(" line 7: prompt: it is empty")
         assert "12 of 14 pictures failed" in lines[-1]
     assert names(tmp_path / "out") == ["0001_a-red-apple_s1.png", "0002_a-dog_s1.png"]
 
@@ -198,8 +216,8 @@ def test_jobs_come_from_stdin(mos, bundle, tmp_path) -> None:
 def test_a_matrix_is_drawn_and_shown_with_axes(mos, bundle, tmp_path) -> None:
     matrix = ["--vary", "cfg=2,4,8", "--vary", "steps=1,2"]
     dry = mos("generate", PROMPT, "-s", 3, *matrix, "--dry-run", "-o", f"{tmp_path}/out/")
-    assert dry.stdout.splitlines()[-1] == "6 pictures would be drawn"
-    assert not any(line.startswith(("cfg ", "steps ")) for line in dry.stdout.splitlines()), "they are not shared"
+    assert dry.stderr.splitlines()[-1] == "6 pictures would be drawn"
+    assert not any(line.startswith(("cfg ", "steps ")) for line in dry.stderr.splitlines()), "they are not shared"
     result = mos("generate", PROMPT, "-s", 3, *matrix, "-o", f"{tmp_path}/out/", "--sheet", tmp_path / "grid.png")
     assert result.exit_code == 0, result.stderr
     files = [Path(line) for line in result.stdout.splitlines()]
@@ -207,10 +225,43 @@ def test_a_matrix_is_drawn_and_shown_with_axes(mos, bundle, tmp_path) -> None:
     assert [(recipe.cfg, recipe.steps) for recipe in recipes] == [(c, s) for c in (2, 4, 8) for s in (1, 2)]
     assert {recipe.seed for recipe in recipes} == {3}
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    left, top = grid.shape[1] - 3 * 136, grid.shape[0] - 2 * 136
+    assert left < 68, "labels take the room that they need"
     for index, file in enumerate(files):
         column, row = divmod(index, 2)
-        x, y = 136 + 136 * column, 44 + 136 * row
+        x, y = left + 136 * column, top + 136 * row
         shown = np.asarray(Image.open(file).resize((128, 128), Image.Resampling.BICUBIC))
         assert np.array_equal(grid[y : y + 128, x : x + 128], shown), file
-    assert (grid[:40, 136:] < 100).any(), "labels above"
-    assert (grid[44:, :130] < 100).any(), "labels beside"
+    assert (grid[:12] < 100).any(), "the prompt above all"
+    assert (grid[20:top, left:] < 100).any(), "labels above"
+    assert (grid[top:, : left - 8] < 100).any(), "labels beside"
+
+
+def test_a_matrix_of_several_prompts_and_pictures_has_a_row_for_each(mos, editor, photos, tmp_path) -> None:
+    line = [
+        "edit",
+        photos,
+        "-",
+        "-s",
+        1,
+        "--vary",
+        "steps=1,2",
+        "-o",
+        f"{tmp_path}/out/",
+        "--sheet",
+        tmp_path / "a.png",
+    ]
+    assert mos(*line, input="red\nblue\n").exit_code == 0
+    assert Image.open(tmp_path / "a.png").height == 44 + 4 * 136
+    assert mos(*line[:2], "red", *line[3:-1], tmp_path / "b.png").exit_code == 0
+    assert Image.open(tmp_path / "b.png").height == 12 + 44 + 2 * 136
+
+
+def test_a_folder_is_edited_without_its_sheets(mos, editor, tmp_path) -> None:
+    options = ["--steps", 1, "--trace", "off", "-o", f"{tmp_path}/out/"]
+    drawn = mos("generate", PROMPT, "-n", 2, *options, "--sheet", f"{tmp_path}/out/sheet.png")
+    assert drawn.exit_code == 0
+    edited = mos("edit", f"{tmp_path}/out", "red", *options, "--dry-run", "-q")
+    assert len(edited.stdout.splitlines()) == 2
+    named = mos("edit", f"{tmp_path}/out/sheet.png", "red", *options, "--dry-run", "-q")
+    assert len(named.stdout.splitlines()) == 1, "one that is named is a picture as any"

@@ -103,6 +103,21 @@ def test_a_preset_of_the_users_own(mos, bundle, tmp_path) -> None:
     assert mos("presets", "show", tmp_path / "mine.toml").stdout.splitlines() == ["mine", "  steps = 9"]
 
 
+def test_the_size_of_a_file_may_be_a_number_as_the_others_are(mos, editor, tmp_path) -> None:
+    def sizes(*arguments: object) -> list[tuple[int, int]]:
+        events = [json.loads(line) for line in mos(*arguments, "--dry-run", "--json").stdout.splitlines()]
+        return [(event["recipe"]["width"], event["recipe"]["height"]) for event in events if "recipe" in event]
+
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    (tmp_path / "config.toml").write_text("[generate]\nsize = 48\n")
+    assert sizes("generate", PROMPT) == [(48, 48)]
+    jobs = [{"size": 40}, {"size": "64x32"}, {"size": 64, "picture": str(tmp_path / "a.png")}]
+    (tmp_path / "jobs.jsonl").write_text("".join(json.dumps({"prompt": PROMPT, **job}) + "\n" for job in jobs))
+    assert sizes("run", tmp_path / "jobs.jsonl") == [(40, 40), (64, 32), (64, 64)]
+    (tmp_path / "config.toml").write_text("[generate]\nsize = 48.5\n")
+    assert "size '48.5' is not understood: write 256" in mos("generate", PROMPT).stderr
+
+
 def test_a_limit_for_gpus_is_refused_on_a_cpu_wherever_it_comes_from(mos, bundle, tmp_path, monkeypatch) -> None:
     def refused(*options: str) -> None:
         drawn = ("generate", PROMPT, "--device", "cpu", "-o", tmp_path / "a.png", "--overwrite", *options)

@@ -19,6 +19,7 @@ from mos_cli.towers.bank import StateBank, join
 from mos_cli.utils.files import write_all
 from tests.helpers.generation_towers import FIXED, ROUTED, inputs, name_of, small_tower
 from tests.helpers.recordings import record
+from tests.helpers.terminals import in_terminal
 
 
 def weights_of(text: str) -> dict[str, float]:
@@ -179,9 +180,9 @@ def test_alternatives_can_have_weights(mos, bundle, tmp_path) -> None:
     )
     found = [read_drawing(tmp_path / f"{seed}.png")[1].recipe for seed in range(1, 5)]
     assert {recipe.weighted_prompt for recipe in found} == {"a (red:2) apple", "a (green:3) apple"}
-    dry = mos("generate", "a (red:2) apple", "-n", 2, "-s", 1, "--negative", "(dog:2)", "--dry-run")
-    assert "a (red:2) apple" in dry.stdout
-    assert "(dog:2)" in dry.stdout
+    shown = in_terminal(["generate", "a (red:2) apple", "-n", 2, "-s", 1, "--negative", "(dog:2)", "--dry-run"])
+    assert "a (red:2) apple" in shown.text
+    assert "(dog:2)" in shown.text
 
 
 def test_words_that_are_not_read_cannot_have_a_weight() -> None:

@@ -13,7 +13,7 @@ SMOKE = recipe_path("train-smoke").read_text()
 WRONG = {
     "heads = 3": "width cannot be 128: with 3 heads it must be a multiple of 48",
     "depth = 0": "depth: Input should be greater than 0",
-    'batch = "16"': "train.batch: Input should be a valid integer",
+    'batch = "16"': "train.batch: '16' is no whole number",
     "batch = 1.5": "train.batch",
     "warmup = 10000": "warmup = 10000 is no less than the steps of the run, 200",
     "decay = nan": "train.decay",
