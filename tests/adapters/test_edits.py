@@ -63,7 +63,7 @@ def test_closed_gates_change_no_pixel_of_an_edit(
 ) -> None:
     pipeline, (inputs, strength) = loaded(name), CASES[case]
     recipe = edit_of(pipeline, inputs, strength=strength)
-    pipe, arguments = plain_edit(name, plain_pipeline(base_folders(name)), case)
+    pipe, arguments = plain_edit(name, plain_pipeline(base_folders(name), beside=pipeline), case)
     pipe.set_progress_bar_config(disable=True)
     plain = pipe(**plain_arguments(name, recipe), **arguments).images[0]
     closed = pipeline.draw(recipe, inputs=inputs)

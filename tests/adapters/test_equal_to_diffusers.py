@@ -25,7 +25,7 @@ def test_closed_gates_change_no_pixel(
     pipeline = loaded(name, precision)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     recipe = recipe_of(pipeline, cfg=cfg)
-    plain = plain_pipeline(base_folders(name), dtype)(**plain_arguments(name, recipe)).images[0]
+    plain = plain_pipeline(base_folders(name), dtype, pipeline)(**plain_arguments(name, recipe)).images[0]
     untrained = pipeline.draw(recipe)
     assert untrained.image.tobytes() == plain.tobytes()
     with with_adapter(pipeline, trained_adapter(pipeline, 0.0)):

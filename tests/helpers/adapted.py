@@ -69,8 +69,13 @@ def edit_of(pipeline: AdapterPipeline, inputs: Inputs, *, strength: float = 1.0,
     return recipe_of(pipeline, width=size[0], height=size[1], edit=edit, **changes)
 
 
-def plain_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The pipeline as diffusers itself loads it."""
+def plain_pipeline(folder: Path, dtype: torch.dtype = torch.float32, beside: AdapterPipeline | None = None) -> Any:
+    """The pipeline as diffusers itself loads it.
+
+    Args:
+        beside: a loaded one, whose transformer must have the same weights and is used: some CPUs round a product with
+            one row by where in memory its weights begin.
+    """
     given: dict[str, Any] = {}
     if "PRX" in (folder / "model_index.json").read_text():
         # Transformers reads the config of this encoder alone as that of a whole T5Gemma.
@@ -79,6 +84,11 @@ def plain_pipeline(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
         given["text_encoder"] = encoder
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **given)
     pipe.set_progress_bar_config(disable=True)
+    if beside is not None:
+        loaded, own = (dict(each.transformer.named_parameters()) for each in (beside.pipe, pipe))
+        assert loaded.keys() == own.keys()
+        assert all(torch.equal(loaded[name], own[name]) for name in own)
+        pipe.transformer = beside.pipe.transformer
     return pipe
 
 
