@@ -51,8 +51,12 @@ def test_pictures_are_those_of_diffusers(base_folders: Folders, tmp_path: Path, 
         plain.load_lora_weights(str(lora.path), adapter_name=str(number))
     plain.set_adapters(["0", "1"], [1.0, 0.5])
     expected, drawn = plain(**plain_arguments(name, recipe)).images[0], pipeline.draw(recipe).image
-    assert np.array_equal(np.asarray(drawn), np.asarray(expected))
-    assert not np.array_equal(np.asarray(drawn), np.asarray(without))
+    # Some CPUs round by where in memory the weights begin.
+    assert _levels_apart(drawn, expected) <= 1 < _levels_apart(drawn, without)
+
+
+def _levels_apart(one: Image.Image, other: Image.Image) -> int:
+    return int(np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max())
 
 
 def test_a_lora_is_recorded_and_replayed(mos: Mos, base_folders: Folders, tmp_path: Path) -> None:

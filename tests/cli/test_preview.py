@@ -108,7 +108,7 @@ def test_where_nothing_is_shown_nothing_is_said(drawn: Path, mos, monkeypatch: p
     monkeypatch.setenv("MOS_PREVIEW", "1")
     monkeypatch.setitem(sys.modules, "textual_image", None)
     line = ("generate", "a dog", "--steps", 1, "-s", 1, "--overwrite", "-o", "a.png")
-    for options in (("-q",), ("--json",), ("--no-preview",), ("--dry-run",)):
+    for options in (("-q",), ("--json",), ("--no-preview",), ("-q", "--dry-run")):
         result = mos(*line, *options)
         assert (result.exit_code, result.stderr) == (0, ""), result.output
     assert mos("show", drawn, "--json").exit_code == 0

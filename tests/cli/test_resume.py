@@ -57,7 +57,7 @@ def test_a_run_goes_on_with_its_seeds_and_makes_what_is_missing(mos, bundle, tmp
     lost = sorted(out.iterdir())[2]
     lost.unlink()
     dry = mos(*line, "--resume", "--dry-run")
-    assert dry.stdout.splitlines()[-1] == "1 picture would be drawn, 3 are there"
+    assert dry.stderr.splitlines()[-1] == "1 picture would be drawn, 3 are there"
     resumed = mos(*line, "--resume")
     assert resumed.exit_code == 0
     (made,) = map(Path, resumed.stdout.splitlines())

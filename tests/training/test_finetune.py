@@ -35,11 +35,11 @@ def discs(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def short(tmp_path: Path) -> Callable[[str], Path]:
-    """A shipped recipe with a batch of two, for runs of a few steps."""
+    """A shipped recipe with a batch of two, for runs of a few steps, in one precision on every CPU."""
 
     def write(name: str) -> Path:
         text = recipe_path(name).read_text()
-        for key, value in (("warmup", 0), ("batch", 2)):
+        for key, value in (("warmup", 0), ("batch", 2), ("precision", '"fp32"')):
             text, count = re.subn(rf"^{key} = .*$", f"{key} = {value}", text, flags=re.MULTILINE)
             assert count == 1
         (tmp_path / f"{name}.toml").write_text(text)
@@ -199,7 +199,7 @@ def test_recipes_that_continue_what_does_not_fit_say_so_in_a_line(
     (line,) = errors(mos("train", "train-smoke", "--data", discs))
     assert "--data and --caption are for recipes with captioned pictures" in line
     own = tmp_path / "own.toml"
-    text = mos("train", "finetune", "--show").stdout
+    text = mos("train", "finetune", "--show").stdout.replace('precision = "auto"', 'precision = "fp32"')
     own.write_text(text + "\n[generation]\nwidth = 64\nstates_layers = 4\nstates_width = 32\n")
     (line,) = errors(mos("train", own, "--from", "tiny", "--data", discs, "--run", tmp_path / "own"))
     assert "leave [generation] out" in line

@@ -14,11 +14,15 @@ function showPrompts() {
       return title;
     }
     const words = [...rows().keys()].filter((row) => rows()[row].kind === "word" && reads(at, row));
+    let end = 0;
     for (const row of words.sort((a, b) => branch.rows[a][0] - branch.rows[b][0])) {
-      const word = make("span", { class: "inked", "data-row": row, "data-side": at }, rows()[row].texts[at]);
+      const text = rows()[row].texts[at], start = branch.prompt.indexOf(text, end);
+      const word = make("span", { class: "inked", "data-row": row, "data-side": at }, text);
       word.addEventListener("click", () => pin(row));
-      title.append(word, " ");
+      title.append(branch.prompt.slice(end, start), word);
+      end = start + text.length;
     }
+    title.append(branch.prompt.slice(end));
     return title;
   }));
 }
