@@ -5,6 +5,7 @@ Functions that tests share are in `tests/helpers/`.
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,9 @@ def mos(cache: Path) -> Callable[..., Result]:
     from mos_cli.cli.app import app
 
     def run(*arguments: object, input: str | None = None) -> Result:
+        if (accelerate := sys.modules.get("accelerate.state")) is not None:
+            # A command is a process of its own: another training may have another precision.
+            accelerate.AcceleratorState._reset_state()
         result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=input)
         assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
         return result

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image
 
 from mos_cli.cli.job_sharing import Processes, join_processes
+from mos_cli.images.differences import psnr
 from mos_cli.images.outputs import read_drawing
 
 PROMPTS = ("a dog", "a red apple", "a cat", "a green apple")
@@ -70,8 +72,11 @@ def test_two_processes_make_what_one_does(mos, bundle, tmp_path) -> None:
     assert code != 0
     assert "1 of 7 pictures failed" in errors
     assert len(output.splitlines()) == 6, errors
-    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).glob("*.png")} for name in ("one", "two"))
-    assert one == two
+    one, two = ({path.name: Image.open(path) for path in (tmp_path / name).glob("*.png")} for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    # Some CPUs round by the number of threads.
+    assert all(psnr(one[name], two[name]) > 40 for name in one)
+    assert min(psnr(one[name], two[other]) for name in one for other in two) < 40
     lines = last(tmp_path / "run.jsonl")
     assert sorted(line["index"] for line in lines.values()) == list(range(1, 8))
     assert sorted(line["status"] for line in lines.values()) == ["done"] * 6 + ["failed"]

@@ -228,7 +228,7 @@ def test_rules_are_shown_as_asked_and_done(opened: Callable[..., Any], tmp_path:
 def test_a_hostile_prompt_is_shown_and_does_nothing(opened: Callable[..., Any], tmp_path: Path) -> None:
     page = opened(record(tmp_path, HOSTILE), record(tmp_path, f"{HOSTILE} cat", seed=1))
     assert page.locator("h1").inner_text().split()[1:] == HOSTILE.split()
-    assert page.locator("#rows .name").first.inner_text() == HOSTILE.split()[0]
+    assert page.locator("#rows .name").first.inner_text() == HOSTILE.split()[0].lstrip("</")
     assert page.locator("img").count() == 2
 
 
