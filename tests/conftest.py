@@ -91,8 +91,8 @@ def mos(cache: Path) -> Callable[..., Result]:
     from mos_cli.cli.app import app
 
     def run(*arguments: object, input: str | None = None) -> Result:
-        if (accelerate := sys.modules.get("accelerate.state")) is not None:
-            # A command is a process of its own: another training may have another precision.
+        if arguments[:1] == ("train",) and (accelerate := sys.modules.get("accelerate.state")) is not None:
+            # A training is a process of its own: the one before may have had another precision.
             accelerate.AcceleratorState._reset_state()
         result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=input)
         assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
