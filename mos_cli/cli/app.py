@@ -121,7 +121,7 @@ def _parse_error(message: str, error: Any, typed: Sequence[str]) -> str:
             return f"say {ADVICE}"
         message = f"{message} of {' '.join([error.ctx.command_path, *named])}"
     elif "No such option" in message and (meant := _meant_option(error, typed)):
-        message = f"{error.message}: write {meant}"
+        message = f"{error.message.rstrip('.')}: write {meant}"
     return f"{message}: see {error.ctx.command_path} --help"
 
 
